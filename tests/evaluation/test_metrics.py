@@ -1,0 +1,72 @@
+"""Metrics against numbers worked out by hand."""
+
+import math
+
+import pytest
+import torch
+
+from molora.evaluation.metrics import TokenLoss, accuracy, exact_match, match_label, perplexity, token_nll
+
+
+def test_exact_match_strips_outer_whitespace_only():
+    assert exact_match([" abc\n", "a b", "x"], ["abc", "ab", "x "]) == pytest.approx(2 / 3)
+
+
+def test_accuracy_counts_no_answer_as_wrong():
+    assert accuracy(["World", None, "Tech"], ["World", "Tech", "Sports"]) == pytest.approx(1 / 3)
+    assert accuracy([None], [None]) == 0.0
+
+
+@pytest.mark.parametrize("metric", [exact_match, accuracy])
+def test_scores_over_nothing_or_unequal_lengths_are_refused(metric):
+    with pytest.raises(ValueError, match="at least one"):
+        metric([], [])
+    with pytest.raises(ValueError, match="got 2 and 1"):
+        metric(["a", "b"], ["a"])
+
+
+def test_match_label_ignores_case_but_not_extra_words():
+    labels = ["World", "Sports"]
+    assert match_label(" sports\n", labels) == "Sports"
+    assert match_label("sports news", labels) is None
+
+
+def test_token_nll_is_uniform_entropy_for_flat_logits():
+    logits = torch.zeros(2, 4, 8)
+    labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, 5]])
+    total, tokens = token_nll(logits, labels, shift=True)
+    assert tokens == 4
+    assert total == pytest.approx(4 * math.log(8), rel=1e-6)
+    # unshifted, the first column is read too: here it is masked in both rows, so nothing changes
+    assert token_nll(logits, labels, shift=False)[1] == 4
+
+
+def test_token_nll_shift_reads_the_previous_position():
+    logits = torch.full((1, 2, 3), -50.0)
+    logits[0, 0, 2] = 50.0  # position 0 is certain that token 2 follows
+    labels = torch.tensor([[0, 2]])
+    assert token_nll(logits, labels, shift=True)[0] == pytest.approx(0.0, abs=1e-6)
+    assert token_nll(logits, labels, shift=False)[0] > 50
+
+
+def test_streamed_loss_weighs_tokens_not_batches():
+    torch.manual_seed(0)
+    logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
+    labels[0, :5] = -100
+    whole, parts = TokenLoss(), TokenLoss()
+    whole.update(logits, labels, shift=True)
+    parts.update(logits[:1], labels[:1], shift=True)
+    parts.update(logits[1:], labels[1:], shift=True)
+    assert parts.tokens == whole.tokens == 11
+    assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
+
+
+def test_a_loss_over_no_tokens_is_an_error():
+    with pytest.raises(ValueError, match="no labelled token"):
+        TokenLoss().mean  # noqa: B018
+
+
+def test_perplexity():
+    assert perplexity(0.0) == 1.0
+    assert perplexity(math.log(7)) == pytest.approx(7)
+    assert perplexity(1e6) == math.inf
