@@ -1,4 +1,4 @@
-"""Metrics: pure functions from predictions and targets to one number, and the sum that a streamed loss needs."""
+"""Metrics: pure functions from predictions and targets to one number, and one streaming sum."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> float:
     Raises ValueError when the two differ in length or are empty: a score over nothing means nothing.
     """
     _same_length(predictions, targets)
-    return sum(p.strip() == t.strip() for p, t in zip(predictions, targets)) / len(targets)
+    return sum(p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)) / len(targets)
 
 
 def accuracy(predictions: Sequence[object], targets: Sequence[object]) -> float:
@@ -28,7 +28,7 @@ def accuracy(predictions: Sequence[object], targets: Sequence[object]) -> float:
     Raises ValueError when the two differ in length or are empty.
     """
     _same_length(predictions, targets)
-    return sum(p is not None and p == t for p, t in zip(predictions, targets)) / len(targets)
+    return sum(p is not None and p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)
 
 
 def match_label(text: str, labels: Sequence[str]) -> str | None:
@@ -40,8 +40,8 @@ def match_label(text: str, labels: Sequence[str]) -> str | None:
 def token_nll(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[float, int]:
     """Summed negative log-likelihood in nats, and how many tokens it is the sum of.
 
-    logits (batch, seq, vocab), labels (batch, seq) with -100 where nothing is to be predicted. `shift`: position i
-    predicts label i+1 (decoder-only models); without it position i predicts label i (encoder-decoder models).
+    logits (batch, seq, vocab), labels (batch, seq) with -100 where nothing is to be predicted. `shift`:
+    position i predicts label i+1 (decoder-only models); without it, label i (encoder-decoder models).
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
@@ -84,5 +84,5 @@ class TokenLoss:
 def _same_length(predictions: Sequence[object], targets: Sequence[object]) -> None:
     if len(predictions) != len(targets) or not targets:
         raise ValueError(
-            f"need as many predictions as targets, and at least one: got {len(predictions)} and {len(targets)}"
+            f"need as many predictions as targets, at least one: got {len(predictions)} and {len(targets)}"
         )

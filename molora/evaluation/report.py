@@ -1,0 +1,177 @@
+"""The result of an evaluation as plain data, to and from JSON and CSV, and the thresholds on it."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from molora.errors import AdapterError, ConfigError, ThresholdError
+from molora.evaluation.metrics import perplexity
+from molora.evaluation.routing import RoutingSummary
+
+FORMAT = 1
+LOWER_IS_BETTER = frozenset({"loss"})
+
+
+@dataclass(frozen=True)
+class Score:
+    """One number: how `task` did in `mode` on `count` held-out records. A loss is in nats per token."""
+
+    task: str
+    mode: str
+    metric: str
+    value: float
+    count: int
+
+    def text(self) -> str:
+        """For people: percent for shares, loss with its perplexity."""
+        if self.metric in LOWER_IS_BETTER:
+            return f"{self.value:.4f} (ppl {perplexity(self.value):.2f})"
+        return f"{100 * self.value:.1f} %"
+
+
+@dataclass
+class Report:
+    """Scores per task and mode, what the gates did, and whatever else is needed to read them later.
+
+    before: the scores before an expert was added, else empty. facts: named observations, not scores.
+    notes: sentences for people, for instance why a mode was skipped.
+    """
+
+    scores: list[Score] = field(default_factory=list)
+    before: list[Score] = field(default_factory=list)
+    routing: RoutingSummary | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    environment: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def tasks(self) -> list[str]:
+        """Task names in the order they were evaluated."""
+        return list(dict.fromkeys(score.task for score in self.scores))
+
+    @property
+    def modes(self) -> list[str]:
+        """Modes in the order they were run."""
+        return list(dict.fromkeys(score.mode for score in self.scores))
+
+    def score(self, task: str, mode: str) -> Score:
+        """The score of one task in one mode; KeyError when it was not evaluated."""
+        for score in self.scores:
+            if (score.task, score.mode) == (task, mode):
+                return score
+        raise KeyError((task, mode))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready. Perplexity and dead experts are derived: written for readers, ignored when read."""
+        plain = dataclasses.asdict(self)
+        for row in plain["scores"] + plain["before"]:
+            if row["metric"] in LOWER_IS_BETTER:
+                row["perplexity"] = perplexity(row["value"])
+        dead = self.routing.dead_experts() if self.routing else []
+        return _finite({"format": FORMAT, **plain, "dead_experts": dead})
+
+    def to_json(self) -> str:
+        """Strict JSON (a value that is not finite becomes null), ending with a newline."""
+        return json.dumps(self.to_dict(), indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """The inverse of `to_json`. Raises AdapterError for a file that is not a report of this format."""
+        try:
+            data = json.loads(text)
+            if data.get("format") != FORMAT:
+                raise AdapterError(f"report format {data.get('format')!r}; this version reads {FORMAT}")
+            routing = data["routing"]
+            return cls(
+                scores=[_score(row) for row in data["scores"]],
+                before=[_score(row) for row in data["before"]],
+                routing=RoutingSummary(**routing) if routing else None,
+                facts=data["facts"],
+                notes=data["notes"],
+                environment=data["environment"],
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise AdapterError(f"not a molora report: {type(error).__name__}: {error}") from error
+
+    def to_csv(self) -> str:
+        """One line per score: task,mode,metric,value,count; led by `stage` if there are scores from before."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        head = ["task", "mode", "metric", "value", "count"]
+        writer.writerow(["stage", *head] if self.before else head)
+        for stage, scores in (("before", self.before), ("after", self.scores)):
+            for score in scores:
+                row = dataclasses.astuple(score)
+                writer.writerow([stage, *row] if self.before else row)
+        return out.getvalue()
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One task and mode before and after; `before` is None for a task that did not exist."""
+
+    task: str
+    mode: str
+    metric: str
+    before: float | None
+    after: float
+
+    @property
+    def change(self) -> float | None:
+        """after - before, or None when there is nothing to compare with."""
+        return None if self.before is None else self.after - self.before
+
+
+def differences(before: Sequence[Score], after: Sequence[Score]) -> list[Difference]:
+    """Pair the scores of two evaluations by task and mode, in the order of the later one."""
+    old = {(score.task, score.mode): score.value for score in before}
+    return [Difference(s.task, s.mode, s.metric, old.get((s.task, s.mode)), s.value) for s in after]
+
+
+def check_thresholds(report: Report, floors: Mapping[str, float], *, mode: str | None = None) -> None:
+    """Raise ThresholdError listing every score below its floor.
+
+    floors: task name -> smallest allowed value (0..1); the name "*" stands for every task whose metric is
+    a share. mode: which scores count; default the first mode the report has. Raises ConfigError for a floor
+    on an unknown task or on a task measured by loss.
+    """
+    mode = mode or next(iter(report.modes), None)
+    by_task = {score.task: score for score in report.scores if score.mode == mode}
+    for task in floors:
+        if task != "*" and task not in by_task:
+            raise ConfigError(
+                f"--fail-under names the task {task!r}; evaluated in mode {mode!r} were {sorted(by_task)}"
+            )
+        if task != "*" and by_task[task].metric in LOWER_IS_BETTER:
+            raise ConfigError(f"--fail-under needs a score that grows with quality; {task!r} has a loss")
+    missed = []
+    for task, score in by_task.items():
+        floor = floors.get(task, floors.get("*"))
+        # written so that a NaN misses its floor too
+        if floor is not None and score.metric not in LOWER_IS_BETTER and not score.value >= floor:
+            missed.append(f"{task}: {score.metric} {score.value:.4f} < {floor:g}")
+    if missed:
+        raise ThresholdError(f"below the threshold in mode {mode!r}:\n  " + "\n  ".join(missed))
+
+
+def _score(row: Mapping[str, Any]) -> Score:
+    value = math.nan if row["value"] is None else row["value"]
+    return Score(row["task"], row["mode"], row["metric"], value, row["count"])
+
+
+def _finite(value: Any) -> Any:
+    """The same nested value with floats that JSON cannot carry replaced by None."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return value

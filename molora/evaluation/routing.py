@@ -1,0 +1,96 @@
+"""What the gates did: task x expert and layer x expert matrices, and experts that nothing uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+DEAD_BELOW = 0.1  # an expert is dead when its share is below this fraction of an even share, 1 / num_experts
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A labelled table of numbers: `values[row][column]`."""
+
+    rows: list[str]
+    columns: list[str]
+    values: list[list[float]]
+
+
+@dataclass(frozen=True)
+class RoutingSummary:
+    """Routing statistics of one evaluation, padding excluded.
+
+    mode: the evaluation mode they were recorded in. by_task: task -> expert -> mean gate weight over its
+    tokens and all gates. gates: one row per gate and expert, with the keys
+    `gate layer expert share mean_weight top1_share entropy` (entropy in nats).
+    """
+
+    mode: str
+    tokens: int
+    by_task: dict[str, dict[str, float]]
+    gates: list[dict[str, Any]] = field(default_factory=list)
+
+    def task_expert(self) -> Matrix:
+        """Mean gate weight, task x expert."""
+        experts = _ordered(expert for row in self.by_task.values() for expert in row)
+        values = [[row.get(expert, 0.0) for expert in experts] for row in self.by_task.values()]
+        return Matrix(list(self.by_task), experts, values)
+
+    def layer_expert(self) -> Matrix:
+        """Mean gate weight, layer x expert; the gates of one layer are averaged."""
+        return _mean_by(self.gates, row_key="layer", value="mean_weight")
+
+    def shares(self) -> dict[str, float]:
+        """Expert -> its share of what the gates chose, averaged over gates; sums to 1."""
+        return expert_shares(self.gates)
+
+    def dead_experts(self) -> list[str]:
+        """Experts whose share is below a tenth of an even share."""
+        return dead_experts(self.shares())
+
+
+def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Rows of gate x expert statistics -> expert -> mean share over the gates that know the expert."""
+    collected: dict[str, list[float]] = {}
+    for row in gates:
+        collected.setdefault(row["expert"], []).append(row["share"])
+    return {expert: sum(values) / len(values) for expert, values in collected.items()}
+
+
+def dead_experts(shares: Mapping[str, float]) -> list[str]:
+    """Experts with a share below 0.1 / num_experts, in the order given; a single expert is never dead."""
+    if len(shares) < 2:
+        return []
+    return [expert for expert, share in shares.items() if share < DEAD_BELOW / len(shares)]
+
+
+def advice(dead: Sequence[str], *, mode: str) -> str | None:
+    """One sentence on what to do about dead experts, or None when there are none."""
+    if not dead:
+        return None
+    names = ", ".join(dead)
+    if mode == "task":
+        return f"No evaluated task uses: {names}. Map a task to it, or `remove_expert` to save the memory."
+    return (
+        f"Hardly used: {names}. Raise adapter.aux_losses.balance, add adapter.gate.noise, "
+        "or train with fewer experts."
+    )
+
+
+def _mean_by(gates: Sequence[Mapping[str, Any]], *, row_key: str, value: str) -> Matrix:
+    rows = _ordered(str(g[row_key]) for g in gates)
+    columns = _ordered(g["expert"] for g in gates)
+    cells: dict[tuple[str, str], list[float]] = {}
+    for g in gates:
+        cells.setdefault((str(g[row_key]), g["expert"]), []).append(g[value])
+    return Matrix(rows, columns, [[_mean(cells.get((r, c), [])) for c in columns] for r in rows])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values) if values else 0.0
+
+
+def _ordered(names: Any) -> list[str]:
+    return list(dict.fromkeys(names))

@@ -1,0 +1,55 @@
+"""Routing matrices and dead experts on tables small enough to check by eye."""
+
+import pytest
+
+from molora.evaluation.routing import RoutingSummary, advice, dead_experts, expert_shares
+
+
+def row(gate, layer, expert, share, weight):
+    return {"gate": gate, "layer": layer, "expert": expert, "share": share, "mean_weight": weight,
+            "top1_share": share, "entropy": 0.5}  # fmt: skip
+
+
+GATES = [
+    row("layers.0.attn", 0, "a", 0.75, 0.8),
+    row("layers.0.attn", 0, "b", 0.25, 0.2),
+    row("layers.0.mlp", 0, "a", 0.25, 0.4),
+    row("layers.0.mlp", 0, "b", 0.75, 0.6),
+    row("layers.1.attn", 1, "a", 1.0, 1.0),
+    row("layers.1.attn", 1, "b", 0.0, 0.0),
+]
+
+
+def test_layer_matrix_averages_the_gates_of_a_layer():
+    summary = RoutingSummary("gate", 10, {}, GATES)
+    matrix = summary.layer_expert()
+    assert (matrix.rows, matrix.columns) == (["0", "1"], ["a", "b"])
+    assert matrix.values[0] == pytest.approx([0.6, 0.4])
+    assert matrix.values[1] == pytest.approx([1.0, 0.0])
+
+
+def test_task_matrix_fills_experts_a_task_never_met():
+    summary = RoutingSummary("task", 10, {"law": {"a": 1.0}, "news": {"b": 0.7, "c": 0.3}})
+    matrix = summary.task_expert()
+    assert (matrix.rows, matrix.columns) == (["law", "news"], ["a", "b", "c"])
+    assert matrix.values == [[1.0, 0.0, 0.0], [0.0, 0.7, 0.3]]
+
+
+def test_shares_are_means_over_gates():
+    assert expert_shares(GATES) == pytest.approx({"a": 2 / 3, "b": 1 / 3})
+
+
+def test_dead_is_below_a_tenth_of_an_even_share():
+    # four experts: an even share is 0.25, the bar 0.025
+    shares = {"a": 0.5, "b": 0.4501, "c": 0.0249, "d": 0.025}
+    assert dead_experts(shares) == ["c"]
+    assert dead_experts({"only": 0.0}) == []
+
+
+def test_summary_finds_its_dead_expert_and_says_what_to_do():
+    gates = [row("g", 0, "a", 0.99, 0.9), row("g", 0, "b", 0.01, 0.1)]
+    summary = RoutingSummary("gate", 5, {}, gates)
+    assert summary.dead_experts() == ["b"]
+    assert "aux_losses.balance" in advice(["b"], mode="gate")
+    assert "remove_expert" in advice(["b"], mode="task")
+    assert advice([], mode="gate") is None
