@@ -101,7 +101,7 @@ class Report:
             raise AdapterError(f"not a molora report: {type(error).__name__}: {error}") from error
 
     def to_csv(self) -> str:
-        """One line per score: task,mode,metric,value,count; led by `stage` if there are scores from before."""
+        """One line per score: task,mode,metric,value,count; led by `stage` if there is a "before"."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         head = ["task", "mode", "metric", "value", "count"]

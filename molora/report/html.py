@@ -1,0 +1,82 @@
+"""One HTML file that holds a whole report: scores, pictures, facts, recipe; nothing to download."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+
+from molora.evaluation.report import Report, Score, differences
+from molora.evaluation.routing import advice
+from molora.report.tables import MODE_TITLES
+
+STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
+h1, h2 { line-height: 1.2 } h2 { margin-top: 2.2rem }
+table { border-collapse: collapse } th, td { padding: .25rem .9rem .25rem 0; border-bottom: 1px solid #ddd }
+th { text-align: left } td.n { text-align: right; font-variant-numeric: tabular-nums }
+img { max-width: 100%; height: auto } pre { background: #f5f5f5; padding: 1rem; overflow-x: auto }
+"""
+
+
+def render(report: Report, *, title: str, pictures: Sequence[Path] = (), config: str = "") -> str:
+    """The page as text. pictures: PNG files, embedded. config: the resolved recipe as YAML."""
+    parts = [_scores(report)]
+    if report.before:
+        parts.append(_differences(report))
+    if report.routing:
+        found = advice(report.routing.dead_experts(), mode=report.routing.mode)
+        parts.append(f"<p>{escape(found or 'No dead experts.')}</p>")
+    parts += [f"<p>{escape(note)}</p>" for note in report.notes]
+    parts += [_picture(path) for path in pictures]
+    for heading, values in (("Facts", report.facts), ("Environment", report.environment)):
+        if values:
+            parts.append(f"<h2>{heading}</h2>{_pairs(values)}")
+    if config:
+        parts.append(f"<h2>Recipe</h2><pre>{escape(config)}</pre>")
+    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
+    body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
+    return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n"
+
+
+def _scores(report: Report) -> str:
+    found = {(score.task, score.mode): score for score in report.scores}
+    head = ["task", "metric", "items", *(MODE_TITLES.get(m, m) for m in report.modes)]
+    rows = []
+    for task in report.tasks:
+        cells = [found.get((task, mode)) for mode in report.modes]
+        first = next(cell for cell in cells if cell)
+        rows.append([task, first.metric, str(first.count), *map(_text, cells)])
+    return f"<h2>Held-out scores</h2>{_table(head, rows, names=2)}"
+
+
+def _differences(report: Report) -> str:
+    rows = []
+    for row in differences(report.before, report.scores):
+        before = "new" if row.before is None else f"{row.before:.4f}"
+        change = "" if row.change is None else f"{row.change:+.4f}"
+        rows.append([row.task, MODE_TITLES.get(row.mode, row.mode), before, f"{row.after:.4f}", change])
+    return f"<h2>Before and after</h2>{_table(['task', 'mode', 'before', 'after', 'change'], rows, names=2)}"
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, names: int) -> str:
+    """names: how many leading columns are text; the others are numbers."""
+    lines = ["<tr>" + "".join(f"<th>{escape(cell)}</th>" for cell in head) + "</tr>"]
+    for row in rows:
+        cells = (f"<td{'' if i < names else ' class=n'}>{escape(cell)}</td>" for i, cell in enumerate(row))
+        lines.append("<tr>" + "".join(cells) + "</tr>")
+    return "<table>" + "\n".join(lines) + "</table>"
+
+
+def _pairs(values: Mapping[str, object]) -> str:
+    return _table(["", ""], [[str(key), str(value)] for key, value in values.items()], names=2)
+
+
+def _picture(path: Path) -> str:
+    data = base64.b64encode(path.read_bytes()).decode("ascii")
+    return f"<p><img alt='{escape(path.stem, quote=True)}' src='data:image/png;base64,{data}'></p>"
+
+
+def _text(score: Score | None) -> str:
+    return score.text() if score else "-"

@@ -1,0 +1,152 @@
+"""Pictures of a run: loss curve, routing heat maps, score bars. PNG files, drawn without a display."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from molora.errors import DataError
+from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
+from molora.evaluation.routing import Matrix
+from molora.report.tables import MODE_TITLES
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MODE_COLOURS = {"gate": "#2563a8", "task": "#5fa8d3", "base": "#b5b5b5"}
+BEFORE, AFTER = "#b5b5b5", "#2563a8"
+ANNOTATE_UP_TO = 400  # cells of a heat map that still have room for a number
+DPI = 130
+
+
+def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
+    """metrics.csv -> column -> [(step, value)], empty cells left out. DataError without a `step` column."""
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    if not rows or "step" not in rows[0]:
+        raise DataError(f"{path}: no rows, or no `step` column")
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in rows:
+        for column, cell in row.items():
+            if column != "step" and cell:
+                curves.setdefault(column, []).append((float(row["step"]), float(cell)))
+    return curves
+
+
+def plot_loss(metrics_csv: Path, out: Path, columns: Sequence[str]) -> Path:
+    """Draw the named columns of metrics.csv over steps; a noisy curve gets a smoothed line. Returns `out`."""
+    curves = {name: points for name, points in read_metrics(metrics_csv).items() if name in columns}
+    if not curves:
+        raise DataError(f"{metrics_csv}: none of the columns {list(columns)} has a value")
+    figure, axes = _figure(7.0, 4.0)
+    for colour, (name, points) in zip(_colours(), curves.items(), strict=False):
+        steps, values = zip(*points, strict=True)
+        noisy = len(points) > 20
+        axes.plot(steps, values, color=colour, alpha=0.3 if noisy else 1.0, label=None if noisy else name,
+                  marker="o" if len(points) < 10 else None)  # fmt: skip
+        if noisy:
+            axes.plot(steps, smooth(values), color=colour, label=name)
+    axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training")
+    axes.legend(frameon=False)
+    _grid(axes, axis="both")
+    return _save(figure, out)
+
+
+def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
+    """Exponential moving average without the pull towards zero at the start; NaN and inf are skipped over."""
+    smoothed, total, weight = [], 0.0, 0.0
+    for value in values:
+        if math.isfinite(value):
+            total, weight = decay * total + (1 - decay) * value, decay * weight + (1 - decay)
+        smoothed.append(total / weight if weight else math.nan)
+    return smoothed
+
+
+def plot_heatmap(matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: str) -> Path:
+    """A matrix of weights in 0..1 as coloured cells, with numbers while they are readable. Returns `out`."""
+    rows, columns = len(matrix.rows), len(matrix.columns)
+    if not rows or not columns:
+        raise DataError(f"nothing to draw for {title!r}: no routing was recorded")
+    figure, axes = _figure(2.5 + 0.75 * min(columns, 24), 1.6 + 0.42 * min(rows, 40))
+    peak = max(max(row) for row in matrix.values)
+    image = axes.imshow(matrix.values, cmap="Blues", vmin=0.0, vmax=peak or 1.0, aspect="auto")
+    crowded = columns > 8 or any(len(name) > 10 for name in matrix.columns)
+    axes.set_xticks(
+        range(columns), matrix.columns, rotation=45 if crowded else 0, ha="right" if crowded else "center"
+    )
+    axes.set_yticks(range(rows), matrix.rows)
+    axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    if rows * columns <= ANNOTATE_UP_TO:
+        for y, values in enumerate(matrix.values):
+            for x, value in enumerate(values):
+                ink = "white" if value > 0.6 * peak else "#333333"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+    figure.colorbar(image, ax=axes, label="mean gate weight")
+    return _save(figure, out)
+
+
+def plot_scores(report: Report, out: Path) -> Path:
+    """Grouped bars, task x mode, for the tasks measured by a share (exact match, accuracy). Returns `out`."""
+    series = {MODE_TITLES.get(m, m): [s for s in report.scores if s.mode == m] for m in report.modes}
+    colours = [MODE_COLOURS.get(mode, "#888888") for mode in report.modes]
+    return _bars(series, colours, out, title="Held-out scores")
+
+
+def plot_before_after(report: Report, out: Path) -> Path:
+    """Bars before and after an expert was added, in the report's first mode. Returns `out`."""
+    mode = report.modes[0]
+    series = {
+        "before": [s for s in report.before if s.mode == mode],
+        "after": [s for s in report.scores if s.mode == mode],
+    }
+    return _bars(series, [BEFORE, AFTER], out, title=f"Before and after ({MODE_TITLES.get(mode, mode)})")
+
+
+def _bars(series: dict[str, list[Score]], colours: list[str], out: Path, *, title: str) -> Path:
+    shares = {n: {s.task: s.value for s in ss if s.metric not in LOWER_IS_BETTER} for n, ss in series.items()}
+    tasks = list(dict.fromkeys(task for values in shares.values() for task in values))
+    if not tasks:
+        raise DataError(f"nothing to draw for {title!r}: every task is measured by loss")
+    figure, axes = _figure(2.0 + 1.3 * len(tasks), 4.0)
+    width = 0.8 / len(shares)
+    for i, ((name, values), colour) in enumerate(zip(shares.items(), colours, strict=True)):
+        places = [x + (i - (len(shares) - 1) / 2) * width for x in range(len(tasks))]
+        heights = [100 * values.get(task, math.nan) for task in tasks]
+        bars = axes.bar(places, heights, 0.92 * width, label=name, color=colour)
+        axes.bar_label(bars, ["" if math.isnan(h) else f"{h:.0f}" for h in heights], fontsize=8, padding=1)
+    axes.set_xticks(range(len(tasks)), tasks, rotation=30 if max(map(len, tasks)) > 12 else 0)
+    axes.set(ylabel="%", title=title, ylim=(0, 108))
+    axes.legend(frameon=False, ncols=len(shares), loc="upper center", bbox_to_anchor=(0.5, -0.1))
+    _grid(axes, axis="y")
+    return _save(figure, out)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Axes]:
+    from matplotlib.figure import Figure  # 0.5 s: only when something is drawn
+
+    # Figure without pyplot: no global state, no display, nothing to close
+    figure = Figure(figsize=(width, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _grid(axes: Axes, *, axis: Any) -> None:
+    axes.grid(axis=axis, color="#e4e4e4", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _save(figure: Figure, out: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(figure).print_png(str(out), metadata={"Software": None}, pil_kwargs=None)
+    return out
+
+
+def _colours() -> Iterable[str]:
+    return ("#2563a8", "#d1700a", "#3d8f4f", "#a8325e")
