@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+AVERAGED = ("share", "mean_weight", "top1_share", "entropy")
 DEAD_BELOW = 0.1  # an expert is dead when its share is below this fraction of an even share, 1 / num_experts
 
 
@@ -51,6 +52,27 @@ class RoutingSummary:
         return dead_experts(self.shares())
 
 
+def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str, Any]]]]) -> RoutingSummary:
+    """One summary from the statistics of each task recorded alone: task -> (tokens, gate x expert rows).
+
+    Tasks are recorded one at a time so that nothing needs task ids: the gate may be measured without
+    knowing them. In the rows of the summary every token weighs the same, whatever its task.
+    """
+    total = sum(tokens for tokens, _ in recorded.values())
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    by_task = {}
+    for task, (tokens, gates) in recorded.items():
+        by_task[task] = {
+            e: _mean([g["mean_weight"] for g in gates if g["expert"] == e]) for e in _experts(gates)
+        }
+        for gate in gates:
+            key = gate["gate"], gate["expert"]
+            row = rows.setdefault(key, {**gate, **dict.fromkeys(AVERAGED, 0.0)})
+            for name in AVERAGED:
+                row[name] += gate[name] * tokens / total if total else 0.0
+    return RoutingSummary(mode, total, by_task, list(rows.values()))
+
+
 def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rows of gate x expert statistics -> expert -> mean share over the gates that know the expert."""
     collected: dict[str, list[float]] = {}
@@ -81,11 +103,15 @@ def advice(dead: Sequence[str], *, mode: str) -> str | None:
 
 def _mean_by(gates: Sequence[Mapping[str, Any]], *, row_key: str, value: str) -> Matrix:
     rows = _ordered(str(g[row_key]) for g in gates)
-    columns = _ordered(g["expert"] for g in gates)
+    columns = _experts(gates)
     cells: dict[tuple[str, str], list[float]] = {}
     for g in gates:
         cells.setdefault((str(g[row_key]), g["expert"]), []).append(g[value])
     return Matrix(rows, columns, [[_mean(cells.get((r, c), [])) for c in columns] for r in rows])
+
+
+def _experts(gates: Sequence[Mapping[str, Any]]) -> list[str]:
+    return _ordered(g["expert"] for g in gates)
 
 
 def _mean(values: Sequence[float]) -> float:

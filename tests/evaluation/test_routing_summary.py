@@ -2,7 +2,7 @@
 
 import pytest
 
-from molora.evaluation.routing import RoutingSummary, advice, dead_experts, expert_shares
+from molora.evaluation.routing import RoutingSummary, advice, dead_experts, expert_shares, summarise
 
 
 def row(gate, layer, expert, share, weight):
@@ -53,3 +53,27 @@ def test_summary_finds_its_dead_expert_and_says_what_to_do():
     assert "aux_losses.balance" in advice(["b"], mode="gate")
     assert "remove_expert" in advice(["b"], mode="task")
     assert advice([], mode="gate") is None
+
+
+def test_tasks_recorded_alone_make_one_summary_in_which_tokens_weigh_the_same():
+    law = [
+        row("g0", 0, "a", 1.0, 0.9),
+        row("g0", 0, "b", 0.0, 0.1),
+        row("g1", 1, "a", 0.5, 0.5),
+        row("g1", 1, "b", 0.5, 0.5),
+    ]
+    news = [row("g0", 0, "a", 0.0, 0.3), row("g0", 0, "b", 1.0, 0.7)]
+    summary = summarise("gate", {"law": (30, law), "news": (10, news)})
+    assert summary.tokens == 40
+    assert summary.by_task["law"] == pytest.approx({"a": 0.7, "b": 0.3})
+    assert summary.by_task["news"] == pytest.approx({"a": 0.3, "b": 0.7})
+    first = summary.gates[0]
+    assert (first["gate"], first["layer"], first["expert"]) == ("g0", 0, "a")
+    assert first["share"] == pytest.approx(0.75)
+    assert first["mean_weight"] == pytest.approx(0.75)
+
+
+def test_a_summary_of_nothing_is_empty_not_an_error():
+    summary = summarise("gate", {"law": (0, [])})
+    assert summary.shares() == {}
+    assert summary.dead_experts() == []
