@@ -1,0 +1,1 @@
+"""Experts: the stacked bank, its kernel and its initialisation."""

@@ -1,0 +1,203 @@
+"""ExpertBank: one layer's experts, stacked, frozen and trainable ones in separate Parameters.
+
+Axis vocabulary, everywhere in molora: batch seq tokens d_in d_out expert rank task.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from molora.experts.kernel import expand
+
+
+class Expert(NamedTuple):
+    """One expert's factors, without padding: `A` (rank, d_in), `B` (d_out, rank), and its scaling."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Its weight update `scaling · B A`, (d_out, d_in)."""
+        return self.scaling * (self.B @ self.A)
+
+
+class ExpertBank(nn.Module):
+    """Experts of one layer: given x and weights over experts, adds their outputs to the base's.
+
+    Two stacks, `lora_A (expert, rank, d_in)` and `lora_B (expert, rank, d_out)`, each once for the
+    trainable and once for the frozen experts: freezing is real (no gradient, no optimiser state, no
+    weight decay). `lora_B` is kept transposed so that flattening it for the kernel is a view. Ranks may
+    differ: shorter experts are padded with zeros, which never get a gradient.
+
+    On disk there is one stack per factor, in expert order: `lora_A (expert, rank, d_in)` and
+    `lora_B (expert, d_out, rank)`; which experts are frozen is the config's to know.
+    """
+
+    def __init__(self, experts: Sequence[Expert], frozen: Sequence[bool], dropout: float = 0.0) -> None:
+        super().__init__()
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.assign(experts, frozen)
+
+    def assign(self, experts: Sequence[Expert], frozen: Sequence[bool]) -> None:
+        """Replace all experts; keeps the Parameters where neither shape nor freezing changes."""
+        self.ranks = tuple(expert.rank for expert in experts)
+        self.scalings = tuple(expert.scaling for expert in experts)
+        self.frozen = tuple(i for i, is_frozen in enumerate(frozen) if is_frozen)
+        self.trainable = tuple(i for i, is_frozen in enumerate(frozen) if not is_frozen)
+        self._expansions: dict[Any, Tensor] = {}
+        rank = max(self.ranks)
+
+        def stack(indices: Sequence[int], factor: Callable[[Expert], Tensor], requires_grad: bool) -> nn.Parameter | None:
+            if not indices:
+                return None
+            rows = [F.pad(factor(experts[i]), (0, 0, 0, rank - self.ranks[i])) for i in indices]
+            return nn.Parameter(torch.stack(rows).detach(), requires_grad=requires_grad)
+
+        self.lora_A = stack(self.trainable, lambda e: e.A, True)
+        self.lora_B = stack(self.trainable, lambda e: e.B.t(), True)
+        self.frozen_A = stack(self.frozen, lambda e: e.A, False)
+        self.frozen_B = stack(self.frozen, lambda e: e.B.t(), False)
+
+    @property
+    def num_experts(self) -> int:
+        return len(self.ranks)
+
+    def expert(self, index: int) -> Expert:
+        """One expert's factors, as views without the padding."""
+        frozen = index in self.frozen
+        position = (self.frozen if frozen else self.trainable).index(index)
+        A, B = (self.frozen_A, self.frozen_B) if frozen else (self.lora_A, self.lora_B)
+        assert A is not None and B is not None
+        rank = self.ranks[index]
+        return Expert(A[position, :rank], B[position, :rank].t(), self.scalings[index])
+
+    def experts(self) -> list[Expert]:
+        """Every expert's factors, in expert order."""
+        return [self.expert(i) for i in range(self.num_experts)]
+
+    def apply_freeze(self) -> None:
+        """Frozen stacks stay frozen, whatever marked the adapter as trainable."""
+        for parameter in (self.frozen_A, self.frozen_B):
+            if parameter is not None:
+                parameter.requires_grad_(False)
+
+    def delta(self, weights: Sequence[float] | Tensor) -> Tensor:
+        """Weight update (d_out, d_in) of a static mixture, in float32 or better."""
+        total = None
+        for weight, expert in zip(weights, self.experts(), strict=True):
+            compute = torch.promote_types(expert.A.dtype, torch.float32)
+            part = weight * expert._replace(A=expert.A.to(compute), B=expert.B.to(compute)).delta()
+            total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def forward(self, x: Tensor, y: Tensor, weights: Tensor, experts: tuple[int, ...] | None = None) -> Tensor:
+        """Add `Σ_e weights_e · scaling_e · B_e A_e drop(x)` to y.
+
+        Args:
+            x: (..., d_in) the layer's input.
+            y: (..., d_out) the base layer's output; may be overwritten.
+            weights: (tokens, expert) or (1, expert).
+            experts: indices the columns of `weights` stand for; None = all of them. Only these are
+                computed, so other experts cannot change the result.
+        """
+        A, B, order = self._stacks(experts)
+        flat = self.dropout(x).reshape(-1, x.shape[-1])
+        h = F.linear(flat, A.to(flat.dtype))  # cast the parameters, never x
+        return expand(y, h, weights, self._expansion(order, experts, x), B)
+
+    def _stacks(self, experts: tuple[int, ...] | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
+        """`A` (rank, d_in) and `B` (rank, d_out) of the experts in use, and their order in the stack."""
+        if experts is None:
+            A = [p for p in (self.frozen_A, self.lora_A) if p is not None]
+            B = [p for p in (self.frozen_B, self.lora_B) if p is not None]
+            order = self.frozen + self.trainable
+            A_stack, B_stack = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B))
+            return A_stack.flatten(0, 1), B_stack.flatten(0, 1), order
+        chosen = [self.expert(i) for i in experts]
+        return torch.cat([e.A for e in chosen]), torch.cat([e.B.t() for e in chosen]), experts
+
+    def _expansion(self, order: tuple[int, ...], experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
+        """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stack.
+
+        Built here, not a buffer: a buffer would be rounded by `model.to(bfloat16)` and lost on meta.
+        """
+        key = (order, experts, x.device, x.dtype == torch.float64)
+        if key not in self._expansions:
+            rows = experts if experts is not None else tuple(range(self.num_experts))
+            widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
+            expansion = torch.zeros(len(rows), sum(widths), dtype=torch.float64 if key[-1] else torch.float32)
+            start = 0
+            for index, width in zip(order, widths, strict=True):
+                expansion[rows.index(index), start : start + self.ranks[index]] = self.scalings[index]
+                start += width
+            self._expansions[key] = expansion.to(x.device)
+        return self._expansions[key]
+
+    # -- state dict: one stack per factor, in expert order, whatever is frozen --------------------------
+
+    def _joined(self, frozen: Tensor | None, trainable: Tensor | None) -> Tensor:
+        parts = [p for p in (frozen, trainable) if p is not None]
+        if len(parts) == 1:
+            return parts[0]
+        order = torch.tensor(self.frozen + self.trainable, device=parts[0].device).argsort()
+        return torch.cat(parts)[order]
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        A = self._joined(self.frozen_A, self.lora_A)
+        B = rearrange(self._joined(self.frozen_B, self.lora_B), "expert rank d_out -> expert d_out rank")
+        destination[prefix + "lora_A"] = A if keep_vars else A.detach()
+        destination[prefix + "lora_B"] = B.contiguous() if keep_vars else B.detach().contiguous()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, transposed in (("lora_A", False), ("lora_B", True)):
+            key = prefix + name
+            if key not in state_dict:
+                missing_keys.append(key)
+                continue
+            stack = rearrange(state_dict[key], "expert d_out rank -> expert rank d_out") if transposed else state_dict[key]
+            frozen, trainable = getattr(self, name.replace("lora", "frozen")), getattr(self, name)
+            wanted = (self.num_experts, *(trainable if trainable is not None else frozen).shape[1:])
+            if tuple(stack.shape) != wanted:
+                error_msgs.append(f"size mismatch for {key}: {tuple(stack.shape)} in the file, {wanted} in the model.")
+                continue
+            for parameter, indices in ((frozen, self.frozen), (trainable, self.trainable)):
+                if parameter is not None:
+                    self._load_stack(name, parameter, stack[list(indices)], local_metadata)
+
+    def _load_stack(self, name: str, parameter: nn.Parameter, value: Tensor, local_metadata: dict[str, Any]) -> None:
+        if parameter.is_meta or local_metadata.get("assign_to_params_buffers", False):
+            attribute = name if parameter is getattr(self, name) else name.replace("lora", "frozen")
+            setattr(self, attribute, nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad))
+        else:
+            with torch.no_grad():
+                parameter.copy_(value)
+
+    def extra_repr(self) -> str:
+        return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"
+
+
+def mean_expert(experts: Sequence[Expert], rank: int, scaling: float) -> Tensor:
+    """Mean weight update of several experts divided by `scaling`, for a new expert to start from."""
+    stacked = torch.stack([e._replace(A=e.A.float(), B=e.B.float()).delta() for e in experts])
+    return einsum(stacked, "expert d_out d_in -> d_out d_in") / (len(experts) * scaling)

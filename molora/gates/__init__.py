@@ -1,0 +1,1 @@
+"""Gates: who decides the weights of the experts."""

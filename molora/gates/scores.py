@@ -1,0 +1,95 @@
+"""Gate scores: the rows that turn an input, or nothing at all, into router logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.experts.kernel import Float32Linear
+
+
+class GateRows(nn.Module):
+    """One row per expert: a vector (d_in,) for a linear score, a scalar for a table.
+
+    Rows live in blocks, one Parameter each, in the order in which experts were added. A block is
+    multiplied on its own, so the logits of earlier experts are bit-equal however many come later, and
+    frozen rows are frozen Parameters. On disk there is one `weight` in expert order.
+    """
+
+    def __init__(self, weight: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
+        super().__init__()
+        self.assign(weight, blocks, frozen)
+
+    def assign(self, weight: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
+        """Replace all rows; `weight` (expert, ...) is in expert order, `blocks` partition the experts."""
+        self.order = tuple(tuple(block) for block in blocks)
+        self.frozen_blocks = tuple(all(frozen[i] for i in block) for block in self.order)
+        for name in list(self._parameters):
+            delattr(self, name)
+        for i, (block, is_frozen) in enumerate(zip(self.order, self.frozen_blocks, strict=True)):
+            rows = nn.Parameter(weight[list(block)].detach().clone(), requires_grad=not is_frozen)
+            self.register_parameter(f"block_{i}", rows)
+
+    @property
+    def blocks(self) -> list[nn.Parameter]:
+        """The Parameters, in block order."""
+        return [getattr(self, f"block_{i}") for i in range(len(self.order))]
+
+    def apply_freeze(self) -> None:
+        """Frozen rows stay frozen, whatever marked the adapter as trainable."""
+        for block, is_frozen in zip(self.blocks, self.frozen_blocks, strict=True):
+            if is_frozen:
+                block.requires_grad_(False)
+
+    def weight(self) -> Tensor:
+        """All rows in expert order, (expert, d_in) or (expert,)."""
+        return self._in_order(torch.cat(self.blocks), dim=0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Linear scores in float32 (float64 for float64 x): (tokens, d_in) -> (tokens, expert)."""
+        return self._in_order(torch.cat([Float32Linear.apply(x, block) for block in self.blocks], dim=-1), dim=-1)
+
+    def table(self) -> Tensor:
+        """Scores that read nothing: (1, expert) in float32 or better."""
+        weight = self.weight()
+        return weight.to(torch.promote_types(weight.dtype, torch.float32)).unsqueeze(0)
+
+    def _in_order(self, values: Tensor, dim: int) -> Tensor:
+        flat = [i for block in self.order for i in block]
+        if flat == sorted(flat):
+            return values
+        return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        weight = self.weight()
+        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        key = prefix + "weight"
+        if key not in state_dict:
+            missing_keys.append(key)
+            return
+        weight = state_dict[key]
+        wanted = (sum(len(block) for block in self.order), *self.blocks[0].shape[1:])
+        if tuple(weight.shape) != wanted:
+            error_msgs.append(f"size mismatch for {key}: {tuple(weight.shape)} in the file, {wanted} in the model.")
+            return
+        for i, (block, rows) in enumerate(zip(self.blocks, self.order, strict=True)):
+            value = weight[list(rows)]
+            if block.is_meta or local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, f"block_{i}", nn.Parameter(value.detach().clone(), requires_grad=block.requires_grad))
+            else:
+                with torch.no_grad():
+                    block.copy_(value)

@@ -1,0 +1,136 @@
+"""RoutingRecord: who was routed where. Sums only, so its size does not grow with the data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from molora.task_map import BASE_ONLY, TaskMap
+
+
+@dataclass
+class GateSums:
+    """Sums over tokens of one gate under one task; vectors are (expert,) float64."""
+
+    tokens: float
+    weight: Tensor
+    share: Tensor  # of the slots
+    top1: Tensor
+    entropy: float
+
+    def add(self, other: GateSums) -> None:
+        """Add another's sums; a bank that has grown meanwhile pads the older ones."""
+        size = max(len(self.weight), len(other.weight))
+        for name in ("weight", "share", "top1"):
+            setattr(self, name, _pad(getattr(self, name), size) + _pad(getattr(other, name), size))
+        self.tokens += other.tokens
+        self.entropy += other.entropy
+
+
+@dataclass
+class RoutingRecord:
+    """Counts per gate and task, filled by `molora.record_routing`."""
+
+    sums: dict[tuple[str, str | None], GateSums] = field(default_factory=dict)  # (gate, task name or None)
+    experts: tuple[str, ...] = ()
+
+    @torch.no_grad()
+    def add(self, task_map: TaskMap, records: list[tuple[str, Any]]) -> None:
+        """Take in one forward: (gate name, record) pairs with `routing`, `mask` and `task_ids`."""
+        if len(task_map.experts) >= len(self.experts):
+            self.experts = task_map.experts
+        for gate, record in records:
+            weights, selected, entropy = _full(record.routing, len(task_map.experts))
+            tokens = len(record.mask if record.mask is not None else record.task_ids if record.task_ids is not None else weights)
+            weights, selected, entropy = (t.expand(tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy))
+            keep = torch.ones(len(weights), dtype=torch.bool, device=weights.device) if record.mask is None else record.mask
+            ids = None if record.task_ids is None else record.task_ids.to(weights.device)
+            for task_id in [None] if ids is None else ids.unique().tolist():
+                if task_id == BASE_ONLY:
+                    continue
+                rows = keep if ids is None else keep & (ids == task_id)
+                name = None if task_id is None else task_map.name(task_id)
+                self._count(gate, name, weights[rows], selected[rows], entropy[rows])
+
+    def _count(self, gate: str, task: str | None, weights: Tensor, selected: Tensor, entropy: Tensor) -> None:
+        top1 = torch.zeros(weights.shape[1], dtype=torch.float64, device=weights.device)
+        if len(weights):
+            top1 += torch.bincount(weights.argmax(dim=-1), minlength=weights.shape[1])
+        new = GateSums(
+            float(len(weights)), weights.double().sum(0).cpu(), selected.double().sum(0).cpu(), top1.cpu(), entropy.double().sum().item()
+        )
+        if (gate, task) in self.sums:
+            self.sums[gate, task].add(new)
+        else:
+            self.sums[gate, task] = new
+
+    @property
+    def tokens(self) -> int:
+        """Tokens counted at the busiest gate."""
+        per_gate: dict[str, float] = {}
+        for (gate, _), sums in self.sums.items():
+            per_gate[gate] = per_gate.get(gate, 0.0) + sums.tokens
+        return int(max(per_gate.values(), default=0))
+
+    def table(self) -> list[dict[str, Any]]:
+        """One row per gate and expert: layer, share of slots, mean weight, top-1 share, gate entropy (nats)."""
+        merged: dict[str, GateSums] = {}
+        for (gate, _), sums in self.sums.items():
+            if gate not in merged:
+                size = len(sums.weight)
+                merged[gate] = GateSums(0.0, torch.zeros(size).double(), torch.zeros(size).double(), torch.zeros(size).double(), 0.0)
+            merged[gate].add(sums)
+        rows = []
+        for gate, sums in merged.items():
+            tokens = max(sums.tokens, 1.0)
+            numbers = [int(part) for part in gate.split(".") if part.isdigit()]
+            for i in range(len(sums.weight)):
+                rows.append(
+                    {
+                        "gate": gate,
+                        "layer": numbers[0] if numbers else None,
+                        "expert": self.experts[i],
+                        "share": sums.share[i].item() / tokens,
+                        "mean_weight": sums.weight[i].item() / tokens,
+                        "top1_share": sums.top1[i].item() / tokens,
+                        "entropy": sums.entropy / tokens,
+                    }
+                )
+        return rows
+
+    def by_task(self) -> dict[str, dict[str, float]]:
+        """Task -> {expert: mean weight over gates and tokens}, for forwards that carried task ids."""
+        weight: dict[str, Tensor] = {}
+        tokens: dict[str, float] = {}
+        for (_, task), sums in self.sums.items():
+            if task is not None:
+                total = weight.get(task, torch.zeros(0, dtype=torch.float64))
+                size = max(len(total), len(sums.weight))
+                weight[task] = _pad(total, size) + _pad(sums.weight, size)
+                tokens[task] = tokens.get(task, 0.0) + sums.tokens
+        return {
+            task: {self.experts[i]: total[i].item() / max(tokens[task], 1.0) for i in range(len(total))}
+            for task, total in weight.items()
+        }
+
+
+def _pad(values: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(values, (0, size - len(values)))
+
+
+def _full(routing: Any, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,)."""
+    weights = routing.weights.detach().float()
+    chosen = (weights > 0).float()
+    selected = routing.selected.float() if routing.selected is not None else chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+    probs = routing.probs.float() if routing.probs is not None else weights
+    entropy = torch.special.entr(probs).sum(-1)
+    if routing.experts is not None:
+        columns = torch.tensor(routing.experts, device=weights.device)
+        weights, selected = (
+            torch.zeros(len(t), num_experts, device=t.device).index_copy(1, columns, t) for t in (weights, selected)
+        )
+    return weights, selected, entropy

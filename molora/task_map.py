@@ -1,0 +1,98 @@
+"""Which tasks an adapter knows, the stable id of each, and the experts each task may use."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from molora.config.suggest import did_you_mean
+from molora.errors import RoutingError
+
+BASE_ONLY = -1
+"""The task id that asks for no adapter at all."""
+
+TaskRef = str | int | None
+
+
+@dataclass(frozen=True)
+class TaskMap:
+    """Task names, ids and experts of one adapter; ids are never re-used nor inferred from order."""
+
+    experts: tuple[str, ...]
+    ids: dict[str, int]
+    weights: dict[str, dict[str, float]]
+    isolated: frozenset[str] = frozenset()
+    _cache: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+
+    def resolve(self, task: TaskRef) -> int:
+        """The id of a task given by name or id; None and -1 mean base only.
+
+        Raises:
+            RoutingError: the task is not known; the message names those that are.
+        """
+        if task is None or task == BASE_ONLY:
+            return BASE_ONLY
+        if isinstance(task, str) and task in self.ids:
+            return self.ids[task]
+        if not isinstance(task, str) and int(task) in self.ids.values():
+            return int(task)
+        known = ", ".join(f"{name!r} (id {i})" for name, i in self.ids.items()) or "none: this adapter declares no tasks"
+        suggestion = did_you_mean(task, self.ids) if isinstance(task, str) else ""
+        raise RoutingError(
+            f"unknown task {task!r}.{suggestion} Known tasks: {known}; None or -1 means the base model only."
+        )
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Raise RoutingError for the first id that no task has."""
+        for task_id in ids:
+            self.resolve(task_id)
+
+    def name(self, task_id: int) -> str:
+        """The name of a known task id."""
+        return next(name for name, i in self.ids.items() if i == task_id)
+
+    def experts_of(self, task_id: int) -> dict[int, float]:
+        """Expert index -> weight of one task, in expert order."""
+        given = self.weights[self.name(task_id)]
+        return {index: given[expert] for index, expert in enumerate(self.experts) if expert in given}
+
+    def table(self, device: torch.device) -> Tensor:
+        """Weights (task id, expert) of every task, zero rows for ids that no task has."""
+        key = str(device)
+        if key not in self._cache:
+            rows = torch.zeros(max(self.ids.values(), default=-1) + 1, len(self.experts))
+            for task_id in self.ids.values():
+                for expert, weight in self.experts_of(task_id).items():
+                    rows[task_id, expert] = weight
+            self._cache[key] = rows.to(device)
+        return self._cache[key]
+
+    def row(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
+        """Static weights as a (1, expert) tensor in the gate's dtype on x's device, made once."""
+        dtype = torch.promote_types(like.dtype, torch.float32)
+        key = f"{like.device} {dtype} {weights}"
+        if key not in self._cache:
+            self._cache[key] = torch.tensor([weights], dtype=dtype, device=like.device)
+        return self._cache[key]
+
+    def visible(self, task_id: int, *, own_only: bool) -> tuple[int, ...]:
+        """Experts a learned gate may use for a task: its own set, or all but those isolated from it."""
+        own = self.experts_of(task_id)
+        return tuple(
+            index
+            for index, expert in enumerate(self.experts)
+            if index in own or not (own_only or expert in self.isolated)
+        )
+
+    def visible_table(self, device: torch.device, *, own_only: bool) -> Tensor:
+        """`visible` of every task as a boolean matrix (task id, expert)."""
+        key = f"{device} visible {own_only}"
+        if key not in self._cache:
+            rows = torch.zeros(max(self.ids.values(), default=-1) + 1, len(self.experts), dtype=torch.bool)
+            for task_id in self.ids.values():
+                rows[task_id, list(self.visible(task_id, own_only=own_only))] = True
+            self._cache[key] = rows.to(device)
+        return self._cache[key]

@@ -1,0 +1,1 @@
+"""The PEFT method: config, layers, model, and the verbs that change experts."""

@@ -1,0 +1,110 @@
+"""Free functions on any model that holds experts: routing, statistics and auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from molora.context import RoutingContext, RoutingRequest, TaskIdsLike
+from molora.errors import ConfigError, RoutingError
+from molora.statistics import RoutingRecord
+from molora.tuner.aux import weighted_sum
+from molora.tuner.hooks import layers_of
+from molora.tuner.layer import MoLoraLayer
+
+
+def find_context(model: nn.Module) -> RoutingContext:
+    """The routing context of a model, however it was wrapped (PEFT, transformers, compile, DDP)."""
+    layer = next((m for m in model.modules() if isinstance(m, MoLoraLayer)), None)
+    if layer is None:
+        raise ConfigError(f"{type(model).__name__} has no molora adapter.", hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).")
+    layers_of(layer.context, model)
+    return layer.context
+
+
+@contextmanager
+def routing(
+    model: nn.Module,
+    task_ids: TaskIdsLike = None,
+    *,
+    by: str | None = None,
+    experts: Sequence[str] | Mapping[str, float] | None = None,
+) -> Iterator[None]:
+    """Set task ids, or force experts, for every forward and generate inside.
+
+    Args:
+        model: any model with a molora adapter.
+        task_ids: a name or id for all samples, or one per sample (list or integer tensor); None or -1
+            inside a list, or -1 alone, means the base model only.
+        by: "task" restricts a learned gate to the tasks' own experts, renormalised over them.
+        experts: names (equal weights) or `{name: weight}` to use instead of the gate.
+
+    An inner context overrides an outer one field by field; `routing_task_ids=` in a call beats both.
+
+    Raises:
+        RoutingError: unknown tasks or experts, or a batch that the ids do not fit.
+    """
+    if by not in (None, "task"):
+        raise RoutingError(f"by={by!r} is not None or 'task'.")
+    if experts is not None and not isinstance(experts, Mapping):
+        names = [experts] if isinstance(experts, str) else list(experts)
+        experts = {name: 1 / len(names) for name in names}
+    request = RoutingRequest(task_ids=task_ids, by=by, experts=experts, given=task_ids is not None)
+    with find_context(model).use_request(request):
+        yield
+
+
+@contextmanager
+def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
+    """Count what the gates decide in every forward inside; padding excluded, no activation kept."""
+    context = find_context(model)
+    record = RoutingRecord()
+    context.recorders.append(record)
+    try:
+        yield record
+    finally:
+        context.recorders.remove(record)
+
+
+@contextmanager
+def aux_in_loss(model: nn.Module, enabled: bool) -> Iterator[None]:
+    """Switch off (or on) the adding of auxiliary losses to `out.loss`, for loops that add them themselves."""
+    context = find_context(model)
+    previous, context.aux_in_loss = context.aux_in_loss, enabled
+    try:
+        yield
+    finally:
+        context.aux_in_loss = previous
+
+
+def aux_losses(model: nn.Module) -> dict[str, Tensor]:
+    """Unweighted auxiliary losses of the last training forward, with their graph.
+
+    Several active adapters: each name's mean over the adapters that have it.
+
+    Raises:
+        RoutingError: losses are configured but no training forward ran yet.
+    """
+    context = find_context(model)
+    if not any(context.adapters[a].aux_losses for a in context.active):
+        return {}
+    if context.aux is None:
+        raise RoutingError("no auxiliary losses yet: they come from a forward in train mode with gradients enabled.")
+    found: dict[str, list[Tensor]] = {}
+    for values in context.aux.values():
+        for name, value in values.items():
+            found.setdefault(name, []).append(value)
+    return {name: torch.stack(values).mean() for name, values in found.items()}
+
+
+def aux_loss(model: nn.Module) -> Tensor:
+    """Weighted sum of the auxiliary losses of the last training forward; 0 where there are none."""
+    context = find_context(model)
+    total = torch.zeros((), device=next(model.parameters()).device)
+    for adapter, values in (context.aux or {}).items() if aux_losses(model) else ():
+        weighted = weighted_sum(context.adapters[adapter].config, values)
+        total = total if weighted is None else total + weighted
+    return total

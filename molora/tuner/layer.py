@@ -1,0 +1,171 @@
+"""MoLoraLayer: a frozen linear layer with a bank of experts and, where it leads its group, a gate."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.context import RoutingContext, RoutingState, base_only
+from molora.errors import ConfigError
+from molora.experts.bank import ExpertBank
+from molora.gates.gate import Gate, Routing
+from molora.gates.route import route
+from molora.task_map import BASE_ONLY
+
+
+@dataclass
+class Site:
+    """Where one adapter's experts sit in the model; plain data, not part of any state dict."""
+
+    key: str  # module name in the base model
+    stream: str  # whose padding mask fits: "encoder" | "decoder"
+    plain: bool = False  # one ordinary LoRA, no gate
+    reads_input: bool = True  # whether the gate's answer depends on x
+    group: list[MoLoraLayer] = field(default_factory=list)  # the leader, which owns the gate, comes first
+
+
+@dataclass
+class GateRecord:
+    """What one gate decided in one forward; kept only while losses or statistics need it."""
+
+    routing: Routing
+    mask: Tensor | None  # (tokens,) true where a token counts
+    task_ids: Tensor | None  # (tokens,)
+
+
+class MoLoraLayer(BaseTunerLayer):
+    """Base of the adapted layers: holds each adapter's bank and gate, adds their output to the base's."""
+
+    adapter_layer_names = ("molora_experts", "molora_gate")
+    other_param_names = ("sites", "records", "static_weights")
+
+    def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
+        self.base_layer = base_layer
+        self.context = context
+        self.molora_experts = nn.ModuleDict({})
+        self.molora_gate = nn.ModuleDict({})
+        self.sites: dict[str, Site] = {}
+        self.records: dict[str, GateRecord] = {}
+        self.static_weights: dict[str, list[float]] = {}  # set by the model just before merging
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self._unmerged: list[Tensor] = []
+
+    def update_layer(self, adapter: str, site: Site, bank: ExpertBank, gate: Gate | None, *, active: bool) -> None:
+        """Attach one adapter's experts, and its gate where this layer leads the group."""
+        self.sites[adapter] = site
+        self.molora_experts[adapter] = bank
+        if gate is not None:
+            self.molora_gate[adapter] = gate
+        self._move_adapter_to_device_of_base_layer(adapter)
+        if active:
+            self.set_adapter(self.active_adapters)
+
+    def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
+        # PEFT calls this after every path that marks an adapter as trainable.
+        for adapter, bank in self.molora_experts.items():
+            bank.apply_freeze()
+            if adapter in self.molora_gate:
+                self.molora_gate[adapter].rows.apply_freeze()
+
+    def gate_of(self, adapter: str) -> Gate | None:
+        """The gate this layer's weights come from: its own, or that of the layer leading its group."""
+        group = self.sites[adapter].group
+        return group[0].molora_gate[adapter] if group and adapter in group[0].molora_gate else None
+
+    # -- forward ---------------------------------------------------------------------------------------
+
+    def add_experts(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        """Add one adapter's mixture to the base layer's output y (may overwrite it)."""
+        state = self.context.state
+        tasks = state.tasks.get(adapter)
+        if tasks is not None and tasks.single == BASE_ONLY:
+            return y
+        bank: Any = self.molora_experts[adapter]
+        if self.sites[adapter].plain:
+            weights = self.context.adapters[adapter].task_map.row((1.0,), x)
+            experts = None
+        else:
+            routing = self._routing(adapter, x, state)
+            weights, experts = routing.weights, routing.experts
+        if tasks is not None and tasks.single is None and tasks.has_base:
+            weights = weights * base_only(tasks.expand(x.shape[:-1]).to(x.device))
+        return bank(x, y, weights, experts)
+
+    def _routing(self, adapter: str, x: Tensor, state: RoutingState) -> Routing:
+        """This layer's routing; computed once for the linears of a group that get the very same x."""
+        site = self.sites[adapter]
+        leader = site.group[0]
+        if state.shared is not None and state.shared[0] is leader:
+            seen = state.shared[1]
+            if seen is x or (not site.reads_input and seen.shape[:-1] == x.shape[:-1]):
+                return state.shared[2]
+        tasks = state.tasks.get(adapter)
+        routing = route(x, self.gate_of(adapter), self.context.adapters[adapter].task_map, tasks, state)
+        if state.owner is not None and len(site.group) > 1:
+            state.shared = (leader, x, routing)
+        if state.recording and leader is self:
+            lead = x.shape[:-1]
+            ids = None if tasks is None else tasks.expand(lead)
+            self.records[adapter] = GateRecord(routing, state.mask(site.stream, lead), ids)
+        return routing
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add static mixtures to the base weight; the original is kept so that unmerge is exact."""
+        for adapter in check_adapters_to_merge(self, adapter_names):
+            if adapter not in self.molora_experts:
+                continue
+            if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
+                raise ConfigError(f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised.")
+            weight = self.get_base_weight()
+            bank: Any = self.molora_experts[adapter]
+            delta = bank.delta(self.static_weights[adapter])
+            delta = (delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight.device)
+            merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ConfigError(f"merging {adapter!r} gives weights that are not finite in {self.sites[adapter].key}.")
+            self._unmerged.append(weight.clone())
+            self.set_base_weight(merged)
+            self.merged_adapters.append(adapter)
+
+    def unmerge(self) -> None:
+        """Restore the base weight as it was before the first merge."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.set_base_weight(self._unmerged[0])
+        self._unmerged.clear()
+        self.merged_adapters.clear()
+
+
+class Linear(nn.Module, MoLoraLayer):
+    """An adapted linear-like layer: nn.Linear, Conv1D, or a quantised one; its weight is never read here."""
+
+    def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
+        super().__init__()
+        MoLoraLayer.__init__(self, base_layer, context)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Base output plus the mixture of every active adapter; x (..., d_in) -> (..., d_out)."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        for adapter in self.active_adapters:
+            if adapter in self.molora_experts:
+                y = self.add_experts(adapter, x, y)
+        return y
+
+    def __repr__(self) -> str:
+        return "molora." + super().__repr__()

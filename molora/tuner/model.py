@@ -1,0 +1,269 @@
+"""MoLoraModel: the PEFT tuner that puts banks and gates into a stock model and saves, loads, merges them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.utils import get_quantization_kwargs, resolve_quantization_backend
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.context import AdapterRouting, RoutingContext, RoutingRequest
+from molora.errors import ConfigError, RoutingError
+from molora.experts.bank import ExpertBank
+from molora.tuner import hooks, lifecycle, specs
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.layer import Linear, MoLoraLayer, Site
+from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
+
+
+class MoLoraModel(BaseTuner):
+    """A mixture of LoRA experts on the linears of a frozen model.
+
+    Built by `peft.get_peft_model(base, MoLoraConfig(...))`; everything PEFT does with a method (save,
+    load, several adapters, disable, delete, merge) works on it. The verbs below change its experts.
+    """
+
+    prefix = "molora_"
+    tuner_layer_cls = MoLoraLayer
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+
+    # -- building --------------------------------------------------------------------------------------
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Replace the target layers; adding an adapter to a model that has one keeps its context."""
+        config: MoLoraConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        check_targets(config, model)
+        existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
+        self.context = existing[0].context if existing else RoutingContext()
+        self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
+        # Members of a group find their leader here while layers are created, in the model's own order.
+        self._leaders: dict[str, MoLoraLayer] = {}
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        del self._leaders
+        self.context.forget_modules()
+        hooks.install(model, self.context)
+        if config.frozen_extras:
+            lifecycle.freeze_heads(model, adapter_name)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
+        return is_target(peft_config, key)
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
+        site = self._site(peft_config, adapter_name, current_key, layer)
+        d_in, d_out = _get_in_out_features(layer.get_base_layer())
+        names = ["plain"] if site.plain else peft_config.expert_names
+        like = torch.get_default_dtype()
+        experts = [specs.new_expert(peft_config, name, current_key, d_in, d_out, dtype=like) for name in names]
+        frozen = [peft_config.frozen_extras] if site.plain else peft_config.frozen_flags()
+        bank = ExpertBank(experts, frozen, peft_config.lora_dropout)
+        gate = None
+        if not site.plain and site.group[0] is layer and peft_config.gate.learned:
+            gate = specs.new_gate(peft_config, d_in)
+        layer.update_layer(adapter_name, site, bank, gate, active=adapter_name in self.active_adapters)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)  # type: ignore[attr-defined]
+            self._replace_module(parent, target_name, layer, target)
+
+    def _new_layer(self, target: nn.Module, key: str) -> Linear:
+        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+        backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
+        if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
+            raise ConfigError(
+                f"target {key!r} is a {type(base).__name__}; experts go on linear layers (nn.Linear, Conv1D, quantised ones)."
+            )
+        layer = Linear(target, self.context)
+        layer.quantization_backend = backend
+        return layer
+
+    def _site(self, config: MoLoraConfig, adapter: str, key: str, layer: MoLoraLayer) -> Site:
+        encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
+        site = Site(key, stream_of(key, encoder_decoder), plain=matches(config.plain_targets, key))
+        if not site.plain:
+            site.reads_input = config.gate.scope == "token"
+            leader = self._leaders.setdefault(group_key(key, config.gate.share), layer)
+            if site.reads_input and _d_in(leader) != _d_in(layer):
+                leader = layer
+            site.group = leader.sites[adapter].group if leader is not layer else []
+            site.group.append(layer)
+        return site
+
+    # -- PEFT's other entry points -----------------------------------------------------------------------
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
+            if name in self.peft_config and self.peft_config[name].frozen_extras:  # type: ignore[attr-defined]
+                lifecycle.freeze_heads(self.model, name)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self.context.adapters.pop(adapter_name, None)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # PEFT strips the name only from the last two components; a gate nests deeper.
+        if f".{cls.prefix}" not in key:
+            return super()._remove_adapter_name_from_key(key, adapter_name)
+        return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs.get("adapter_names") is not None:
+            raise RoutingError(
+                "adapter_names is not supported: the tasks of one adapter are mixed in a batch instead.",
+                hint="pass routing_task_ids=[...], one per sample.",
+            )
+        yield
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """The base model's generate; `routing_task_ids=` (or `task_ids=`), one per sample."""
+        ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
+        request = RoutingRequest(task_ids=ids, given=True)
+        hooks.layers_of(self.context, self.model)
+        with self.context.use_request(request) if ids is not None else nullcontext():
+            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+
+    # -- merging ---------------------------------------------------------------------------------------
+
+    def merge_and_unload(  # type: ignore[override]
+        self,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+        *,
+        task: str | None = None,
+        expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+    ) -> nn.Module:
+        """Merge a static mixture into the base and return the plain model.
+
+        Args:
+            progressbar: show a progress bar.
+            safe_merge: check the merged weights for NaN.
+            adapter_names: adapters to merge; default: the active ones.
+            task: merge the experts of this task of a task gate.
+            expert_weights: merge these weights, by name or in expert order, whatever the gate.
+
+        Raises:
+            ConfigError: the gate's weights depend on the input, so no single weight matrix exists.
+        """
+        with self._static(adapter_names, task, expert_weights):
+            return super().merge_and_unload(progressbar, safe_merge, adapter_names)
+
+    def merge_adapter(  # type: ignore[override]
+        self,
+        adapter_names: list[str] | None = None,
+        safe_merge: bool = False,
+        *,
+        task: str | None = None,
+        expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+    ) -> None:
+        """Merge in place, reversibly (`unmerge_adapter` restores the exact base); see merge_and_unload."""
+        with self._static(adapter_names, task, expert_weights):
+            super().merge_adapter(adapter_names, safe_merge)
+
+    @contextmanager
+    def _static(self, adapter_names: list[str] | None, task: str | None, expert_weights: Any) -> Any:
+        """Decide every layer's static weights first, so that a refusal leaves the model untouched."""
+        layers = [layer for _, layer in hooks.layers_of(self.context, self.model)]
+        for adapter in adapter_names or self.active_adapters:
+            for layer in layers:
+                if adapter in layer.molora_experts:
+                    layer.static_weights[adapter] = specs.static_weights(
+                        self.peft_config[adapter], layer, adapter, task, expert_weights  # type: ignore[arg-type]
+                    )
+        yield
+        for layer in layers:
+            layer.static_weights.clear()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        hooks.uninstall(self.model)
+        return model
+
+    # -- experts ---------------------------------------------------------------------------------------
+
+    @property
+    def expert_names(self) -> list[str]:
+        """Experts of the active adapter, in order."""
+        return list(self._config().expert_names or [])
+
+    @property
+    def trainable_experts(self) -> list[str]:
+        """Experts that are not frozen."""
+        config = self._config()
+        return [name for name in self.expert_names if name not in config.frozen_experts]
+
+    @property
+    def task_ids(self) -> dict[str, int]:
+        """Task name -> stable id."""
+        return dict(self._config().task_ids or {})
+
+    @property
+    def tasks(self) -> dict[str, dict[str, float]]:
+        """Task name -> {expert: weight}."""
+        return self._config().task_map().weights
+
+    def add_expert(
+        self,
+        name: str,
+        *,
+        tasks: Sequence[str] = (),
+        init: str = "new",
+        freeze_others: bool = True,
+        isolate: bool = False,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Grow every bank by one expert; see `lifecycle.add_expert`."""
+        adapter = self._adapter(adapter_name)
+        lifecycle.add_expert(
+            self.model, self.context, adapter, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate
+        )
+
+    def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
+        """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
+        lifecycle.remove_expert(self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks)
+
+    def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
+        """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
+        lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=True)
+
+    def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
+        """Make experts and their gate rows trainable. Replaces Parameters: build the optimiser afterwards."""
+        lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=False)
+
+    def _adapter(self, adapter_name: str | None = None) -> str:
+        if adapter_name is None:
+            if len(self.active_adapters) != 1:
+                raise ConfigError(f"{len(self.active_adapters)} adapters are active; name one with adapter_name=.")
+            return self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(self.peft_config)}.")
+        return adapter_name
+
+    def _config(self) -> MoLoraConfig:
+        return self.peft_config[self._adapter()]  # type: ignore[return-value]
+
+
+def _d_in(layer: MoLoraLayer) -> int | None:
+    return _get_in_out_features(layer.get_base_layer())[0]
+
+

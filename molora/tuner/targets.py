@@ -1,0 +1,109 @@
+"""Which linears are adapted, which of them read the same input, and which sequence they read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import match_target_against_key
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.config.suggest import did_you_mean
+from molora.errors import ConfigError
+from molora.tuner.config import MoLoraConfig
+
+SIBLINGS: tuple[tuple[str, ...], ...] = (
+    ("q_proj", "k_proj", "v_proj"),
+    ("query", "key", "value"),
+    ("q", "k", "v"),
+    ("q_lin", "k_lin", "v_lin"),
+    ("query_proj", "key_proj", "value_proj"),
+    ("gate_proj", "up_proj"),
+    ("wi_0", "wi_1"),
+    ("w1", "w3"),
+)
+"""Names of linears that read one input when they share a parent. In cross attention the first reads another."""
+
+CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
+
+
+def group_key(key: str, share: str) -> str:
+    """The name of the group whose gate a linear uses; linears outside any known group stand alone."""
+    if share == "global":
+        return ""
+    parent, _, name = key.rpartition(".")
+    for members in SIBLINGS:
+        if share == "group" and name in members:
+            crossed = is_cross_attention(key)
+            own = "query" if crossed and name == members[0] else "shared"
+            return f"{parent}.[{members[0]}].{own}"
+    return key
+
+
+def is_cross_attention(key: str) -> bool:
+    """Whether a module belongs to attention from a decoder to an encoder."""
+    return any(part in CROSS_ATTENTION for part in key.split("."))
+
+
+def stream_of(key: str, encoder_decoder: bool) -> str:
+    """Whose mask fits the linear's input: `encoder` or `decoder` (the only sequence of other models)."""
+    if not encoder_decoder:
+        return "decoder"
+    parts = key.split(".")
+    queries = {members[0] for members in SIBLINGS} | {"o", "out_proj"}
+    return "encoder" if "encoder" in parts or (is_cross_attention(key) and parts[-1] not in queries) else "decoder"
+
+
+def block_index(key: str) -> int | None:
+    """Index of the transformer block a module lies in: the first number in its path."""
+    numbers = [part for part in key.split(".") if part.isdigit()]
+    return int(numbers[0]) if numbers else None
+
+
+def matches(targets: Iterable[str] | str | None, key: str) -> bool:
+    """Whether a module matches a regex or a list of suffixes, by PEFT's rules."""
+    if not targets:
+        return False
+    if isinstance(targets, str):
+        return bool(match_target_against_key(targets, key))
+    return any(key == target or key.endswith(f".{target}") for target in targets)
+
+
+def is_target(config: MoLoraConfig, key: str) -> Any:
+    """PEFT's decision for target_modules, widened by plain_targets."""
+    result = check_target_module_exists(config, key)
+    if result or not matches(config.plain_targets, key):
+        return result
+    excluded = config.exclude_modules
+    return not matches(excluded, key) if excluded else True
+
+
+def linear_names(model: nn.Module) -> list[str]:
+    """Distinct last names of a model's linear layers: what target_modules may list."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    return sorted(name for name in names if not name.isdigit())
+
+
+def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
+    """Raise ConfigError for the first listed target that matches no module, naming candidates."""
+    keys = [key for key, _ in model.named_modules() if key]
+    for what in ("target_modules", "plain_targets"):
+        targets = getattr(config, what)
+        if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
+            continue
+        for target in [targets] if isinstance(targets, str) else sorted(targets):
+            if not any(matches(target if isinstance(targets, str) else [target], key) for key in keys):
+                candidates = linear_names(model)
+                raise ConfigError(
+                    f"{what}: {target!r} matches no module of {type(model).__name__}."
+                    f"{did_you_mean(target, candidates)} Linear layers: {', '.join(candidates)}.",
+                    hint='list suffixes of module names, give a regex, or use "all-linear".',
+                )
+
+
+def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
+    """PEFT's pattern rule: the first pattern that matches the end of the module's name wins."""
+    return next((value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", key)), default)
