@@ -64,7 +64,9 @@ class TaskIds:
         elif len(lead) == 2 and ids.shape[1] >= lead[1]:  # a decoding step sees the newest positions only
             ids = ids[:, -lead[1] :]
         else:
-            raise RoutingError(f"task ids of shape {tuple(self.ids.shape)} do not fit an input of shape {tuple(lead)}.")
+            raise RoutingError(
+                f"task ids of shape {tuple(self.ids.shape)} do not fit an input of shape {tuple(lead)}."
+            )
         return ids.reshape(-1)
 
 
@@ -76,7 +78,9 @@ class RoutingState:
     by_task: bool = False
     experts: Mapping[str, float] | None = None
     masks: dict[str, Tensor] = field(default_factory=dict)  # "encoder" | "decoder" -> (batch, seq)
-    owner: Any = None  # the module whose forward opened this state; routings are shared and recorded only then
+    owner: Any = (
+        None  # the module whose forward opened this state; routings are shared and recorded only then
+    )
     outer: RoutingState | None = None  # the state to return to
     recording: bool = False
     shared: tuple[Any, Tensor, Any] | None = None  # the last gate, its input and its routing
@@ -88,7 +92,13 @@ class RoutingState:
     def mask(self, stream: str, lead: torch.Size) -> Tensor | None:
         """True for tokens that count, (tokens,), or None where the sequence has no mask that fits."""
         mask = self.masks.get(stream)
-        if mask is None or mask.dim() != 2 or len(lead) != 2 or mask.shape[1] < lead[1] or lead[0] % mask.shape[0]:
+        if (
+            mask is None
+            or mask.dim() != 2
+            or len(lead) != 2
+            or mask.shape[1] < lead[1]
+            or lead[0] % mask.shape[0]
+        ):
             return None
         mask = mask[:, mask.shape[1] - lead[1] :]
         return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).reshape(-1).bool()
@@ -127,7 +137,11 @@ class RoutingContext:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
         copy = RoutingContext()
         memo[id(self)] = copy
-        copy.adapters, copy.active, copy.aux_in_loss = dict(self.adapters), list(self.active), self.aux_in_loss
+        copy.adapters, copy.active, copy.aux_in_loss = (
+            dict(self.adapters),
+            list(self.active),
+            self.aux_in_loss,
+        )
         return copy
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,8 +194,12 @@ def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     if isinstance(given, Tensor):
         ids = given.reshape(1) if given.dim() == 0 else given
         if ids.is_floating_point() or ids.dim() > 2:
-            raise RoutingError(f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}.")
-        if torch.compiler.is_compiling():  # reading values would break the graph; the caller owns their validity
+            raise RoutingError(
+                f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}."
+            )
+        if (
+            torch.compiler.is_compiling()
+        ):  # reading values would break the graph; the caller owns their validity
             return TaskIds(ids.long(), None)
         values = sorted(set(ids.flatten().tolist()))
         task_map.check(values)
@@ -191,7 +209,9 @@ def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     resolved = [task_map.resolve(task) for task in given]
     if not resolved:
         raise RoutingError("task_ids is empty; give one name or id per sample.")
-    return TaskIds(torch.tensor(resolved), resolved[0] if len(set(resolved)) == 1 else None, BASE_ONLY in resolved)
+    return TaskIds(
+        torch.tensor(resolved), resolved[0] if len(set(resolved)) == 1 else None, BASE_ONLY in resolved
+    )
 
 
 class CheckpointWithRouting:

@@ -44,9 +44,21 @@ class RoutingRecord:
             self.experts = task_map.experts
         for gate, record in records:
             weights, selected, entropy = _full(record.routing, len(task_map.experts))
-            tokens = len(record.mask if record.mask is not None else record.task_ids if record.task_ids is not None else weights)
-            weights, selected, entropy = (t.expand(tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy))
-            keep = torch.ones(len(weights), dtype=torch.bool, device=weights.device) if record.mask is None else record.mask
+            tokens = len(
+                record.mask
+                if record.mask is not None
+                else record.task_ids
+                if record.task_ids is not None
+                else weights
+            )
+            weights, selected, entropy = (
+                t.expand(tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy)
+            )
+            keep = (
+                torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+                if record.mask is None
+                else record.mask
+            )
             ids = None if record.task_ids is None else record.task_ids.to(weights.device)
             for task_id in [None] if ids is None else ids.unique().tolist():
                 if task_id == BASE_ONLY:
@@ -60,7 +72,11 @@ class RoutingRecord:
         if len(weights):
             top1 += torch.bincount(weights.argmax(dim=-1), minlength=weights.shape[1])
         new = GateSums(
-            float(len(weights)), weights.double().sum(0).cpu(), selected.double().sum(0).cpu(), top1.cpu(), entropy.double().sum().item()
+            float(len(weights)),
+            weights.double().sum(0).cpu(),
+            selected.double().sum(0).cpu(),
+            top1.cpu(),
+            entropy.double().sum().item(),
         )
         if (gate, task) in self.sums:
             self.sums[gate, task].add(new)
@@ -81,7 +97,13 @@ class RoutingRecord:
         for (gate, _), sums in self.sums.items():
             if gate not in merged:
                 size = len(sums.weight)
-                merged[gate] = GateSums(0.0, torch.zeros(size).double(), torch.zeros(size).double(), torch.zeros(size).double(), 0.0)
+                merged[gate] = GateSums(
+                    0.0,
+                    torch.zeros(size).double(),
+                    torch.zeros(size).double(),
+                    torch.zeros(size).double(),
+                    0.0,
+                )
             merged[gate].add(sums)
         rows = []
         for gate, sums in merged.items():
@@ -125,12 +147,17 @@ def _full(routing: Any, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,)."""
     weights = routing.weights.detach().float()
     chosen = (weights > 0).float()
-    selected = routing.selected.float() if routing.selected is not None else chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+    selected = (
+        routing.selected.float()
+        if routing.selected is not None
+        else chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
+    )
     probs = routing.probs.float() if routing.probs is not None else weights
     entropy = torch.special.entr(probs).sum(-1)
     if routing.experts is not None:
         columns = torch.tensor(routing.experts, device=weights.device)
         weights, selected = (
-            torch.zeros(len(t), num_experts, device=t.device).index_copy(1, columns, t) for t in (weights, selected)
+            torch.zeros(len(t), num_experts, device=t.device).index_copy(1, columns, t)
+            for t in (weights, selected)
         )
     return weights, selected, entropy

@@ -39,7 +39,10 @@ class TaskMap:
             return self.ids[task]
         if not isinstance(task, str) and int(task) in self.ids.values():
             return int(task)
-        known = ", ".join(f"{name!r} (id {i})" for name, i in self.ids.items()) or "none: this adapter declares no tasks"
+        known = (
+            ", ".join(f"{name!r} (id {i})" for name, i in self.ids.items())
+            or "none: this adapter declares no tasks"
+        )
         suggestion = did_you_mean(task, self.ids) if isinstance(task, str) else ""
         raise RoutingError(
             f"unknown task {task!r}.{suggestion} Known tasks: {known}; None or -1 means the base model only."

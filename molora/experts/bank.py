@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from einops import einsum, rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -58,7 +58,9 @@ class ExpertBank(nn.Module):
         self._expansions: dict[Any, Tensor] = {}
         rank = max(self.ranks)
 
-        def stack(indices: Sequence[int], factor: Callable[[Expert], Tensor], requires_grad: bool) -> nn.Parameter | None:
+        def stack(
+            indices: Sequence[int], factor: Callable[[Expert], Tensor], requires_grad: bool
+        ) -> nn.Parameter | None:
             if not indices:
                 return None
             rows = [F.pad(factor(experts[i]), (0, 0, 0, rank - self.ranks[i])) for i in indices]
@@ -102,7 +104,9 @@ class ExpertBank(nn.Module):
         assert total is not None
         return total
 
-    def forward(self, x: Tensor, y: Tensor, weights: Tensor, experts: tuple[int, ...] | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, y: Tensor, weights: Tensor, experts: tuple[int, ...] | None = None
+    ) -> Tensor:
         """Add `Σ_e weights_e · scaling_e · B_e A_e drop(x)` to y.
 
         Args:
@@ -120,8 +124,8 @@ class ExpertBank(nn.Module):
     def _stacks(self, experts: tuple[int, ...] | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
         """`A` (rank, d_in) and `B` (rank, d_out) of the experts in use, and their order in the stack."""
         if experts is None:
-            A = [p for p in (self.frozen_A, self.lora_A) if p is not None]
-            B = [p for p in (self.frozen_B, self.lora_B) if p is not None]
+            A: list[Tensor] = [p for p in (self.frozen_A, self.lora_A) if p is not None]
+            B: list[Tensor] = [p for p in (self.frozen_B, self.lora_B) if p is not None]
             order = self.frozen + self.trainable
             A_stack, B_stack = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B))
             return A_stack.flatten(0, 1), B_stack.flatten(0, 1), order
@@ -175,20 +179,30 @@ class ExpertBank(nn.Module):
             if key not in state_dict:
                 missing_keys.append(key)
                 continue
-            stack = rearrange(state_dict[key], "expert d_out rank -> expert rank d_out") if transposed else state_dict[key]
+            stack = (
+                rearrange(state_dict[key], "expert d_out rank -> expert rank d_out")
+                if transposed
+                else state_dict[key]
+            )
             frozen, trainable = getattr(self, name.replace("lora", "frozen")), getattr(self, name)
             wanted = (self.num_experts, *(trainable if trainable is not None else frozen).shape[1:])
             if tuple(stack.shape) != wanted:
-                error_msgs.append(f"size mismatch for {key}: {tuple(stack.shape)} in the file, {wanted} in the model.")
+                error_msgs.append(
+                    f"size mismatch for {key}: {tuple(stack.shape)} in the file, {wanted} in the model."
+                )
                 continue
             for parameter, indices in ((frozen, self.frozen), (trainable, self.trainable)):
                 if parameter is not None:
                     self._load_stack(name, parameter, stack[list(indices)], local_metadata)
 
-    def _load_stack(self, name: str, parameter: nn.Parameter, value: Tensor, local_metadata: dict[str, Any]) -> None:
+    def _load_stack(
+        self, name: str, parameter: nn.Parameter, value: Tensor, local_metadata: dict[str, Any]
+    ) -> None:
         if parameter.is_meta or local_metadata.get("assign_to_params_buffers", False):
             attribute = name if parameter is getattr(self, name) else name.replace("lora", "frozen")
-            setattr(self, attribute, nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad))
+            setattr(
+                self, attribute, nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
+            )
         else:
             with torch.no_grad():
                 parameter.copy_(value)
@@ -197,7 +211,7 @@ class ExpertBank(nn.Module):
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"
 
 
-def mean_expert(experts: Sequence[Expert], rank: int, scaling: float) -> Tensor:
-    """Mean weight update of several experts divided by `scaling`, for a new expert to start from."""
+def mean_delta(experts: Sequence[Expert]) -> Tensor:
+    """Mean weight update (d_out, d_in) of several experts, in float32."""
     stacked = torch.stack([e._replace(A=e.A.float(), B=e.B.float()).delta() for e in experts])
-    return einsum(stacked, "expert d_out d_in -> d_out d_in") / (len(experts) * scaling)
+    return reduce(stacked, "expert d_out d_in -> d_out d_in", "mean")

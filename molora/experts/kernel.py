@@ -46,7 +46,7 @@ class _Expand(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         h, weights, expansion, B = ctx.saved_tensors
         need_y, need_h, need_weights, _, need_B = ctx.needs_input_grad
         dh = dweights = dB = None
@@ -77,7 +77,7 @@ class Float32Linear(torch.autograd.Function):
             return F.linear(x.to(compute), weight.to(compute))
 
     @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad
         dx = dweight = None

@@ -47,7 +47,9 @@ class Gate(nn.Module):
         self.settings = settings
         self.rows = rows
 
-    def forward(self, x: Tensor, *, experts: tuple[int, ...] | None = None, allowed: Tensor | None = None) -> Routing:
+    def forward(
+        self, x: Tensor, *, experts: tuple[int, ...] | None = None, allowed: Tensor | None = None
+    ) -> Routing:
         """Route x.
 
         Args:

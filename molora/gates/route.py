@@ -11,7 +11,9 @@ from molora.gates.gate import Gate, Routing
 from molora.task_map import TaskMap
 
 
-def route(x: Tensor, gate: Gate | None, task_map: TaskMap, tasks: TaskIds | None, state: RoutingState) -> Routing:
+def route(
+    x: Tensor, gate: Gate | None, task_map: TaskMap, tasks: TaskIds | None, state: RoutingState
+) -> Routing:
     """Route an input x (..., d_in).
 
     A batch under one task, or under forced experts, names the experts in use, so that only they are

@@ -46,11 +46,13 @@ class GateRows(nn.Module):
 
     def weight(self) -> Tensor:
         """All rows in expert order, (expert, d_in) or (expert,)."""
-        return self._in_order(torch.cat(self.blocks), dim=0)
+        return self._in_order(torch.cat([*self.blocks]), dim=0)
 
     def logits(self, x: Tensor) -> Tensor:
         """Linear scores in float32 (float64 for float64 x): (tokens, d_in) -> (tokens, expert)."""
-        return self._in_order(torch.cat([Float32Linear.apply(x, block) for block in self.blocks], dim=-1), dim=-1)
+        return self._in_order(
+            torch.cat([Float32Linear.apply(x, block) for block in self.blocks], dim=-1), dim=-1
+        )
 
     def table(self) -> Tensor:
         """Scores that read nothing: (1, expert) in float32 or better."""
@@ -84,12 +86,18 @@ class GateRows(nn.Module):
         weight = state_dict[key]
         wanted = (sum(len(block) for block in self.order), *self.blocks[0].shape[1:])
         if tuple(weight.shape) != wanted:
-            error_msgs.append(f"size mismatch for {key}: {tuple(weight.shape)} in the file, {wanted} in the model.")
+            error_msgs.append(
+                f"size mismatch for {key}: {tuple(weight.shape)} in the file, {wanted} in the model."
+            )
             return
         for i, (block, rows) in enumerate(zip(self.blocks, self.order, strict=True)):
             value = weight[list(rows)]
             if block.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, f"block_{i}", nn.Parameter(value.detach().clone(), requires_grad=block.requires_grad))
+                setattr(
+                    self,
+                    f"block_{i}",
+                    nn.Parameter(value.detach().clone(), requires_grad=block.requires_grad),
+                )
             else:
                 with torch.no_grad():
                     block.copy_(value)

@@ -20,7 +20,10 @@ def find_context(model: nn.Module) -> RoutingContext:
     """The routing context of a model, however it was wrapped (PEFT, transformers, compile, DDP)."""
     layer = next((m for m in model.modules() if isinstance(m, MoLoraLayer)), None)
     if layer is None:
-        raise ConfigError(f"{type(model).__name__} has no molora adapter.", hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).")
+        raise ConfigError(
+            f"{type(model).__name__} has no molora adapter.",
+            hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
+        )
     layers_of(layer.context, model)
     return layer.context
 
@@ -92,7 +95,9 @@ def aux_losses(model: nn.Module) -> dict[str, Tensor]:
     if not any(context.adapters[a].aux_losses for a in context.active):
         return {}
     if context.aux is None:
-        raise RoutingError("no auxiliary losses yet: they come from a forward in train mode with gradients enabled.")
+        raise RoutingError(
+            "no auxiliary losses yet: they come from a forward in train mode with gradients enabled."
+        )
     found: dict[str, list[Tensor]] = {}
     for values in context.aux.values():
         for name, value in values.items():

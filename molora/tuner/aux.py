@@ -32,8 +32,10 @@ def aux_losses_of(
         norm = config.aux_settings("orthogonal")["norm"]
         banks = [layer.molora_experts[adapter] for layer in layers if adapter in layer.molora_experts]
         values["orthogonal"] = [_overlap(bank, norm) for bank in banks if isinstance(bank, ExpertBank)]
-    device = layers[0].get_base_layer().weight.device
-    return {name: torch.stack(v).mean() if v else torch.zeros((), device=device) for name, v in values.items()}
+    device = layers[0].weight.device
+    return {
+        name: torch.stack(v).mean() if v else torch.zeros((), device=device) for name, v in values.items()
+    }
 
 
 def _overlap(bank: ExpertBank, norm: str) -> Tensor:

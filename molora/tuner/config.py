@@ -1,4 +1,4 @@
-"""MoLoraConfig and GateConfig: everything needed to rebuild an adapter, checked when constructed."""
+"""MoLoraConfig: everything needed to rebuild an adapter, checked when constructed."""
 
 from __future__ import annotations
 
@@ -10,94 +10,21 @@ from typing import Any
 
 from peft import PeftConfig
 
-from molora.config.kinds import GATE_CHOICES, GATE_KINDS
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 from molora.experts.init import INIT_KINDS
 from molora.losses import AUX_LOSSES
 from molora.task_map import TaskMap
+from molora.tuner.gate_config import GateConfig, gate_from_kind
 
 SCALINGS = ("alpha_over_r", "alpha_over_sqrt_r", "alpha")
 
 
-class MoLoraPeftType(str, enum.Enum):
+class MoLoraPeftType(str, enum.Enum):  # noqa: UP042  (transformers formats it as PEFT's own str enum)
     """Our entry in PEFT's tables; equal to, and hashed as, the plain string "MOLORA"."""
 
     MOLORA = "MOLORA"
-
-
-@dataclass
-class GateConfig:
-    """Who decides the weights: the gate's axes. Defaults: token-wise top-2 softmax, shared per group.
-
-    Args:
-        scope: what the gate reads: `token`, `task` (hard by task id) or `constant` (nothing; learned).
-        share: one gate per `linear`, per `group` of linears that read the same input, or `global`
-            (task and constant scopes).
-        score: `linear` for token scope, `table` for constant, `none` for task.
-        transform: `softmax`, or `identity` for task scope.
-        select: `dense`, `top_k`, or `hard` for task scope.
-        top_k: experts per token under `top_k`.
-        renorm: `none` or `sum`; None means `sum` for top_k > 1 and `none` otherwise.
-        temperature: divides the logits.
-        noise: `gaussian` adds N(0, noise_std²) to the logits, in training only.
-        noise_std: its standard deviation.
-        init_std: standard deviation of the initial rows of a linear score.
-    """
-
-    scope: str = "token"
-    share: str = "group"
-    score: str = "linear"
-    transform: str = "softmax"
-    select: str = "top_k"
-    top_k: int = 2
-    renorm: str | None = None
-    temperature: float = 1.0
-    noise: str | None = None
-    noise_std: float = 1.0
-    init_std: float = 0.02
-
-    def __post_init__(self) -> None:
-        for name, allowed in GATE_CHOICES.items():
-            value = getattr(self, name, None)
-            if value is not None and value not in allowed:
-                raise ConfigError(
-                    f"gate.{name}={value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-                )
-        expected = {"task": GATE_KINDS["task"], "constant": GATE_KINDS["constant"]}.get(self.scope, {"score": "linear"})
-        if self.scope == "task":  # one meaning only: the long fields follow from the scope
-            self.score, self.transform, self.select = "none", "identity", "hard"
-        if self.scope == "constant" and self.score == "linear":
-            self.score = "table"
-        if self.score != expected["score"]:
-            raise ConfigError(f"gate.score={self.score!r} does not go with gate.scope={self.scope!r}; use {expected['score']!r}.")
-        if self.scope != "task" and (self.transform != "softmax" or self.select == "hard"):
-            raise ConfigError(
-                f"gate.transform={self.transform!r} with gate.select={self.select!r} needs gate.scope='task'.",
-                hint="learned gates use transform='softmax' and select='dense' or 'top_k'.",
-            )
-        if self.share == "global" and self.scope == "token":
-            raise ConfigError(
-                "gate.share='global' needs scope 'task' or 'constant': linears with different inputs cannot share a token gate.",
-                hint="use share='group' or share='linear'.",
-            )
-        if self.top_k < 1 or self.temperature <= 0 or self.noise_std < 0 or self.init_std < 0:
-            raise ConfigError("gate: top_k must be at least 1, temperature positive, noise_std and init_std not negative.")
-        if self.renorm == "sum" and self.select == "dense":
-            raise ConfigError("gate.renorm='sum' needs gate.select='top_k': dense softmax weights already sum to 1.")
-
-    @property
-    def learned(self) -> bool:
-        """Whether the gate has parameters."""
-        return self.scope != "task"
-
-
-def gate_from_kind(kind: str, **settings: Any) -> GateConfig:
-    """A GateConfig from the shorthand `soft`, `top_k`, `task` or `constant` plus the fields it leaves open."""
-    if kind not in GATE_KINDS:
-        raise ConfigError(f"gate.kind={kind!r} is not one of {', '.join(GATE_KINDS)}.{did_you_mean(kind, GATE_KINDS)}")
-    return GateConfig(**{**GATE_KINDS[kind], **settings})  # type: ignore[arg-type]
 
 
 @dataclass
@@ -139,8 +66,8 @@ class MoLoraConfig(PeftConfig):
         init: how A starts: kaiming, gaussian, rescaled or orthogonal.
         init_std: σ of gaussian and rescaled.
         init_gain: factor on A's initial standard deviation.
-        The rest is kept by the expert verbs: task_ids, frozen_experts, expert_specs, gate_blocks,
-        isolated_experts, next_task_id, base_fingerprint.
+        The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and
+        heads), expert_specs, gate_blocks, isolated_experts, next_task_id, base_fingerprint.
 
     Raises:
         ConfigError: a value that cannot mean anything, with what is allowed.
@@ -180,7 +107,7 @@ class MoLoraConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = MoLoraPeftType.MOLORA  # type: ignore[assignment]
+        self.peft_type = MoLoraPeftType.MOLORA
         self._normalise_gate()
         self._check_numbers()
         self._normalise_ranks()
@@ -197,7 +124,7 @@ class MoLoraConfig(PeftConfig):
         plain = super().to_dict()
         plain["gate"] = asdict(self.gate)
         plain["expert_specs"] = {name: asdict(spec) for name, spec in self.expert_specs.items()}
-        plain["peft_type"] = self.peft_type.value
+        plain["peft_type"] = MoLoraPeftType.MOLORA.value
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     # -- normalisation ---------------------------------------------------------------------------------
@@ -211,7 +138,9 @@ class MoLoraConfig(PeftConfig):
             known = [f.name for f in fields(GateConfig)]
             for name in settings:
                 if name not in known:
-                    raise ConfigError(f"gate.{name} is not a setting.{did_you_mean(name, known)} Settings: {', '.join(known)}.")
+                    raise ConfigError(
+                        f"gate.{name} is not a setting.{did_you_mean(name, known)} Settings: {', '.join(known)}."
+                    )
             self.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
         gate: GateConfig = self.gate
         if gate.select == "top_k":
@@ -230,11 +159,16 @@ class MoLoraConfig(PeftConfig):
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
         if self.init not in INIT_KINDS:
-            raise ConfigError(f"init={self.init!r} is not one of {', '.join(INIT_KINDS)}.{did_you_mean(self.init, INIT_KINDS)}")
+            raise ConfigError(
+                f"init={self.init!r} is not one of {', '.join(INIT_KINDS)}.{did_you_mean(self.init, INIT_KINDS)}"
+            )
         if isinstance(self.scaling, str) and self.scaling not in SCALINGS:
             raise ConfigError(f"scaling={self.scaling!r} is not a number or one of {', '.join(SCALINGS)}.")
         if self.scaling is not None and self.use_rslora:
-            raise ConfigError("use_rslora=True and scaling are both given.", hint="use_rslora means scaling='alpha_over_sqrt_r'.")
+            raise ConfigError(
+                "use_rslora=True and scaling are both given.",
+                hint="use_rslora means scaling='alpha_over_sqrt_r'.",
+            )
         if self.init == "rescaled" and not self.use_rslora and self.scaling in (None, "alpha_over_r"):
             warnings.warn(
                 "init='rescaled' already shrinks A by 1/sqrt(r); with alpha/r the updates shrink twice as r grows. "
@@ -251,11 +185,14 @@ class MoLoraConfig(PeftConfig):
             self.rank_pattern, self.r = dict(self.r), 8
         ranks = [*(self.r if isinstance(self.r, list) else [self.r]), *self.rank_pattern.values()]
         if any(not isinstance(rank, int) or rank < 1 for rank in ranks):
-            raise ConfigError(f"r={self.r!r}, rank_pattern={self.rank_pattern!r}: every rank must be an integer of at least 1.")
+            raise ConfigError(
+                f"r={self.r!r}, rank_pattern={self.rank_pattern!r}: every rank must be an integer of at least 1."
+            )
         if isinstance(self.r, list) and self.rank_pattern:
             raise ConfigError("r is a list and rank_pattern is given too; use one of them.")
         self.expert_specs = {
-            name: ExpertSpec(**spec) if isinstance(spec, dict) else spec for name, spec in self.expert_specs.items()
+            name: ExpertSpec(**spec) if isinstance(spec, dict) else spec
+            for name, spec in self.expert_specs.items()
         }
 
     def _normalise_names(self) -> None:
@@ -263,7 +200,9 @@ class MoLoraConfig(PeftConfig):
             self.expert_names = [f"expert_{i}" for i in range(self.num_experts)]
         self.expert_names = [check_name(name, "expert") for name in self.expert_names]
         if len(self.expert_names) != self.num_experts:
-            raise ConfigError(f"expert_names lists {len(self.expert_names)} names, but num_experts={self.num_experts}.")
+            raise ConfigError(
+                f"expert_names lists {len(self.expert_names)} names, but num_experts={self.num_experts}."
+            )
         if len(set(self.expert_names)) != self.num_experts:
             raise ConfigError(f"expert_names has duplicates: {self.expert_names}.")
         for what in ("frozen_experts", "isolated_experts", "expert_specs"):
@@ -285,7 +224,9 @@ class MoLoraConfig(PeftConfig):
     def _normalise_tasks(self) -> None:
         assert self.expert_names is not None
         if self.tasks is None:
-            self.tasks = list(self.expert_names) if self.gate.scope == "task" and self.task_ids is None else []
+            self.tasks = (
+                list(self.expert_names) if self.gate.scope == "task" and self.task_ids is None else []
+            )
             if self.gate.scope == "task" and self.tasks:
                 self.tasks = {name: [name] for name in self.expert_names}
         if not isinstance(self.tasks, dict):
@@ -299,7 +240,9 @@ class MoLoraConfig(PeftConfig):
         if self.task_ids is None:
             self.task_ids = {task: i for i, task in enumerate(self.tasks)}
         if set(self.task_ids) != set(self.tasks) or len(set(self.task_ids.values())) != len(self.task_ids):
-            raise ConfigError(f"task_ids {self.task_ids} must give each of the tasks {list(self.tasks)} one id of its own.")
+            raise ConfigError(
+                f"task_ids {self.task_ids} must give each of the tasks {list(self.tasks)} one id of its own."
+            )
         if any(i < 0 for i in self.task_ids.values()):
             raise ConfigError("task_ids must not be negative: -1 means the base model only.")
         used = max(self.task_ids.values(), default=-1) + 1
@@ -321,18 +264,28 @@ class MoLoraConfig(PeftConfig):
     def _check_aux_losses(self) -> None:
         for name, value in self.aux_losses.items():
             if name not in AUX_LOSSES:
-                raise ConfigError(f"aux_losses.{name} is not a loss.{did_you_mean(name, AUX_LOSSES)} Losses: {', '.join(AUX_LOSSES)}.")
+                raise ConfigError(
+                    f"aux_losses.{name} is not a loss.{did_you_mean(name, AUX_LOSSES)} Losses: {', '.join(AUX_LOSSES)}."
+                )
             settings = dict(value) if isinstance(value, dict) else {"coefficient": value}
             if not isinstance(settings.pop("coefficient", None), (int, float)):
-                raise ConfigError(f"aux_losses.{name} needs a coefficient: a number, or a map with `coefficient`.")
+                raise ConfigError(
+                    f"aux_losses.{name} needs a coefficient: a number, or a map with `coefficient`."
+                )
             for key, choice in settings.items():
                 allowed = AUX_LOSSES[name].get(key)
                 if allowed is None or choice not in allowed:
-                    raise ConfigError(f"aux_losses.{name}.{key}={choice!r} is not allowed; settings: {AUX_LOSSES[name]}.")
+                    raise ConfigError(
+                        f"aux_losses.{name}.{key}={choice!r} is not allowed; settings: {AUX_LOSSES[name]}."
+                    )
             if name in ("balance", "z") and not self.gate.learned:
-                raise ConfigError(f"aux_losses.{name} needs a gate that learns; gate.scope='task' has no parameters.")
+                raise ConfigError(
+                    f"aux_losses.{name} needs a gate that learns; gate.scope='task' has no parameters."
+                )
             if name == "z" and self.gate.scope == "constant":
-                raise ConfigError("aux_losses.z is meaningless on a constant gate: softmax ignores a common shift of its logits.")
+                raise ConfigError(
+                    "aux_losses.z is meaningless on a constant gate: softmax ignores a common shift of its logits."
+                )
 
     # -- reading ---------------------------------------------------------------------------------------
 
@@ -354,7 +307,9 @@ class MoLoraConfig(PeftConfig):
             task: dict(experts) if isinstance(experts, dict) else {name: 1 / len(experts) for name in experts}
             for task, experts in self.tasks.items()
         }
-        return TaskMap(tuple(self.expert_names), dict(self.task_ids), weights, frozenset(self.isolated_experts))
+        return TaskMap(
+            tuple(self.expert_names), dict(self.task_ids), weights, frozenset(self.isolated_experts)
+        )
 
     def frozen_flags(self) -> list[bool]:
         """Per expert, whether it is frozen."""

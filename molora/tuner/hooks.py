@@ -37,13 +37,17 @@ class RootHooks:
         outer = context.state
         if given is not None:
             state = context.resolve(RoutingRequest(task_ids=given, given=True).over(context.request))
-        elif context.request.given and set(outer.tasks) != set(context.active):  # adapters were switched meanwhile
+        elif context.request.given and set(outer.tasks) != set(
+            context.active
+        ):  # adapters were switched meanwhile
             state = context.resolve(context.request)
         else:
             state = outer.fork(recompute=False)
         state.owner, state.outer, state.masks = module, outer, _masks(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
-        state.recording = bool(context.recorders) or (learns and any(context.adapters[a].aux_losses for a in context.active))
+        state.recording = bool(context.recorders) or (
+            learns and any(context.adapters[a].aux_losses for a in context.active)
+        )
         context.state = state
         if module.training and layers:
             self._wrap_checkpoints(module)
@@ -76,14 +80,23 @@ class RootHooks:
             config: MoLoraConfig = context.adapters[adapter].config
             context.aux[adapter] = aux_losses_of(config, adapter, layers, [r for _, r in records[adapter]])
             total = weighted_sum(config, context.aux[adapter])
-            if total is not None and config.add_aux_to_loss and context.aux_in_loss and kwargs.get("labels") is not None:
+            if (
+                total is not None
+                and config.add_aux_to_loss
+                and context.aux_in_loss
+                and kwargs.get("labels") is not None
+            ):
                 output = _add_to_loss(output, total)
         return output
 
     def _wrap_checkpoints(self, root: nn.Module) -> None:
         context = self.context
         if context.checkpointed is None:
-            context.checkpointed = [m for m in root.modules() if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")]
+            context.checkpointed = [
+                m
+                for m in root.modules()
+                if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")
+            ]
         for module in context.checkpointed:
             if not getattr(module, "gradient_checkpointing", True):
                 continue
@@ -104,7 +117,9 @@ def install(model: nn.Module, context: RoutingContext) -> None:
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         roots.append(model.get_encoder())  # type: ignore[operator]
     for root in roots:
-        if not any(isinstance(getattr(h, "__self__", None), RootHooks) for h in root._forward_pre_hooks.values()):
+        if not any(
+            isinstance(getattr(h, "__self__", None), RootHooks) for h in root._forward_pre_hooks.values()
+        ):
             root.register_forward_pre_hook(hooks.enter, with_kwargs=True)
             root.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True)
 
@@ -146,8 +161,11 @@ def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _collect(layers: list[tuple[str, MoLoraLayer]], adapter: str) -> list[tuple[str, Any]]:
-    named = [(layer.sites[adapter].key, layer.records.pop(adapter)) for _, layer in layers if adapter in layer.records]
-    return named
+    return [
+        (layer.sites[adapter].key, layer.records.pop(adapter))
+        for _, layer in layers
+        if adapter in layer.records
+    ]
 
 
 def _add_to_loss(output: Any, extra: Tensor) -> Any:
@@ -156,5 +174,3 @@ def _add_to_loss(output: Any, extra: Tensor) -> Any:
     if output.loss is not None:
         output.loss = output.loss + extra.to(output.loss.dtype)
     return output
-
-

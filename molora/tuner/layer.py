@@ -48,8 +48,8 @@ class MoLoraLayer(BaseTunerLayer):
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         self.base_layer = base_layer
         self.context = context
-        self.molora_experts = nn.ModuleDict({})
-        self.molora_gate = nn.ModuleDict({})
+        self.molora_experts: Any = nn.ModuleDict({})  # adapter -> ExpertBank
+        self.molora_gate: Any = nn.ModuleDict({})  # adapter -> Gate, where this layer leads its group
         self.sites: dict[str, Site] = {}
         self.records: dict[str, GateRecord] = {}
         self.static_weights: dict[str, list[float]] = {}  # set by the model just before merging
@@ -57,7 +57,9 @@ class MoLoraLayer(BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: list[Tensor] = []
 
-    def update_layer(self, adapter: str, site: Site, bank: ExpertBank, gate: Gate | None, *, active: bool) -> None:
+    def update_layer(
+        self, adapter: str, site: Site, bank: ExpertBank, gate: Gate | None, *, active: bool
+    ) -> None:
         """Attach one adapter's experts, and its gate where this layer leads the group."""
         self.sites[adapter] = site
         self.molora_experts[adapter] = bank
@@ -87,7 +89,6 @@ class MoLoraLayer(BaseTunerLayer):
         tasks = state.tasks.get(adapter)
         if tasks is not None and tasks.single == BASE_ONLY:
             return y
-        bank: Any = self.molora_experts[adapter]
         if self.sites[adapter].plain:
             weights = self.context.adapters[adapter].task_map.row((1.0,), x)
             experts = None
@@ -96,7 +97,7 @@ class MoLoraLayer(BaseTunerLayer):
             weights, experts = routing.weights, routing.experts
         if tasks is not None and tasks.single is None and tasks.has_base:
             weights = weights * base_only(tasks.expand(x.shape[:-1]).to(x.device))
-        return bank(x, y, weights, experts)
+        return self.molora_experts[adapter](x, y, weights, experts)
 
     def _routing(self, adapter: str, x: Tensor, state: RoutingState) -> Routing:
         """This layer's routing; computed once for the linears of a group that get the very same x."""
@@ -124,14 +125,17 @@ class MoLoraLayer(BaseTunerLayer):
             if adapter not in self.molora_experts:
                 continue
             if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
-                raise ConfigError(f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised.")
+                raise ConfigError(
+                    f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised."
+                )
             weight = self.get_base_weight()
-            bank: Any = self.molora_experts[adapter]
-            delta = bank.delta(self.static_weights[adapter])
+            delta = self.molora_experts[adapter].delta(self.static_weights[adapter])
             delta = (delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight.device)
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ConfigError(f"merging {adapter!r} gives weights that are not finite in {self.sites[adapter].key}.")
+                raise ConfigError(
+                    f"merging {adapter!r} gives weights that are not finite in {self.sites[adapter].key}."
+                )
             self._unmerged.append(weight.clone())
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)

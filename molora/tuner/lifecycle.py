@@ -13,7 +13,7 @@ from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.context import RoutingContext
 from molora.errors import ConfigError
-from molora.experts.bank import Expert, ExpertBank, mean_expert
+from molora.experts.bank import Expert, ExpertBank, mean_delta
 from molora.experts.init import low_rank
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.layer import MoLoraLayer
@@ -56,13 +56,15 @@ def add_expert(
     for task in tasks:
         check_name(task, "task")
     if name in (config.expert_names or []):
-        raise ConfigError(f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}.")
+        raise ConfigError(
+            f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}."
+        )
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(config.expert_names[source])  # type: ignore[index]
     _grow_config(config, name, tasks, spec, freeze_others=freeze_others, isolate=isolate)
     for layer in _layers(model, adapter):
-        bank: Any = layer.molora_experts[adapter]
+        bank = layer.molora_experts[adapter]
         key = layer.sites[adapter].key
         if layer.sites[adapter].plain:
             bank.assign(bank.experts(), [config.frozen_extras])
@@ -72,7 +74,7 @@ def add_expert(
             grown[-1] = factors(key, grown[-1])
         bank.assign(grown, config.frozen_flags())
         if adapter in layer.molora_gate:
-            rows: Any = layer.molora_gate[adapter].rows
+            rows = layer.molora_gate[adapter].rows
             weight = rows.weight().detach()
             row = weight[source] if source is not None else torch.zeros_like(weight[0])
             rows.assign(torch.cat([weight, row.unsqueeze(0)]), config.block_indices(), config.frozen_flags())
@@ -81,7 +83,9 @@ def add_expert(
     _refresh(context, adapter)
 
 
-def remove_expert(model: nn.Module, context: RoutingContext, adapter: str, name: str, *, drop_tasks: bool = False) -> None:
+def remove_expert(
+    model: nn.Module, context: RoutingContext, adapter: str, name: str, *, drop_tasks: bool = False
+) -> None:
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
     config: MoLoraConfig = context.adapters[adapter].config
     index = _index(config, name)
@@ -93,8 +97,9 @@ def remove_expert(model: nn.Module, context: RoutingContext, adapter: str, name:
             f"{name!r} is the only expert of task {', '.join(map(repr, orphans))}.",
             hint="give the task another expert first, or pass drop_tasks=True to forget the task as well.",
         )
+    task_ids = config.task_ids or {}
     for task in orphans:
-        del config.tasks[task], config.task_ids[task]  # type: ignore[union-attr]
+        del config.tasks[task], task_ids[task]
     for task, experts in config.tasks.items():
         config.tasks[task] = _without(experts, name)
     assert config.expert_names is not None and config.gate_blocks is not None
@@ -105,8 +110,8 @@ def remove_expert(model: nn.Module, context: RoutingContext, adapter: str, name:
     config.expert_specs.pop(name, None)
     config.num_experts -= 1
     config.gate.top_k = min(config.gate.top_k, config.num_experts)
-    kept = [i for i in range(config.num_experts + 1) if i != index]
-    _reassign(model, adapter, config, kept)
+    remaining = [i for i in range(config.num_experts + 1) if i != index]
+    _reassign(model, adapter, config, remaining)
     _refresh(context, adapter)
 
 
@@ -159,21 +164,31 @@ def _source(config: MoLoraConfig, init: str) -> int | None:
     return _index(config, source)
 
 
-def _initial(config: MoLoraConfig, bank: ExpertBank, name: str, key: str, init: str, source: int | None) -> Expert:
+def _initial(
+    config: MoLoraConfig, bank: ExpertBank, name: str, key: str, init: str, source: int | None
+) -> Expert:
     if source is not None:
         copied = bank.expert(source)
         return Expert(copied.A.detach().clone(), copied.B.detach().clone(), copied.scaling)
     like = bank.expert(0)
-    fresh = new_expert(config, name, key, like.A.shape[1], like.B.shape[0], dtype=like.A.dtype, device=like.A.device)
+    fresh = new_expert(
+        config, name, key, like.A.shape[1], like.B.shape[0], dtype=like.A.dtype, device=like.A.device
+    )
     if init == "mean":
         with torch.no_grad():
-            A, B = low_rank(mean_expert(bank.experts(), fresh.scaling), fresh.rank)
+            A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
         fresh = Expert(A.to(fresh.A.dtype), B.to(fresh.A.dtype), scaling_of(config, name, key))
     return fresh
 
 
 def _grow_config(
-    config: MoLoraConfig, name: str, tasks: Sequence[str], spec: ExpertSpec | None, *, freeze_others: bool, isolate: bool
+    config: MoLoraConfig,
+    name: str,
+    tasks: Sequence[str],
+    spec: ExpertSpec | None,
+    *,
+    freeze_others: bool,
+    isolate: bool,
 ) -> None:
     assert config.expert_names is not None and config.gate_blocks is not None and config.task_ids is not None
     if freeze_others:
@@ -217,10 +232,10 @@ def _reassign(model: nn.Module, adapter: str, config: MoLoraConfig, kept: list[i
     for layer in _layers(model, adapter):
         if layer.sites[adapter].plain:
             continue
-        bank: Any = layer.molora_experts[adapter]
+        bank = layer.molora_experts[adapter]
         experts = bank.experts()
         bank.assign([experts[i] for i in kept], config.frozen_flags())
         if adapter in layer.molora_gate:
-            rows: Any = layer.molora_gate[adapter].rows
+            rows = layer.molora_gate[adapter].rows
             weight: Tensor = rows.weight().detach()
             rows.assign(weight[kept], config.block_indices(), config.frozen_flags())

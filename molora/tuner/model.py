@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -32,7 +31,7 @@ class MoLoraModel(BaseTuner):
 
     prefix = "molora_"
     tuner_layer_cls = MoLoraLayer
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     # -- building --------------------------------------------------------------------------------------
 
@@ -68,10 +67,9 @@ class MoLoraModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
         site = self._site(peft_config, adapter_name, current_key, layer)
-        d_in, d_out = _get_in_out_features(layer.get_base_layer())
+        d_in, d_out = _features(layer)
         names = ["plain"] if site.plain else peft_config.expert_names
-        like = torch.get_default_dtype()
-        experts = [specs.new_expert(peft_config, name, current_key, d_in, d_out, dtype=like) for name in names]
+        experts = [specs.new_expert(peft_config, name, current_key, d_in, d_out) for name in names]
         frozen = [peft_config.frozen_extras] if site.plain else peft_config.frozen_flags()
         bank = ExpertBank(experts, frozen, peft_config.lora_dropout)
         gate = None
@@ -80,7 +78,7 @@ class MoLoraModel(BaseTuner):
         layer.update_layer(adapter_name, site, bank, gate, active=adapter_name in self.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)  # type: ignore[attr-defined]
+                layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
     def _new_layer(self, target: nn.Module, key: str) -> Linear:
@@ -100,7 +98,7 @@ class MoLoraModel(BaseTuner):
         if not site.plain:
             site.reads_input = config.gate.scope == "token"
             leader = self._leaders.setdefault(group_key(key, config.gate.share), layer)
-            if site.reads_input and _d_in(leader) != _d_in(layer):
+            if site.reads_input and _features(leader)[0] != _features(layer)[0]:
                 leader = layer
             site.group = leader.sites[adapter].group if leader is not layer else []
             site.group.append(layer)
@@ -140,11 +138,11 @@ class MoLoraModel(BaseTuner):
         request = RoutingRequest(task_ids=ids, given=True)
         hooks.layers_of(self.context, self.model)
         with self.context.use_request(request) if ids is not None else nullcontext():
-            return self.model.generate(*args, **kwargs)  # type: ignore[operator]
+            return self.model.generate(*args, **kwargs)
 
     # -- merging ---------------------------------------------------------------------------------------
 
-    def merge_and_unload(  # type: ignore[override]
+    def merge_and_unload(
         self,
         progressbar: bool = False,
         safe_merge: bool = False,
@@ -168,7 +166,7 @@ class MoLoraModel(BaseTuner):
         with self._static(adapter_names, task, expert_weights):
             return super().merge_and_unload(progressbar, safe_merge, adapter_names)
 
-    def merge_adapter(  # type: ignore[override]
+    def merge_adapter(
         self,
         adapter_names: list[str] | None = None,
         safe_merge: bool = False,
@@ -188,7 +186,11 @@ class MoLoraModel(BaseTuner):
             for layer in layers:
                 if adapter in layer.molora_experts:
                     layer.static_weights[adapter] = specs.static_weights(
-                        self.peft_config[adapter], layer, adapter, task, expert_weights  # type: ignore[arg-type]
+                        self.context.adapters[adapter].config,
+                        layer,
+                        adapter,
+                        task,
+                        expert_weights,
                     )
         yield
         for layer in layers:
@@ -235,12 +237,21 @@ class MoLoraModel(BaseTuner):
         """Grow every bank by one expert; see `lifecycle.add_expert`."""
         adapter = self._adapter(adapter_name)
         lifecycle.add_expert(
-            self.model, self.context, adapter, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate
+            self.model,
+            self.context,
+            adapter,
+            name,
+            tasks=tasks,
+            init=init,
+            freeze_others=freeze_others,
+            isolate=isolate,
         )
 
     def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
         """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
-        lifecycle.remove_expert(self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks)
+        lifecycle.remove_expert(
+            self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks
+        )
 
     def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
         """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
@@ -253,7 +264,9 @@ class MoLoraModel(BaseTuner):
     def _adapter(self, adapter_name: str | None = None) -> str:
         if adapter_name is None:
             if len(self.active_adapters) != 1:
-                raise ConfigError(f"{len(self.active_adapters)} adapters are active; name one with adapter_name=.")
+                raise ConfigError(
+                    f"{len(self.active_adapters)} adapters are active; name one with adapter_name=."
+                )
             return self.active_adapters[0]
         if adapter_name not in self.peft_config:
             raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(self.peft_config)}.")
@@ -263,7 +276,7 @@ class MoLoraModel(BaseTuner):
         return self.peft_config[self._adapter()]  # type: ignore[return-value]
 
 
-def _d_in(layer: MoLoraLayer) -> int | None:
-    return _get_in_out_features(layer.get_base_layer())[0]
-
-
+def _features(layer: MoLoraLayer) -> tuple[int, int]:
+    d_in, d_out = _get_in_out_features(layer.get_base_layer())
+    assert d_in is not None and d_out is not None  # _new_layer let only linear layers in
+    return d_in, d_out

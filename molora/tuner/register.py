@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from peft import mapping
 
 from molora.tuner.config import MoLoraConfig, MoLoraPeftType
@@ -14,7 +16,7 @@ def register() -> None:
     PEFT's `register_peft_method` accepts only members of its own enum, but its tables are plain dicts. A
     `str` enum of ours hashes and compares as "MOLORA", which is what an adapter_config.json holds.
     """
-    key = MoLoraPeftType.MOLORA
+    key: Any = MoLoraPeftType.MOLORA
     if mapping.PEFT_TYPE_TO_TUNER_MAPPING.get(key) not in (None, MoLoraModel):
         raise RuntimeError("another package has already registered a PEFT method named MOLORA")
     mapping.PEFT_TYPE_TO_CONFIG_MAPPING[key] = MoLoraConfig

@@ -28,7 +28,9 @@ def rank_of(config: MoLoraConfig, expert: str, key: str) -> int:
     if isinstance(r, list):
         index = block_index(key)
         if index is None or index >= len(r):
-            raise ConfigError(f"r is a list of {len(r)} ranks, one per block, but {key!r} lies in block {index}.")
+            raise ConfigError(
+                f"r is a list of {len(r)} ranks, one per block, but {key!r} lies in block {index}."
+            )
         return r[index]
     return int(pattern_value(config.rank_pattern, key, r))
 
@@ -76,7 +78,9 @@ def named_weights(config: MoLoraConfig, given: Mapping[str, float] | Sequence[fl
     if isinstance(given, Mapping):
         for name in given:
             if name not in names:
-                raise ConfigError(f"unknown expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}.")
+                raise ConfigError(
+                    f"unknown expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}."
+                )
         return [float(given.get(name, 0.0)) for name in names]
     if len(given) != len(names):
         raise ConfigError(f"{len(given)} expert weights for {len(names)} experts ({', '.join(names)}).")
@@ -136,12 +140,24 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter, site in layer.sites.items():
             config: MoLoraConfig = layer.context.adapters[adapter].config
-            bank: Any = layer.molora_experts[adapter]
+            bank = layer.molora_experts[adapter]
             names = ["plain"] if site.plain else config.expert_names or []
             for name, expert in zip(names, bank.experts(), strict=True):
                 std = expert.A.detach().float().std(correction=0).item()
-                expected = expected_std(config.init, expert.A.shape[1], expert.rank, config.init_std, config.init_gain)
+                expected = expected_std(
+                    config.init, expert.A.shape[1], expert.rank, config.init_std, config.init_gain
+                )
                 ratio = std / expected
                 ok = abs(ratio - 1) < 4 / math.sqrt(2 * expert.A.numel())
-                rows.append(dict(name=site.key, expert=name, r=expert.rank, std=std, expected=expected, ratio=ratio, ok=ok))
+                rows.append(
+                    {
+                        "name": site.key,
+                        "expert": name,
+                        "r": expert.rank,
+                        "std": std,
+                        "expected": expected,
+                        "ratio": ratio,
+                        "ok": ok,
+                    }
+                )
     return rows

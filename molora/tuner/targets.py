@@ -54,7 +54,11 @@ def stream_of(key: str, encoder_decoder: bool) -> str:
         return "decoder"
     parts = key.split(".")
     queries = {members[0] for members in SIBLINGS} | {"o", "out_proj"}
-    return "encoder" if "encoder" in parts or (is_cross_attention(key) and parts[-1] not in queries) else "decoder"
+    return (
+        "encoder"
+        if "encoder" in parts or (is_cross_attention(key) and parts[-1] not in queries)
+        else "decoder"
+    )
 
 
 def block_index(key: str) -> int | None:
@@ -83,7 +87,11 @@ def is_target(config: MoLoraConfig, key: str) -> Any:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Distinct last names of a model's linear layers: what target_modules may list."""
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D))}
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, (nn.Linear, Conv1D))
+    }
     return sorted(name for name in names if not name.isdigit())
 
 

@@ -1,0 +1,153 @@
+"""I11: every auxiliary loss has its documented value, reaches the gate, ignores padding and depth."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import molora
+from molora import ConfigError, losses
+from molora.tuner.layer import MoLoraLayer
+from tests.zoo import LEARNED, TOKEN, base_model, batch_for, config_for, gradients, molora_model
+
+
+def gate_modules(model):
+    return [
+        m.molora_gate["default"]
+        for m in model.modules()
+        if isinstance(m, MoLoraLayer) and "default" in m.molora_gate
+    ]
+
+
+@pytest.mark.parametrize("k", [1, 2, 4])
+def test_balance_is_one_at_uniform_whatever_k_and_larger_at_collapse(k):
+    probs = torch.full((8, 4), 0.25)
+    spread = torch.stack([torch.roll(torch.eye(4)[:k].sum(0) / k, i % 4) for i in range(8)])
+    assert_close(losses.balance(probs, spread), torch.tensor(1.0))
+    collapsed = torch.eye(4)[:1].expand(8, 4) * 0.97 + 0.01
+    assert losses.balance(collapsed, torch.eye(4)[:1].expand(8, 4)) > 3.5
+
+
+def test_z_is_the_mean_squared_log_partition():
+    assert_close(losses.z(torch.zeros(5, 4)), torch.tensor(4.0).log().square())
+
+
+@pytest.mark.parametrize("norm", ["l1", "squared"])
+def test_orthogonal_equals_the_double_loop(norm):
+    new, old = torch.randn(3, 8, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    naive = sum(abs(a @ b) if norm == "l1" else (a @ b) ** 2 for a in old for b in new)
+    assert_close(losses.orthogonal(new, old, norm), naive)
+    complement = torch.linalg.qr(torch.cat([old, new]).t()).Q.t()[5:8]
+    assert losses.orthogonal(complement, old, norm) < 1e-20 if norm == "squared" else 1e-12
+    old.requires_grad_(True)
+    new.requires_grad_(True)
+    losses.orthogonal(new, old, norm).backward()
+    assert old.grad is None
+    residual = new.grad - new.grad @ torch.linalg.pinv(old.detach()) @ old.detach()
+    assert residual.abs().max() < 1e-10, "its gradient lies in the span of the old rows"
+
+
+def test_masked_tokens_do_not_count():
+    logits, mask = torch.randn(6, 4), torch.tensor([1, 1, 0, 1, 0, 1], dtype=torch.bool)
+    probs = logits.softmax(-1)
+    assert_close(losses.balance(probs, probs, mask), losses.balance(probs[mask], probs[mask]))
+    assert_close(losses.z(logits, mask), losses.z(logits[mask]))
+    assert losses.z(logits, torch.zeros(6, dtype=torch.bool)) == 0
+
+
+@pytest.mark.parametrize("gate", LEARNED)
+@pytest.mark.parametrize("name", ["balance", "z"])
+def test_each_loss_moves_every_gate(gate, name):
+    if name == "z" and gate.startswith("constant"):
+        with pytest.raises(ConfigError, match="constant gate"):
+            config_for("llama", gate, aux_losses={name: 1.0})
+        return
+    model = molora_model("llama", gate, aux_losses={name: 1.0}).train()
+    model(**batch_for("llama"))
+    molora.aux_losses(model)[name].backward()
+    grads = {name: g for name, g in gradients(model).items() if "molora_gate" in name}
+    assert len(grads) == len(gate_modules(model)) and all(g.abs().max() > 0 for g in grads.values())
+
+
+@pytest.mark.parametrize("gate", TOKEN)
+def test_padding_changes_no_loss(gate):
+    model = molora_model("llama", gate, aux_losses={"balance": 1.0, "z": 1.0}).train()
+    batch = batch_for("llama")
+    model(**batch)
+    expected = molora.aux_losses(model)
+    padded = {
+        "input_ids": torch.nn.functional.pad(batch["input_ids"], (0, 4)),
+        "attention_mask": torch.nn.functional.pad(batch["attention_mask"], (0, 4)),
+        "labels": torch.nn.functional.pad(batch["labels"], (0, 4), value=-100),
+    }
+    model(**padded)
+    for name, value in molora.aux_losses(model).items():
+        assert_close(value, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_out_loss_contains_the_weighted_losses_in_training_only():
+    batch = batch_for("llama")
+    plain = molora_model("llama").train()(**batch).loss
+    model = molora_model("llama", aux_losses={"balance": 0.5, "z": 0.25}).train()
+    loss = model(**batch).loss
+    values = molora.aux_losses(model)
+    assert_close(loss, plain + 0.5 * values["balance"] + 0.25 * values["z"])
+    assert_close(molora.aux_loss(model), loss - plain, atol=1e-6, rtol=1e-6)
+    with molora.aux_in_loss(model, False):
+        assert_close(model(**batch).loss, plain)
+    assert_close(model.eval()(**batch).loss, plain)
+    silent = molora_model("llama", aux_losses={"balance": 0.5}, add_aux_to_loss=False).train()
+    assert_close(silent(**batch).loss, plain)
+    assert molora.aux_loss(silent) > 0
+
+
+def test_a_value_does_not_grow_with_depth():
+    short, tall = (molora_model("llama", "soft-group", aux_losses={"balance": 1.0}) for _ in range(2))
+    for model, kept in ((short, 1), (tall, 2)):
+        for gate in gate_modules(model):
+            weight = gate.rows.weight().detach()
+            gate.rows.assign(torch.zeros_like(weight), [[0, 1, 2]], [False] * 3)
+        model.base_model.model.model.layers = model.base_model.model.model.layers[:kept]
+        model.base_model.context.forget_modules()
+        model.train()(**batch_for("llama"))
+        assert_close(molora.aux_losses(model)["balance"], torch.tensor(1.0))
+
+
+def test_orthogonal_reaches_only_the_new_expert():
+    model = molora_model("llama", aux_losses={"orthogonal": {"coefficient": 1.0, "norm": "squared"}})
+    model.train()(**batch_for("llama"))
+    assert molora.aux_losses(model)["orthogonal"] == 0  # nothing frozen yet
+    model.add_expert("late")
+    model.train()(**batch_for("llama"))
+    value = molora.aux_losses(model)["orthogonal"]
+    banks = [m.molora_experts["default"] for m in model.modules() if isinstance(m, MoLoraLayer)]
+    per_layer = [((b.frozen_A.flatten(0, 1) @ b.lora_A.flatten(0, 1).t()) ** 2).sum() for b in banks]
+    assert_close(value, torch.stack(per_layer).mean())
+    value.backward()
+    assert set(gradients(model)) == {
+        n for n, _ in model.named_parameters() if n.endswith("molora_experts.default.lora_A")
+    }
+
+
+@pytest.mark.parametrize(
+    ("gate", "aux", "message"),
+    [
+        ("task-group", {"balance": 1.0}, "needs a gate that learns"),
+        ("task-group", {"z": 1.0}, "needs a gate that learns"),
+        ("top2-group", {"balanse": 1.0}, "Did you mean 'balance'"),
+        ("top2-group", {"balance": {"norm": "l1", "coefficient": 1}}, "not allowed"),
+        ("top2-group", {"balance": "much"}, "needs a coefficient"),
+    ],
+)
+def test_losses_that_cannot_work_are_refused(gate, aux, message):
+    with pytest.raises(ConfigError, match=message):
+        config_for("llama", gate, aux_losses=aux)
+
+
+def test_losses_before_any_training_forward_are_an_error():
+    model = molora_model("llama", aux_losses={"balance": 1.0})
+    with pytest.raises(molora.RoutingError, match="train mode"):
+        molora.aux_losses(model)
+    assert molora.aux_losses(molora_model("llama")) == {}
+    assert base_model("llama") is not None

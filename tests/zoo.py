@@ -1,0 +1,144 @@
+"""Tiny models of four architectures, batches for them, and every gate that exists, by name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from molora import GateConfig, MoLoraConfig
+
+VOCAB = 50
+TASKS = ("alpha", "beta", "gamma")
+
+ARCHITECTURES = ("llama", "gpt2", "bert", "t5")
+CAUSAL = ("llama", "gpt2")
+TASK_TYPES = {"llama": "CAUSAL_LM", "gpt2": "CAUSAL_LM", "bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+
+GATES: dict[str, dict[str, Any]] = {
+    "soft-linear": {"select": "dense", "share": "linear"},
+    "soft-group": {"select": "dense", "share": "group"},
+    "top1-linear": {"select": "top_k", "top_k": 1, "share": "linear"},
+    "top2-group": {"select": "top_k", "top_k": 2, "share": "group"},
+    "top3-group": {"select": "top_k", "top_k": 3, "share": "group"},
+    "constant-linear": {"scope": "constant", "select": "dense", "share": "linear"},
+    "constant-global": {"scope": "constant", "select": "dense", "share": "global"},
+    "task-group": {"scope": "task", "share": "group"},
+    "task-global": {"scope": "task", "share": "global"},
+}
+LEARNED = tuple(name for name in GATES if not name.startswith("task"))
+TOKEN = tuple(name for name in GATES if name.startswith(("soft", "top")))
+SUM_TO_ONE = tuple(name for name in GATES if name != "top1-linear")
+
+
+def base_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A freshly initialised model, without dropout, with weights large enough for outputs to differ."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": VOCAB}
+    if architecture == "llama":
+        config = LlamaConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, eos_token_id=None, bos_token_id=None, **common,
+        )  # fmt: skip
+        model: nn.Module = LlamaForCausalLM(config)
+    elif architecture == "gpt2":
+        config = GPT2Config(
+            n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, resid_pdrop=0.0,
+            embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, eos_token_id=None, bos_token_id=None, **common,
+        )  # fmt: skip
+        model = GPT2LMHeadModel(config)
+    elif architecture == "bert":
+        config = BertConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
+            max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0, pad_token_id=0, **common,
+        )  # fmt: skip
+        model = BertForSequenceClassification(config)
+    else:
+        config = T5Config(
+            d_model=16, d_ff=32, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0,
+            feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
+            initializer_factor=1.0, **common,
+        )  # fmt: skip
+        model = T5ForConditionalGeneration(config)
+    # Frozen, as a base is: torch picks another matmul for weights that need gradients (last bit differs).
+    return model.to(dtype).requires_grad_(False).eval()
+
+
+def config_for(architecture: str, gate: str = "top2-group", **overrides: Any) -> MoLoraConfig:
+    """A MoLoraConfig on all linears with three experts, named tasks and the gate of that name."""
+    settings: dict[str, Any] = {
+        "num_experts": 3, "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "gate": GateConfig(**GATES[gate]),
+        "tasks": list(TASKS), "task_type": TASK_TYPES[architecture],
+    }  # fmt: skip
+    return MoLoraConfig(**{**settings, **overrides})
+
+
+def molora_model(
+    architecture: str,
+    gate: str = "top2-group",
+    *,
+    seed: int = 0,
+    trained: bool = True,
+    dtype: torch.dtype = torch.float32,
+    **overrides: Any,
+) -> Any:
+    """A wrapped model; `trained` gives B and the gates values, as if training had happened."""
+    base = base_model(architecture, seed, dtype)
+    torch.manual_seed(seed + 1)
+    model = get_peft_model(base, config_for(architecture, gate, **overrides))
+    if trained:
+        randomise(model, seed + 2)
+    return model.eval()
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0, std: float = 0.3) -> None:
+    """Give every expert's B and every gate row a random value."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name or "frozen_B" in name or "molora_gate" in name:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
+
+
+def batch_for(
+    architecture: str, batch: int = 3, seq: int = 7, seed: int = 0, padding: str | None = None
+) -> dict[str, Tensor]:
+    """Inputs with labels; `padding` "left" or "right" pads each row by its index."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(1, VOCAB, (batch, seq), generator=generator)
+    mask = torch.ones_like(ids)
+    if padding:
+        for row in range(batch):
+            pads = slice(0, row) if padding == "left" else slice(seq - row, seq)
+            ids[row, pads], mask[row, pads] = 0, 0
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if architecture == "bert":
+        inputs["labels"] = torch.randint(0, 3, (batch,), generator=generator)
+    elif architecture == "t5":
+        inputs["labels"] = torch.randint(1, VOCAB, (batch, 5), generator=generator)
+    else:
+        inputs["labels"] = ids.masked_fill(mask == 0, -100)
+    return inputs
+
+
+def routed(gate: str, batch: int = 3) -> dict[str, Any]:
+    """The task ids a gate needs: one per sample under a task gate, nothing otherwise."""
+    return {"routing_task_ids": [TASKS[i % 3] for i in range(batch)]} if gate.startswith("task") else {}
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients by name of every parameter that has one."""
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
