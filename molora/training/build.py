@@ -1,0 +1,177 @@
+"""Build the frozen base, its tokenizer and the mixture on it, from a recipe or from a saved run."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from molora.assets import tiny_path
+from molora.config import BaseConfig, RunConfig
+from molora.errors import AdapterError, ConfigError
+from molora.store.adapter import load
+from molora.store.runs import Run
+from molora.tuner.config import MoLoraConfig
+
+TINY = "molora/tiny"
+
+_AUTO_CLASSES: dict[str, Any] = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+}
+
+
+def load_base(
+    base: BaseConfig, num_labels: int | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The pre-trained model and its tokenizer, in eval mode, with a pad token.
+
+    Args:
+        base: the recipe's `base` section.
+        num_labels: classes of a SEQ_CLS head.
+
+    Raises:
+        ConfigError: no such model, a model of another kind, or an extra that is not installed.
+    """
+    source = str(tiny_path()) if base.model == TINY else base.model
+    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
+    settings = {**options, "dtype": getattr(torch, base.dtype), **_quantization(base)}
+    if base.task_type == "SEQ_CLS" and num_labels is not None:
+        settings["num_labels"] = num_labels
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, **options)
+        model = _AUTO_CLASSES[base.task_type].from_pretrained(source, **settings)
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"base.model: cannot load {base.model!r} as {base.task_type}: {reason}",
+            hint=f"allowed: {TINY}, a local folder with config.json and safetensors, or a Hugging Face hub id.",
+        ) from error
+    model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine
+    _set_pad_token(model, tokenizer)
+    if base.quantization == "nf4":
+        _keep_weights_unpacked(model)
+    return model.eval(), tokenizer
+
+
+def _quantization(base: BaseConfig) -> dict[str, Any]:
+    if base.quantization == "none":
+        return {}
+    if find_spec("bitsandbytes") is None:
+        raise ConfigError(
+            f"base.quantization: {base.quantization} needs the package bitsandbytes, which is not installed.",
+            hint="install the extra: pip install 'molora[quant]', or set base.quantization: none.",
+        )
+    if base.quantization == "int8":
+        return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+    four_bit = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=getattr(torch, base.dtype)
+    )
+    return {"quantization_config": four_bit}
+
+
+def _keep_weights_unpacked(model: PreTrainedModel) -> None:
+    # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in place at the first forward without
+    # gradients; from then on a training forward gives its input no gradient.
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+
+
+def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(
+                f"base.model: the tokenizer of {model.name_or_path!r} has no pad token and no eos token."
+            )
+        tokenizer.pad_token = tokenizer.eos_token
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.generation_config is not None:
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
+
+
+def adapter_config(config: RunConfig, task_ids: dict[str, int]) -> MoLoraConfig:
+    """The PEFT config of a recipe's `adapter` section for these tasks."""
+    settings = config.adapter.model_dump(exclude_none=True)
+    tasks = settings.pop("tasks", None)
+    return MoLoraConfig(
+        **settings,
+        tasks=tasks if tasks is not None else list(task_ids),
+        task_ids=dict(task_ids),
+        task_type=config.base.task_type,
+    )
+
+
+def build_model(
+    config: RunConfig, task_ids: dict[str, int], num_labels: int | None = None
+) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+    """A new mixture on the recipe's base, ready to train.
+
+    Args:
+        config: the recipe.
+        task_ids: ids of its tasks by name.
+        num_labels: classes of a SEQ_CLS head.
+    """
+    base, tokenizer = load_base(config.base, num_labels)
+    if getattr(base.config, "use_cache", False):
+        base.config.use_cache = (
+            False  # generate() asks for the cache itself; a training forward only pays for it
+        )
+    if config.train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model = get_peft_model(base, adapter_config(config, task_ids))
+    return model, tokenizer
+
+
+def load_trained(
+    path: str | Path, *, trainable: bool = False
+) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
+    """The model of a run folder or an adapter folder, verified, in eval mode.
+
+    Returns the recipe too where the folder is a run, else None.
+
+    Raises:
+        AdapterError: damaged or incomplete folder, or another base.
+        ConfigError: neither a run nor an adapter folder.
+    """
+    path = Path(path)
+    if (path / "adapter_config.json").is_file():
+        folder, config = path, None
+        base_config, num_labels = _base_of_adapter(path)
+    else:
+        run = Run.find(path)
+        folder, config = run.adapter, run.config
+        base_config, num_labels = config.base, num_labels_of(config)
+    base, tokenizer = load_base(base_config, num_labels)
+    return load(base, folder, is_trainable=trainable), tokenizer, config
+
+
+def num_labels_of(config: RunConfig) -> int | None:
+    """Classes a SEQ_CLS head of this (resolved) recipe has: the largest label set of its tasks."""
+    sizes = [len(task.labels) for task in config.data.tasks.values() if task.labels]
+    return max(sizes) if config.base.task_type == "SEQ_CLS" and sizes else None
+
+
+def _base_of_adapter(folder: Path) -> tuple[BaseConfig, int | None]:
+    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    name = stored.get("base_model_name_or_path")
+    if not name:
+        raise AdapterError(
+            f"{folder}/adapter_config.json does not say which base model the adapter belongs to.",
+            hint="load the base yourself and call molora.load(base, folder).",
+        )
+    return BaseConfig(model=name, task_type=stored.get("task_type") or "CAUSAL_LM"), None

@@ -1,0 +1,140 @@
+"""What watches training: divergence, signals, validation with early stopping."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import threading
+from collections.abc import Iterable
+from types import FrameType
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+from molora.errors import DivergedError, InterruptedRun
+from molora.training.checkpoint import Checkpoints, StepCallback
+
+
+def _any_process(trainer: Trainer, flag: bool) -> bool:
+    """Whether `flag` is set in any process; all of them must call this."""
+    return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag
+
+
+class DivergenceGuard(Callback):
+    """Stops training at a loss that is not finite, before anything of it is saved.
+
+    The loss is looked at after every batch on a CPU, and every `every` batches where looking means
+    waiting for the device; checkpoints check the weights on their own.
+    """
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self._loss: Tensor | None = None
+
+    def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
+        loss = loss.detach()
+        self._loss = loss if self._loss is None else self._loss + loss  # one NaN or infinity stays in a sum
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self._loss is None or (self._loss.device.type != "cpu" and (batch_idx + 1) % self.every):
+            return
+        total, self._loss = self._loss.item(), None
+        if _any_process(trainer, not math.isfinite(total)):
+            raise DivergedError(
+                f"the training loss is {total} at step {trainer.global_step}.",
+                hint="checkpoints up to here are intact; lower train.lr, set train.clip, or look at the data.",
+            )
+
+
+class Interrupt(StepCallback):
+    """SIGINT and SIGTERM: finish the step, save once, raise InterruptedRun; a second signal exits at once."""
+
+    def __init__(self, checkpoints: Checkpoints) -> None:
+        self.checkpoints = checkpoints
+        self._received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if threading.current_thread() is threading.main_thread():  # only there may handlers be set
+            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self._received is not None:
+            os._exit(InterruptedRun.exit_code)
+        self._received = number
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        if _any_process(trainer, self._received is not None):
+            path = self.checkpoints.save(trainer, module)
+            raise InterruptedRun(
+                f"stopped by a signal at step {step}; saved {path}.", hint="go on with --resume."
+            )
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        self._restore()
+
+    def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
+        self._restore()
+
+    def _restore(self) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+        self._previous = {}
+
+
+class Validation(StepCallback):
+    """Mean loss on held-out batches every `every` steps; stops early after `patience` times without a gain.
+
+    It runs inside the training step, not as Lightning's validation loop, so that a checkpoint of the same
+    step always contains its outcome and a resumed run never skips or repeats one.
+    """
+
+    def __init__(self, batches: Iterable[Any], every: int, patience: int | None) -> None:
+        self.batches, self.every, self.patience = batches, every, patience
+        self.best = math.inf
+        self.without_gain = 0
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        self._stop_if_stale(trainer)  # a run resumed after it had stopped early stays stopped
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        if step % self.every and step != trainer.max_steps:
+            return
+        loss = self.loss(trainer, module)
+        module.report({"val_loss": loss})
+        self.without_gain = 0 if loss < self.best else self.without_gain + 1
+        self.best = min(self.best, loss)
+        self._stop_if_stale(trainer)
+
+    @torch.no_grad()
+    def loss(self, trainer: Trainer, module: LightningModule) -> float:
+        """Mean loss per target token (per sample for a classifier), without auxiliary losses."""
+        was_training = [m for m in module.modules() if m.training]
+        module.eval()
+        totals = torch.zeros(2, dtype=torch.float64)
+        for batch in self.batches:
+            batch = trainer.strategy.batch_to_device(batch)
+            with trainer.precision_plugin.forward_context():
+                loss, count = module.evaluate_batch(batch)
+            totals += torch.stack([loss.double() * count, count.double()]).cpu()
+        for m in was_training:
+            m.training = True
+        totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
+        return (totals[0] / totals[1].clamp(min=1)).item()
+
+    def _stop_if_stale(self, trainer: Trainer) -> None:
+        if self.patience is not None and self.without_gain >= self.patience:
+            trainer.should_stop = True
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "without_gain": self.without_gain}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.best, self.without_gain = state["best"], state["without_gain"]

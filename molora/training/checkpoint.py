@@ -1,0 +1,173 @@
+"""Checkpoints: atomic folders, exact random state, and what may be written into them."""
+
+from __future__ import annotations
+
+import random
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.io import CheckpointIO
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from molora.errors import DivergedError
+from molora.store.atomic import write_folder
+from molora.store.manifest import is_complete, verify_folder
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+STATE_FILE = "trainer_state.pt"
+
+
+class FolderIO(CheckpointIO):
+    """Lightning checkpoints as folders: the adapter's weights, and everything else the trainer needs.
+
+    Folders are written beside their place and renamed into it, with a manifest of hashes; reading checks
+    the manifest first and never unpickles anything but plain data.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Write `checkpoint` as the folder `path`, replacing a damaged one of that name."""
+        state = dict(checkpoint)
+        weights = {name: tensor.contiguous() for name, tensor in state.pop("state_dict").items()}
+        with write_folder(path) as folder:
+            save_file(weights, folder / WEIGHTS_FILE)
+            torch.save(state, folder / STATE_FILE)
+
+    def load_checkpoint(
+        self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True
+    ) -> dict[str, Any]:
+        """Read the folder `path`; raises AdapterError where it is damaged."""
+        folder = Path(path)
+        verify_folder(folder)
+        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+        return {**state, "state_dict": load_file(folder / WEIGHTS_FILE)}
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Delete the folder `path`."""
+        shutil.rmtree(path)
+
+
+def random_state() -> dict[str, Any]:
+    """The state of every random generator that training may draw from, as plain data."""
+    name, keys, position, has_gauss, cached = np.random.get_state()
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "python": random.getstate(),
+    }
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Undo `random_state`."""
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(state["cuda"][: torch.cuda.device_count()])
+    name, keys, *rest = state["numpy"]
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+
+
+class RandomState(Callback):
+    """Hands the random state from the end of one training batch to the start of the next.
+
+    Whatever draws in between (validation, a new worker, a log line) cannot shift the training's own
+    sequence, and a checkpoint written in between holds exactly what the next batch will see.
+    """
+
+    def __init__(self) -> None:
+        self._states: list[dict[str, Any]] = []  # one per process
+
+    def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+        self._states = [random_state()]
+
+    def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
+        if self._states:
+            mine = trainer.global_rank if trainer.global_rank < len(self._states) else 0
+            restore_random_state(self._states[mine])
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"states": _from_all_processes(self._states)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._states = state["states"]
+
+
+def _from_all_processes(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return states
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, states)
+    return [state for part in gathered for state in part]
+
+
+def require_finite(module: nn.Module, step: int) -> None:
+    """Raise DivergedError if any trainable parameter is not finite."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not torch.isfinite(parameter).all():
+            raise DivergedError(
+                f"the weights are no longer finite at step {step}: {name}.",
+                hint="the last checkpoint is intact; lower train.lr or set train.clip, then resume or start again.",
+            )
+
+
+class StepCallback(Callback):
+    """A callback with one hook, called once per optimiser step whatever the accumulation."""
+
+    _step = -1
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        self._step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *_: Any) -> None:
+        if trainer.global_step != self._step:
+            self._step = trainer.global_step
+            self.on_step(trainer, module, self._step)
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        """Called after optimiser step number `step` (1 = the first)."""
+        raise NotImplementedError
+
+
+class Checkpoints(StepCallback):
+    """Writes `step-000200/` every `every` steps and at the end; keeps the newest `keep`."""
+
+    def __init__(self, folder: Path, every: int, keep: int) -> None:
+        self.folder, self.every, self.keep = folder, every, keep
+
+    def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
+        # Only the first process made the run folder; the others learn its name here.
+        self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:
+            self.save(trainer, module)
+
+    def save(self, trainer: Trainer, module: LightningModule) -> Path:
+        """Write a checkpoint of this step; a good one of the same step is left alone."""
+        path = self.folder / f"step-{trainer.global_step:06d}"
+        require_finite(module, trainer.global_step)
+        missing = trainer.is_global_zero and not is_complete(path)
+        if trainer.strategy.broadcast(missing):  # every process takes part in a save, or none
+            trainer.save_checkpoint(path)
+        if trainer.is_global_zero:
+            for old in checkpoints(self.folder)[: -self.keep]:
+                shutil.rmtree(old)
+        return path
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, damaged ones included."""
+    found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
+    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name[5:]))
+
+
+def latest_valid(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint: after damage an older one is better than none."""
+    return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)

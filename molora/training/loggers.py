@@ -1,0 +1,132 @@
+"""Where metrics go: metrics.csv, the terminal, TensorBoard."""
+
+from __future__ import annotations
+
+import csv
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class MetricsCsv(Logger):
+    """One row per logged step, in a file that is complete after every row.
+
+    A resumed run drops the rows after its checkpoint, so no step is counted twice. A metric that appears
+    later (the first validation) adds a column and rewrites the file.
+    """
+
+    name, version = "metrics", ""
+
+    def __init__(self, path: Path, resume_step: int = 0) -> None:
+        super().__init__()
+        self.path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.is_file():
+            with path.open(newline="", encoding="utf-8") as file:
+                rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
+            self.rows = [
+                row for row in rows if str(row.get("step", "")).isdigit() and int(row["step"]) <= resume_step
+            ]
+        self.columns = list(dict.fromkeys(["step", *(name for row in self.rows for name in row)]))
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Write a row, or add to the last one if it has the same step."""
+        if self.rows and int(self.rows[-1]["step"]) == step:
+            self.rows[-1].update(metrics)
+        else:
+            self.rows.append({"step": step, **metrics})
+        self.columns = list(dict.fromkeys([*self.columns, *metrics]))
+        self._write()
+
+    def _write(self) -> None:
+        partial = self.path.with_suffix(".csv.part")
+        with partial.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, self.columns)
+            writer.writeheader()
+            writer.writerows(self.rows)
+        partial.replace(self.path)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """The run folder holds the configuration already."""
+
+
+class Terminal(Logger):
+    """A progress bar with the newest numbers; a line per log where the output is not a terminal."""
+
+    name, version = "terminal", ""
+
+    def __init__(self, total: int, console: Console | None = None) -> None:
+        super().__init__()
+        self.console = console or Console(file=sys.stderr, highlight=False)
+        self.total = total
+        self.progress: Progress | None = None
+        self.numbers: dict[str, float] = {}
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Show `metrics`."""
+        if not self.console.is_terminal:
+            self.console.print(f"step {step}/{self.total}  {_text(metrics)}", soft_wrap=True)
+            return
+        if self.progress is None:
+            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+            self.progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
+            self.task = self.progress.add_task("training", total=self.total, text="")
+            self.progress.start()
+        self.numbers.update(metrics)
+        self.progress.update(self.task, completed=step, text=_text(self.numbers))
+
+    @rank_zero_only
+    def finalize(self, status: str) -> None:
+        """Leave the bar as it is and give the terminal back."""
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Not shown."""
+
+
+_SHOWN = {
+    "loss": "loss",
+    "val_loss": "val loss",
+    "grad_norm": "grad norm",
+    "lr": "lr",
+    "tokens_per_second": "tokens/s",
+}
+
+
+def _text(metrics: dict[str, float]) -> str:
+    """`loss 1.234  balance 1.02  lr 0.001  tokens/s 5120`, in the order of the metrics."""
+    shown = {
+        _SHOWN.get(name) or name.removeprefix("aux/"): value
+        for name, value in metrics.items()
+        if _wanted(name)
+    }
+    return "  ".join(
+        f"{name} {value:,.0f}" if name == "tokens/s" else f"{name} {value:.4g}"
+        for name, value in shown.items()
+    )
+
+
+def _wanted(name: str) -> bool:
+    return name in _SHOWN or name.startswith("aux/")
+
+
+def build_loggers(
+    folder: Path | None, total: int, resume_step: int, *, progress: bool = True
+) -> list[Logger]:
+    """The CSV file always, the terminal unless told otherwise, TensorBoard where it is installed."""
+    loggers: list[Logger] = [Terminal(total)] if progress else []
+    if folder is not None:
+        loggers.append(MetricsCsv(folder / "metrics.csv", resume_step))
+        if find_spec("tensorboard") is not None:
+            loggers.append(TensorBoardLogger(save_dir=folder, name="tb", version=""))
+    return loggers

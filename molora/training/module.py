@@ -1,0 +1,158 @@
+"""MoLoraModule: the LightningModule of a mixture, usable with any Lightning Trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning as L
+import torch
+from peft import PeftModel
+from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor
+from torch.optim import Optimizer
+
+import molora
+from molora.config import TrainConfig
+from molora.errors import AdapterError
+from molora.training.meter import Meter
+from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
+
+
+class MoLoraModule(L.LightningModule):
+    """Trains the adapter of a PEFT model; its state dict is the adapter and nothing else.
+
+    Batches are dicts of model inputs with `labels` and, where the gate or a loss needs them,
+    `routing_task_ids`. The loss is `task loss + Σ coefficient · auxiliary loss`, averaged over the
+    accumulated batches.
+    """
+
+    def __init__(self, model: PeftModel, settings: TrainConfig) -> None:
+        super().__init__()
+        self.model = model
+        self.settings = settings
+        self.meter = Meter()
+        self._logged_step = 0
+        self._rates: dict[str, float] = {}
+
+    # -- steps ------------------------------------------------------------------------------------------
+
+    def forward(self, **inputs: Any) -> Any:
+        """The model's own output; `out.loss` without auxiliary losses."""
+        with molora.aux_in_loss(self.model, False):
+            return self.model(**inputs)
+
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Task loss plus weighted auxiliary losses of one batch (a scalar)."""
+        task_loss = self(**batch).loss
+        aux = {f"aux/{name}": value for name, value in molora.aux_losses(self.model).items()}
+        self.meter.add(loss=task_loss, **aux)
+        self.meter.count_tokens(batch["attention_mask"].sum())
+        return (task_loss + molora.aux_loss(self.model)) * self._window_correction(batch_idx)
+
+    def _window_correction(self, batch_idx: int) -> float:
+        """Lightning divides by `accumulate_grad_batches`; an epoch's last window may hold fewer batches."""
+        accumulate, total = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        first = batch_idx - batch_idx % accumulate
+        return accumulate / min(accumulate, total - first)
+
+    def evaluate_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """Mean task loss of a batch and the number of targets it is the mean of. Call it in eval mode."""
+        return self(**batch).loss, (batch["labels"] != -100).sum()
+
+    def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
+        """Task loss of a held-out batch, logged as `val_loss`."""
+        loss, count = self.evaluate_batch(batch)
+        self.log("val_loss", loss, batch_size=int(count), prog_bar=True, sync_dist=True)
+        return loss
+
+    # -- optimisation -----------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> Any:
+        """AdamW over experts, gates and heads, with the recipe's schedule stepped per optimiser step."""
+        # Fused AdamW would unscale float16 gradients itself, after clipping.
+        fused = self.settings.precision != "16-mixed"
+        optimizer = build_optimizer(self.model, self.settings, fused=fused)
+        total = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_scheduler(optimizer, self.settings, total)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Note the learning rates; drop the gradients of what the current stage does not train.
+
+        AdamW skips a parameter without a gradient altogether: no momentum, no decay. Switching
+        `requires_grad` instead would break DDP, which fixes the set of gradients when it starts.
+        """
+        self._rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        parts = trained_parts(self.settings.stages, self.global_step)
+        for group in optimizer.param_groups:
+            if group["name"].split("_")[0] not in parts:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None
+    ) -> None:
+        """Clip to `gradient_clip_val` (or the recipe's `clip`) and note the norm before clipping."""
+        limit = gradient_clip_val if gradient_clip_val is not None else self.settings.clip
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
+        self.meter.add(grad_norm=norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    # -- logging ----------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Start counting where the run starts."""
+        self.meter, self._logged_step = Meter(), self.global_step
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        """Report the means since the last report, every `log_every_n_steps` optimiser steps."""
+        step = self.global_step
+        if step == self._logged_step or (
+            step % self.trainer.log_every_n_steps and step != self.trainer.max_steps
+        ):
+            return
+        self._logged_step = step
+        means = self.meter.take()
+        summed = self.trainer.strategy.reduce(
+            torch.stack([v.to(self.device) for v in means.values()]), reduce_op="mean"
+        )
+        values = dict(zip(means, summed.tolist(), strict=True))
+        if "tokens_per_second" in values:
+            values["tokens_per_second"] *= self.trainer.world_size
+        self.report({**values, **self._rates_used()})
+
+    def _rates_used(self) -> dict[str, float]:
+        """Learning rate of this step: the experts' A as `lr`, other groups as `lr/<group>` where it differs."""
+        lr = self._rates.get("experts_A", next(iter(self._rates.values())))
+        return {"lr": lr, **{f"lr/{name}": rate for name, rate in self._rates.items() if rate != lr}}
+
+    def report(self, values: dict[str, float]) -> None:
+        """Send metrics to every logger and to callbacks that monitor one.
+
+        Loggers are called directly: through `self.log`, Lightning numbers steps by batch from 0.
+        """
+        self.log_dict(values, logger=False)
+        for logger in self.trainer.loggers:
+            logger.log_metrics(values, step=self.global_step)
+
+    # -- state: the adapter only ------------------------------------------------------------------------
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
+        """The adapter's tensors under their names in an adapter folder."""
+        return get_peft_model_state_dict(self.model, save_embedding_layers=False)
+
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """Load what `state_dict` gave; AdapterError unless names and shapes are exactly the model's."""
+        own = self.state_dict()
+        missing, unexpected = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+        if missing or unexpected:
+            raise AdapterError(
+                f"the checkpoint does not fit the model: missing {missing[:3] or 'nothing'}"
+                f" ({len(missing)}), unexpected {unexpected[:3] or 'nothing'} ({len(unexpected)}).",
+                hint="resume with the recipe the run was started with.",
+            )
+        wrong = [name for name in own if own[name].shape != state_dict[name].shape]
+        if wrong:
+            shapes = f"{tuple(state_dict[wrong[0]].shape)} in the checkpoint, {tuple(own[wrong[0]].shape)} in the model"
+            raise AdapterError(f"the checkpoint does not fit the model: {wrong[0]} is {shapes}.")
+        return set_peft_model_state_dict(self.model, dict(state_dict))

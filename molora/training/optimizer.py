@@ -1,0 +1,145 @@
+"""Optimiser groups (experts, gates, heads) and learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from torch import nn
+from torch.optim import AdamW
+from torch.optim.lr_scheduler import LambdaLR
+
+from molora.errors import ConfigError
+from molora.experts.bank import ExpertBank
+from molora.gates.scores import GateRows
+
+ROLES = ("experts_A", "experts_B", "gates", "heads")
+
+
+class OptimizerSettings(Protocol):
+    """The fields of the recipe's `train` section that this file reads."""
+
+    lr: float
+    gate_lr: float | None
+    head_lr: float | None
+    lora_plus_ratio: float
+    weight_decay: float
+    gate_weight_decay: float
+    schedule: str
+    warmup: float | int
+
+
+class Stage(Protocol):
+    """One entry of the recipe's `train.stages`."""
+
+    steps: int | None
+    train: Sequence[str]
+
+
+def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    """Every trainable parameter under exactly one of ROLES.
+
+    Roles follow the module that owns a parameter, not its name: `experts_A` and `experts_B` are an
+    ExpertBank's factors (plain LoRA targets are banks of one), `gates` are GateRows, and everything else
+    that trains (`modules_to_save`) is a head.
+    """
+    roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
+    seen: set[int] = set()
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if parameter.requires_grad and id(parameter) not in seen:
+                seen.add(id(parameter))
+                roles[_role(module, name)].append(parameter)
+    return roles
+
+
+def _role(owner: nn.Module, name: str) -> str:
+    if isinstance(owner, ExpertBank):
+        return "experts_B" if name == "lora_B" else "experts_A"
+    return "gates" if isinstance(owner, GateRows) else "heads"
+
+
+def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+    """AdamW groups, one per role in use, each with `name`, `lr` and `weight_decay`.
+
+    Raises ConfigError when nothing is trainable. Reference for the ratio on B: LoRA+, arXiv:2402.12354.
+    """
+    lr = settings.lr
+    rates = {
+        "experts_A": lr,
+        "experts_B": lr * settings.lora_plus_ratio,
+        "gates": lr if settings.gate_lr is None else settings.gate_lr,
+        "heads": lr if settings.head_lr is None else settings.head_lr,
+    }
+    groups = [
+        {
+            "name": role,
+            "params": parameters,
+            "lr": rates[role],
+            "weight_decay": settings.gate_weight_decay if role == "gates" else settings.weight_decay,
+        }
+        for role, parameters in parameters_by_role(model).items()
+        if parameters
+    ]
+    if not groups:
+        raise ConfigError(
+            "nothing to train: every parameter of the model is frozen.", hint="unfreeze an expert."
+        )
+    return groups
+
+
+def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = False) -> AdamW:
+    """AdamW over `parameter_groups`. `fused` is several times faster on many small tensors."""
+    return AdamW(parameter_groups(model, settings), fused=fused)
+
+
+def warmup_steps(warmup: float | int, total: int) -> int:
+    """Steps of warm-up: an int counts steps, a float is a fraction of `total`."""
+    return warmup if isinstance(warmup, int) else math.ceil(warmup * total)
+
+
+def _cosine(progress: float) -> float:
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
+def _linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def _constant(progress: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "constant": _constant}
+
+
+def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
+    """What the learning rate is multiplied by at optimiser step `step` (0 = the first).
+
+    Rises linearly to 1 over `warmup` steps, then follows the schedule, reaching 0 after the last step.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, total - warmup)
+    return SCHEDULES[schedule](min(1.0, progress))
+
+
+def build_scheduler(optimizer: AdamW, settings: OptimizerSettings, total: int) -> LambdaLR:
+    """The schedule of `settings` over `total` optimiser steps, for all groups alike."""
+    warmup = warmup_steps(settings.warmup, total)
+    return LambdaLR(
+        optimizer, lambda step: lr_factor(step, schedule=settings.schedule, warmup=warmup, total=total)
+    )
+
+
+def trained_parts(stages: Sequence[Stage], step: int) -> frozenset[str]:
+    """Which of `experts`, `gates`, `heads` learn at optimiser step `step` (0 = the first).
+
+    Stages follow one another; the last one goes on until the end. No stages: everything, always.
+    """
+    for stage in stages[:-1]:
+        if step < (stage.steps or 0):
+            return frozenset(stage.train)
+        step -= stage.steps or 0
+    return frozenset(stages[-1].train if stages else ("experts", "gates", "heads"))
