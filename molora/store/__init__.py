@@ -1,0 +1,1 @@
+"""What is on disk: atomic folders, base fingerprints, adapters, LoRA import and export, runs."""

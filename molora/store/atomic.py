@@ -1,0 +1,243 @@
+"""Folders and files that are either complete or absent, whatever interrupts the writing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from molora.errors import AdapterError, ConfigError
+from molora.store.manifest import MANIFEST, write_manifest
+
+_LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
+_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_DAY = 86_400.0
+_open: set[Path] = set()  # temporaries this process is writing: in a container another run may have our pid
+
+
+@contextmanager
+def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
+    """Yield a temporary sibling folder; at the end of the block it takes the place of `path`.
+
+    On success the folder gets its MANIFEST.json (last), files get the permissions of the umask
+    (safetensors writes 0600), everything reaches the disk, and the folder is renamed. An existing folder
+    is renamed aside first and deleted last; a crash between the two renames leaves `path` missing and the
+    old folder aside, which `recover` puts back. On any exception the temporary is removed and `path` stays.
+
+    Args:
+        path: the folder to create or replace.
+        size: bytes the caller is about to write, to refuse at once where they do not fit.
+
+    Raises:
+        ConfigError: the target cannot be written (checked before the block runs).
+        AdapterError: the disk is full.
+    """
+    target = Path(path).absolute()
+    check_writable(target)
+    sweep(target.parent)
+    _check_space(target.parent, size)
+    temporary = _sibling(target, "tmp")
+    temporary.mkdir()
+    _open.add(temporary)
+    try:
+        with _explain_no_space(target, temporary):
+            yield temporary
+            finish_folder(temporary)
+        _swap(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        _open.discard(temporary)
+
+
+def finish_folder(folder: Path) -> None:
+    """Write the manifest, set permissions by the umask and flush every file and folder to the disk."""
+    write_manifest(folder)
+    mode = (folder / MANIFEST).stat().st_mode & 0o777  # a file Python made: its mode is the umask's
+    for parent, _, files in os.walk(folder, topdown=False):
+        for name in files:
+            file = Path(parent, name)
+            file.chmod(mode)
+            _flush(file)
+        _flush(Path(parent))
+
+
+def write_file(path: str | os.PathLike[str], data: bytes) -> None:
+    """Create or replace one file atomically; readers see the old bytes or the new ones."""
+    target = Path(path).absolute()
+    temporary = _sibling(target, "tmp")
+    _open.add(temporary)
+    try:
+        with _explain_no_space(target, temporary), temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+        _flush(target.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+        _open.discard(temporary)
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """`write_file` of readable JSON."""
+    write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+def recover(path: str | os.PathLike[str]) -> Path:
+    """Return `path`, put back first where a crash fell between the two renames of a replacement."""
+    target = Path(path).absolute()
+    deadline = time.monotonic() + 2.0
+    while not target.exists():
+        wanted = ("old", target.name)
+        aside = [old for old in _leftovers(target.parent) if (old["kind"], old["name"]) == wanted]
+        if not aside:
+            break
+        if any(_in_use(old) for old in aside) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the writer is alive and about to rename
+            continue
+        newest = max(aside, key=lambda old: old["path"].stat().st_mtime)
+        newest["path"].rename(target)
+        _flush(target.parent)
+    return target
+
+
+def sweep(parent: str | os.PathLike[str]) -> list[Path]:
+    """Remove what killed writers left in `parent` and return it; writers still alive are spared."""
+    removed = []
+    for old in _leftovers(Path(parent)):
+        if old["kind"] == "old":
+            recover(old["path"].with_name(old["name"]))
+        path = old["path"]
+        if _in_use(old) or not path.exists():
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
+        removed.append(path)
+    return removed
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a name belongs to an unfinished write, which readers ignore."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def check_writable(path: str | os.PathLike[str]) -> None:
+    """Raise ConfigError unless a folder can be made (or replaced) at `path`; creates its parent folders."""
+    target = Path(path).absolute()
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file, not a folder.", hint="choose another output folder.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        probe = _sibling(target, "tmp")
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot write to {target.parent}: {error.strerror}.",
+            hint="choose another output folder, or change its permissions.",
+        ) from error
+
+
+def _swap(temporary: Path, target: Path) -> None:
+    recover(target)
+    aside = None
+    if target.exists():
+        aside = _sibling(target, "old")
+        _open.add(aside)
+        target.rename(aside)
+    try:
+        temporary.rename(target)
+    except OSError:
+        if aside is not None:
+            aside.rename(target)
+        raise
+    finally:
+        _open.discard(aside or target)
+    _flush(target.parent)
+    if aside is not None:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _sibling(target: Path, kind: str) -> Path:
+    return target.with_name(f"{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _leftovers(parent: Path) -> list[dict[str, Any]]:
+    if not parent.is_dir():
+        return []
+    found = [(entry, _LEFTOVER.fullmatch(entry.name)) for entry in sorted(parent.iterdir())]
+    return [{"path": entry, **match.groupdict()} for entry, match in found if match]
+
+
+def _in_use(leftover: dict[str, Any]) -> bool:
+    path, pid = leftover["path"], int(leftover["pid"])
+    if pid == os.getpid():
+        return path in _open
+    try:
+        age = time.time() - path.stat().st_ctime  # renaming a folder sets ctime only
+    except FileNotFoundError:
+        return False
+    return process_alive(pid) and age < _DAY  # older: the process number was given to another program
+
+
+def process_alive(pid: int) -> bool:
+    """Whether a process of this machine has that number."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_space(parent: Path, size: int) -> None:
+    free = shutil.disk_usage(parent).free
+    if size > free:
+        raise AdapterError(
+            f"{parent} has {free:,} bytes free, {size:,} are needed.",
+            hint="free some space or write elsewhere.",
+        )
+
+
+@contextmanager
+def _explain_no_space(target: Path, temporary: Path) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = error.errno if isinstance(error, OSError) else _os_error(error)
+        if number not in _NO_SPACE:
+            raise
+        files = [temporary, *temporary.rglob("*")]
+        written = sum(file.stat().st_size for file in files if file.is_file())
+        free = shutil.disk_usage(target.parent).free
+        raise AdapterError(
+            f"no room to write {target}: {os.strerror(number)} after {written:,} bytes "
+            f"({free:,} free on the disk). What was there before is unchanged.",
+            hint="free some space, raise the quota, or write elsewhere.",
+        ) from error
+
+
+def _os_error(error: SafetensorError) -> int:
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else 0

@@ -1,0 +1,106 @@
+"""MANIFEST.json: the size and sha256 of every file of a folder, written last and checked first."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from molora.errors import AdapterError
+
+MANIFEST = "MANIFEST.json"
+FORMAT = 1
+FREE = ("README.md",)
+"""Files for people, which may be edited: not in the manifest. Hidden files are not either."""
+
+
+def write_manifest(folder: Path) -> None:
+    """List every file below `folder` with its size and sha256."""
+    files = {name: _entry(file) for name, file in _listed(folder).items()}
+    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
+        json.dump({"format": FORMAT, "files": files}, out, indent=2, ensure_ascii=False)
+        out.write("\n")
+
+
+def verify_folder(path: str | os.PathLike[str]) -> None:
+    """Compare a folder with its manifest.
+
+    Raises:
+        AdapterError: no manifest, or files that are missing, extra, or not the bytes that were written;
+            every such file is named, damaged ones with the expected and the actual sha256.
+    """
+    folder = Path(path)
+    expected, actual = _read(folder), _listed(folder)
+    problems = [f"{name}: missing" for name in expected if name not in actual]
+    problems += [f"{name}: not in the manifest" for name in actual if name not in expected]
+    for name in (name for name in expected if name in actual):
+        wanted, found = expected[name], _entry(actual[name])
+        if wanted != found:
+            problems.append(
+                f"{name}: damaged\n"
+                f"    expected sha256 {wanted.get('sha256')}, {wanted.get('bytes')} bytes\n"
+                f"    actual   sha256 {found['sha256']}, {found['bytes']} bytes"
+            )
+    if problems:
+        raise AdapterError(
+            f"{folder} is not as it was written:\n  " + "\n  ".join(problems),
+            hint=f"copy the folder again, or use an earlier one; if a change was meant, delete {MANIFEST}.",
+        )
+
+
+def is_complete(path: str | os.PathLike[str]) -> bool:
+    """Whether a folder has a manifest and agrees with it."""
+    try:
+        verify_folder(path)
+    except AdapterError:
+        return False
+    return True
+
+
+def sha256(file: Path) -> str:
+    """Hexadecimal sha256 of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_json(file: Path) -> Any:
+    """The content of a JSON file; AdapterError where it is missing or not JSON."""
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise AdapterError(f"{file} is missing.") from None
+    except (ValueError, RecursionError) as error:
+        raise AdapterError(f"{file} is not valid JSON: {error}.", hint="copy the file again.") from error
+
+
+def _entry(file: Path) -> dict[str, Any]:
+    return {"bytes": file.stat().st_size, "sha256": sha256(file)}
+
+
+def _read(folder: Path) -> dict[str, dict[str, Any]]:
+    if not (folder / MANIFEST).is_file():
+        raise AdapterError(f"{folder} has no {MANIFEST}: it is incomplete or was not written by molora.")
+    manifest = read_json(folder / MANIFEST)
+    files = manifest.get("files") if isinstance(manifest, dict) else None
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        raise AdapterError(f"{folder / MANIFEST} is not a manifest: no table of files.")
+    if manifest.get("format") != FORMAT:
+        raise AdapterError(
+            f"{folder / MANIFEST} has format {manifest.get('format')!r}, this molora reads {FORMAT}.",
+            hint="update molora.",
+        )
+    return files
+
+
+def _listed(folder: Path) -> dict[str, Path]:
+    """Every file the manifest answers for: relative posix name -> path."""
+    listed = {}
+    for parent, folders, files in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(files):
+            relative = str(PurePosixPath(Path(parent, name).relative_to(folder)))
+            if relative not in (MANIFEST, *FREE) and not name.startswith("."):
+                listed[relative] = Path(parent, name)
+    return listed
