@@ -171,10 +171,10 @@ class RoutingContext:
     @contextmanager
     def use_request(self, request: RoutingRequest) -> Iterator[None]:
         """Make a request the default of every forward inside, nested requests included."""
-        previous = self.request, self.state
-        self.request = request.over(self.request)
+        previous, merged = (self.request, self.state), request.over(self.request)
         # generate() calls the encoder without the root forward: the state must hold outside it too.
-        self.state = self.resolve(self.request)
+        self.state = self.resolve(merged)
+        self.request = merged
         try:
             yield
         finally:

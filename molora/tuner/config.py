@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from peft import PeftConfig
@@ -108,8 +108,8 @@ class MoLoraConfig(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MoLoraPeftType.MOLORA
-        self._normalise_gate()
         self._check_numbers()
+        self._normalise_gate()
         self._normalise_ranks()
         self._normalise_names()
         self._normalise_tasks()
@@ -142,7 +142,8 @@ class MoLoraConfig(PeftConfig):
                         f"gate.{name} is not a setting.{did_you_mean(name, known)} Settings: {', '.join(known)}."
                     )
             self.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
-        gate: GateConfig = self.gate
+        gate: GateConfig = replace(self.gate)  # the caller's object stays as it is
+        self.gate = gate
         if gate.select == "top_k":
             if gate.top_k > self.num_experts:
                 raise ConfigError(f"gate.top_k={gate.top_k} is larger than num_experts={self.num_experts}.")
