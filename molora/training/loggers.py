@@ -27,25 +27,37 @@ class MetricsCsv(Logger):
         super().__init__()
         self.path = path
         self.rows: list[dict[str, Any]] = []
+        self.columns = ["step"]
         if path.is_file():
-            with path.open(newline="", encoding="utf-8") as file:
-                rows = [{k: v for k, v in row.items() if k and v} for row in csv.DictReader(file)]
-            self.rows = [
-                row for row in rows if str(row.get("step", "")).isdigit() and int(row["step"]) <= resume_step
+            self._continue(resume_step)
+
+    def _continue(self, resume_step: int) -> None:
+        with self.path.open(newline="", encoding="utf-8") as file:
+            rows = [
+                {name: cell for name, cell in row.items() if name and cell} for row in csv.DictReader(file)
             ]
+        self.rows = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= resume_step]
         self.columns = list(dict.fromkeys(["step", *(name for row in self.rows for name in row)]))
+        self._rewrite()
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Write a row, or add to the last one if it has the same step."""
-        if self.rows and int(self.rows[-1]["step"]) == step:
+        columns = list(dict.fromkeys([*self.columns, *metrics]))
+        same_step = bool(self.rows) and int(self.rows[-1]["step"]) == step
+        if same_step:
             self.rows[-1].update(metrics)
         else:
             self.rows.append({"step": step, **metrics})
-        self.columns = list(dict.fromkeys([*self.columns, *metrics]))
-        self._write()
+        if same_step or columns != self.columns or not self.path.is_file():
+            self.columns = columns
+            self._rewrite()
+        else:
+            with self.path.open("a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns).writerow(self.rows[-1])
 
-    def _write(self) -> None:
+    @rank_zero_only
+    def _rewrite(self) -> None:
         partial = self.path.with_suffix(".csv.part")
         with partial.open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, self.columns)
