@@ -1,0 +1,147 @@
+"""Loaders: one that trains on from where it stopped, to the batch, and one that reads in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+from molora.data.mixing import epoch_order, mixing_counts, shard, this_process
+from molora.data.prompts import Example
+from molora.errors import ConfigError
+
+Batch = dict[str, Tensor]
+Collate = Callable[[Sequence[Example]], Batch]
+
+
+class ResumableLoader:
+    """Batches of shuffled, mixed tasks: an endless stream of epochs, and a position in it.
+
+    Iterating goes from the position to the end of its epoch, so stopping half-way and iterating again goes on.
+    The position enters the next epoch together with an epoch's last batch: Lightning never asks a sized loader
+    for one batch more. It counts batches handed out, so workers that read ahead do not move it. The order is a
+    pure function of (seed, epoch), and no global random state is read or moved. Nothing is dropped: an epoch's
+    last batch may be smaller. In distributed training each process gets its share, all equally many batches.
+
+    It is no DataLoader, so Lightning leaves its order and sharding alone.
+    """
+
+    def __init__(
+        self,
+        tasks: Sequence[Sequence[Example]],
+        batch_size: int,
+        collate: Collate,
+        *,
+        seed: int = 0,
+        mixing: str = "size",
+        temperature: float = 2.0,
+        weights: Sequence[float] | None = None,
+        workers: int = 0,
+    ) -> None:
+        if batch_size < 1:
+            raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
+        if not tasks or not all(len(examples) for examples in tasks):
+            raise ConfigError("every task of a loader needs at least one example.")
+        self.examples = [example for examples in tasks for example in examples]
+        self.sizes = [len(examples) for examples in tasks]
+        self.counts = mixing_counts(self.sizes, mixing, temperature, weights)
+        self.batch_size = batch_size
+        self.collate = collate
+        self.seed = seed
+        self.workers = workers
+        self.epoch = 0
+        self.given = 0  # batches of this epoch handed out
+
+    def __len__(self) -> int:
+        """Batches in an epoch, on this and on every other process."""
+        share = -(-sum(self.counts) // this_process()[1])
+        return -(-share // self.batch_size)
+
+    def batches(self, epoch: int) -> list[list[int]]:
+        """The example indices of every batch of an epoch on this process."""
+        order = shard(epoch_order(self.sizes, self.counts, self.seed, epoch), *this_process()).tolist()
+        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+
+    def __iter__(self) -> Iterator[Batch]:
+        epoch, total = self.epoch, len(self)
+        for batch in _read(self.examples, self.batches(epoch)[self.given :], self.collate, self.workers):
+            self.given += 1
+            if self.given == total:
+                self.epoch, self.given = epoch + 1, 0
+            yield batch
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position, and what it only means something for; plain data."""
+        return {"epoch": self.epoch, "batches": self.given, "made_for": self._made_for()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go to a position. Raises ConfigError in the middle of an epoch that this loader would cut otherwise."""
+        made_for, here = state["made_for"], self._made_for()
+        changed = [
+            f"{key}: {made_for.get(key)} then, {here[key]} now"
+            for key in here
+            if here[key] != made_for.get(key)
+        ]
+        if state["batches"] and changed:
+            raise ConfigError(
+                f"cannot go on in the middle of an epoch that was cut differently ({'; '.join(changed)}).",
+                hint="resume with the data, batch_size, seed and number of processes the run was started with",
+            )
+        self.epoch, self.given = state["epoch"], state["batches"]
+
+    def _made_for(self) -> dict[str, Any]:
+        return {
+            "records per task": list(self.counts),
+            "task sizes": list(self.sizes),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "processes": this_process()[1],
+        }
+
+
+def ordered_loader(
+    examples: Sequence[Example], batch_size: int, collate: Collate, *, workers: int = 0
+) -> DataLoader[Any]:
+    """A loader that reads every example in order, each process its share; for validation.
+
+    Its generator is its own: a DataLoader without one draws from the global random state at every start.
+    """
+    return DataLoader(
+        list(examples),  # type: ignore[arg-type]
+        batch_size=batch_size,
+        sampler=_InOrder(len(examples)),
+        collate_fn=collate,
+        num_workers=workers,
+        generator=torch.Generator().manual_seed(0),
+    )
+
+
+class _InOrder(Sampler[int]):
+    """0 to n-1, sharded over the processes there are when it is read."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __len__(self) -> int:
+        return -(-self.size // this_process()[1])
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(shard(torch.arange(self.size), *this_process()).tolist())
+
+
+def _read(
+    examples: list[Example], batches: list[list[int]], collate: Collate, workers: int
+) -> Iterator[Batch]:
+    return iter(
+        DataLoader(
+            examples,  # type: ignore[arg-type]
+            batch_sampler=batches,
+            collate_fn=collate,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),
+        )
+    )

@@ -1,0 +1,170 @@
+"""MoLoraDataModule: encoded tasks as Lightning loaders, usable without a recipe or a trainer."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import lightning as L
+
+from molora.config import DataConfig
+from molora.data.collate import collate, pad_token
+from molora.data.loader import ResumableLoader, ordered_loader
+from molora.data.prompts import Example, encode
+from molora.data.tasks import Task, TaskSet
+from molora.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+log = logging.getLogger(__name__)
+
+CUT_WARNING = 0.01  # share of records cut by max_length from which a warning is given
+
+
+@dataclass(frozen=True)
+class SplitSummary:
+    """What encoding one split of one task gave. Counts of records, and of tokens after cutting."""
+
+    task: str
+    task_id: int
+    split: str
+    records: int
+    cut_prompts: int
+    cut_targets: int
+    unlabelled: int  # nothing of the target left to learn; such records are left out
+    tokens: int
+    longest: int
+
+
+class MoLoraDataModule(L.LightningDataModule):
+    """Train and validation batches of a set of tasks; every record is encoded once and kept.
+
+    Batches are dicts of input_ids, attention_mask, labels and routing_task_ids. `config` gives max_length, the
+    mixing and the workers; the records come from `tasks`.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tasks: TaskSet,
+        tokenizer: PreTrainedTokenizerBase,
+        batch_size: int,
+        seed: int = 0,
+        *,
+        eval_batch_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.tasks = tasks
+        self.tokenizer = tokenizer
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size or batch_size
+        self.seed = seed
+        self._encoded: dict[tuple[str, str], list[Example]] = {}
+        self._summary: list[SplitSummary] = []
+
+    def setup(self, stage: str | None = None) -> None:
+        """Read and encode every split, once; raises DataError at the first faulty record."""
+        if self._encoded:
+            return
+        summary = []
+        for task in self.tasks:
+            for split, records in (("train", task.train), ("eval", task.eval)):
+                if not len(records):
+                    continue
+                examples, counts = encode_all(task, split, records, self.tokenizer, self.config.max_length)
+                self._encoded[task.name, split] = examples
+                summary.append(counts)
+                _warn(counts, self.config.max_length)
+        self._summary = summary
+
+    def train_dataloader(self) -> ResumableLoader:
+        """A loader at the start of the first epoch; it can be told to go on from a saved position."""
+        self.setup()
+        return ResumableLoader(
+            [self.examples(task.name, "train") for task in self.tasks],
+            self.batch_size,
+            self._collate(),
+            seed=self.seed,
+            mixing=self.config.mixing,
+            temperature=self.config.mixing_temperature,
+            weights=[task.weight for task in self.tasks],
+            workers=self.config.workers,
+        )
+
+    def val_dataloader(self) -> Any:
+        """Every evaluation record in order, task by task; an empty list, as Lightning wants it, without any."""
+        self.setup()
+        examples = [example for task in self.tasks for example in self.examples(task.name, "eval")]
+        if not examples:
+            return []
+        return ordered_loader(examples, self.eval_batch_size, self._collate(), workers=self.config.workers)
+
+    def examples(self, task: str, split: str) -> list[Example]:
+        """The encoded records of one split of one task; empty where it has none."""
+        self.setup()
+        return self._encoded.get((self.tasks[task].name, split), [])
+
+    def summary(self) -> list[SplitSummary]:
+        """What was read, cut and left out, one row per task and split."""
+        self.setup()
+        return list(self._summary)
+
+    def _collate(self) -> Any:
+        return partial(collate, pad_id=pad_token(self.tokenizer))
+
+
+def encode_all(
+    task: Task,
+    split: str,
+    records: Sequence[Mapping[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> tuple[list[Example], SplitSummary]:
+    """Every record of a split encoded, without those that have nothing to learn, and the counts.
+
+    Raises DataError at the first faulty record, or when no record is left.
+    """
+    every = [encode(task, record, tokenizer, max_length).compact() for record in records]
+    kept = [example for example in every if example.learns]
+    counts = SplitSummary(
+        task=task.name,
+        task_id=task.id,
+        split=split,
+        records=len(every),
+        cut_prompts=sum(example.cut_prompt > 0 for example in every),
+        cut_targets=sum(example.cut_target > 0 for example in every),
+        unlabelled=len(every) - len(kept),
+        tokens=sum(len(example.input_ids) for example in kept),
+        longest=max(len(example.input_ids) for example in every),
+    )
+    if not kept:
+        raise DataError(
+            f"task {task.name!r}: none of its {len(every)} {split} records has anything to learn:"
+            " every target is empty, or max_length leaves no room for it.",
+            hint=f"look at the target template, or raise data.max_length (it is {max_length})",
+        )
+    return kept, counts
+
+
+def _warn(counts: SplitSummary, max_length: int) -> None:
+    where = f"task {counts.task!r}, {counts.split}"
+    for number, what in (
+        (counts.cut_prompts, "prompts lose their beginning"),
+        (counts.cut_targets, "targets lose their end"),
+    ):
+        if number >= CUT_WARNING * counts.records and number:
+            share = number / counts.records
+            log.warning("%s: %d %s (%.1f %%) at max_length %d", where, number, what, 100 * share, max_length)
+    if counts.unlabelled:
+        share = counts.unlabelled / counts.records
+        log.warning(
+            "%s: %d records (%.1f %%) have nothing to learn and are left out",
+            where,
+            counts.unlabelled,
+            100 * share,
+        )

@@ -1,0 +1,72 @@
+"""Previews: the first records of a task as the model will see them, with what is masked."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+from molora.data.prompts import IGNORED, Example, encode
+from molora.data.records import where_of
+from molora.data.tasks import Task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PreviewToken:
+    """One token as text, and whether the loss reads it."""
+
+    text: str
+    learned: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """One record: the text a model is given, the text it learns, and the tokens of both in their order."""
+
+    where: str
+    prompt: str
+    target: str
+    tokens: tuple[PreviewToken, ...]
+    cut_prompt: int
+    cut_target: int
+
+
+def preview(
+    task: Task, tokenizer: PreTrainedTokenizerBase, n: int = 3, *, max_length: int = 512
+) -> list[Preview]:
+    """The first `n` training records of a task as `encode` gives them. Raises what `encode` raises."""
+    return [preview_record(task, record, tokenizer, max_length) for record in islice(task.train, n)]
+
+
+def preview_record(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Preview:
+    """One record. Its texts are read back from its tokens, so special tokens and cuts show."""
+    example = encode(task, record, tokenizer, max_length)
+    target, learned = _target(task, example, tokenizer)
+    given = [PreviewToken(_text(tokenizer, [i]), False) for i in example.input_ids[: example.prompt_length]]
+    return Preview(
+        where=where_of(record),
+        prompt=_text(tokenizer, example.input_ids[: example.prompt_length]),
+        target=target,
+        tokens=(*given, *learned),
+        cut_prompt=example.cut_prompt,
+        cut_target=example.cut_target,
+    )
+
+
+def _target(
+    task: Task, example: Example, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[PreviewToken]]:
+    if isinstance(example.labels, int):
+        return f"{task.labels[example.labels]} (class {example.labels})", []
+    ids = [label for label in example.labels if label != IGNORED]
+    return _text(tokenizer, ids), [PreviewToken(_text(tokenizer, [i]), True) for i in ids]
+
+
+def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
+    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

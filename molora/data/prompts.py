@@ -1,0 +1,252 @@
+"""From a record to text and from text to tokens: rendering, chat templates and the label mask."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from molora.config.suggest import did_you_mean
+from molora.data.records import where_of
+from molora.data.templates import field_of, fill_template
+from molora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from molora.data.tasks import Task
+
+IGNORED = -100  # the label of a position that no loss may read
+
+# -- text -------------------------------------------------------------------------------------------------
+
+
+def render(task: Task, record: Mapping[str, Any]) -> tuple[str, str]:
+    """(prompt, target) of a record. Of a conversation: its turns before the answer, one per line, and the answer.
+
+    Raises:
+        DataError: a field is missing or has no text, or the label is not one of the task's.
+        ConfigError: a template is malformed.
+    """
+    if task.kind == "classification":
+        return fill_template(task.text, record), task.labels[label_index(task, record)]
+    if task.messages is not None:
+        turns = _conversation(task.messages, record)
+        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1]), turns[-1]["content"]
+    return fill_template(task.prompt, record), fill_template(task.target, record)
+
+
+def label_index(task: Task, record: Mapping[str, Any]) -> int:
+    """The index of a record's label in `task.labels`; the label is one of those names, or their index."""
+    value = field_of(record, task.label)
+    if isinstance(value, str):
+        if value in task.labels:
+            return task.labels.index(value)
+        if value.isascii() and value.isdigit():  # CSV knows no numbers
+            value = int(value)
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
+        return value
+    suggestion = did_you_mean(value, task.labels) if isinstance(value, str) else ""
+    raise DataError(
+        f"{where_of(record)}: {value!r} is not a label of task {task.name!r}.{suggestion}",
+        hint=f"its labels: {', '.join(task.labels)} (or 0 to {len(task.labels) - 1})",
+    )
+
+
+def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The turns in a `messages` field, the last one the assistant's, which is the target."""
+    turns = field_of(record, field)
+    if not isinstance(turns, list) or len(turns) < 2:
+        raise DataError(f"{where_of(record)}: the field {field!r} must be a list of at least two messages.")
+    for number, turn in enumerate(turns, 1):
+        fit = (
+            isinstance(turn, dict)
+            and isinstance(turn.get("role"), str)
+            and isinstance(turn.get("content"), str)
+        )
+        if not fit:
+            raise DataError(
+                f"{where_of(record)}: message {number} of {field!r} is not a role and a content, both text.",
+                hint='a message is {"role": "user", "content": "..."}',
+            )
+    if turns[-1]["role"] != "assistant":
+        raise DataError(
+            f"{where_of(record)}: the last message of {field!r} is of role {turns[-1]['role']!r}.",
+            hint="the last message is what the model learns to say, so its role is assistant",
+        )
+    return turns
+
+
+# -- tokens -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded record.
+
+    input_ids: prompt and target of a causal model; the encoder's input of the others. Its first
+    `prompt_length` tokens are the prompt, which is all a model is given when it is to generate.
+    labels: one per input token (-100 on the prompt); the decoder's tokens of a seq2seq model; or one class index.
+    cut_prompt, cut_target: how many tokens `max_length` has cost each.
+    """
+
+    input_ids: Sequence[int]
+    labels: Sequence[int] | int
+    prompt_length: int
+    task_id: int
+    cut_prompt: int = 0
+    cut_target: int = 0
+
+    @property
+    def truncated(self) -> bool:
+        """Whether anything was cut off."""
+        return self.cut_prompt > 0 or self.cut_target > 0
+
+    @property
+    def learns(self) -> bool:
+        """Whether any label reaches the loss; the first token of a causal model is never predicted."""
+        if isinstance(self.labels, int):
+            return True
+        causal = self.prompt_length < len(self.input_ids)
+        return any(label != IGNORED for label in (self.labels[1:] if causal else self.labels))
+
+    def compact(self) -> Example:
+        """The same in four bytes a token, for keeping many."""
+        labels = self.labels if isinstance(self.labels, int) else array("i", self.labels)
+        return replace(self, input_ids=array("i", self.input_ids), labels=labels)
+
+
+def encode(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    """Tokens and labels of a record.
+
+    Causal: prompt and target are tokenised apart and joined, so that training sees the prompt's tokens exactly
+    as generation does (tokenising the joined text may merge across the boundary); the target ends with the
+    end-of-sequence token. Over `max_length`, the prompt loses its beginning (after a start token), never the
+    target; only a target that is too long by itself loses its end, and then one prompt token stays.
+    Seq2seq: `max_length` holds for each side. Classification heads: a long text loses its end.
+
+    Raises:
+        DataError: as `render`. ConfigError: the tokenizer lacks a chat template or end-of-sequence token.
+    """
+    if task.task_type == "SEQ_CLS":
+        return _encode_classified(task, record, tokenizer, max_length)
+    if task.task_type == "SEQ_2_SEQ_LM":
+        return _encode_seq2seq(task, record, tokenizer, max_length)
+    if task.chat_template:
+        prompt, target = _chat_tokens(task, record, tokenizer)
+    else:
+        prompt_text, target_text = render(task, record)
+        prompt, target = _prompt_tokens(tokenizer, prompt_text), _tokens(tokenizer, target_text)
+        target = [*target, _end_token(tokenizer)]
+    cut_target = max(0, len(target) - max(1, max_length - min(1, len(prompt))))
+    target = target[: len(target) - cut_target]
+    prompt, cut_prompt = _cut_start(prompt, max_length - len(target), tokenizer)
+    labels = [IGNORED] * len(prompt) + target
+    return Example(prompt + target, labels, len(prompt), task.id, cut_prompt, cut_target)
+
+
+def _encode_classified(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    text = fill_template(task.text, record)
+    ids = tokenizer(text, verbose=False)["input_ids"]
+    full = len(ids)
+    if full > max_length:  # the tokenizer's own truncation keeps its special tokens
+        ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
+    return Example(ids, label_index(task, record), len(ids), task.id, full - len(ids))
+
+
+def _encode_seq2seq(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> Example:
+    prompt, target = render(task, record)
+    ids, cut_prompt = _cut_start(tokenizer(prompt, verbose=False)["input_ids"], max_length, tokenizer)
+    labels = list(tokenizer(text_target=target, verbose=False)["input_ids"])
+    end = _end_token(tokenizer)
+    if not labels or labels[-1] != end:
+        labels.append(end)
+    return Example(ids, labels[:max_length], len(ids), task.id, cut_prompt, max(0, len(labels) - max_length))
+
+
+def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The prompt with the special tokens its tokenizer starts a text with, but not the one it ends it with."""
+    ids = list(tokenizer(text, verbose=False)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id and _tokens(tokenizer, text)[-1:] != ids[-1:]:
+        ids.pop()
+    return ids
+
+
+def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
+    """`ids` without its beginning where it is longer than `room`, and how many were cut; a start token stays."""
+    cut = max(0, len(ids) - room)
+    if cut == 0:
+        return list(ids), 0
+    starts = (tokenizer.bos_token_id, tokenizer.cls_token_id)
+    head = 1 if room > 1 and ids[0] in starts and ids[0] is not None else 0
+    return [*ids[:head], *ids[head + cut :]], cut
+
+
+def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no end-of-sequence token, so no answer could end.",
+            hint="set tokenizer.eos_token, or use a base that has one",
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def _chat_tokens(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[int]]:
+    """Prompt and target tokens of a conversation in the tokenizer's own chat format.
+
+    The target is what the format writes for the last answer, up to its end-of-sequence token (appended where
+    the format writes none). The format brings its own special tokens, so none are added.
+    """
+    if task.messages is not None:
+        turns = _conversation(task.messages, record)
+    else:
+        prompt, target = render(task, record)
+        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
+    before, whole = _chat_texts(turns, tokenizer, where_of(record))
+    end = _end_token(tokenizer)
+    target_ids = _tokens(tokenizer, whole[len(before) :])
+    if end in target_ids:
+        target_ids = target_ids[: len(target_ids) - target_ids[::-1].index(end)]
+    else:
+        target_ids.append(end)
+    return _tokens(tokenizer, before), target_ids
+
+
+def _chat_texts(
+    turns: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase, where: str
+) -> tuple[str, str]:
+    """The conversation as text, up to where the last answer begins, and to its end."""
+    from jinja2 import TemplateError
+
+    if not tokenizer.chat_template:
+        raise ConfigError(
+            f"the tokenizer of {tokenizer.name_or_path!r} has no chat template.",
+            hint="leave out chat_template and write a prompt, or use an instruction-tuned base",
+        )
+    try:
+        before = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))
+        whole = str(tokenizer.apply_chat_template(turns, tokenize=False))
+    except TemplateError as error:
+        raise DataError(
+            f"{where}: the tokenizer's chat template refuses the conversation: {error}."
+        ) from None
+    if not whole.startswith(before):
+        raise DataError(
+            f"{where}: the tokenizer's chat template writes the conversation differently once it is answered,"
+            " so the answer's tokens cannot be told apart.",
+            hint="leave out chat_template and write a prompt in the format of the base",
+        )
+    return before, whole

@@ -1,0 +1,245 @@
+"""Records, and the strict reading of text files of them: JSON lines and CSV, plain or gzipped."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, NoReturn, cast
+
+from molora.errors import DataError
+
+MAX_LINE = 10_000_000  # bytes; a longer line is a file that is not one record per line
+
+_BYTE_ORDER_MARKS = ((b"\xff\xfe", "UTF-16 or UTF-32"), (b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32"))
+_UTF8_MARK = b"\xef\xbb\xbf"
+_GZIP_MAGIC = b"\x1f\x8b"
+
+
+class Record(dict[str, Any]):
+    """One row: its fields by name, and `where` it was read, as `file:line` or `data set row n`."""
+
+    def __init__(self, fields: Mapping[str, Any], where: str) -> None:
+        super().__init__(fields)
+        self.where = where
+
+
+def where_of(record: Mapping[str, Any]) -> str:
+    """Where a record was read; plain dicts have no such place."""
+    return record.where if isinstance(record, Record) else "a record given in Python"
+
+
+# -- lines ------------------------------------------------------------------------------------------------
+
+
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines (from 1) of a UTF-8 file with their line ends; a UTF-8 byte order mark is dropped.
+
+    Raises:
+        DataError: the file is missing, not UTF-8, has a NUL character, a line over `MAX_LINE` bytes, or its
+            gzip data is damaged; the message starts with `file:line`.
+    """
+    number = 0
+    try:
+        with _open(path) as file:
+            while line := file.readline(MAX_LINE + 1):
+                number += 1
+                yield number, _decode(line, path, number)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(
+            f"{path}:{number + 1}: the gzip data is damaged or cut off ({error}).", hint="copy the file again"
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.", hint=_hint(path)) from None
+
+
+def _open(path: Path) -> BinaryIO:
+    file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or by the buffer around it)
+    start = file.read(4)
+    file.seek(0)
+    if path.suffix == ".gz" and start and not start.startswith(_GZIP_MAGIC):
+        file.close()
+        raise DataError(f"{path}: ends in .gz but is not gzip data.")
+    for mark, encoding in _BYTE_ORDER_MARKS:
+        if start.startswith(mark):
+            file.close()
+            raise DataError(f"{path}:1: is {encoding} text, not UTF-8.", hint="save the file as UTF-8")
+    if start.startswith(_GZIP_MAGIC):
+        return io.BufferedReader(cast(Any, _OwningGzip(file)))
+    return file
+
+
+class _OwningGzip(gzip.GzipFile):
+    """Closes the file underneath as well, which GzipFile leaves open when it was given one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._raw = file
+
+    def close(self) -> None:
+        super().close()
+        self._raw.close()
+
+
+def _decode(line: bytes, path: Path, number: int) -> str:
+    place = f"{path}:{number}"
+    if len(line) > MAX_LINE:
+        raise DataError(
+            f"{place}: the line is longer than {MAX_LINE:,} bytes.", hint="write one record per line"
+        )
+    if number == 1:
+        line = line.removeprefix(_UTF8_MARK)
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        bad = " ".join(f"{byte:#04x}" for byte in line[error.start : error.end])
+        raise DataError(
+            f"{place}: byte {error.start + 1} ({bad}) is not UTF-8.", hint="save the file as UTF-8"
+        ) from None
+    if "\0" in text:
+        raise DataError(f"{place}: character {text.index(chr(0)) + 1} is NUL, which no text contains.")
+    return text
+
+
+def _hint(path: Path) -> str | None:
+    if path.is_dir():
+        return "it is a folder: name a file in it, or use source: folder"
+    return None if path.parent.is_dir() else f"there is no folder {path.parent}"
+
+
+# -- JSON lines -------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: str | Path) -> Iterator[Record]:
+    """The records of a JSON lines file: one object per line, blank lines only at the end.
+
+    Raises:
+        DataError: as `read_lines`, and for anything that is not strict JSON: other values than objects,
+            a key written twice, NaN or Infinity, lone surrogates, a line that is cut off.
+    """
+    path = Path(path)
+    blank = 0
+    for number, line in read_lines(path):
+        if not line.strip():
+            blank = blank or number
+            continue
+        if blank:
+            raise DataError(
+                f"{path}:{blank}: the line is blank.", hint="blank lines are allowed at the end only"
+            )
+        place = f"{path}:{number}"
+        yield Record(_parse_object(line, place), place)
+
+
+def _parse_object(line: str, place: str) -> dict[str, Any]:
+    try:
+        value = json.loads(line, object_pairs_hook=_unique, parse_constant=_no_constant)
+    except json.JSONDecodeError as error:
+        # An object that ends too early leaves an error at or behind its last character.
+        cut = not line.endswith("\n") or error.pos >= len(line.rstrip())
+        what = "the record is cut off" if cut else "not valid JSON"
+        raise DataError(
+            f"{place}: {what}: {error.msg} at character {error.pos + 1}.",
+            hint="write one JSON object per line",
+        ) from None
+    except RecursionError:
+        raise DataError(f"{place}: the record is nested too deeply.") from None
+    except ValueError as error:
+        # Ours, or Python's own limit on the digits of one integer, which adds advice after a semicolon.
+        raise DataError(f"{place}: {str(error).split(';')[0]}") from None
+    if not isinstance(value, dict):
+        kind = {"list": "an array", "str": "a string", "NoneType": "null"}.get(
+            type(value).__name__, "a bare value"
+        )
+        raise DataError(f"{place}: a record must be a JSON object, this is {kind}.")
+    if "\\u" in line:
+        _check_escapes(value, place)
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for i, name in enumerate(names) if name in names[:i])
+        raise ValueError(f"the key {twice!r} is written twice.")
+    return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number.")
+
+
+def _check_escapes(value: dict[str, Any], place: str) -> None:
+    r"""Refuse what `\u` escapes can smuggle into text: half a character, or NUL."""
+    for text in _texts(value):
+        bad = next((c for c in text if c == "\0" or "\ud800" <= c <= "\udfff"), None)
+        if bad is not None:
+            what = "NUL" if bad == "\0" else "half a surrogate pair"
+            raise DataError(f"{place}: the escape \\u{ord(bad):04x} is {what}, not a character.")
+
+
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _texts(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _texts(item)
+
+
+# -- CSV --------------------------------------------------------------------------------------------------
+
+
+def read_csv(path: str | Path) -> Iterator[Record]:
+    """The records of a comma-separated file with a header line; every value stays the text that is written.
+
+    Raises:
+        DataError: as `read_lines`, and for a header with an empty or repeated name, a row with more or fewer
+            values than the header, or quotes that do not close.
+    """
+    path = Path(path)
+    # The module's own limit is 131,072 characters for one value.
+    csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
+    rows = csv.reader((line for _, line in read_lines(path)), strict=True)
+    header: list[str] | None = None
+    while True:
+        first = rows.line_num + 1  # a quoted value may go over several lines
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise DataError(f"{path}:{first}: not valid CSV: {error}.") from None
+        place = f"{path}:{first}"
+        if header is None:
+            header = _header(row, place)
+        elif row:
+            yield Record(_named(header, row, place), place)
+
+
+def _header(row: list[str], place: str) -> list[str]:
+    if len(set(row)) < len(row) or "" in row or not row:
+        raise DataError(
+            f"{place}: the header must name every column once, it reads {', '.join(row) or 'nothing'!r}."
+        )
+    return row
+
+
+def _named(header: list[str], row: list[str], place: str) -> dict[str, str]:
+    if len(row) != len(header):
+        raise DataError(
+            f"{place}: {len(row)} values, but the header names {len(header)} columns.",
+            hint="put values that contain a comma in double quotes",
+        )
+    return dict(zip(header, row, strict=True))
+
+
+READERS: dict[str, Callable[[str | Path], Iterator[Record]]] = {"jsonl": read_jsonl, "csv": read_csv}

@@ -1,0 +1,202 @@
+"""Tasks: named, with stable ids, each a set of records and the way to turn one into text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from molora.config import DataConfig, TaskConfig
+from molora.config.data import KIND_OF_TASK_TYPE, METRICS
+from molora.config.names import check_name
+from molora.config.suggest import did_you_mean
+from molora.data.sources import LazyRecords, TableRecords, records_of
+from molora.data.templates import parse_template
+from molora.errors import ConfigError
+
+_TASK_TYPE_OF_KIND = {kind: task_type for task_type, kind in KIND_OF_TASK_TYPE.items()}
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task. `train` and `eval` hold records (mappings of fields); `eval` may be empty.
+
+    kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`;
+    classification renders `text`, and `label` names the field with one of `labels` (or its index).
+    task_type: what the base is; a classification on a language model learns to write the label's name.
+    """
+
+    name: str
+    id: int
+    train: Sequence[Mapping[str, Any]] = field(repr=False)
+    eval: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
+    kind: str = "causal_lm"
+    metric: str = ""
+    prompt: str = "{prompt}"
+    target: str = "{target}"
+    messages: str | None = None
+    chat_template: bool = False
+    text: str = "{text}"
+    label: str = "label"
+    labels: tuple[str, ...] = ()
+    weight: float = 1.0
+    task_type: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in METRICS:
+            raise ConfigError(
+                f"task {self.name!r}: unknown kind {self.kind!r}; allowed: {', '.join(METRICS)}."
+            )
+        for key, value in (
+            ("name", check_name(self.name, "task")),
+            ("metric", self.metric or METRICS[self.kind][0]),
+            ("task_type", self.task_type or _TASK_TYPE_OF_KIND[self.kind]),
+            # Without a template of its own, a conversation can only be written by the tokenizer's.
+            ("chat_template", self.chat_template or self.messages is not None),
+        ):
+            object.__setattr__(self, key, value)
+        allowed = _TASK_TYPE_OF_KIND[self.kind]
+        if self.task_type != allowed and not (
+            self.kind == "classification" and self.task_type in KIND_OF_TASK_TYPE
+        ):
+            raise ConfigError(
+                f"task {self.name!r}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
+            )
+        if self.kind == "classification" and len(self.labels) < 2:
+            raise ConfigError(f"task {self.name!r}: a classification needs at least two labels.")
+        for template in self.templates:
+            parse_template(template)
+
+    @property
+    def templates(self) -> tuple[str, ...]:
+        """The templates this task renders."""
+        if self.kind == "classification":
+            return (self.text,)
+        return () if self.messages is not None else (self.prompt, self.target)
+
+
+def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str | None = None) -> Task:
+    """A task of a recipe. Records are read when first needed, or here where only they name the labels.
+
+    Raises:
+        ConfigError: a template is malformed, or a classification gives no labels and its data declare none.
+        DataError: the records were needed and cannot be read.
+    """
+    train, held_out = records_of(config, "train"), records_of(config, "eval")
+    if train is None:
+        raise ConfigError(f"data.tasks.{name}: names no training records.")
+    given = {
+        key: getattr(config, key)
+        for key in ("prompt", "target", "text", "label", "metric")
+        if getattr(config, key) is not None
+    }
+    return Task(
+        name=name,
+        id=task_id,
+        train=train,
+        eval=() if held_out is None else held_out,
+        kind=config.kind,
+        messages=config.messages,
+        chat_template=config.chat_template,
+        labels=_labels(name, config, train) if config.kind == "classification" else (),
+        weight=config.weight,
+        task_type=task_type or "",
+        **given,
+    )
+
+
+def _labels(name: str, config: TaskConfig, train: LazyRecords) -> tuple[str, ...]:
+    """The recipe's labels, or those the data declare."""
+    if config.labels is not None:
+        return tuple(config.labels)
+    column = config.label or "label"
+    declared = train.rows.label_names(column) if isinstance(train.rows, TableRecords) else None
+    if declared is not None:
+        return tuple(declared)
+    found = sorted({str(record[column]) for record in train if column in record})
+    listed = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
+    raise ConfigError(
+        f"data.tasks.{name}.labels: is missing, and the data do not declare them.",
+        hint=f"their order is their index in the model, so write it down; {column!r} holds: {listed or 'nothing'}",
+    )
+
+
+@dataclass(frozen=True)
+class TaskSet:
+    """Tasks in recipe order. `known_ids` holds every id ever given, those of tasks no longer here included."""
+
+    tasks: tuple[Task, ...]
+    known_ids: Mapping[str, int]
+
+    @classmethod
+    def from_config(
+        cls, config: DataConfig, known_ids: Mapping[str, int] | None = None, task_type: str | None = None
+    ) -> TaskSet:
+        """The tasks of a recipe. Names in `known_ids` keep their ids, new names get ids never given before.
+
+        Raises:
+            ConfigError: names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
+        """
+        ids = assign_ids(list(config.tasks), known_ids or {})
+        tasks = tuple(
+            task_from_config(name, ids[name], task, task_type) for name, task in config.tasks.items()
+        )
+        return cls(tasks, ids)
+
+    @classmethod
+    def of(cls, *tasks: Task) -> TaskSet:
+        """Tasks that were made in Python; ConfigError where two share a name or an id."""
+        ids = {task.name: task.id for task in tasks}
+        if len(ids) < len(tasks):
+            raise ConfigError(f"two tasks have the same name: {', '.join(task.name for task in tasks)}.")
+        return cls(tasks, assign_ids(list(ids), ids))
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """Name -> id of the tasks here."""
+        return {task.name: task.id for task in self.tasks}
+
+    @property
+    def num_labels(self) -> int:
+        """Classes a shared classification head needs: every task counts its own labels from 0."""
+        return max((len(task.labels) for task in self.tasks), default=0)
+
+    def __len__(self) -> int:
+        return len(self.tasks)
+
+    def __iter__(self) -> Iterator[Task]:
+        return iter(self.tasks)
+
+    def __getitem__(self, name: str) -> Task:
+        """The task of that name; ConfigError names those there are."""
+        for task in self.tasks:
+            if task.name == name:
+                return task
+        names = list(self.ids)
+        raise ConfigError(
+            f"unknown task {name!r}.{did_you_mean(name, names)} Known tasks: {', '.join(names)}."
+        )
+
+
+def assign_ids(names: Sequence[str], known_ids: Mapping[str, int]) -> dict[str, int]:
+    """`known_ids` and an id for each new name: one more than any given so far, in the order of `names`."""
+    ids = dict(known_ids)
+    for name, task_id in known_ids.items():
+        if isinstance(task_id, bool) or not isinstance(task_id, int) or task_id < 0:
+            raise ConfigError(f"task {name!r}: {task_id!r} is not a task id; ids are whole numbers from 0.")
+    if len(set(ids.values())) < len(ids):
+        raise ConfigError(f"two tasks have the same id: {ids}.")
+    folded = {name.casefold(): name for name in ids}
+    following = max(ids.values(), default=-1) + 1
+    for name in names:
+        name = check_name(name, "task")
+        other = folded.setdefault(name.casefold(), name)
+        if other != name:
+            raise ConfigError(
+                f"task {name!r} differs from {other!r} only in upper and lower case.",
+                hint="rename one of them",
+            )
+        if name not in ids:
+            ids[name] = following
+            following += 1
+    return ids
