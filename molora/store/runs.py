@@ -1,0 +1,181 @@
+"""Run: the folder of one training, found by any of its names and written by one process at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from molora.config import RunConfig, load_recipe
+from molora.config.names import check_name
+from molora.errors import AdapterError, ConfigError
+from molora.store.atomic import check_writable, write_file
+from molora.store.manifest import is_complete, read_json
+
+CONFIG_FILE = "config.yaml"
+REPORT_FILE = "report.json"
+LATEST = "latest"
+LOCK_FILE = ".lock"
+_held: set[Path] = set()  # locks of this process: the kernel's are between processes only
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run folder, `<output>/<name>/<stamp>`; nothing is read before it is asked for."""
+
+    path: Path
+
+    @classmethod
+    def create(cls, output: str | os.PathLike[str], name: str) -> Run:
+        """Make a new, empty folder `<output>/<name>/<stamp>` and point `<output>/<name>/latest` at it.
+
+        Raises:
+            ConfigError: the name breaks the name rule, or the folder cannot be written.
+        """
+        parent = Path(output).absolute() / check_name(name, "run")
+        check_writable(parent / "run")
+        stamp, tries = time.strftime("%Y%m%d-%H%M%S"), 1
+        while True:
+            path = parent / (stamp if tries == 1 else f"{stamp}-{tries:02d}")
+            try:
+                path.mkdir()
+                break
+            except FileExistsError:
+                tries += 1
+        _point_latest(parent, path.name)
+        return cls(path)
+
+    @classmethod
+    def find(cls, path: str | os.PathLike[str]) -> Run:
+        """The run at a run folder, at `<output>/<name>` (its latest one) or at `<output>/<name>/latest`.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        given = Path(path).absolute()
+        if (given / CONFIG_FILE).is_file():
+            return cls(given.resolve())
+        parent = given.parent if given.name == LATEST else given
+        pointed = _read_latest(parent)
+        found = [pointed] if pointed is not None else _stamped(parent)
+        if not found:
+            what = "is not a run folder" if given.exists() else "does not exist"
+            raise ConfigError(
+                f"{path} {what}: no {CONFIG_FILE} in it and no run below it.{_runs_near(parent)}",
+                hint="give a run folder, or the folder of a run's name; `molora train` prints where it writes.",
+            )
+        return cls(found[-1])
+
+    @cached_property
+    def config(self) -> RunConfig:
+        """The resolved recipe the run was started with."""
+        return load_recipe(self.path / CONFIG_FILE)
+
+    @property
+    def adapter(self) -> Path:
+        """Where the trained adapter is, or will be."""
+        return self.path / "adapter"
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """Undamaged checkpoints `checkpoints/step-N`, by step."""
+        found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in (self.path / "checkpoints").glob("*")}
+        steps = sorted((int(match[1]), path) for path, match in found.items() if match)
+        return [path for _, path in steps if is_complete(path)]
+
+    @property
+    def latest_checkpoint(self) -> Path | None:
+        """The newest undamaged checkpoint."""
+        return self.checkpoints[-1] if self.checkpoints else None
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The content of report.json, or None before the first evaluation."""
+        file = self.path / REPORT_FILE
+        return read_json(file) if file.is_file() else None
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Refuse every other process that wants to write into the run meanwhile.
+
+        The kernel drops the lock when its process dies, so one left by a killed run never blocks.
+
+        Raises:
+            AdapterError: another process is writing; says which, and on which machine.
+        """
+        file = self.path / LOCK_FILE
+        if file in _held:
+            raise AdapterError(f"{self.path} is already being written by this process.")
+        with file.open("a+", encoding="utf-8") as stream:
+            _acquire(stream, self.path)
+            _held.add(file)
+            try:
+                stream.truncate(0)
+                json.dump({"pid": os.getpid(), "host": socket.gethostname()}, stream)
+                stream.flush()
+                yield
+                stream.truncate(0)
+            finally:
+                _held.discard(file)
+
+
+def load_run(path: str | os.PathLike[str]) -> Run:
+    """The run at `path`; see `Run.find`."""
+    return Run.find(path)
+
+
+def _acquire(stream: Any, run: Path) -> None:
+    try:
+        fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EAGAIN):
+            raise
+        stream.seek(0)
+        try:
+            owner = json.load(stream)
+            who = f"process {owner['pid']} on {owner['host']}"
+        except (ValueError, KeyError, TypeError):
+            who = "another process"
+        raise AdapterError(
+            f"{run} is being written by {who}.", hint="wait for it, or start a new run."
+        ) from error
+
+
+def _point_latest(parent: Path, stamp: str) -> None:
+    """A relative symbolic link, so that `latest/report.html` opens; a text file where links do not exist."""
+    link = parent / LATEST
+    temporary = parent / f"{LATEST}.tmp-{os.getpid()}-00000000"
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.symlink_to(stamp, target_is_directory=True)
+    except OSError:
+        write_file(link, stamp.encode())
+    else:
+        temporary.replace(link)
+
+
+def _read_latest(parent: Path) -> Path | None:
+    pointer = parent / LATEST
+    if pointer.is_file():
+        pointer = parent / Path(pointer.read_text(encoding="utf-8").strip()).name
+    return pointer.resolve() if (pointer / CONFIG_FILE).is_file() else None
+
+
+def _stamped(parent: Path) -> list[Path]:
+    return sorted(file.parent.resolve() for file in parent.glob(f"*/{CONFIG_FILE}"))
+
+
+def _runs_near(folder: Path) -> str:
+    """The runs a mistyped path may have meant: those beside it."""
+    names = sorted({file.parent.parent.name for file in folder.parent.glob(f"*/*/{CONFIG_FILE}")})
+    return f" Runs in {folder.parent}: {', '.join(names[:10])}." if names else ""
