@@ -44,21 +44,11 @@ class RoutingRecord:
             self.experts = task_map.experts
         for gate, record in records:
             weights, selected, entropy = _full(record.routing, len(task_map.experts))
-            tokens = len(
-                record.mask
-                if record.mask is not None
-                else record.task_ids
-                if record.task_ids is not None
-                else weights
-            )
             weights, selected, entropy = (
-                t.expand(tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy)
+                t.expand(record.tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy)
             )
-            keep = (
-                torch.ones(len(weights), dtype=torch.bool, device=weights.device)
-                if record.mask is None
-                else record.mask
-            )
+            everything = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
+            keep = everything if record.mask is None else record.mask
             ids = None if record.task_ids is None else record.task_ids.to(weights.device)
             for task_id in [None] if ids is None else ids.unique().tolist():
                 if task_id == BASE_ONLY:

@@ -71,3 +71,10 @@ def test_nothing_is_recorded_outside_and_no_activation_stays():
     model(**batch, routing_task_ids=list(TASKS))
     assert record.table() == [] and record.tokens == 0
     assert not any(m.records for m in model.modules() if isinstance(m, MoLoraLayer))
+
+
+def test_a_constant_gate_counts_every_token():
+    model = molora_model("llama", "constant-linear")
+    with molora.record_routing(model) as record:
+        model(input_ids=batch_for("llama")["input_ids"])
+    assert record.tokens == 21

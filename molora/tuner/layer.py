@@ -35,6 +35,7 @@ class GateRecord:
     """What one gate decided in one forward; kept only while losses or statistics need it."""
 
     routing: Routing
+    tokens: int
     mask: Tensor | None  # (tokens,) true where a token counts
     task_ids: Tensor | None  # (tokens,)
 
@@ -114,7 +115,7 @@ class MoLoraLayer(BaseTunerLayer):
         if state.recording and leader is self:
             lead = x.shape[:-1]
             ids = None if tasks is None else tasks.expand(lead)
-            self.records[adapter] = GateRecord(routing, state.mask(site.stream, lead), ids)
+            self.records[adapter] = GateRecord(routing, lead.numel(), state.mask(site.stream, lead), ids)
         return routing
 
     # -- merging ---------------------------------------------------------------------------------------
