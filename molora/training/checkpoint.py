@@ -165,9 +165,14 @@ class Checkpoints(StepCallback):
 def checkpoints(folder: Path) -> list[Path]:
     """Checkpoint folders by step, oldest first, damaged ones included."""
     found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
-    return sorted((path for path, match in found.items() if match), key=lambda path: int(path.name[5:]))
+    return sorted((path for path, match in found.items() if match), key=checkpoint_step)
 
 
 def latest_valid(folder: Path) -> Path | None:
     """The newest undamaged checkpoint: after damage an older one is better than none."""
     return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
+
+
+def checkpoint_step(path: Path | None) -> int:
+    """The step a checkpoint folder was written at; 0 for none."""
+    return 0 if path is None else int(path.name.removeprefix("step-"))

@@ -1,0 +1,153 @@
+"""train: from a recipe to a finished run folder, resumable at any moment."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
+
+from molora.config import RunConfig, load_recipe
+from molora.data.module import MoLoraDataModule
+from molora.data.tasks import TaskSet
+from molora.errors import ConfigError
+from molora.report.plots import plot_loss
+from molora.store.adapter import save
+from molora.store.runs import Run
+from molora.training.build import build_model
+from molora.training.checkpoint import checkpoint_step, latest_valid
+from molora.training.environment import describe_environment, prepare_process
+from molora.training.evaluate import evaluate_run
+from molora.training.module import MoLoraModule
+from molora.training.trainer import build_trainer, check_device, total_steps
+
+Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
+
+# A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
+FREE_ON_RESUME = (
+    "output",
+    "eval",
+    "data.workers",
+    "train.max_steps",
+    "train.epochs",
+    "train.val_every",
+    "train.save_every",
+    "train.keep_checkpoints",
+    "train.log_every",
+    "train.accelerator",
+)
+
+
+def train(
+    recipe: Recipe, overrides: Sequence[str] = (), resume: bool | str | os.PathLike[str] | None = None
+) -> Run:
+    """Train a mixture as a recipe says, evaluate it, and return its run folder.
+
+    Args:
+        recipe: path of a YAML file, the same as a mapping, or a RunConfig.
+        overrides: `section.key=value` texts applied on top.
+        resume: True continues the recipe's latest run, a path the run in that folder. A resumed run ends
+            with the very weights it would have had uninterrupted (one device, float32, same machine).
+
+    Raises:
+        ConfigError, DataError: the recipe or the data cannot be used; nothing was written.
+        DivergedError: the loss is not finite; checkpoints are intact.
+        InterruptedRun: a signal came; a checkpoint was saved.
+    """
+    config = load_recipe(recipe, overrides)
+    check_device(config.train)
+    run = find_run(config, resume)
+    tasks = TaskSet.from_config(config.data, task_type=config.base.task_type)
+    config = with_labels(config, tasks)
+    prepare_process(config.seed)
+    model, tokenizer = build_model(config, tasks.ids, tasks.num_labels or None)
+    return fit(config, model, tokenizer, tasks, run)
+
+
+def fit(
+    config: RunConfig,
+    model: PeftModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: TaskSet,
+    run: Run | None = None,
+) -> Run:
+    """Train a model that is already built, in a new run folder or going on in `run`.
+
+    All data are read and encoded before the folder is made, so bad data leave nothing behind.
+    """
+    settings = config.train
+    data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
+    data.setup("fit")
+    steps = total_steps(settings, len(data.train_dataloader()))
+    if run is None and rank_zero_only.rank == 0:
+        run = start_run(config)
+    # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
+    folder = run.path if run is not None else Path(config.output)
+    checkpoint = latest_valid(folder / "checkpoints")
+    validation = data.val_dataloader() if settings.val_every is not None else None
+    trainer = build_trainer(
+        settings, folder, steps, resume_step=checkpoint_step(checkpoint), validation=validation
+    )
+    model.train()
+    module = MoLoraModule(model, settings)
+    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
+    folder = Path(trainer.strategy.broadcast(str(folder)))
+    if trainer.is_global_zero:
+        finish(Run(folder), model, tokenizer, tasks)
+    trainer.strategy.barrier("finished")
+    return Run(folder)
+
+
+def start_run(config: RunConfig) -> Run:
+    """A new run folder with the resolved recipe and the environment in it."""
+    return Run.create(config, describe_environment())
+
+
+def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) -> Run | None:
+    """The run to go on with, or None for a new one; ConfigError where the recipe has changed since."""
+    if resume is None or resume is False:
+        return None
+    run = Run.find(Path(config.output) / config.name if resume is True else resume)
+    changed = differences(run.config.model_dump(mode="json"), config.model_dump(mode="json"))
+    changed = [path for path in changed if not path.startswith(FREE_ON_RESUME)]
+    if changed:
+        raise ConfigError(
+            f"{run.path} was started with other settings: {', '.join(changed)}.",
+            hint="resume with the recipe it was started with (its config.yaml), or start a new run without --resume.",
+        )
+    return run
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Dotted paths at which two plain mappings differ."""
+    found: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            found += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            found.append(f"{prefix}{key}")
+    return found
+
+
+def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:
+    """The recipe with the labels its data declared, so that a run knows the size of its head without them."""
+    resolved = {
+        task.name: config.data.tasks[task.name].model_copy(update={"labels": list(task.labels)})
+        for task in tasks
+        if task.labels
+    }
+    data = config.data.model_copy(update={"tasks": {**config.data.tasks, **resolved}})
+    return config.model_copy(update={"data": data})
+
+
+def finish(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> None:
+    """Save the adapter, draw the loss and score every task."""
+    model.eval()
+    save(model, run.adapter)
+    plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
+    evaluate_run(run, model, tokenizer, tasks)
