@@ -1,0 +1,162 @@
+"""What tells one base model from another, whatever dtype or quantisation it was loaded in."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from molora.errors import AdapterError
+
+_SIZES = re.compile(r"(heads|layers?|size|dim)$|^(n|d)_[a-z]+$")
+_HEADS = {"classifier", "score", "classification_head", "qa_outputs"}  # new for every task: not the base
+_LARGEST, _SPREAD, _PER_TENSOR = 2, 10, 8
+
+
+class _Weight(NamedTuple):
+    name: str
+    tensor: Tensor
+    shape: torch.Size  # before any quantisation
+    linear: bool  # of a linear layer: what quantisers replace
+
+
+def base_fingerprint(model: nn.Module) -> dict[str, Any]:
+    """Class, sizes, shapes and sampled values of the base below any adapters.
+
+    Equal before and after wrapping. Values are sampled from up to 24 weights, rounded to bfloat16 and
+    kept as hexadecimal; weights that are quantised, sharded or not in memory are left out.
+
+    Returns:
+        `{"architecture", "sizes", "parameters", "shapes", "dtypes", "values": {weight name: hex}}`, in JSON
+        types; `dtypes` are those of the sampled weights.
+    """
+    model = _unwrap(model)
+    weights = list(_weights(model))
+    config: Any = getattr(model, "config", None)
+    plain = config.to_dict() if hasattr(config, "to_dict") else {}
+    lines = sorted(f"{weight.name} {tuple(weight.shape)}" for weight in weights)
+    sampled = [weight for weight in _chosen(weights) if _readable(weight.tensor)]
+    return {
+        "architecture": type(model).__name__,
+        "sizes": {k: v for k, v in sorted(plain.items()) if type(v) is int and _SIZES.search(k)},
+        "parameters": sum(weight.shape.numel() for weight in weights),
+        "shapes": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16],
+        "dtypes": sorted({str(weight.tensor.dtype).removeprefix("torch.") for weight in sampled}),
+        "values": {weight.name: _sample(weight.tensor) for weight in sampled},
+    }
+
+
+def compare(stored: dict[str, Any] | None, actual: dict[str, Any]) -> None:
+    """Raise AdapterError where two fingerprints cannot be of one base; None matches everything.
+
+    Values are compared where both have them: exactly, except that a base loaded in float16 may differ by
+    one step of bfloat16, since it was rounded twice.
+    """
+    if stored is None:
+        return
+    differences = [
+        f"{field}: {stored.get(field)!r} expected, {actual.get(field)!r} found"
+        for field in ("architecture", "sizes", "parameters", "shapes")
+        if stored.get(field) != actual.get(field)
+    ]
+    shared = [name for name in stored.get("values", {}) if name in actual["values"]]
+    rounded_twice = "float16" in [*stored.get("dtypes", ()), *actual["dtypes"]]
+    same = _close if rounded_twice else str.__eq__
+    changed = [name for name in shared if not same(stored["values"][name], actual["values"][name])]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        differences.append(f"values of {', '.join(changed[:3])}{more} (of {len(shared)} weights compared)")
+    if differences:
+        raise AdapterError(
+            "the adapter was trained on another base model:\n"
+            f"  expected {describe(stored)}\n  found    {describe(actual)}\n  " + "\n  ".join(differences),
+            hint="load the base it was trained on, or pass allow_other_base=True if the difference is meant.",
+        )
+
+
+def describe(fingerprint: dict[str, Any]) -> str:
+    """One line for people: class, size and two short hashes."""
+    values = hashlib.sha256(repr(sorted(fingerprint.get("values", {}).items())).encode()).hexdigest()
+    count, shapes = fingerprint.get("parameters", 0), fingerprint.get("shapes", "?")
+    return f"{fingerprint.get('architecture')} ({count:,} parameters, shapes {shapes[:8]}, values {values[:8]})"
+
+
+def _unwrap(model: nn.Module) -> nn.Module:
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    model = model.base_model if isinstance(model, PeftModel) else model
+    return model.model if isinstance(model, BaseTuner) else model
+
+
+def _weights(model: nn.Module) -> Iterator[_Weight]:
+    """Every parameter of the base, adapters and a quantiser's own tensors skipped."""
+    for name, module in _modules(model, ""):
+        linear = isinstance(module, Conv1D) or hasattr(module, "in_features")
+        for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            shape = _shape(module, key, parameter)
+            if shape is not None:
+                yield _Weight(f"{name}{key}", parameter.detach(), shape, linear)
+
+
+def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
+        if isinstance(module, BaseTunerLayer):
+            module = module.get_base_layer()
+        else:
+            module = module.original_module
+    yield prefix, module
+    for name, child in module.named_children():
+        yield from _modules(child, f"{prefix}{name}.")
+
+
+def _shape(module: nn.Module, key: str, parameter: Tensor) -> torch.Size | None:
+    """Shape before any quantisation, (d_out, d_in) for linears; None for a quantiser's own tensors."""
+    if isinstance(module, Conv1D):
+        return parameter.shape[::-1]  # quantised, it becomes an ordinary linear
+    d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
+    if d_in is None or d_out is None:
+        return parameter.shape
+    return {"weight": torch.Size((d_out, d_in)), "bias": torch.Size((d_out,))}.get(key)
+
+
+def _chosen(weights: list[_Weight]) -> list[_Weight]:
+    """Weights to sample: some that quantisers leave alone (embeddings, norms), some of linears.
+
+    Chosen by name and shape only, so that every load of one base chooses the same.
+    """
+    base = [weight for weight in weights if not set(weight.name.split(".")) & _HEADS]
+    chosen = []
+    for linear in (False, True):
+        group = sorted((w for w in base if w.linear == linear), key=lambda w: (-w.shape.numel(), w.name))
+        others = sorted(group[_LARGEST:], key=lambda w: w.name)
+        chosen += [*group[:_LARGEST], *others[:: max(1, -(-len(others) // _SPREAD))]]
+    return chosen
+
+
+def _readable(tensor: Tensor) -> bool:
+    plain = type(tensor) in (Tensor, nn.Parameter)
+    return plain and tensor.is_floating_point() and tensor.element_size() > 1 and not tensor.is_meta
+
+
+def _sample(tensor: Tensor) -> str:
+    count = tensor.numel()
+    positions = torch.tensor([(i * 7919 + 1) * 104729 % count for i in range(min(_PER_TENSOR, count))])
+    values = tensor.reshape(-1)[positions.to(tensor.device)].to("cpu", torch.bfloat16)
+    return "".join(f"{bits & 0xFFFF:04x}" for bits in values.view(torch.int16).tolist())
+
+
+def _close(stored: str, actual: str) -> bool:
+    a, b = _numbers(stored), _numbers(actual)
+    return a.shape == b.shape and torch.allclose(a, b, rtol=2**-7, atol=2**-24)
+
+
+def _numbers(values: str) -> Tensor:
+    bits = [int(values[i : i + 4], 16) for i in range(0, len(values) - 3, 4)]
+    return (torch.tensor(bits, dtype=torch.int32) << 16).view(torch.float32)
