@@ -6,12 +6,16 @@ import logging
 import os
 import platform
 import random
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from typing import Any
 
 import numpy as np
 import torch
+from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from molora.training.allocator import keep_freed_memory
 
@@ -19,24 +23,42 @@ _PACKAGES = ("molora", "torch", "transformers", "peft", "lightning", "safetensor
 
 # Advice that is wrong or already followed here, by the words it starts with.
 _UNHELPFUL = (
-    r".*does not have many workers.*",  # records are small and tokenised once
-    r".*available but not used.*",  # the recipe said which device
-    r"Found \d+ module\(s\) in eval mode.*",
-    r".*`lightning.pytorch.loggers.*",
-    r".*torchmetrics.*",
+    r".*does not have many workers",  # records are small and encoded once
+    r".*available but not used",  # the recipe said which device
+    r"Found \d+ module\(s\) in eval mode",
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    r"`is_gradient_checkpointing` is deprecated",
 )
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator, keep freed memory (see allocator.py) and silence third-party chatter."""
+    """Seed every generator and keep freed memory (see allocator.py)."""
     keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    for pattern in _UNHELPFUL:
-        warnings.filterwarnings("ignore", message=pattern)
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Third-party chatter off: what is left on the terminal is molora's own."""
+    loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    bars = not sys.stderr.isatty() and is_progress_bar_enabled()
+    with warnings.catch_warnings():
+        for pattern in _UNHELPFUL:
+            warnings.filterwarnings("ignore", message=pattern)
+        for logger in loggers:
+            logger.setLevel(logging.WARNING)
+        if bars:
+            disable_progress_bar()
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+            if bars:
+                enable_progress_bar()
 
 
 def describe_environment() -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from molora.config import RunConfig, load_recipe
+from molora.config import RunConfig, dump_recipe, load_recipe
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.errors import ConfigError
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
+from molora.store.atomic import write_json
 from molora.store.runs import Run
 from molora.training.build import build_model
 from molora.training.checkpoint import checkpoint_step, latest_valid
-from molora.training.environment import describe_environment, prepare_process
+from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
 from molora.training.module import MoLoraModule
 from molora.training.trainer import build_trainer, check_device, total_steps
@@ -64,8 +66,9 @@ def train(
     tasks = TaskSet.from_config(config.data, task_type=config.base.task_type)
     config = with_labels(config, tasks)
     prepare_process(config.seed)
-    model, tokenizer = build_model(config, tasks.ids, tasks.num_labels or None)
-    return fit(config, model, tokenizer, tasks, run)
+    with quiet_libraries():
+        model, tokenizer = build_model(config, tasks.ids, tasks.num_labels or None)
+        return fit(config, model, tokenizer, tasks, run)
 
 
 def fit(
@@ -83,28 +86,40 @@ def fit(
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
     steps = total_steps(settings, len(data.train_dataloader()))
-    if run is None and rank_zero_only.rank == 0:
+    first = rank_zero_only.rank == 0
+    if run is None and first:
         run = start_run(config)
     # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
     folder = run.path if run is not None else Path(config.output)
-    checkpoint = latest_valid(folder / "checkpoints")
-    validation = data.val_dataloader() if settings.val_every is not None else None
-    trainer = build_trainer(
-        settings, folder, steps, resume_step=checkpoint_step(checkpoint), validation=validation
-    )
-    model.train()
-    module = MoLoraModule(model, settings)
-    trainer.fit(module, datamodule=data, ckpt_path=checkpoint, weights_only=True if checkpoint else None)
-    folder = Path(trainer.strategy.broadcast(str(folder)))
-    if trainer.is_global_zero:
-        finish(Run(folder), model, tokenizer, tasks)
-    trainer.strategy.barrier("finished")
-    return Run(folder)
+    with run.lock() if run is not None and first else nullcontext():
+        checkpoint = latest_valid(folder / "checkpoints")
+        trainer = build_trainer(
+            settings,
+            folder,
+            steps,
+            resume_step=checkpoint_step(checkpoint),
+            validation=data.val_dataloader() if settings.val_every is not None else None,
+        )
+        model.train()
+        trainer.fit(
+            MoLoraModule(model, settings),
+            datamodule=data,
+            ckpt_path=checkpoint,
+            weights_only=True if checkpoint else None,
+        )
+        run = Run(Path(trainer.strategy.broadcast(str(folder))))
+        if trainer.is_global_zero:
+            finish(run, model, tokenizer, tasks)
+        trainer.strategy.barrier("finished")
+    return run
 
 
 def start_run(config: RunConfig) -> Run:
-    """A new run folder with the resolved recipe and the environment in it."""
-    return Run.create(config, describe_environment())
+    """A new run folder with the environment and, last, the resolved recipe that makes it a run."""
+    run = Run.create(config.output, config.name)
+    write_json(run.path / "env.json", describe_environment())
+    dump_recipe(config, run.path / "config.yaml")
+    return run
 
 
 def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) -> Run | None:

@@ -30,11 +30,23 @@ def check_device(settings: TrainConfig) -> None:
 
 
 def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimiser steps of a run; an epoch's last window counts as a step even where it is not full."""
+    """Optimiser steps of a run over `batches_per_epoch` batches, which the processes share.
+
+    An epoch's last window counts as a step even where it is not full.
+    """
     if settings.max_steps is not None:
         return settings.max_steps
     assert settings.epochs is not None  # the schema wants one of the two
-    return settings.epochs * math.ceil(batches_per_epoch / settings.accumulate)
+    share = math.ceil(batches_per_epoch / _processes(settings))
+    return settings.epochs * math.ceil(share / settings.accumulate)
+
+
+def _processes(settings: TrainConfig) -> int:
+    if isinstance(settings.devices, list):
+        return len(settings.devices)
+    if settings.devices == "auto":
+        return torch.cuda.device_count() if settings.accelerator != "cpu" and torch.cuda.is_available() else 1
+    return settings.devices
 
 
 def build_callbacks(

@@ -1,0 +1,138 @@
+"""A run that is killed, stopped or diverges ends, resumed, with the very weights of an uninterrupted one."""
+
+from __future__ import annotations
+
+import csv
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molora.errors import ConfigError, DivergedError, InterruptedRun
+from molora.store.runs import Run
+from molora.training.checkpoint import checkpoints, latest_valid
+from molora.training.module import MoLoraModule
+from molora.training.train import train
+from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
+
+# 5 batches an epoch in windows of 2: steps 1-3 are epoch 0 (the last one a window of one batch), 4-6 epoch 1.
+SETTINGS: dict[str, Any] = {
+    "max_steps": 7,
+    "accumulate": 2,
+    "save_every": 1,
+    "val_every": 3,
+    "keep_checkpoints": 2,
+}
+
+
+@pytest.fixture(scope="module")
+def full(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The uninterrupted run."""
+    return train(recipe_for(base, tmp_path_factory.mktemp("full"), **SETTINGS))
+
+
+def kill_and_resume(base: Path, output: Path, kill_at: int) -> Run:
+    recipe = recipe_for(base, output, **SETTINGS)
+    finish(start(recipe, kill_at=kill_at), -signal.SIGKILL)
+    run = Run.find(output / "small")
+    assert not run.adapter.exists()
+    return train(recipe, resume=True)
+
+
+@pytest.mark.parametrize("kill_at", [4, 6], ids=["in accumulation", "after the epoch's end"])
+def test_a_killed_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path, kill_at: int) -> None:
+    run = kill_and_resume(base, tmp_path, kill_at)
+    assert_same_weights(full.adapter, run.adapter)
+    with (run.path / "metrics.csv").open() as one, (full.path / "metrics.csv").open() as two:
+        resumed, straight = list(csv.DictReader(one)), list(csv.DictReader(two))
+    assert [row["step"] for row in resumed] == [row["step"] for row in straight]
+    assert [row["val_loss"] for row in resumed] == [row["val_loss"] for row in straight]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 5, 7, 8, 9, 10, 11, 12])
+def test_a_run_killed_at_any_batch_resumes_bit_exactly(
+    base: Path, full: Run, tmp_path: Path, kill_at: int
+) -> None:
+    assert_same_weights(full.adapter, kill_and_resume(base, tmp_path, kill_at).adapter)
+
+
+@pytest.mark.slow
+def test_a_run_killed_from_outside_again_and_again_resumes_bit_exactly(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    recipe = recipe_for(base, tmp_path, **SETTINGS)
+    for delay in (7.0, 8.0, 8.5, 9.0):
+        process = start(recipe, resume=(tmp_path / "small" / "latest" / "config.yaml").is_file())
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+    finish(start(recipe, resume=(tmp_path / "small" / "latest" / "config.yaml").is_file()))
+    assert_same_weights(full.adapter, Run.find(tmp_path / "small").adapter)
+
+
+def test_a_signal_saves_once_and_the_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path) -> None:
+    settings = {**SETTINGS, "save_every": 100}
+
+    def training_step(self: Any, batch: Any, batch_idx: int, plain: Any = MoLoraModule.training_step) -> Any:
+        if self.global_step == 3 and batch_idx % 2 == 0:
+            signal.raise_signal(signal.SIGTERM)
+        return plain(self, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoLoraModule, "training_step", training_step)
+        with pytest.raises(InterruptedRun, match="stopped by a signal at step 4") as caught:
+            train(recipe_for(base, tmp_path, **settings))
+    assert caught.value.exit_code == 130
+    run = Run.find(tmp_path / "small")
+    assert [path.name for path in checkpoints(run.path / "checkpoints")] == ["step-000004"]
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    train(recipe_for(base, tmp_path, **settings), resume=True)
+    assert_same_weights(full.adapter, run.adapter)
+
+
+def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(base: Path, tmp_path: Path) -> None:
+    def training_step(self: Any, batch: Any, batch_idx: int, plain: Any = MoLoraModule.training_step) -> Any:
+        loss = plain(self, batch, batch_idx)
+        return loss * float("nan") if self.global_step == 3 else loss
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoLoraModule, "training_step", training_step)
+        with pytest.raises(DivergedError, match="loss is nan at step") as caught:
+            train(recipe_for(base, tmp_path, **SETTINGS))
+    assert caught.value.exit_code == 5
+    run = Run.find(tmp_path / "small")
+    assert run.latest_checkpoint is not None
+    assert run.latest_checkpoint.name == "step-000003"
+    assert all(value.isfinite().all() for value in adapter_weights(run.latest_checkpoint).values())
+    assert not run.adapter.exists()
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    recipe = recipe_for(base, tmp_path, **SETTINGS)
+    finish(start(recipe, kill_at=10), -signal.SIGKILL)
+    folder = Run.find(tmp_path / "small").path / "checkpoints"
+    newest, before = checkpoints(folder)[-1], checkpoints(folder)[-2]
+    state = newest / "trainer_state.pt"
+    damaged = bytearray(state.read_bytes())
+    damaged[len(damaged) // 2] ^= 1
+    state.write_bytes(bytes(damaged))
+    assert latest_valid(folder) == before
+    assert_same_weights(full.adapter, train(recipe, resume=True).adapter)
+
+
+def test_resuming_with_another_recipe_is_refused(base: Path, full: Run) -> None:
+    recipe = recipe_for(base, full.path.parents[1], **{**SETTINGS, "lr": 0.5})
+    with pytest.raises(ConfigError, match=r"other settings: train\.lr"):
+        train(recipe, resume=True)
+
+
+def test_resuming_a_finished_run_changes_nothing(base: Path, full: Run) -> None:
+    before = adapter_weights(full.adapter)
+    train(recipe_for(base, full.path.parents[1], **SETTINGS), resume=True)
+    after = adapter_weights(full.adapter)
+    assert all(bool((before[name] == after[name]).all()) for name in before)
