@@ -1,4 +1,4 @@
-"""Batches: examples to padded tensors, on the right for training and on the left for generation."""
+"""Training batches: examples to tensors, padded on the right."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from molora.data.prompts import IGNORED, Example
-from molora.errors import ConfigError, DataError
+from molora.errors import ConfigError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,50 +31,25 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
-    """A training batch, padded on the right.
+    """A batch of examples of one kind.
 
     Returns input_ids and attention_mask (batch, seq), labels (batch, seq), (batch, target seq) for a seq2seq
     model or (batch,) for a classification head, and routing_task_ids (batch,), all int64.
     """
-    batch = pad_right([example.input_ids for example in examples], pad_id)
-    if isinstance(examples[0].labels, int):
-        labels = torch.tensor([example.labels for example in examples])
-    else:
-        rows = [example.labels for example in examples if not isinstance(example.labels, int)]
-        labels = _padded(rows, IGNORED, left=False)
+    inputs = [example.input_ids for example in examples]
+    targets = [example.labels for example in examples if not isinstance(example.labels, int)]
+    classes = [example.labels for example in examples if isinstance(example.labels, int)]
     return {
-        **batch,
-        "labels": labels,
+        "input_ids": pad_right(inputs, pad_id),
+        "attention_mask": pad_right([[1] * len(row) for row in inputs], 0),
+        "labels": torch.tensor(classes) if classes else pad_right(targets, IGNORED),
         "routing_task_ids": torch.tensor([example.task_id for example in examples]),
     }
 
 
-def prompt_batch(prompts: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask (batch, seq) padded on the left, so that every prompt ends where answers begin.
-
-    Raises DataError for a prompt without tokens, which a causal model cannot continue.
-    """
-    if any(len(prompt) == 0 for prompt in prompts):
-        raise DataError(
-            "a prompt has no tokens, so there is nothing to continue.", hint="write text in the prompt"
-        )
-    return _batch(prompts, pad_id, left=True)
-
-
-def pad_right(rows: Sequence[Sequence[int]], pad_id: int) -> dict[str, Tensor]:
-    """input_ids and attention_mask (batch, seq) padded on the right: what encoders and training take."""
-    return _batch(rows, pad_id, left=False)
-
-
-def _batch(rows: Sequence[Sequence[int]], pad_id: int, *, left: bool) -> dict[str, Tensor]:
-    mask = _padded([[1] * len(row) for row in rows], 0, left=left)
-    return {"input_ids": _padded(rows, pad_id, left=left), "attention_mask": mask}
-
-
-def _padded(rows: Sequence[Sequence[int]], value: int, *, left: bool) -> Tensor:
-    width = max(len(row) for row in rows)
-    out = torch.full((len(rows), width), value)
+def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of different lengths as one tensor (batch, longest) filled up with `value`."""
+    out = torch.full((len(rows), max(len(row) for row in rows)), value)
     for i, row in enumerate(rows):
-        start = width - len(row) if left else 0
-        out[i, start : start + len(row)] = torch.tensor(row, dtype=torch.long)
+        out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
     return out

@@ -23,6 +23,8 @@ def mixing_counts(
     p_i ∝ w_i · n_i (size), w_i (equal) or w_i · n_i^(1/T) (temperature); counts are p_i · Σn by largest
     remainder. By size with equal weights, that is every record once. Every task gets at least one record.
     """
+    if temperature <= 0:
+        raise ConfigError(f"mixing_temperature must be more than 0, not {temperature}.")
     powers = {"size": 1.0, "equal": 0.0, "temperature": 1.0 / temperature}
     if mixing not in powers:
         raise ConfigError(f"unknown mixing {mixing!r}; allowed: {', '.join(MIXINGS)}.")

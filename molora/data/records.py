@@ -127,12 +127,14 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
         if not line.strip():
             blank = blank or number
             continue
-        if blank:
-            raise DataError(
-                f"{path}:{blank}: the line is blank.", hint="blank lines are allowed at the end only"
-            )
+        _no_blank(path, blank)
         place = f"{path}:{number}"
         yield Record(_parse_object(line, place), place)
+
+
+def _no_blank(path: Path, blank: int) -> None:
+    if blank:
+        raise DataError(f"{path}:{blank}: the line is blank.", hint="blank lines are allowed at the end only")
 
 
 def _parse_object(line: str, place: str) -> dict[str, Any]:
@@ -210,6 +212,7 @@ def read_csv(path: str | Path) -> Iterator[Record]:
     csv.field_size_limit(max(csv.field_size_limit(), MAX_LINE))
     rows = csv.reader((line for _, line in read_lines(path)), strict=True)
     header: list[str] | None = None
+    blank = 0
     while True:
         first = rows.line_num + 1  # a quoted value may go over several lines
         try:
@@ -221,7 +224,10 @@ def read_csv(path: str | Path) -> Iterator[Record]:
         place = f"{path}:{first}"
         if header is None:
             header = _header(row, place)
-        elif row:
+        elif not row:
+            blank = blank or first
+        else:
+            _no_blank(path, blank)
             yield Record(_named(header, row, place), place)
 
 

@@ -40,10 +40,6 @@ class LazyRecords(Sequence[Record]):
     def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
         return self.rows[index]
 
-    def head(self, n: int) -> Sequence[Record]:
-        """The first `n` records."""
-        return self.rows[:n]
-
 
 class TableRecords(Sequence[Record]):
     """Rows of a `datasets.Dataset`, made into records one by one: a large table stays on disk."""
