@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,11 +17,17 @@ FREE = ("README.md",)
 """Files for people, which may be edited: not in the manifest. Hidden files are not either."""
 
 
-def write_manifest(folder: Path) -> None:
-    """List every file below `folder` with its size and sha256."""
-    files = {name: _entry(file) for name, file in _listed(folder).items()}
+def write_manifest(folder: Path, only: Sequence[str] | None = None) -> None:
+    """List every file below `folder` with its size and sha256, or `only` some: then others may be added."""
+    files = _listed(folder)
+    names = list(files) if only is None else list(only)
+    manifest = {
+        "format": FORMAT,
+        "complete": only is None,
+        "files": {name: _entry(files[name]) for name in names},
+    }
     with (folder / MANIFEST).open("w", encoding="utf-8") as out:
-        json.dump({"format": FORMAT, "files": files}, out, indent=2, ensure_ascii=False)
+        json.dump(manifest, out, indent=2, ensure_ascii=False)
         out.write("\n")
 
 
@@ -32,9 +39,11 @@ def verify_folder(path: str | os.PathLike[str]) -> None:
             every such file is named, damaged ones with the expected and the actual sha256.
     """
     folder = Path(path)
-    expected, actual = _read(folder), _listed(folder)
+    manifest, actual = _read(folder), _listed(folder)
+    expected = manifest["files"]
     problems = [f"{name}: missing" for name in expected if name not in actual]
-    problems += [f"{name}: not in the manifest" for name in actual if name not in expected]
+    if manifest.get("complete", True):
+        problems += [f"{name}: not in the manifest" for name in actual if name not in expected]
     for name in (name for name in expected if name in actual):
         wanted, found = expected[name], _entry(actual[name])
         if wanted != found:
@@ -79,7 +88,7 @@ def _entry(file: Path) -> dict[str, Any]:
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
-def _read(folder: Path) -> dict[str, dict[str, Any]]:
+def _read(folder: Path) -> dict[str, Any]:
     if not (folder / MANIFEST).is_file():
         raise AdapterError(f"{folder} has no {MANIFEST}: it is incomplete or was not written by molora.")
     manifest = read_json(folder / MANIFEST)
@@ -91,7 +100,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
             f"{folder / MANIFEST} has format {manifest.get('format')!r}, this molora reads {FORMAT}.",
             hint="update molora.",
         )
-    return files
+    return manifest
 
 
 def _listed(folder: Path) -> dict[str, Path]:

@@ -6,6 +6,7 @@ import enum
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
@@ -15,6 +16,8 @@ from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 from molora.experts.init import INIT_KINDS
 from molora.losses import AUX_LOSSES
+from molora.store.describe import complete_folder
+from molora.store.manifest import MANIFEST, verify_folder
 from molora.task_map import TaskMap
 from molora.tuner.gate_config import GateConfig, gate_from_kind
 
@@ -67,7 +70,8 @@ class MoLoraConfig(PeftConfig):
         init_std: σ of gaussian and rescaled.
         init_gain: factor on A's initial standard deviation.
         The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and
-        heads), expert_specs, gate_blocks, isolated_experts, next_task_id, base_fingerprint.
+        heads), expert_specs, gate_blocks, isolated_experts, next_task_id; and, by saving, base_fingerprint and
+        weights_sha256.
 
     Raises:
         ConfigError: a value that cannot mean anything, with what is allowed.
@@ -103,6 +107,7 @@ class MoLoraConfig(PeftConfig):
     init_std: float = 0.02
     init_gain: float = 1.0
     base_fingerprint: dict[str, Any] | None = None
+    weights_sha256: str | None = None
     bias: str = "none"
 
     def __post_init__(self) -> None:
@@ -126,6 +131,23 @@ class MoLoraConfig(PeftConfig):
         plain["expert_specs"] = {name: asdict(spec) for name, spec in self.expert_specs.items()}
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
+
+    # -- disk ------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """PEFT's, completed by molora.json and a manifest."""
+        super().save_pretrained(save_directory, **kwargs)
+        complete_folder(self, save_directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> Any:
+        """PEFT's, after checking a local folder against its manifest; AdapterError where it is damaged."""
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        if (folder / MANIFEST).is_file():
+            verify_folder(folder)
+        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     # -- normalisation ---------------------------------------------------------------------------------
 

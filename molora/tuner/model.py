@@ -10,12 +10,14 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.context import AdapterRouting, RoutingContext, RoutingRequest
 from molora.errors import ConfigError, RoutingError
 from molora.experts.bank import ExpertBank
+from molora.store.fingerprint import base_fingerprint, compare
+from molora.store.tensors import check_state_dict, digest
 from molora.tuner import hooks, lifecycle, specs
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer, Site
@@ -122,6 +124,26 @@ class MoLoraModel(BaseTuner):
         if f".{cls.prefix}" not in key:
             return super()._remove_adapter_name_from_key(key, adapter_name)
         return re.sub(rf"(\.{cls.prefix}[^.]+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        # PEFT saves what this returns, then the config: the place to note whose tensors they are.
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        config.base_fingerprint = base_fingerprint(model)
+        config.weights_sha256 = digest(selected, adapter_name)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        # Every PEFT loader comes through here; PEFT itself would only warn of missing keys.
+        compare(config.base_fingerprint, base_fingerprint(model))
+        loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
+        check_state_dict(model, config, adapter_name, loaded)
+        return loaded
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:

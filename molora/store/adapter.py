@@ -1,0 +1,174 @@
+"""Save an adapter atomically; load one after checking every byte, tensor and the base it belongs to."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from safetensors import SafetensorError
+from torch import nn
+
+from molora.config.names import check_name
+from molora.config.suggest import did_you_mean
+from molora.errors import AdapterError, ConfigError
+from molora.store.atomic import recover, write_folder
+from molora.store.describe import CONFIG_FILE, WEIGHTS_FILE, write_card
+from molora.store.fingerprint import base_fingerprint, compare
+from molora.store.manifest import MANIFEST, read_json, verify_folder
+from molora.tuner.config import MoLoraConfig
+
+_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
+
+
+def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
+    """Write one adapter as a folder; an existing one is replaced atomically or stays as it was.
+
+    Args:
+        model: what `get_peft_model` or `load` returned.
+        path: the folder.
+        adapter_name: which adapter; may be left out where one is active.
+
+    Raises:
+        ConfigError: not a molora model, or the folder cannot be written.
+        AdapterError: the disk is full.
+    """
+    model = _peft_model(model)
+    name = active_adapter(model, adapter_name)
+    config: Any = model.peft_config[name]
+    with write_folder(path, size=_size(model, name)) as folder:
+        # "auto" would ask the Hub whether the vocabulary was resized; experts never touch embeddings.
+        model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
+        if name != "default":
+            for file in list((folder / name).iterdir()):
+                file.replace(folder / file.name)
+            (folder / name).rmdir()
+        write_card(config, folder)
+    return Path(path)
+
+
+def load(
+    base: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    allow_other_base: bool = False,
+) -> PeftModel:
+    """Put a saved adapter on its base, in eval mode.
+
+    Checked first: the manifest (sha256 of every file) where there is one, the config's keys, the base's
+    fingerprint; then the tensors' keys, shapes, dtypes, finiteness and digest. Nothing is unpickled.
+
+    Args:
+        base: the transformers model the adapter was trained on; it is changed in place, as in PEFT.
+        path: an adapter folder.
+        adapter_name: the adapter's name in the model.
+        is_trainable: keep trainable experts trainable (frozen ones stay frozen).
+        allow_other_base: load even if the base has other weights; shapes must still fit.
+
+    Raises:
+        AdapterError: a damaged or incomplete folder, or another base.
+        ConfigError: a base that has adapters already, or a bad adapter name.
+    """
+    check_name(adapter_name, "adapter")
+    if isinstance(base, PeftModel):
+        raise ConfigError(
+            "the base has adapters already.", hint="use model.load_adapter(path, adapter_name) for one more."
+        )
+    folder = recover(path)
+    config = read_config(folder)
+    if allow_other_base:
+        config.base_fingerprint = None
+    compare(config.base_fingerprint, base_fingerprint(base))  # before the base is touched
+    with _explain(folder):
+        return PeftModel.from_pretrained(
+            base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
+        )
+
+
+def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
+    """The config of an adapter folder, its files verified.
+
+    Raises:
+        AdapterError: not an adapter folder, a damaged one, or a config this version cannot read.
+    """
+    folder = Path(path)
+    if not (folder / CONFIG_FILE).is_file():
+        what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
+        raise AdapterError(f"{folder} {what}.", hint="give a folder that molora or PEFT saved an adapter in.")
+    if (folder / MANIFEST).is_file():
+        verify_folder(folder)
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = [name for name in _PICKLES if (folder / name).exists()]
+        if pickled:
+            raise AdapterError(
+                f"{folder / pickled[0]} is a pickle, which can run any code when read; it was not opened.",
+                hint=f"only {WEIGHTS_FILE} is read; convert the file where you trust it.",
+            )
+        raise AdapterError(f"{folder / WEIGHTS_FILE} is missing.")
+    stored = read_json(folder / CONFIG_FILE)
+    if not isinstance(stored, dict) or stored.get("peft_type") != "MOLORA":
+        kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
+        raise AdapterError(
+            f"{folder / CONFIG_FILE} describes a {kind!r} adapter, not a mixture of experts.",
+            hint="use molora.import_lora to bring an ordinary LoRA in as an expert." if kind == "LORA" else None,
+        )
+    known = [field.name for field in fields(MoLoraConfig)]
+    for key in stored:
+        if key not in known:
+            raise AdapterError(
+                f"{folder / CONFIG_FILE}: {key!r} is not a setting.{did_you_mean(key, known)}",
+                hint="the file was edited by hand, or written by a newer molora.",
+            )
+    try:
+        return MoLoraConfig(**stored)
+    except (ConfigError, TypeError) as error:
+        raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
+
+
+def active_adapter(model: PeftModel, adapter_name: str | None) -> str:
+    """The adapter meant: the one named, or the only active one."""
+    if adapter_name is not None:
+        if adapter_name not in model.peft_config:
+            raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(model.peft_config)}.")
+        return adapter_name
+    if len(model.active_adapters) != 1:
+        raise ConfigError(f"{len(model.active_adapters)} adapters are active; name one with adapter_name=.")
+    return str(model.active_adapters[0])
+
+
+def _peft_model(model: nn.Module) -> PeftModel:
+    model = getattr(model, "_orig_mod", model)  # torch.compile
+    if not isinstance(model, PeftModel) or not any(
+        isinstance(config, MoLoraConfig) for config in model.peft_config.values()
+    ):
+        raise ConfigError(
+            f"{type(model).__name__} is not a molora model.",
+            hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
+        )
+    return model
+
+
+def _size(model: PeftModel, adapter: str) -> int:
+    marks = (f".{adapter}.", f".{adapter}")
+    tensors = [p for name, p in model.named_parameters() if marks[0] in name or name.endswith(marks[1])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@contextmanager
+def _explain(folder: Path) -> Iterator[None]:
+    """PEFT's and safetensors' own errors as AdapterErrors that name the folder."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            yield
+    except SafetensorError as error:
+        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged: {error}.", hint="copy it again.") from error
+    except KeyError as error:
+        raise AdapterError(f"{folder / WEIGHTS_FILE} lacks the tensor {error}.", hint="copy it again.") from error

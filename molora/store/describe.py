@@ -1,0 +1,113 @@
+"""What an adapter folder says of itself to people: molora.json and the model card."""
+
+from __future__ import annotations
+
+import os
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+import molora
+from molora.store.atomic import write_file, write_json
+from molora.store.fingerprint import describe as describe_base
+from molora.store.manifest import MANIFEST, read_json, write_manifest
+from molora.store.tensors import digest
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+FACTS_FILE = "molora.json"
+_ORDERED = ("tasks", "task_ids", "rank_pattern", "alpha_pattern", "expert_specs")
+
+
+def complete_folder(config: Any, folder: str | os.PathLike[str]) -> None:
+    """Add molora.json and the manifest to what PEFT wrote.
+
+    PEFT sorts the keys of its JSON, but in patterns the first match counts and tasks have an order: those
+    are written again as they are. The manifest lists the weights only if they are the ones just taken
+    from the model (transformers writes the config before the weights).
+    """
+    folder = Path(folder)
+    plain = config.to_dict()
+    stored = read_json(folder / CONFIG_FILE)
+    write_json(folder / CONFIG_FILE, {**stored, **{key: plain[key] for key in _ORDERED}})
+    write_json(folder / FACTS_FILE, facts(config))
+    names = [CONFIG_FILE, FACTS_FILE]
+    if config.weights_sha256 is not None and _digest_of(folder / WEIGHTS_FILE) == config.weights_sha256:
+        names.append(WEIGHTS_FILE)
+    (folder / MANIFEST).unlink(missing_ok=True)
+    write_manifest(folder, only=names)
+
+
+def facts(config: Any) -> dict[str, Any]:
+    """Experts with their status, tasks with their ids and experts, base and versions."""
+    task_map = config.task_map()
+    experts = [
+        {
+            "name": name,
+            "status": "frozen" if name in config.frozen_experts else "trainable",
+            "tasks": [task for task, weights in task_map.weights.items() if name in weights],
+        }
+        for name in config.expert_names
+    ]
+    return {
+        "experts": experts,
+        "tasks": {task: {"id": i, "experts": task_map.weights[task]} for task, i in task_map.ids.items()},
+        "base_model": config.base_model_name_or_path,
+        "base_fingerprint": config.base_fingerprint,
+        "versions": {
+            "molora": molora.__version__,
+            **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
+        },
+    }
+
+
+def write_card(config: Any, folder: Path) -> None:
+    """README.md: what is in the adapter and how to load it."""
+    base = config.base_model_name_or_path or "the base model"
+    head = ["library_name: peft", "tags:", "- molora", "- lora", "- mixture-of-experts"]
+    if config.base_model_name_or_path and not os.path.isabs(base):
+        head.insert(0, f"base_model: {base}")
+    known = facts(config)
+    gate = config.gate
+    lines = [
+        "---",
+        *head,
+        "---",
+        "",
+        f"# Mixture of {config.num_experts} LoRA experts",
+        "",
+        f"On `{base}`"
+        + (f": {describe_base(config.base_fingerprint)}." if config.base_fingerprint else "."),
+        f"Gate: scope `{gate.scope}`, select `{gate.select}`"
+        + (f" (k = {gate.top_k})" if gate.select == "top_k" else "")
+        + f", shared per `{gate.share}`. Rank {config.r}, alpha {config.lora_alpha}.",
+        "",
+        "| expert | status | tasks |",
+        "|---|---|---|",
+        *(f"| {e['name']} | {e['status']} | {', '.join(e['tasks'])} |" for e in known["experts"]),
+        "",
+        "```python",
+        "import molora",
+        "",
+        "model = molora.load(base, folder)  # base: the loaded transformers model",
+        *_example(known["tasks"]),
+        "```",
+        "",
+    ]
+    write_file(folder / "README.md", "\n".join(lines).encode())
+
+
+def _example(tasks: dict[str, Any]) -> list[str]:
+    if not tasks:
+        return ["model.generate(**inputs)"]
+    return [f"with molora.routing(model, task_ids=[{next(iter(tasks))!r}]):", "    model.generate(**inputs)"]
+
+
+def _digest_of(weights: Path) -> str | None:
+    try:
+        return digest(load_file(weights), adapter="")
+    except (FileNotFoundError, SafetensorError):
+        return None

@@ -1,0 +1,96 @@
+"""What must hold of an adapter's tensors before they enter a model."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.errors import AdapterError
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_BANKS = ("molora_experts", "molora_gate")
+_PREFIX = "base_model.model."
+_HINT = "the file is damaged or belongs to another adapter; copy it again."
+
+
+def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping[str, Tensor]) -> None:
+    """Compare loaded tensors, under the model's own names, with what the adapter in the model has.
+
+    Args:
+        model: the model with the adapter in place.
+        config: its MoLoraConfig; `weights_sha256` is checked where it is set.
+        adapter: the adapter's name.
+        given: the tensors about to be loaded.
+
+    Raises:
+        AdapterError: keys missing or not known, shapes or dtypes that differ, values that are not finite,
+            or values other than those that were saved; all of them listed.
+    """
+    expected = _expected(model, adapter)
+    ours = {name: tensor for name, tensor in given.items() if _is_ours(name)}
+    known = {*model.state_dict(), *expected}
+    problems = _listed("missing", (name for name in expected if name not in ours))
+    problems += _listed("unknown", (name for name in given if not {name, name.removeprefix(_PREFIX)} & known))
+    for name, tensor in given.items():
+        shape = expected[name].shape if name in expected else tensor.shape
+        if tensor.shape != shape:
+            problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if tensor.dtype not in _FLOATS:
+            problems.append(f"{name}: dtype {tensor.dtype}, expected floating point")
+        elif not torch.isfinite(tensor).all():
+            problems.append(f"{name}: holds values that are not finite")
+    if problems:
+        shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+        raise AdapterError("the adapter's tensors do not fit its config:\n  " + "\n  ".join(shown), hint=_HINT)
+    if config.weights_sha256 is not None and digest(ours, adapter) != config.weights_sha256:
+        raise AdapterError(
+            "the adapter's tensors are not the ones that were saved:\n"
+            f"  expected sha256 {config.weights_sha256}\n  actual   sha256 {digest(ours, adapter)}",
+            hint=f"{_HINT[:-1]}; if they were changed on purpose, set weights_sha256 to null in adapter_config.json.",
+        )
+
+
+def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
+    """sha256 of the expert and gate tensors, whatever prefix and adapter name their keys have.
+
+    None where they are not in memory.
+    """
+    total = hashlib.sha256()
+    ours = {_bare(name, adapter): tensor for name, tensor in tensors.items() if _is_ours(name)}
+    for name in sorted(ours):
+        tensor = ours[name].detach()
+        if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+            return None
+        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()
+
+
+def _expected(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """The adapter's own tensors by their name in the model."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
+            found.update(module.state_dict(prefix=f"{name}."))
+    return found
+
+
+def _is_ours(name: str) -> bool:
+    return any(bank in name.split(".") for bank in _BANKS)
+
+
+def _bare(name: str, adapter: str) -> str:
+    parts = name.removeprefix(_PREFIX).split(".")
+    place = next(i for i, part in enumerate(parts) if part in _BANKS)
+    if parts[place + 1] == adapter:
+        del parts[place + 1]
+    return ".".join(parts)
+
+
+def _listed(what: str, names: Iterable[str]) -> list[str]:
+    return [f"{name}: {what}" for name in sorted(names)]
