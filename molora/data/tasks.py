@@ -128,6 +128,11 @@ class TaskSet:
     tasks: tuple[Task, ...]
     known_ids: Mapping[str, int]
 
+    def __post_init__(self) -> None:
+        if len({task.task_type for task in self.tasks}) > 1:
+            listed = ", ".join(f"{task.name!r} {task.task_type}" for task in self.tasks)
+            raise ConfigError(f"the tasks of one set are trained on one kind of base: {listed}.")
+
     @classmethod
     def from_config(
         cls, config: DataConfig, known_ids: Mapping[str, int] | None = None, task_type: str | None = None

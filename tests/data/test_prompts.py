@@ -91,7 +91,7 @@ def test_only_the_target_and_its_end_are_learned(tokenizer):
 @given(prompt=st.text("ab =é", min_size=1), target=st.text("ab =é"), max_length=st.integers(1, 40))
 def test_masking_is_exact_at_every_length(tokenizer, prompt, target, max_length):
     example = encode(task(), {"prompt": prompt, "target": target}, tokenizer, max_length)
-    whole_prompt, whole_target = tokenizer(prompt).input_ids, tokenizer(target).input_ids[1:] + [EOS]
+    whole_prompt, whole_target = tokenizer(prompt).input_ids, [*tokenizer(target).input_ids[1:], EOS]
     length = example.prompt_length
     given_ids, learned = list(example.input_ids[:length]), list(example.input_ids[length:])
     assert example.labels == [IGNORED] * length + learned

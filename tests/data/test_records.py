@@ -91,7 +91,7 @@ def test_damaged_gzip_names_the_place(tmp_path):
         with pytest.raises(DataError, match=r"rows.jsonl.gz:\d+: "):
             list(read_jsonl(path))
     path.write_bytes(GOOD)
-    with pytest.raises(DataError, match="ends in .gz but is not gzip data"):
+    with pytest.raises(DataError, match=r"ends in \.gz but is not gzip data"):
         list(read_jsonl(path))
 
 

@@ -11,7 +11,7 @@ from molora.errors import ConfigError, DataError
 
 def recipe(*names, **task):
     task = {"source": "synthetic", "generator": "reverse", "train_size": 3, "eval_size": 2} | task
-    return DataConfig(tasks={name: task for name in names})
+    return DataConfig(tasks=dict.fromkeys(names, task))
 
 
 def test_new_tasks_get_ids_in_recipe_order():
@@ -46,6 +46,8 @@ def test_bad_names_and_ids_are_refused():
     for bad in (-1, True, "0"):
         with pytest.raises(ConfigError, match="not a task id"):
             assign_ids(["c"], {"a": bad})
+    with pytest.raises(ConfigError, match=r"one kind of base.*'b' SEQ_2_SEQ_LM"):
+        TaskSet.of(Task("a", 0, train=[]), Task("b", 1, train=[], kind="seq2seq"))
     with pytest.raises(ConfigError, match="same name"):
         TaskSet.of(Task("a", 0, train=[]), Task("a", 1, train=[]))
     with pytest.raises(ConfigError, match="same id"):
