@@ -40,8 +40,8 @@ class ExpertBank(nn.Module):
     weight decay). `lora_B` is kept transposed so that flattening it for the kernel is a view. Ranks may
     differ: shorter experts are padded with zeros, which never get a gradient.
 
-    On disk there is one stack per factor, in expert order: `lora_A (expert, rank, d_in)` and
-    `lora_B (expert, d_out, rank)`; which experts are frozen is the config's to know.
+    On disk there is one stack per factor, in expert order: `A (expert, rank, d_in)` and
+    `B (expert, d_out, rank)`; which experts are frozen is the config's to know.
     """
 
     def __init__(self, experts: Sequence[Expert], frozen: Sequence[bool], dropout: float = 0.0) -> None:
@@ -151,6 +151,24 @@ class ExpertBank(nn.Module):
 
     # -- state dict: one stack per factor, in expert order, whatever is frozen --------------------------
 
+    @property
+    def A(self) -> Tensor:
+        """All experts' `A` in expert order, (expert, rank, d_in)."""
+        return self._joined(self.frozen_A, self.lora_A)
+
+    @property
+    def B(self) -> Tensor:
+        """All experts' `B` in expert order, (expert, d_out, rank)."""
+        stack = self._joined(self.frozen_B, self.lora_B)
+        return rearrange(stack, "expert rank d_out -> expert d_out rank").contiguous()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
+        if name in ("A", "B"):
+            self._load_factor(name, value, replace=False)
+        else:
+            super().__setattr__(name, value)
+
     def _joined(self, frozen: Tensor | None, trainable: Tensor | None) -> Tensor:
         parts = [p for p in (frozen, trainable) if p is not None]
         if len(parts) == 1:
@@ -159,10 +177,9 @@ class ExpertBank(nn.Module):
         return torch.cat(parts)[order]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        A = self._joined(self.frozen_A, self.lora_A)
-        B = rearrange(self._joined(self.frozen_B, self.lora_B), "expert rank d_out -> expert d_out rank")
-        destination[prefix + "lora_A"] = A if keep_vars else A.detach()
-        destination[prefix + "lora_B"] = B.contiguous() if keep_vars else B.detach().contiguous()
+        for name in ("A", "B"):
+            stack = getattr(self, name)
+            destination[prefix + name] = stack if keep_vars else stack.detach()
 
     def _load_from_state_dict(
         self,
@@ -174,38 +191,31 @@ class ExpertBank(nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        for name, transposed in (("lora_A", False), ("lora_B", True)):
+        for name in ("A", "B"):
             key = prefix + name
             if key not in state_dict:
                 missing_keys.append(key)
                 continue
-            stack = (
-                rearrange(state_dict[key], "expert d_out rank -> expert rank d_out")
-                if transposed
-                else state_dict[key]
-            )
-            frozen, trainable = getattr(self, name.replace("lora", "frozen")), getattr(self, name)
-            wanted = (self.num_experts, *(trainable if trainable is not None else frozen).shape[1:])
-            if tuple(stack.shape) != wanted:
-                error_msgs.append(
-                    f"size mismatch for {key}: {tuple(stack.shape)} in the file, {wanted} in the model."
-                )
+            found, wanted = tuple(state_dict[key].shape), tuple(getattr(self, name).shape)
+            if found != wanted:
+                error_msgs.append(f"size mismatch for {key}: {found} in the file, {wanted} in the model.")
                 continue
-            for parameter, indices in ((frozen, self.frozen), (trainable, self.trainable)):
-                if parameter is not None:
-                    self._load_stack(name, parameter, stack[list(indices)], local_metadata)
+            replace = local_metadata.get("assign_to_params_buffers", False)
+            self._load_factor(name, state_dict[key], replace=replace)
 
-    def _load_stack(
-        self, name: str, parameter: nn.Parameter, value: Tensor, local_metadata: dict[str, Any]
-    ) -> None:
-        if parameter.is_meta or local_metadata.get("assign_to_params_buffers", False):
-            attribute = name if parameter is getattr(self, name) else name.replace("lora", "frozen")
-            setattr(
-                self, attribute, nn.Parameter(value.detach().clone(), requires_grad=parameter.requires_grad)
-            )
-        else:
-            with torch.no_grad():
-                parameter.copy_(value)
+    def _load_factor(self, name: str, stack: Tensor, *, replace: bool) -> None:
+        """Fill the frozen and the trainable Parameter of a factor from its stack in expert order."""
+        if name == "B":
+            stack = rearrange(stack, "expert d_out rank -> expert rank d_out")
+        for attribute, indices in ((f"frozen_{name}", self.frozen), (f"lora_{name}", self.trainable)):
+            parameter, value = getattr(self, attribute), stack[list(indices)].detach()
+            if parameter is None:
+                continue
+            if replace or parameter.is_meta:
+                setattr(self, attribute, nn.Parameter(value.clone(), requires_grad=parameter.requires_grad))
+            else:
+                with torch.no_grad():
+                    parameter.copy_(value)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"

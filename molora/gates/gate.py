@@ -83,4 +83,4 @@ class Gate(nn.Module):
 
     def static_weights(self) -> Tensor:
         """Weights (expert,) of a gate that reads nothing."""
-        return self.forward(self.rows.weight().new_zeros(1, 1)).weights[0]
+        return self.forward(self.rows.weight.new_zeros(1, 1)).weights[0]

@@ -44,6 +44,7 @@ class GateRows(nn.Module):
             if is_frozen:
                 block.requires_grad_(False)
 
+    @property
     def weight(self) -> Tensor:
         """All rows in expert order, (expert, d_in) or (expert,)."""
         return self._in_order(torch.cat([*self.blocks]), dim=0)
@@ -56,8 +57,15 @@ class GateRows(nn.Module):
 
     def table(self) -> Tensor:
         """Scores that read nothing: (1, expert) in float32 or better."""
-        weight = self.weight()
+        weight = self.weight
         return weight.to(torch.promote_types(weight.dtype, torch.float32)).unsqueeze(0)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
+        if name == "weight":
+            self._load_rows(value, replace=False)
+        else:
+            super().__setattr__(name, value)
 
     def _in_order(self, values: Tensor, dim: int) -> Tensor:
         flat = [i for block in self.order for i in block]
@@ -66,7 +74,7 @@ class GateRows(nn.Module):
         return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.weight()
+        weight = self.weight
         destination[prefix + "weight"] = weight if keep_vars else weight.detach()
 
     def _load_from_state_dict(
@@ -83,21 +91,17 @@ class GateRows(nn.Module):
         if key not in state_dict:
             missing_keys.append(key)
             return
-        weight = state_dict[key]
-        wanted = (sum(len(block) for block in self.order), *self.blocks[0].shape[1:])
-        if tuple(weight.shape) != wanted:
-            error_msgs.append(
-                f"size mismatch for {key}: {tuple(weight.shape)} in the file, {wanted} in the model."
-            )
+        found, wanted = tuple(state_dict[key].shape), tuple(self.weight.shape)
+        if found != wanted:
+            error_msgs.append(f"size mismatch for {key}: {found} in the file, {wanted} in the model.")
             return
+        self._load_rows(state_dict[key], replace=local_metadata.get("assign_to_params_buffers", False))
+
+    def _load_rows(self, weight: Tensor, *, replace: bool) -> None:
         for i, (block, rows) in enumerate(zip(self.blocks, self.order, strict=True)):
-            value = weight[list(rows)]
-            if block.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                setattr(
-                    self,
-                    f"block_{i}",
-                    nn.Parameter(value.detach().clone(), requires_grad=block.requires_grad),
-                )
+            value = weight[list(rows)].detach()
+            if replace or block.is_meta:
+                setattr(self, f"block_{i}", nn.Parameter(value.clone(), requires_grad=block.requires_grad))
             else:
                 with torch.no_grad():
                     block.copy_(value)

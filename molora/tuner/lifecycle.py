@@ -75,7 +75,7 @@ def add_expert(
         bank.assign(grown, config.frozen_flags())
         if adapter in layer.molora_gate:
             rows = layer.molora_gate[adapter].rows
-            weight = rows.weight().detach()
+            weight = rows.weight.detach()
             row = weight[source] if source is not None else torch.zeros_like(weight[0])
             rows.assign(torch.cat([weight, row.unsqueeze(0)]), config.block_indices(), config.frozen_flags())
     if freeze_others:
@@ -237,5 +237,5 @@ def _reassign(model: nn.Module, adapter: str, config: MoLoraConfig, kept: list[i
         bank.assign([experts[i] for i in kept], config.frozen_flags())
         if adapter in layer.molora_gate:
             rows = layer.molora_gate[adapter].rows
-            weight: Tensor = rows.weight().detach()
+            weight: Tensor = rows.weight.detach()
             rows.assign(weight[kept], config.block_indices(), config.frozen_flags())

@@ -107,7 +107,7 @@ def test_I4_permuting_experts_with_gate_rows_changes_nothing(architecture, gate)
         experts = layer.molora_experts["default"].experts()
         other.molora_experts["default"].assign([experts[i] for i in order], [False] * 3)
         if "default" in layer.molora_gate:
-            rows = layer.molora_gate["default"].rows.weight().detach()
+            rows = layer.molora_gate["default"].rows.weight.detach()
             other.molora_gate["default"].rows.assign(rows[order], [[0, 1, 2]], [False] * 3)
     if architecture == "bert":
         permuted.base_model.model.classifier.load_state_dict(model.base_model.model.classifier.state_dict())

@@ -106,7 +106,7 @@ def test_a_value_does_not_grow_with_depth():
     short, tall = (molora_model("llama", "soft-group", aux_losses={"balance": 1.0}) for _ in range(2))
     for model, kept in ((short, 1), (tall, 2)):
         for gate in gate_modules(model):
-            weight = gate.rows.weight().detach()
+            weight = gate.rows.weight.detach()
             gate.rows.assign(torch.zeros_like(weight), [[0, 1, 2]], [False] * 3)
         model.base_model.model.model.layers = model.base_model.model.model.layers[:kept]
         model.base_model.context.forget_modules()

@@ -110,17 +110,17 @@ def test_a_base_output_that_is_a_view_or_of_another_dtype_is_left_alone():
 
 def test_the_state_dict_is_one_stack_in_expert_order_whatever_is_frozen():
     plain, mixed = ExpertBank(experts(), [False] * 3), ExpertBank(experts(), [False, True, False])
-    assert list(plain.state_dict()) == ["lora_A", "lora_B"] == list(mixed.state_dict())
+    assert list(plain.state_dict()) == ["A", "B"] == list(mixed.state_dict())
     for name, value in plain.state_dict().items():
         assert torch.equal(value, mixed.state_dict()[name])
-    assert plain.state_dict()["lora_B"].shape == (3, D_OUT, 3)
+    assert plain.state_dict()["B"].shape == (3, D_OUT, 3)
     fresh = ExpertBank([e._replace(A=e.A * 0, B=e.B * 0) for e in experts()], [True, False, False])
     fresh.load_state_dict(mixed.state_dict())
     assert all(
         torch.equal(a.delta(), b.delta()) for a, b in zip(fresh.experts(), mixed.experts(), strict=True)
     )
-    with pytest.raises(RuntimeError, match=r"size mismatch for lora_A: \(2, 3, 6\) in the file, \(3, 3, 6\)"):
-        fresh.load_state_dict({"lora_A": torch.zeros(2, 3, 6), "lora_B": mixed.state_dict()["lora_B"]})
+    with pytest.raises(RuntimeError, match=r"size mismatch for A: \(2, 3, 6\) in the file, \(3, 3, 6\)"):
+        fresh.load_state_dict({"A": torch.zeros(2, 3, 6), "B": mixed.state_dict()["B"]})
 
 
 def test_dropout_acts_in_training_only():

@@ -74,11 +74,11 @@ def test_blocks_in_any_order_give_logits_in_expert_order():
     weight, x = torch.randn(4, 8), torch.randn(5, 8)
     rows = GateRows(weight, [[2], [0, 3], [1]], [False, True, False, False])
     assert_close(rows.logits(x), x @ weight.t())
-    assert_close(rows.weight(), weight)
+    assert_close(rows.weight, weight)
     assert [block.requires_grad for block in rows.blocks] == [True, True, False]
     other = GateRows(torch.zeros(4, 8), [[0, 1, 2, 3]], [False] * 4)
     other.load_state_dict(rows.state_dict())
-    assert_close(other.weight(), weight)
+    assert_close(other.weight, weight)
 
 
 def test_the_kinds_expand_to_the_long_fields():

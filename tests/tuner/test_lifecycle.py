@@ -79,7 +79,7 @@ def test_a_copied_expert_is_its_source():
         for m in model.modules()
         if isinstance(m, MoLoraLayer) and "default" in m.molora_gate
     )
-    assert torch.equal(gate.rows.weight()[3], gate.rows.weight()[1])
+    assert torch.equal(gate.rows.weight[3], gate.rows.weight[1])
 
 
 def test_a_mean_expert_is_the_best_low_rank_mean():
