@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
@@ -22,7 +22,8 @@ from transformers import (
 from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig
 from molora.errors import AdapterError, ConfigError
-from molora.store.adapter import load
+from molora.store.adapter import load, read_config
+from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
 from molora.tuner.config import MoLoraConfig
 
@@ -87,8 +88,10 @@ def _quantization(base: BaseConfig) -> dict[str, Any]:
 def _keep_weights_unpacked(model: PreTrainedModel) -> None:
     # On CPUs with AVX512-BF16, bitsandbytes repacks 4-bit weights in place at the first forward without
     # gradients; from then on a training forward gives its input no gradient.
+    from bitsandbytes.nn import Linear4bit
+
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
+        if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
 
 
@@ -167,11 +170,19 @@ def num_labels_of(config: RunConfig) -> int | None:
 
 
 def _base_of_adapter(folder: Path) -> tuple[BaseConfig, int | None]:
-    stored = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    name = stored.get("base_model_name_or_path")
-    if not name:
+    stored = read_config(folder)
+    if not stored.base_model_name_or_path:
         raise AdapterError(
-            f"{folder}/adapter_config.json does not say which base model the adapter belongs to.",
+            f"{folder / 'adapter_config.json'} does not say which base model the adapter belongs to.",
             hint="load the base yourself and call molora.load(base, folder).",
         )
-    return BaseConfig(model=name, task_type=stored.get("task_type") or "CAUSAL_LM"), None
+    task_type = str(stored.task_type or "CAUSAL_LM")
+    base = BaseConfig.model_validate({"model": stored.base_model_name_or_path, "task_type": task_type})
+    return base, _head_rows(folder) if task_type == "SEQ_CLS" else None
+
+
+def _head_rows(folder: Path) -> int | None:
+    """Rows of a saved classification head: its last layer is the one with the fewest."""
+    with safe_open(folder / WEIGHTS_FILE, "pt") as tensors:
+        heads = [name for name in tensors.keys() if "molora_" not in name]  # noqa: SIM118 (not a mapping)
+        return min((tensors.get_slice(name).get_shape()[0] for name in heads), default=None)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molora.errors import DivergedError, InterruptedRun
 from molora.training.checkpoint import Checkpoints, StepCallback
+from molora.training.module import MoLoraModule
 
 
 def _any_process(trainer: Trainer, flag: bool) -> bool:
@@ -107,6 +108,7 @@ class Validation(StepCallback):
     def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         if step % self.every and step != trainer.max_steps:
             return
+        assert isinstance(module, MoLoraModule)
         loss = self.loss(trainer, module)
         module.report({"val_loss": loss})
         self.without_gain = 0 if loss < self.best else self.without_gain + 1
@@ -114,7 +116,7 @@ class Validation(StepCallback):
         self._stop_if_stale(trainer)
 
     @torch.no_grad()
-    def loss(self, trainer: Trainer, module: LightningModule) -> float:
+    def loss(self, trainer: Trainer, module: MoLoraModule) -> float:
         """Mean loss per target token (per sample for a classifier), without auxiliary losses."""
         was_training = [m for m in module.modules() if m.training]
         module.eval()

@@ -6,7 +6,7 @@ import random
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,11 +54,11 @@ class FolderIO(CheckpointIO):
 
 def random_state() -> dict[str, Any]:
     """The state of every random generator that training may draw from, as plain data."""
-    name, keys, position, has_gauss, cached = np.random.get_state()
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
     return {
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "numpy": [name, keys.tolist(), position, has_gauss, cached],
+        "numpy": [name, keys.tolist(), *rest],
         "python": random.getstate(),
     }
 

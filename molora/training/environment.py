@@ -63,7 +63,7 @@ def quiet_libraries() -> Iterator[None]:
 
 def describe_environment() -> dict[str, Any]:
     """Versions and hardware a result may depend on; nothing that identifies the user."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in _PACKAGES:
         try:
             versions[package] = metadata.version(package)

@@ -4,37 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from torch import nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
+from molora.config import StageConfig, TrainConfig
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
 from molora.gates.scores import GateRows
 
 ROLES = ("experts_A", "experts_B", "gates", "heads")
-
-
-class OptimizerSettings(Protocol):
-    """The fields of the recipe's `train` section that this file reads."""
-
-    lr: float
-    gate_lr: float | None
-    head_lr: float | None
-    lora_plus_ratio: float
-    weight_decay: float
-    gate_weight_decay: float
-    schedule: str
-    warmup: float | int
-
-
-class Stage(Protocol):
-    """One entry of the recipe's `train.stages`."""
-
-    steps: int | None
-    train: Sequence[str]
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
@@ -60,7 +41,7 @@ def _role(owner: nn.Module, name: str) -> str:
     return "gates" if isinstance(owner, GateRows) else "heads"
 
 
-def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:
     """AdamW groups, one per role in use, each with `name`, `lr` and `weight_decay`.
 
     Raises ConfigError when nothing is trainable. Reference for the ratio on B: LoRA+, arXiv:2402.12354.
@@ -89,7 +70,7 @@ def parameter_groups(model: nn.Module, settings: OptimizerSettings) -> list[dict
     return groups
 
 
-def build_optimizer(model: nn.Module, settings: OptimizerSettings, *, fused: bool = False) -> AdamW:
+def build_optimizer(model: nn.Module, settings: TrainConfig, *, fused: bool = False) -> AdamW:
     """AdamW over `parameter_groups`. `fused` is several times faster on many small tensors."""
     return AdamW(parameter_groups(model, settings), fused=fused)
 
@@ -125,7 +106,7 @@ def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
     return SCHEDULES[schedule](min(1.0, progress))
 
 
-def build_scheduler(optimizer: AdamW, settings: OptimizerSettings, total: int) -> LambdaLR:
+def build_scheduler(optimizer: AdamW, settings: TrainConfig, total: int) -> LambdaLR:
     """The schedule of `settings` over `total` optimiser steps, for all groups alike."""
     warmup = warmup_steps(settings.warmup, total)
     return LambdaLR(
@@ -133,7 +114,7 @@ def build_scheduler(optimizer: AdamW, settings: OptimizerSettings, total: int) -
     )
 
 
-def trained_parts(stages: Sequence[Stage], step: int) -> frozenset[str]:
+def trained_parts(stages: Sequence[StageConfig], step: int) -> frozenset[str]:
     """Which of `experts`, `gates`, `heads` learn at optimiser step `step` (0 = the first).
 
     Stages follow one another; the last one goes on until the end. No stages: everything, always.

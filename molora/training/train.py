@@ -86,7 +86,7 @@ def fit(
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
     steps = total_steps(settings, len(data.train_dataloader()))
-    first = rank_zero_only.rank == 0
+    first = _is_first_process()
     if run is None and first:
         run = start_run(config)
     # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
@@ -112,6 +112,11 @@ def fit(
             finish(run, model, tokenizer, tasks)
         trainer.strategy.barrier("finished")
     return run
+
+
+def _is_first_process() -> bool:
+    """Whether this is the process that writes; asked before Lightning has set up the others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def start_run(config: RunConfig) -> Run:

@@ -30,10 +30,12 @@ def fit(
     model: Any, batches: list[Batch], steps: int, *, validation: Any = None, **settings: Any
 ) -> L.Trainer:
     """Train on `batches`, epoch after epoch, for `steps` optimiser steps."""
-    chosen = TrainConfig(max_steps=steps, **{"lr": 1e-2, "warmup": 0, "schedule": "constant", **settings})
+    chosen = TrainConfig(
+        max_steps=steps, **{"lr": 1e-2, "warmup": 0, "schedule": "constant", "log_every": 1, **settings}
+    )
     trainer = L.Trainer(
         max_steps=steps, max_epochs=-1, accumulate_grad_batches=chosen.accumulate, accelerator="cpu", logger=False,
-        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=1,
+        enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
     )  # fmt: skip
     loader = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(MoLoraModule(model.train(), chosen), loader, validation)
@@ -108,11 +110,11 @@ def test_the_state_is_the_adapter_and_loading_is_strict() -> None:
     assert all(torch.equal(value, state[name]) for name, value in other.state_dict().items())
 
     first = next(iter(state))
-    with pytest.raises(AdapterError, match=r"missing \['.*\(1\), unexpected nothing"):
+    with pytest.raises(AdapterError, match="missing"):
         other.load_state_dict({name: value for name, value in state.items() if name != first})
-    with pytest.raises(AdapterError, match=r"unexpected.*stranger"):
+    with pytest.raises(AdapterError, match="stranger: unknown"):
         other.load_state_dict({**state, "stranger": torch.zeros(1)})
-    with pytest.raises(AdapterError, match="in the checkpoint"):
+    with pytest.raises(AdapterError, match="shape"):
         other.load_state_dict({**state, first: torch.zeros(1)})
 
 
