@@ -1,7 +1,8 @@
-"""What `gate.kind` means: each short name as the long gate fields it stands for. Pure data, no imports."""
+"""The closed lists of names a recipe may use for gates and auxiliary losses. Pure data, no imports."""
 
 from __future__ import annotations
 
+# What each short name stands for, in long gate fields.
 GATE_KINDS: dict[str, dict[str, object]] = {
     "soft": {"scope": "token", "score": "linear", "transform": "softmax", "select": "dense"},
     "top_k": {"scope": "token", "score": "linear", "transform": "softmax", "select": "top_k", "top_k": 2},
@@ -26,4 +27,11 @@ GATE_CHOICES: dict[str, tuple[str, ...]] = {
     "select": ("dense", "top_k", "hard"),
     "renorm": ("none", "sum"),
     "noise": ("gaussian",),
+}
+
+# Every auxiliary loss with the options it takes beside its coefficient; the first value is the default.
+AUX_LOSSES: dict[str, dict[str, tuple[str, ...]]] = {
+    "balance": {},
+    "z": {},
+    "orthogonal": {"norm": ("l1", "squared")},
 }

@@ -1,0 +1,261 @@
+"""The `adapter` section: the mixture of experts, its gate and its auxiliary losses."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, Self
+
+from pydantic import Field, field_validator, model_validator
+
+from molora.config.kinds import AUX_LOSSES, GATE_KIND_KEYS, GATE_KINDS
+from molora.config.section import (
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveInt,
+    Problem,
+    Section,
+    expand_shorthand,
+    name_of,
+    refuse,
+    without_default,
+)
+from molora.config.suggest import did_you_mean
+
+ExpertName = name_of("expert")
+TaskName = name_of("task")
+GATE_LOSSES = ("balance", "z")
+
+
+class GateSection(Section):
+    """Who decides the experts' weights. `kind:` is shorthand for the long fields kept here."""
+
+    scope: Literal["token", "task", "constant"] = "token"
+    share: Literal["linear", "group", "global"] = "group"
+    score: Literal["linear", "table", "none"] = "linear"
+    transform: Literal["softmax", "identity"] = "softmax"
+    select: Literal["dense", "top_k", "hard"] = "top_k"
+    top_k: PositiveInt = 2
+    renorm: Literal["none", "sum"] | None = None
+    temperature: Positive = 1.0
+    noise: Literal["gaussian"] | None = None
+    noise_std: NonNegative = 1.0
+    init_std: NonNegative = 0.02
+
+    @model_validator(mode="before")
+    @classmethod
+    def _expand_kind(cls, data: Any) -> Any:
+        data = expand_shorthand(data, "kind")
+        if not isinstance(data, dict):
+            return data
+        if "kind" not in data:
+            return data
+        given = {key: value for key, value in data.items() if key != "kind"}
+        kind = data["kind"]
+        if kind not in GATE_KINDS:
+            allowed = ", ".join(GATE_KINDS)
+            refuse(
+                [
+                    (
+                        ("kind",),
+                        f"{kind!r} is not a kind of gate.{did_you_mean(kind, GATE_KINDS)} Allowed: {allowed}.",
+                    )
+                ]
+            )
+        legal = GATE_KIND_KEYS[kind]
+        settings = ", ".join(("kind", *legal))
+        foreign: list[Problem] = [
+            (
+                (key,),
+                f"not a setting of gate kind {kind!r}.{did_you_mean(key, legal)} Its settings: {settings}.",
+            )
+            for key in given
+            if key not in legal
+        ]
+        refuse(foreign)
+        return GATE_KINDS[kind] | given
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        problems: list[Problem] = []
+        if self.renorm == "sum" and self.select != "top_k":
+            problems.append(
+                (("renorm",), "'sum' acts only with select: top_k; dense weights already sum to 1.")
+            )
+        if self.share == "global" and self.scope == "token":
+            problems.append(
+                (
+                    ("share",),
+                    "'global' cannot read each layer's own tokens; use 'linear' or 'group', or a gate of kind task or constant.",
+                )
+            )
+        if (self.scope == "task") != (self.select == "hard"):
+            problems.append((("select",), "'hard' goes with scope: task, and scope: task with select: hard."))
+        table = {"token": "linear", "task": "none", "constant": "table"}
+        if self.score != table[self.scope]:
+            problems.append((("score",), f"must be {table[self.scope]!r} with scope: {self.scope}."))
+        if (self.transform == "identity") != (self.scope == "task"):
+            problems.append((("transform",), "'identity' goes with scope: task, 'softmax' with the others."))
+        refuse(problems)
+        return self
+
+
+class AdapterConfig(Section):
+    """The mixture: how many experts of which rank sit on which layers, and how they are mixed."""
+
+    num_experts: PositiveInt = 4
+    r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 8
+    lora_alpha: Positive = 16.0
+    lora_dropout: Fraction = 0.0
+    use_rslora: bool = False
+    scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "alpha"] | Positive | None = None
+    init: Literal["kaiming", "gaussian", "rescaled", "orthogonal"] = "kaiming"
+    init_std: Positive = 0.02
+    init_gain: Positive = 1.0
+    rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
+    alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    layers_to_transform: int | list[int] | None = None
+    layers_pattern: str | list[str] | None = None
+    plain_targets: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    expert_names: list[ExpertName] | None = None
+    tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
+    gate: GateSection = Field(default_factory=GateSection)
+    aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts' names: as given, or expert_0, expert_1, ..."""
+        return self.expert_names or [f"expert_{i}" for i in range(self.num_experts)]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_gate(cls, data: Any) -> Any:
+        """One expert alone cannot be picked twice: the default top_k never exceeds num_experts."""
+        if isinstance(data, dict) and data.get("num_experts") == 1:
+            return without_default(data, "gate", {"top_k": 1})
+        return data
+
+    @field_validator("aux_losses", mode="before")
+    @classmethod
+    def _check_losses(cls, data: Any) -> Any:
+        refuse([*aux_problems(data)] if isinstance(data, dict) else [])
+        return data
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse([*self._gate_problems(), *self._expert_problems(), *self._layer_problems()])
+        return self
+
+    def _gate_problems(self) -> list[Problem]:
+        gate, problems = self.gate, list[Problem]()
+        if gate.select == "top_k" and gate.top_k > self.num_experts:
+            problems.append(
+                (("gate", "top_k"), f"{gate.top_k} is more than num_experts = {self.num_experts}.")
+            )
+        if gate.select == "top_k" and gate.renorm == "sum" and gate.top_k == 1 and self.num_experts > 1:
+            problems.append(
+                (
+                    ("gate", "renorm"),
+                    "'sum' with top_k: 1 makes every weight 1, so the gate would never learn; use none.",
+                )
+            )
+        if gate.scope == "task":
+            problems += [
+                (
+                    ("aux_losses", name),
+                    "acts on a learned gate, and a task gate has nothing to learn; leave it out.",
+                )
+                for name in GATE_LOSSES
+                if name in self.aux_losses
+            ]
+        if gate.scope == "constant" and "z" in self.aux_losses:
+            problems.append(
+                (
+                    ("aux_losses", "z"),
+                    "bounds the logits of gates that read tokens; a constant gate has no such logits.",
+                )
+            )
+        return problems
+
+    def _expert_problems(self) -> list[Problem]:
+        problems: list[Problem] = []
+        names = self.expert_names
+        if names is not None and len(names) != self.num_experts:
+            problems.append(
+                (("expert_names",), f"names {len(names)} experts, but num_experts = {self.num_experts}.")
+            )
+        for i, name in enumerate(names or []):
+            if name.casefold() in [other.casefold() for other in (names or [])[:i]]:
+                problems.append(
+                    (("expert_names", i), f"{name!r} is there twice (upper and lower case count as one).")
+                )
+        for task, chosen in (self.tasks or {}).items():
+            if not chosen:
+                problems.append((("tasks", task), "names no expert; a task needs at least one."))
+            for i, name in enumerate(chosen):
+                key = i if isinstance(chosen, list) else name
+                if name not in self.experts:
+                    problems.append(
+                        (
+                            ("tasks", task, key),
+                            f"unknown expert {name!r}.{did_you_mean(name, self.experts)} Allowed: {', '.join(self.experts)}.",
+                        )
+                    )
+                elif isinstance(chosen, list) and name in chosen[:i]:
+                    problems.append((("tasks", task, key), f"{name!r} is there twice."))
+        return problems
+
+    def _layer_problems(self) -> list[Problem]:
+        problems: list[Problem] = []
+        if not isinstance(self.r, int) and self.rank_pattern:
+            problems.append(
+                (("rank_pattern",), "r already gives ranks by layer or pattern; write only one of the two.")
+            )
+        if not self.r:
+            problems.append((("r",), "is empty; give a rank, such as 8."))
+        for key in ("target_modules", "plain_targets", "modules_to_save", "exclude_modules"):
+            value = getattr(self, key)
+            if value is not None and (not value or "" in value and isinstance(value, list)):
+                problems.append(
+                    (
+                        (key,),
+                        "is empty; name modules, such as [q_proj, v_proj]"
+                        + (", or all-linear." if key == "target_modules" else ", or leave it out."),
+                    )
+                )
+        if self.use_rslora and self.scaling is not None:
+            problems.append(
+                (("scaling",), "use_rslora: true already means alpha_over_sqrt_r; write only one of the two.")
+            )
+        return problems
+
+
+def aux_problems(losses: dict[str, Any]) -> Iterator[Problem]:
+    """What is wrong with an `aux_losses` mapping."""
+    for name, value in losses.items():
+        if name not in AUX_LOSSES:
+            yield (
+                (name,),
+                f"not an auxiliary loss.{did_you_mean(name, AUX_LOSSES)} Allowed: {', '.join(AUX_LOSSES)}.",
+            )
+            continue
+        options = AUX_LOSSES[name]
+        settings = value if isinstance(value, dict) else {"coefficient": value}
+        for key, setting in settings.items():
+            if key == "coefficient":
+                number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
+                if not (number and 0 <= setting < float("inf")):
+                    yield (name,), f"the coefficient must be a number of at least 0, not {setting!r}."
+            elif key not in options:
+                allowed = ("coefficient", *options)
+                yield (
+                    (name, key),
+                    f"not a setting.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}.",
+                )
+            elif setting not in options[key]:
+                yield (name, key), f"{setting!r} is not one of {', '.join(options[key])}."
+        if "coefficient" not in settings:
+            yield (name,), "needs a coefficient, such as 0.5."

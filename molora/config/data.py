@@ -1,0 +1,155 @@
+"""The `data` section: the tasks, where their records come from and how they are mixed."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from molora.config.section import Positive, PositiveInt, Problem, Section, name_of, refuse
+from molora.config.suggest import did_you_mean
+
+# What each source needs, and what it may have beside that.
+SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "synthetic": (("generator",), ()),
+    "jsonl": (("train",), ("eval",)),
+    "csv": (("train",), ("eval",)),
+    "parquet": (("train",), ("eval",)),
+    "hub": (("dataset",), ("subset", "revision", "train_split", "eval_split")),
+    "folder": (("path",), ("train_split", "eval_split")),
+}
+SOURCE_KEYS = frozenset(key for needed, optional in SOURCES.values() for key in (*needed, *optional))
+
+# What a task of each kind is scored by, the default first, and the templates only that kind reads.
+METRICS: dict[str, tuple[str, ...]] = {
+    "causal_lm": ("exact_match", "accuracy", "loss"),
+    "seq2seq": ("exact_match", "accuracy", "loss"),
+    "classification": ("accuracy", "loss"),
+}
+KIND_KEYS: dict[str, tuple[str, ...]] = {
+    "causal_lm": ("prompt", "target", "messages", "chat_template"),
+    "seq2seq": ("prompt", "target"),
+    "classification": ("text", "label", "labels"),
+}
+KIND_OF_TASK_TYPE = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
+
+Files = str | list[str]
+
+
+class TaskConfig(Section):
+    """One task: a source of records, a way to turn a record into text, and a metric."""
+
+    source: Literal["synthetic", "jsonl", "csv", "parquet", "hub", "folder"]
+    kind: Literal["causal_lm", "classification", "seq2seq"] = "causal_lm"
+    generator: str | None = None
+    train: Files | None = None
+    eval: Files | None = None
+    dataset: str | None = None
+    subset: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    train_split: str | None = None
+    eval_split: str | None = None
+    train_size: PositiveInt | None = None
+    eval_size: PositiveInt | None = None
+    prompt: str | None = None
+    target: str | None = None
+    messages: str | None = None
+    chat_template: bool = False
+    text: str | None = None
+    label: str | None = None
+    labels: list[str] | None = None
+    metric: Literal["exact_match", "accuracy", "loss"] | None = None
+    weight: Positive = 1.0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, data: Any) -> Any:
+        """Defaults that depend on the source and the kind, so that a resolved recipe shows them."""
+        if not isinstance(data, dict):
+            return data
+        source, kind = data.get("source"), data.get("kind", "causal_lm")
+        defaults: dict[str, Any] = {}
+        if kind in METRICS:
+            defaults["metric"] = METRICS[kind][0]
+        if source == "synthetic":
+            defaults |= {"train_size": 2000, "eval_size": 200}
+        if source in ("hub", "folder"):
+            defaults |= {"train_split": "train"}
+        if kind == "classification":
+            defaults |= {"text": "{text}", "label": "label"}
+        elif kind in ("causal_lm", "seq2seq") and data.get("messages") is None:
+            defaults |= {"prompt": "{prompt}", "target": "{target}"}
+        return {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        given = {key for key, value in self if value not in (None, False)}
+        refuse([*self._source_problems(given), *self._kind_problems(given)])
+        return self
+
+    def _source_problems(self, given: set[str]) -> list[Problem]:
+        needed, optional = SOURCES[self.source]
+        problems: list[Problem] = [
+            ((key,), f"is missing: source {self.source!r} needs it.") for key in needed if key not in given
+        ]
+        for key in sorted(given & SOURCE_KEYS - {*needed, *optional}):
+            settings = (*needed, *optional)
+            hint = did_you_mean(key, settings)
+            problems.append(
+                (
+                    (key,),
+                    f"not a setting of source {self.source!r}.{hint} Its settings: {', '.join(settings)}.",
+                )
+            )
+        for key in ("train", "eval"):
+            if getattr(self, key) == []:
+                problems.append(((key,), "is an empty list; name at least one file."))
+        return problems
+
+    def _kind_problems(self, given: set[str]) -> list[Problem]:
+        own = KIND_KEYS[self.kind]
+        others = {key for keys in KIND_KEYS.values() for key in keys} - set(own)
+        problems: list[Problem] = [
+            ((key,), f"not a setting of kind {self.kind!r}. Its settings: {', '.join(own)}.")
+            for key in sorted(given & others)
+        ]
+        if self.metric not in METRICS[self.kind]:
+            allowed = ", ".join(METRICS[self.kind])
+            problems.append(
+                (("metric",), f"{self.metric!r} does not fit kind {self.kind!r}. Allowed: {allowed}.")
+            )
+        if self.messages is not None:
+            problems += [
+                ((key,), "is not read when `messages` gives the conversation; write only one of them.")
+                for key in ("prompt", "target")
+                if key in given
+            ]
+        if self.labels is not None and len(set(self.labels)) != len(self.labels):
+            problems.append((("labels",), "names a label twice."))
+        if self.labels is not None and len(self.labels) < 2:
+            problems.append((("labels",), "needs at least two labels."))
+        return problems
+
+
+class DataConfig(Section):
+    """All tasks, and the mix a training batch is drawn from."""
+
+    max_length: PositiveInt = 512
+    mixing: Literal["size", "equal", "temperature"] = "size"
+    mixing_temperature: Positive = 2.0
+    workers: int = Field(default=0, ge=0)
+    tasks: dict[name_of("task"), TaskConfig] = Field(min_length=1)  # type: ignore[valid-type]
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        seen: dict[str, str] = {}
+        problems: list[Problem] = []
+        for name in self.tasks:
+            other = seen.setdefault(name.casefold(), name)
+            if other != name:
+                problems.append(
+                    (("tasks", name), f"differs from {other!r} only in upper and lower case; rename one.")
+                )
+        refuse(problems)
+        return self

@@ -1,0 +1,72 @@
+"""GrowConfig: what `molora add-expert` trains the new expert on, and how; what is left out comes from the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from molora.config.adapter import aux_problems
+from molora.config.data import TaskConfig
+from molora.config.load import Recipe, load_section
+from molora.config.run import RunConfig
+from molora.config.section import Section, name_of, refuse
+from molora.config.train import TrainConfig
+
+
+class NewTask(TaskConfig):
+    """The new task: like a task in `data.tasks`, with its name inside."""
+
+    name: name_of("task")  # type: ignore[valid-type]
+
+    def as_task(self) -> TaskConfig:
+        """The same as an entry of `data.tasks`."""
+        return TaskConfig.model_validate(self.model_dump(exclude={"name"}))
+
+
+class NewExpert(Section):
+    """The new expert: its name (None: the task's), its start, and whether older tasks see it."""
+
+    name: name_of("expert") | None = None  # type: ignore[valid-type]
+    init: str = Field(default="new", pattern=r"^(new|mean|copy:.+)$")
+    isolate: bool = False
+
+
+class GrowConfig(Section):
+    """A recipe that adds one expert to a trained run."""
+
+    task: NewTask
+    expert: NewExpert = Field(default_factory=NewExpert)
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
+
+    @field_validator("aux_losses", mode="before")
+    @classmethod
+    def _check_losses(cls, data: Any) -> Any:
+        refuse([*aux_problems(data)] if isinstance(data, dict) else [])
+        return data
+
+
+def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig | None = None) -> GrowConfig:
+    """Read and check a recipe for a new expert; `train` and `aux_losses` default to those of `run`.
+
+    Raises:
+        ConfigError: everything wrong with it, as `load_recipe` does.
+    """
+
+    def complete(data: dict[str, Any]) -> dict[str, Any]:
+        return data if run is None else _inherit(data, run.model_dump(mode="json"))
+
+    return load_section(GrowConfig, source, overrides, complete)
+
+
+def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
+    own = data.get("train", {})
+    losses = {"aux_losses": run["adapter"]["aux_losses"]} | data
+    if not isinstance(own, dict):
+        return losses
+    inherited = run["train"]
+    if own.get("max_steps") is not None or own.get("epochs") is not None:  # the length comes from one of them
+        inherited = inherited | {"max_steps": None, "epochs": None}
+    return losses | {"train": inherited | own}

@@ -1,0 +1,115 @@
+"""RunConfig: a whole recipe, and the checks that concern more than one section."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from molora.config.adapter import AdapterConfig
+from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
+from molora.config.section import PositiveInt, Problem, Section, expand_shorthand, name_of, refuse
+from molora.config.suggest import did_you_mean
+from molora.config.train import TrainConfig
+
+
+class BaseConfig(Section):
+    """The frozen model the experts are added to. `base: name` is short for `base: {model: name}`."""
+
+    model: str = Field(min_length=1)
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"] = "CAUSAL_LM"
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    revision: str | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return expand_shorthand(data, "model")
+
+
+class EvalConfig(Section):
+    """How the trained adapter is scored after training and by `molora eval`."""
+
+    batch_size: PositiveInt = 32
+    max_new_tokens: PositiveInt = 32
+    num_beams: PositiveInt = 1
+    modes: list[Literal["gate", "task", "base"]] = Field(
+        default_factory=lambda: ["gate", "task", "base"], min_length=1
+    )
+
+
+class RunConfig(Section):
+    """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
+
+    name: name_of("run")  # type: ignore[valid-type]
+    seed: int = Field(default=0, ge=0, lt=2**32)
+    base: BaseConfig
+    adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    data: DataConfig
+    train: TrainConfig
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    output: str = Field(default="runs", min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kinds_follow_the_base(cls, data: Any) -> Any:
+        """A task without `kind` has the kind that fits base.task_type."""
+        try:
+            kind = KIND_OF_TASK_TYPE[data["base"]["task_type"]]
+            tasks = {
+                name: {"kind": kind} | task if isinstance(task, dict) else task
+                for name, task in data["data"]["tasks"].items()
+            }
+        except (
+            KeyError,
+            TypeError,
+            AttributeError,
+        ):  # absent or of a wrong type: the fields' own checks report it
+            return data
+        return data | {"data": data["data"] | {"tasks": tasks}}
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse([*self._task_problems(), *self._kind_problems()])
+        return self
+
+    def _task_problems(self) -> list[Problem]:
+        known, mapped = list(self.data.tasks), self.adapter.tasks
+        if mapped is None:
+            if self.adapter.gate.scope == "task" and len(known) > self.adapter.num_experts:
+                text = f"{len(known)} tasks but {self.adapter.num_experts} experts: a task gate gives each task its own."
+                return [
+                    (
+                        ("adapter", "num_experts"),
+                        text + " Raise num_experts, or map tasks to experts in adapter.tasks.",
+                    )
+                ]
+            return []
+        problems: list[Problem] = []
+        for task in mapped:
+            if task not in known:
+                hint = did_you_mean(task, known)
+                problems.append(
+                    (
+                        ("adapter", "tasks", task),
+                        f"no such task in data.tasks.{hint} Allowed: {', '.join(known)}.",
+                    )
+                )
+        for task in known:
+            if task not in mapped:
+                problems.append(
+                    (("adapter", "tasks"), f"says nothing about task {task!r}; give it its experts.")
+                )
+        return problems
+
+    def _kind_problems(self) -> list[Problem]:
+        fitting = KIND_OF_TASK_TYPE[self.base.task_type]
+        return [
+            (
+                ("data", "tasks", name, "kind"),
+                f"{task.kind!r} does not fit base.task_type {self.base.task_type}; it must be {fitting!r}.",
+            )
+            for name, task in self.data.tasks.items()
+            if task.kind != fitting
+        ]

@@ -1,0 +1,55 @@
+"""The base of every recipe section, and how a section refuses combinations of its settings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from molora.config.names import check_name
+from molora.errors import ConfigError
+
+CLASH = "clash"
+Problem = tuple[tuple[str | int, ...], str]  # (path below the section, what is wrong and what is allowed)
+
+PositiveInt = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """Unknown keys are errors, types are exact (no "yes" for true, no 1.0 for 1), values do not change later."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+
+def refuse(problems: Sequence[Problem]) -> None:
+    """Raise one validation error carrying all `problems`, if there are any."""
+    if problems:
+        text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems)
+        raise PydanticCustomError(CLASH, "{text}", {"text": text, "problems": list(problems)})
+
+
+def name_of(what: str) -> Any:
+    """An annotated string type: a name that keeps molora's one rule for names."""
+
+    def check(value: str) -> str:
+        try:
+            return check_name(value, what)
+        except ConfigError as error:
+            raise PydanticCustomError("name", "{text}", {"text": str(error).replace("\n  ", " ")}) from None
+
+    return Annotated[str, AfterValidator(check)]
+
+
+def expand_shorthand(data: Any, key: str) -> Any:
+    """`section: text` is `section: {key: text}`."""
+    return {key: data} if isinstance(data, str) else data
+
+
+def without_default(given: Mapping[str, Any], key: str, default: Any) -> dict[str, Any]:
+    """`given` with `key` filled in where it is absent or null."""
+    return {**given, key: default} if given.get(key) is None else dict(given)
