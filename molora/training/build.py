@@ -52,7 +52,7 @@ def load_base(
     options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
     settings = {**options, "dtype": getattr(torch, base.dtype), **_quantization(base)}
     if base.task_type == "SEQ_CLS" and num_labels is not None:
-        settings["num_labels"] = num_labels
+        settings |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # the head is trained anew
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, **options)
         model = _AUTO_CLASSES[base.task_type].from_pretrained(source, **settings)
@@ -103,7 +103,7 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
             )
         tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
-    if model.generation_config is not None:
+    if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
 
 
