@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -21,7 +22,7 @@ from transformers import (
 
 from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig
-from molora.errors import AdapterError, ConfigError
+from molora.errors import AdapterError, ConfigError, MoLoraError
 from molora.store.adapter import load, read_config
 from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
@@ -69,6 +70,55 @@ def load_base(
     return model.eval(), tokenizer
 
 
+def load_tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
+    """The base's tokenizer, with its eos token for padding where it has no pad token."""
+    with _explained(base):
+        tokenizer = AutoTokenizer.from_pretrained(_source(base), **_options(base))
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ConfigError(f"base.model: the tokenizer of {base.model!r} has no pad token and no eos token.")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def build_skeleton(config: RunConfig, task_ids: dict[str, int], num_labels: int | None = None) -> PeftModel:
+    """The model of a recipe without its weights: enough to check targets and count parameters."""
+    with _explained(config.base):
+        described = AutoConfig.from_pretrained(
+            _source(config.base), **_options(config.base), **_head(config.base, num_labels)
+        )
+    with torch.device("meta"):
+        base = _AUTO_CLASSES[config.base.task_type].from_config(described)
+        return get_peft_model(base, adapter_config(config, task_ids))
+
+
+def _source(base: BaseConfig) -> str:
+    return str(tiny_path()) if base.model == TINY else base.model
+
+
+def _options(base: BaseConfig) -> dict[str, Any]:
+    return {"revision": base.revision, "trust_remote_code": False}
+
+
+def _head(base: BaseConfig, num_labels: int | None) -> dict[str, Any]:
+    return {"num_labels": num_labels} if base.task_type == "SEQ_CLS" and num_labels is not None else {}
+
+
+@contextmanager
+def _explained(base: BaseConfig) -> Iterator[None]:
+    """Turn what transformers raises for a base it cannot load into a ConfigError."""
+    try:
+        yield
+    except MoLoraError:
+        raise
+    except (OSError, ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ConfigError(
+            f"base.model: cannot load {base.model!r} as {base.task_type}: {reason}",
+            hint=f"allowed: {TINY}, a local folder with config.json and safetensors, or a Hugging Face hub id.",
+        ) from error
+
+
 def _quantization(base: BaseConfig) -> dict[str, Any]:
     if base.quantization == "none":
         return {}
@@ -96,12 +146,6 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
 
 
 def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    if tokenizer.pad_token_id is None:
-        if tokenizer.eos_token is None:
-            raise ConfigError(
-                f"base.model: the tokenizer of {model.name_or_path!r} has no pad token and no eos token."
-            )
-        tokenizer.pad_token = tokenizer.eos_token
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id

@@ -1,0 +1,44 @@
+"""Two CPU processes train one run: one folder, idle experts included, resumed bit-exactly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molora.store.runs import Run
+from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
+
+
+def recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
+    settings = {"devices": 2, "accelerator": "cpu", "strategy": "ddp", "schedule": "constant", "warmup": 0}
+    made = recipe_for(
+        base, output, **{**settings, "max_steps": 4, "save_every": 2, "val_every": 2, **changes}
+    )
+    # One task decides alone in most batches, so one expert or the other is idle there.
+    made["adapter"] = {"num_experts": 2, "r": 2, "lora_dropout": 0.1, "gate": {"kind": "task"}}
+    made["train"]["batch_size"] = 2
+    return made
+
+
+def only_run(output: Path) -> Run:
+    folders = [path for path in (output / "small").iterdir() if path.is_dir() and not path.is_symlink()]
+    assert len(folders) == 1
+    return Run(folders[0])
+
+
+def test_two_processes_train_one_run(base: Path, tmp_path: Path) -> None:
+    finish(start(recipe(base, tmp_path)))
+    run = only_run(tmp_path)
+    assert [path.name for path in run.checkpoints] == ["step-000002", "step-000004"]
+    assert all(value.isfinite().all() for value in adapter_weights(run.adapter).values())
+    assert (run.path / "report.json").is_file()
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_exactly(base: Path, tmp_path: Path) -> None:
+    finish(start(recipe(base, tmp_path / "full")))
+    finish(start(recipe(base, tmp_path / "parts", max_steps=2)))
+    finish(start(recipe(base, tmp_path / "parts"), resume=True))
+    assert_same_weights(only_run(tmp_path / "full").adapter, only_run(tmp_path / "parts").adapter)
