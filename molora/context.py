@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -137,11 +138,9 @@ class RoutingContext:
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
         copy = RoutingContext()
         memo[id(self)] = copy
-        copy.adapters, copy.active, copy.aux_in_loss = (
-            dict(self.adapters),
-            list(self.active),
-            self.aux_in_loss,
-        )
+        # Deep, through memo: the configs the copied tuner has, not those of the original.
+        copy.adapters = deepcopy(self.adapters, memo)
+        copy.active, copy.aux_in_loss = list(self.active), self.aux_in_loss
         return copy
 
     def __getstate__(self) -> dict[str, Any]:

@@ -50,8 +50,7 @@ class MoLoraModel(BaseTuner):
         del self._leaders
         self.context.forget_modules()
         hooks.install(model, self.context)
-        if config.frozen_extras:
-            lifecycle.freeze_heads(model, adapter_name)
+        self._keep_heads_frozen()
 
     @staticmethod
     def _check_target_module_exists(peft_config: Any, key: str) -> Any:
@@ -110,8 +109,20 @@ class MoLoraModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         super().set_adapter(adapter_name, inference_mode=inference_mode)
-        for name in [adapter_name] if isinstance(adapter_name, str) else adapter_name:
-            if name in self.peft_config and self.peft_config[name].frozen_extras:  # type: ignore[attr-defined]
+        self._keep_heads_frozen()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._keep_heads_frozen()
+
+    def _enable_adapter_layers(self, enabled: bool = True) -> None:
+        super()._enable_adapter_layers(enabled)
+        self._keep_heads_frozen()
+
+    def _keep_heads_frozen(self) -> None:
+        # Banks and gates re-freeze themselves; the wrappers of heads are PEFT's and know nothing of it.
+        for name, config in self.peft_config.items():
+            if config.frozen_extras:  # type: ignore[attr-defined]
                 lifecycle.freeze_heads(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -143,6 +154,8 @@ class MoLoraModel(BaseTuner):
         compare(config.base_fingerprint, base_fingerprint(model))
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
         check_state_dict(model, config, adapter_name, loaded)
+        if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
+            lifecycle.freeze_heads(model, adapter_name)
         return loaded
 
     @contextmanager
