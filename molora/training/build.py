@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,20 +51,12 @@ def load_base(
     Raises:
         ConfigError: no such model, a model of another kind, or an extra that is not installed.
     """
-    source = str(tiny_path()) if base.model == TINY else base.model
-    options: dict[str, Any] = {"revision": base.revision, "trust_remote_code": False}
-    settings = {**options, "dtype": getattr(torch, base.dtype), **_quantization(base)}
-    if base.task_type == "SEQ_CLS" and num_labels is not None:
-        settings |= {"num_labels": num_labels, "ignore_mismatched_sizes": True}  # the head is trained anew
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source, **options)
-        model = _AUTO_CLASSES[base.task_type].from_pretrained(source, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ConfigError(
-            f"base.model: cannot load {base.model!r} as {base.task_type}: {reason}",
-            hint=f"allowed: {TINY}, a local folder with config.json and safetensors, or a Hugging Face hub id.",
-        ) from error
+    settings = {"dtype": getattr(torch, base.dtype), **_quantization(base), **_head(base, num_labels)}
+    if "num_labels" in settings:
+        settings["ignore_mismatched_sizes"] = True  # the head is trained anew
+    tokenizer = load_tokenizer(base)
+    with _explained(base):
+        model = _AUTO_CLASSES[base.task_type].from_pretrained(_source(base), **_options(base), **settings)
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine
     _set_pad_token(model, tokenizer)
     if base.quantization == "nf4":
