@@ -103,7 +103,7 @@ class GateSection(Section):
 class AdapterConfig(Section):
     """The mixture: how many experts of which rank sit on which layers, and how they are mixed."""
 
-    num_experts: PositiveInt = 4
+    num_experts: PositiveInt = 8
     r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Fraction = 0.0

@@ -104,12 +104,13 @@ class RunConfig(Section):
         return problems
 
     def _kind_problems(self) -> list[Problem]:
-        fitting = KIND_OF_TASK_TYPE[self.base.task_type]
+        # A language model classifies by writing the label's name.
+        fitting = dict.fromkeys([KIND_OF_TASK_TYPE[self.base.task_type], "classification"])
         return [
             (
                 ("data", "tasks", name, "kind"),
-                f"{task.kind!r} does not fit base.task_type {self.base.task_type}; it must be {fitting!r}.",
+                f"{task.kind!r} does not fit base.task_type {self.base.task_type}. Allowed: {', '.join(fitting)}.",
             )
             for name, task in self.data.tasks.items()
-            if task.kind != fitting
+            if task.kind not in fitting
         ]

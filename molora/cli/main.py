@@ -1,0 +1,143 @@
+"""The `molora` command: verbs, exit codes and how errors are shown. Imports no torch until a verb runs."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import typer.rich_utils
+from typer.exceptions import TyperException
+
+from molora import __version__
+from molora.errors import InterruptedRun, MoLoraError
+
+app = typer.Typer(
+    name="molora",
+    help="Train, grow, inspect and ship mixtures of LoRA experts.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
+RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False)
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Options that come before the verb; `--debug` is read by `main`."""
+    if version:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the recipe's latest run.")] = False,
+    resume_from: Annotated[Path | None, typer.Option("--resume-from", metavar="RUN", help="Go on with this run.")] = None,
+) -> None:
+    """Train a mixture, evaluate it and write a run folder.
+
+    Example: molora train recipes/quickstart.yaml train.max_steps=100
+    """
+    from molora.cli.train import run
+
+    run(recipe, overrides or [], resume_from or resume)
+
+
+@app.command()
+def validate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    schema_only: Annotated[bool, typer.Option("--schema-only", help="Stop after checking the YAML.")] = False,
+) -> None:
+    """Check a recipe, its data and its base without training.
+
+    Example: molora validate recipes/quickstart.yaml
+    """
+    from molora.cli.validate import run
+
+    run(recipe, overrides or [], schema_only=schema_only)
+
+
+recipes_app = typer.Typer(help="List, show or copy the recipes that come with molora.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+@recipes_app.command("list")
+def recipes_list() -> None:
+    """One line per recipe."""
+    from molora.cli.recipes import show_list
+
+    show_list()
+
+
+@recipes_app.command("show")
+def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print a recipe."""
+    from molora.cli.recipes import show
+
+    show(name)
+
+
+@recipes_app.command("copy")
+def recipes_copy(
+    name: Annotated[str, typer.Argument(metavar="NAME")],
+    to: Annotated[Path, typer.Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from molora.cli.recipes import copy
+
+    copy(name, to, force=force)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and exit with the code of what happened."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    sys.exit(_run(arguments))
+
+
+def _run(arguments: list[str]) -> int:
+    try:
+        result: Any = app(args=arguments, prog_name="molora", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except TyperException as error:  # a usage error: unknown verb, missing argument
+        typer.rich_utils.rich_format_error(error)
+        return 2
+    except MoLoraError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        name = "interrupted" if isinstance(error, InterruptedRun) else type(error).__name__
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        sys.stderr.close()
+        return 0
+    except Exception as error:  # noqa: BLE001  (the last resort of a program: say so and exit 1)
+        if "--debug" in arguments:
+            traceback.print_exc()
+        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
+        print("This is a fault in molora. Run it again with `molora --debug ...` and report the traceback.", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    main()
