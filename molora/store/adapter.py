@@ -38,7 +38,7 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | Non
         ConfigError: not a molora model, or the folder cannot be written.
         AdapterError: the disk is full.
     """
-    model = _peft_model(model)
+    model = peft_model(model)
     name = active_adapter(model, adapter_name)
     config: Any = model.peft_config[name]
     with write_folder(path, size=_size(model, name)) as folder:
@@ -117,7 +117,9 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
         kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
         raise AdapterError(
             f"{folder / CONFIG_FILE} describes a {kind!r} adapter, not a mixture of experts.",
-            hint="use molora.import_lora to bring an ordinary LoRA in as an expert." if kind == "LORA" else None,
+            hint="use molora.import_lora to bring an ordinary LoRA in as an expert."
+            if kind == "LORA"
+            else None,
         )
     known = [field.name for field in fields(MoLoraConfig)]
     for key in stored:
@@ -143,14 +145,15 @@ def active_adapter(model: PeftModel, adapter_name: str | None) -> str:
     return str(model.active_adapters[0])
 
 
-def _peft_model(model: nn.Module) -> PeftModel:
+def peft_model(model: nn.Module) -> PeftModel:
+    """The PeftModel itself, below torch.compile; ConfigError where it has no molora adapter."""
     model = getattr(model, "_orig_mod", model)  # torch.compile
     if not isinstance(model, PeftModel) or not any(
         isinstance(config, MoLoraConfig) for config in model.peft_config.values()
     ):
         raise ConfigError(
             f"{type(model).__name__} is not a molora model.",
-            hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
+            hint="build one with peft.getpeft_model(base, MoLoraConfig(...)).",
         )
     return model
 
@@ -171,4 +174,6 @@ def _explain(folder: Path) -> Iterator[None]:
     except SafetensorError as error:
         raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged: {error}.", hint="copy it again.") from error
     except KeyError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} lacks the tensor {error}.", hint="copy it again.") from error
+        raise AdapterError(
+            f"{folder / WEIGHTS_FILE} lacks the tensor {error}.", hint="copy it again."
+        ) from error

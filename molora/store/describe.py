@@ -79,8 +79,7 @@ def write_card(config: Any, folder: Path) -> None:
         "",
         f"# Mixture of {config.num_experts} LoRA experts",
         "",
-        f"On `{base}`"
-        + (f": {describe_base(config.base_fingerprint)}." if config.base_fingerprint else "."),
+        f"On `{base}`" + (f": {describe_base(config.base_fingerprint)}." if config.base_fingerprint else "."),
         f"Gate: scope `{gate.scope}`, select `{gate.select}`"
         + (f" (k = {gate.top_k})" if gate.select == "top_k" else "")
         + f", shared per `{gate.share}`. Rank {config.r}, alpha {config.lora_alpha}.",

@@ -86,7 +86,15 @@ def describe(fingerprint: dict[str, Any]) -> str:
     """One line for people: class, size and two short hashes."""
     values = hashlib.sha256(repr(sorted(fingerprint.get("values", {}).items())).encode()).hexdigest()
     count, shapes = fingerprint.get("parameters", 0), fingerprint.get("shapes", "?")
-    return f"{fingerprint.get('architecture')} ({count:,} parameters, shapes {shapes[:8]}, values {values[:8]})"
+    return (
+        f"{fingerprint.get('architecture')} ({count:,} parameters, shapes {shapes[:8]}, values {values[:8]})"
+    )
+
+
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Name and module of everything in the base, adapters skipped: the names before any wrapping."""
+    for prefix, module in _modules(_unwrap(model), ""):
+        yield prefix.removesuffix("."), module
 
 
 def _unwrap(model: nn.Module) -> nn.Module:

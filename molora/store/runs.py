@@ -89,7 +89,9 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """Undamaged checkpoints `checkpoints/step-N`, by step."""
-        found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in (self.path / "checkpoints").glob("*")}
+        found = {
+            path: re.fullmatch(r"step-(\d+)", path.name) for path in (self.path / "checkpoints").glob("*")
+        }
         steps = sorted((int(match[1]), path) for path, match in found.items() if match)
         return [path for _, path in steps if is_complete(path)]
 

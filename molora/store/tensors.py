@@ -45,7 +45,9 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
             problems.append(f"{name}: holds values that are not finite")
     if problems:
         shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
-        raise AdapterError("the adapter's tensors do not fit its config:\n  " + "\n  ".join(shown), hint=_HINT)
+        raise AdapterError(
+            "the adapter's tensors do not fit its config:\n  " + "\n  ".join(shown), hint=_HINT
+        )
     if config.weights_sha256 is not None and digest(ours, adapter) != config.weights_sha256:
         raise AdapterError(
             "the adapter's tensors are not the ones that were saved:\n"

@@ -26,7 +26,9 @@ while True:
 def test_no_kill_loses_or_damages_the_folder(tmp_path):
     target, chance, last = tmp_path / "folder", random.Random(0), 0
     for _ in range(10):
-        child = subprocess.Popen([sys.executable, "-c", WRITER, target, str(last)], stdout=subprocess.PIPE, text=True)
+        child = subprocess.Popen(
+            [sys.executable, "-c", WRITER, target, str(last)], stdout=subprocess.PIPE, text=True
+        )
         assert child.stdout is not None
         last = int(child.stdout.readline())  # at least one complete write
         time.sleep(chance.uniform(0.0, 0.05))
@@ -35,7 +37,10 @@ def test_no_kill_loses_or_damages_the_folder(tmp_path):
         child.wait()
         verify_folder(recover(target))
         versions = {(target / name).read_bytes() for name in ("a", "b", "c")}
-        assert versions <= {str(version).encode() * 50_000 for version in (last, last + 1)} and len(versions) == 1
+        assert (
+            versions <= {str(version).encode() * 50_000 for version in (last, last + 1)}
+            and len(versions) == 1
+        )
         last += 1
     sweep(tmp_path)
     assert [entry.name for entry in tmp_path.iterdir()] == ["folder"]

@@ -151,7 +151,9 @@ def test_saving_replaces_and_trainability_returns(tmp_path):
 
 @pytest.mark.parametrize("loader", [molora.load, PeftModel.from_pretrained])
 def test_another_base_of_the_same_shape_is_refused(saved, loader):
-    with pytest.raises(AdapterError, match=r"(?s)another base.*expected Llama.*found    Llama.*allow_other_base"):
+    with pytest.raises(
+        AdapterError, match=r"(?s)another base.*expected Llama.*found    Llama.*allow_other_base"
+    ):
         loader(base_model("llama", seed=1), saved)
 
 

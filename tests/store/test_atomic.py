@@ -151,7 +151,9 @@ except AdapterError as error:
 def test_a_full_disk_is_explained_and_leaves_the_old_folder(tmp_path, what):
     with write_folder(tmp_path / "f") as folder:
         (folder / "x").write_text("old")
-    child = subprocess.run([sys.executable, "-c", DISK_FULL, tmp_path / "f", what], capture_output=True, text=True)
+    child = subprocess.run(
+        [sys.executable, "-c", DISK_FULL, tmp_path / "f", what], capture_output=True, text=True
+    )
     assert child.returncode == 4, child.stderr
     assert (tmp_path / "f" / "x").read_text() == "old" and names(tmp_path) == ["f"]
     verify_folder(tmp_path / "f")

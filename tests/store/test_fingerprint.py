@@ -61,7 +61,10 @@ def test_a_new_classification_head_is_the_same_base():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_every_dtype_of_one_base_matches(architecture, dtype):
-    stored, actual = base_fingerprint(base_model(architecture)), base_fingerprint(base_model(architecture, dtype=dtype))
+    stored, actual = (
+        base_fingerprint(base_model(architecture)),
+        base_fingerprint(base_model(architecture, dtype=dtype)),
+    )
     compare(stored, actual)
     compare(actual, stored)
     with pytest.raises(AdapterError):
@@ -100,7 +103,9 @@ def test_other_sizes_and_classes_are_named():
     other["sizes"]["num_attention_heads"] = 2
     with pytest.raises(AdapterError, match=r"sizes: .*num_attention_heads"):
         compare(stored, other)
-    with pytest.raises(AdapterError, match="architecture: 'LlamaForCausalLM' expected, 'GPT2LMHeadModel' found"):
+    with pytest.raises(
+        AdapterError, match="architecture: 'LlamaForCausalLM' expected, 'GPT2LMHeadModel' found"
+    ):
         compare(stored, base_fingerprint(base_model("gpt2")))
 
 

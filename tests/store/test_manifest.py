@@ -57,7 +57,9 @@ def test_missing_and_extra_files_are_all_listed(folder):
     (folder / "surprise.txt").write_text("x")
     with pytest.raises(AdapterError) as error:
         verify_folder(folder)
-    assert "weights.bin: missing" in str(error.value) and "surprise.txt: not in the manifest" in str(error.value)
+    assert "weights.bin: missing" in str(error.value) and "surprise.txt: not in the manifest" in str(
+        error.value
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,208 @@
+"""Write an expert, a task's experts or a fixed mixture as one ordinary PEFT LoRA, exactly."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.utils.other import AuxiliaryTrainingWrapper
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+from molora.errors import ConfigError
+from molora.experts.bank import Expert
+from molora.store.adapter import active_adapter, peft_model
+from molora.store.atomic import write_file, write_folder
+from molora.store.describe import WEIGHTS_FILE
+from molora.store.fingerprint import base_modules
+from molora.store.lora_folder import PREFIX
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.layer import MoLoraLayer
+from molora.tuner.specs import static_weights
+from molora.tuner.targets import pattern_value
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One module of the LoRA: `A` (rank, d_in), `B` (d_out, rank), its scaling and the alpha behind it."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+    alpha: float
+    root: bool = False  # scaling = alpha/√rank instead of alpha/rank
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def with_rule(self, root: bool) -> _Part:
+        """The same scaling from the other rule's alpha."""
+        if root == self.root:
+            return self
+        return replace(self, root=root, alpha=self.scaling * (math.sqrt(self.rank) if root else self.rank))
+
+    def folded(self, rank: int) -> _Part:
+        """Scaling 1 (alpha = rank), the scaling multiplied into B, padded with zeros to `rank`."""
+        pad = rank - self.rank
+        return _Part(F.pad(self.A, (0, 0, 0, pad)), F.pad(self.B * self.scaling, (0, pad)), 1.0, rank)
+
+
+def export_lora(
+    model: nn.Module,
+    out: str | os.PathLike[str],
+    *,
+    expert: str | None = None,
+    task: str | None = None,
+    weights: Mapping[str, float] | None = None,
+    adapter_name: str | None = None,
+    fold_scaling: bool = False,
+) -> Path:
+    """Write a folder that stock PEFT loads with `PeftModel.from_pretrained`, without molora.
+
+    One expert keeps its factors, rank, alpha and scaling rule. Several are one LoRA of the sum of their
+    ranks, the weights multiplied into B: exact, not an average. Plain LoRAs (`plain_targets`) and heads
+    (`modules_to_save`) are included. Modules whose update is zero are left out.
+
+    Args:
+        model: what `get_peft_model` or `molora.load` returned.
+        out: the folder to write; replaced atomically if it exists.
+        expert: this expert alone, at weight 1.
+        task: the experts of this task, where a task's weights do not depend on the input.
+        weights: a fixed mixture by expert name; others get 0. With none of the three: the mixture itself
+            where its gate reads no input.
+        adapter_name: which adapter; may be left out where one is active.
+        fold_scaling: multiply the scaling into B and pad to one rank, so that `lora_alpha = r` without
+            rsLoRA or patterns: for engines that read only `r` and `lora_alpha`.
+
+    Raises:
+        ConfigError: unknown names, more than one of expert, task and weights, or weights that depend on the input.
+    """
+    if sum(choice is not None for choice in (expert, task, weights)) > 1:
+        raise ConfigError("give one of expert=, task= and weights=.")
+    wrapped = peft_model(model)
+    adapter = active_adapter(wrapped, adapter_name)
+    chosen = {expert: 1.0} if expert is not None else weights
+    layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_experts]
+    config: Any = wrapped.peft_config[adapter]
+    with torch.no_grad():
+        parts = {layer.sites[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
+        parts = {key: part for key, part in parts.items() if part.B.any()} or parts
+        if fold_scaling:
+            rank = max(part.rank for part in parts.values())
+            parts = {key: part.folded(rank) for key, part in parts.items()}
+    heads = _heads(wrapped, adapter)
+    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.items()}
+    for key, part in parts.items():
+        tensors[f"{PREFIX}{key}.lora_A.weight"] = part.A
+        tensors[f"{PREFIX}{key}.lora_B.weight"] = part.B
+    conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers)
+    lora = _lora_config(config, parts, _targets(wrapped, parts), conv1d)
+    what = next(
+        (f"{k} `{v}`" for k, v in (("expert", expert), ("task", task)) if v is not None), "a fixed mixture"
+    )
+    with write_folder(out, size=sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
+        # Views share storage with their stack, which safetensors refuses to write.
+        own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        lora.save_pretrained(str(folder))
+        write_file(folder / "README.md", _card(lora, what).encode())
+    return Path(out)
+
+
+def _part(
+    config: MoLoraConfig,
+    layer: MoLoraLayer,
+    adapter: str,
+    task: str | None,
+    chosen: Mapping[str, float] | None,
+) -> _Part:
+    """What one module contributes: a single expert as it is, several concatenated along the rank."""
+    bank: Any = layer.molora_experts[adapter]
+    site = layer.sites[adapter]
+    weights = static_weights(config, layer, adapter, task, chosen)
+    names = ["plain"] if site.plain else list(config.expert_names or [])
+    used = [(name, w, e) for name, w, e in zip(names, weights, bank.experts(), strict=True) if w]
+    if not used:
+        raise ConfigError("every expert has weight 0; nothing to export.")
+    if len(used) == 1 and used[0][1] == 1.0:
+        return _single(config, used[0][0], site.key, used[0][2])
+    A = torch.cat([e.A for _, _, e in used])
+    B = torch.cat([w * e.scaling * e.B for _, w, e in used], dim=1)
+    return _Part(A, B, 1.0, A.shape[0])
+
+
+def _single(config: MoLoraConfig, name: str, key: str, expert: Expert) -> _Part:
+    """One expert with the alpha it was configured with, so that a round trip gives the same numbers."""
+    spec: Any = config.expert_specs.get(name, config)
+    root = spec.use_rslora or spec.scaling == "alpha_over_sqrt_r"
+    if spec.scaling is None or str(spec.scaling).startswith("alpha_over"):
+        alpha = pattern_value(spec.alpha_pattern, key, spec.lora_alpha)
+        return _Part(expert.A, expert.B, expert.scaling, alpha, root)
+    return _Part(expert.A, expert.B, expert.scaling, expert.scaling * expert.rank)
+
+
+def _lora_config(
+    config: MoLoraConfig, parts: dict[str, _Part], targets: list[str], conv1d: bool
+) -> LoraConfig:
+    root = next((part.root for part in parts.values() if part.root), False)
+    parts = {key: part.with_rule(root) for key, part in parts.items()}
+    r = Counter(part.rank for part in parts.values()).most_common(1)[0][0]
+    alpha = Counter(part.alpha for part in parts.values()).most_common(1)[0][0]
+    return LoraConfig(
+        r=r,
+        lora_alpha=_number(alpha),
+        use_rslora=root,
+        rank_pattern={key: part.rank for key, part in parts.items() if part.rank != r},
+        alpha_pattern={key: _number(part.alpha) for key, part in parts.items() if part.alpha != alpha},
+        target_modules=targets,
+        modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
+        fan_in_fan_out=conv1d,
+        task_type=config.task_type,
+        base_model_name_or_path=config.base_model_name_or_path,
+        revision=config.revision,
+        inference_mode=True,
+    )
+
+
+def _number(value: float) -> Any:
+    return int(value) if float(value).is_integer() else float(value)
+
+
+def _targets(model: nn.Module, parts: dict[str, _Part]) -> list[str]:
+    """Last names where they mean exactly these modules, else full names."""
+    last = {key.rpartition(".")[2] for key in parts}
+    meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in last}
+    return sorted(last if meant == set(parts) else parts)
+
+
+def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
+    """Tensors of the modules saved whole, by their name in the base."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            wrapper: Any = module
+            state = wrapper.adapter_state_dict(adapter, module.state_dict())
+            found.update({f"{name}.{key}": tensor for key, tensor in state.items()})
+    return found
+
+
+def _card(lora: LoraConfig, what: str) -> str:
+    base = lora.base_model_name_or_path
+    named = base and not os.path.isabs(base)
+    return (
+        "---\nlibrary_name: peft\n" + (f"base_model: {base}\n" if named else "") + "tags:\n- lora\n---\n\n"
+        f"# LoRA exported from a mixture of LoRA experts: {what}\n\n"
+        f"Rank {lora.r}, alpha {lora.lora_alpha}{', rsLoRA' if lora.use_rslora else ''}"
+        f"{', per-module ranks in rank_pattern' if lora.rank_pattern else ''}.\n\n"
+        "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
+    )

@@ -1,0 +1,143 @@
+"""Bring an ordinary PEFT LoRA in as an expert of a mixture."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from molora.errors import AdapterError
+from molora.experts.bank import Expert
+from molora.store.adapter import active_adapter, peft_model
+from molora.store.lora_folder import LoraFolder, read_lora
+from molora.tuner.api import find_context
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.layer import MoLoraLayer
+from molora.tuner.lifecycle import add_expert
+
+
+@dataclass(frozen=True)
+class Imported:
+    """What an import did: the expert, how many layers it has factors in, what of the file was left out."""
+
+    expert: str
+    layers: int
+    skipped: tuple[str, ...]
+
+
+def import_lora(
+    model: nn.Module,
+    folder: str | os.PathLike[str],
+    *,
+    expert: str,
+    tasks: Sequence[str] = (),
+    adapter_name: str | None = None,
+) -> Imported:
+    """Load a LoRA folder into the expert of that name, or into a new expert where there is none.
+
+    Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
+    the mixture's widens the stacks. Layers the LoRA does not cover get B = 0. A new expert's gate row is
+    zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
+    Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result.
+
+    Args:
+        model: what `get_peft_model` or `molora.load` returned.
+        folder: the LoRA's folder.
+        expert: the expert's name.
+        tasks: tasks a new expert serves, as in `add_expert`.
+        adapter_name: which adapter; may be left out where one is active.
+
+    Raises:
+        AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.
+        ConfigError: a bad name.
+    """
+    wrapped = peft_model(model)
+    adapter = active_adapter(wrapped, adapter_name)
+    context = find_context(wrapped)
+    config: MoLoraConfig = context.adapters[adapter].config
+    lora = read_lora(folder)
+    layers: dict[str, MoLoraLayer] = {
+        m.sites[adapter].key: m
+        for m in wrapped.modules()
+        if isinstance(m, MoLoraLayer) and adapter in m.sites
+    }
+    _check_fit(lora, config, layers, adapter)
+
+    def factors(key: str, fresh: Expert) -> Expert:
+        if key not in lora.factors:
+            return fresh._replace(B=torch.zeros_like(fresh.B))
+        A, B = lora.factors[key]
+        return Expert(A.to(fresh.A), B.to(fresh.B), lora.scaling(key))
+
+    if expert in (config.expert_names or []):
+        _replace(config, layers, adapter, expert, lora, factors)
+    else:
+        add_expert(
+            wrapped,
+            context,
+            adapter,
+            expert,
+            tasks=tasks,
+            freeze_others=False,
+            spec=lora.spec,
+            factors=factors,
+        )
+    if lora.skipped:
+        warnings.warn(
+            f"{folder}: not imported, since heads belong to the model and not to an expert: {', '.join(lora.skipped)}",
+            stacklevel=2,
+        )
+    return Imported(expert, len(lora.factors), lora.skipped)
+
+
+def _replace(
+    config: MoLoraConfig,
+    layers: dict[str, MoLoraLayer],
+    adapter: str,
+    expert: str,
+    lora: LoraFolder,
+    factors: Any,
+) -> None:
+    assert config.expert_names is not None
+    index = config.expert_names.index(expert)
+    config.expert_specs[expert] = lora.spec
+    for key, layer in layers.items():
+        if layer.sites[adapter].plain:
+            continue
+        bank: Any = layer.molora_experts[adapter]
+        experts = bank.experts()
+        rank, old = lora.rank(key), experts[index]
+        A = old.A.detach()[:rank]
+        A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
+        fresh = Expert(A, old.B.new_zeros(old.B.shape[0], rank), lora.scaling(key))
+        experts[index] = factors(key, fresh)
+        bank.assign(experts, config.frozen_flags())
+
+
+def _check_fit(lora: LoraFolder, config: MoLoraConfig, layers: dict[str, MoLoraLayer], adapter: str) -> None:
+    problems = []
+    for key, (A, B) in lora.factors.items():
+        layer = layers.get(key)
+        if layer is None or layer.sites[adapter].plain:
+            kind = "has no experts" if layer is None else "has a plain LoRA, no experts"
+            problems.append(f"{key}: {kind} in this mixture (target_modules={config.target_modules!r})")
+            continue
+        bank: Any = layer.molora_experts[adapter]
+        like = bank.expert(0)
+        if (B.shape[0], A.shape[1]) != (like.B.shape[0], like.A.shape[1]):
+            problems.append(
+                f"{key}: maps {A.shape[1]} to {B.shape[0]}, the layer {like.A.shape[1]} to {like.B.shape[0]}"
+            )
+        if A.shape[0] != lora.rank(key):
+            problems.append(f"{key}: rank {A.shape[0]}, but its config says {lora.rank(key)}")
+    if problems:
+        shown = problems[:10] + [f"... and {len(problems) - 10} more"] * (len(problems) > 10)
+        raise AdapterError(
+            f"{lora.path} does not fit this mixture:\n  " + "\n  ".join(shown),
+            hint="add experts to those modules with target_modules, or use the base the LoRA was trained on.",
+        )
