@@ -130,7 +130,7 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
             )
     try:
         return MoLoraConfig(**stored)
-    except (ConfigError, TypeError) as error:
+    except (ConfigError, TypeError, ValueError, AttributeError) as error:
         raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
 
 

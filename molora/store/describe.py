@@ -22,20 +22,20 @@ FACTS_FILE = "molora.json"
 _ORDERED = ("tasks", "task_ids", "rank_pattern", "alpha_pattern", "expert_specs")
 
 
-def complete_folder(config: Any, folder: str | os.PathLike[str]) -> None:
-    """Add molora.json and the manifest to what PEFT wrote.
+def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> None:
+    """Add molora.json, the tensors' digest and the manifest to what PEFT wrote.
 
     PEFT sorts the keys of its JSON, but in patterns the first match counts and tasks have an order: those
-    are written again as they are. The manifest lists the weights only if they are the ones just taken
-    from the model (transformers writes the config before the weights).
+    are written again as they are. The manifest lists the weights only if they are the ones with that
+    digest, just taken from the model (transformers writes the config before the weights).
     """
-    folder = Path(folder)
     plain = config.to_dict()
     stored = read_json(folder / CONFIG_FILE)
-    write_json(folder / CONFIG_FILE, {**stored, **{key: plain[key] for key in _ORDERED}})
+    ordered = {key: plain[key] for key in _ORDERED}
+    write_json(folder / CONFIG_FILE, {**stored, **ordered, "weights_sha256": weights_sha256})
     write_json(folder / FACTS_FILE, facts(config))
     names = [CONFIG_FILE, FACTS_FILE]
-    if config.weights_sha256 is not None and _digest_of(folder / WEIGHTS_FILE) == config.weights_sha256:
+    if weights_sha256 is not None and _digest_of(folder / WEIGHTS_FILE) == weights_sha256:
         names.append(WEIGHTS_FILE)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_manifest(folder, only=names)

@@ -100,23 +100,24 @@ def export_lora(
         if fold_scaling:
             rank = max(part.rank for part in parts.values())
             parts = {key: part.folded(rank) for key, part in parts.items()}
-    heads = _heads(wrapped, adapter)
-    tensors = {f"{PREFIX}{name}": tensor for name, tensor in heads.items()}
-    for key, part in parts.items():
-        tensors[f"{PREFIX}{key}.lora_A.weight"] = part.A
-        tensors[f"{PREFIX}{key}.lora_B.weight"] = part.B
     conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers)
     lora = _lora_config(config, parts, _targets(wrapped, parts), conv1d)
-    what = next(
-        (f"{k} `{v}`" for k, v in (("expert", expert), ("task", task)) if v is not None), "a fixed mixture"
-    )
-    with write_folder(out, size=sum(t.numel() * t.element_size() for t in tensors.values())) as folder:
-        # Views share storage with their stack, which safetensors refuses to write.
-        own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+    named = (f"{kind} `{name}`" for kind, name in (("expert", expert), ("task", task)) if name is not None)
+    card = _card(lora, next(named, "a fixed mixture"))
+    return _write(Path(out), lora, parts, _heads(wrapped, adapter), card)
+
+
+def _write(out: Path, lora: LoraConfig, parts: dict[str, _Part], heads: dict[str, Tensor], card: str) -> Path:
+    tensors = dict(heads)
+    for key, part in parts.items():
+        tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
+    # Views share storage with their stack, which safetensors refuses to write.
+    own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    with write_folder(out, size=sum(t.numel() * t.element_size() for t in own.values())) as folder:
         save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         lora.save_pretrained(str(folder))
-        write_file(folder / "README.md", _card(lora, what).encode())
-    return Path(out)
+        write_file(folder / "README.md", card.encode())
+    return out
 
 
 def _part(

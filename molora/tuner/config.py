@@ -70,8 +70,7 @@ class MoLoraConfig(PeftConfig):
         init_std: σ of gaussian and rescaled.
         init_gain: factor on A's initial standard deviation.
         The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and
-        heads), expert_specs, gate_blocks, isolated_experts, next_task_id; and, by saving, base_fingerprint and
-        weights_sha256.
+        heads), expert_specs, gate_blocks, isolated_experts, next_task_id; base_fingerprint and weights_sha256 by saving.
 
     Raises:
         ConfigError: a value that cannot mean anything, with what is allowed.
@@ -107,7 +106,7 @@ class MoLoraConfig(PeftConfig):
     init_std: float = 0.02
     init_gain: float = 1.0
     base_fingerprint: dict[str, Any] | None = None
-    weights_sha256: str | None = None
+    weights_sha256: str | None = None  # of the file this config was read from; used up by loading it
     bias: str = "none"
 
     def __post_init__(self) -> None:
@@ -137,7 +136,7 @@ class MoLoraConfig(PeftConfig):
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, completed by molora.json and a manifest."""
         super().save_pretrained(save_directory, **kwargs)
-        complete_folder(self, save_directory)
+        complete_folder(self, Path(save_directory), getattr(self, "taken_sha256", None))
 
     @classmethod
     def from_pretrained(

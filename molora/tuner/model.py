@@ -143,7 +143,7 @@ class MoLoraModel(BaseTuner):
         # PEFT saves what this returns, then the config: the place to note whose tensors they are.
         selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         config.base_fingerprint = base_fingerprint(model)
-        config.weights_sha256 = digest(selected, adapter_name)
+        config.taken_sha256 = digest(selected, adapter_name)
         return selected
 
     @classmethod
@@ -154,6 +154,7 @@ class MoLoraModel(BaseTuner):
         compare(config.base_fingerprint, base_fingerprint(model))
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
         check_state_dict(model, config, adapter_name, loaded)
+        config.weights_sha256 = None  # another file may be loaded into this adapter next
         if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
             lifecycle.freeze_heads(model, adapter_name)
         return loaded

@@ -117,6 +117,19 @@ def test_the_manifest_never_vouches_for_weights_of_an_earlier_save(tmp_path):
     assert WEIGHTS not in json.loads((tmp_path / MANIFEST).read_text())["files"]
 
 
+def test_an_earlier_checkpoint_loads_into_the_adapter_that_was_saved_since(tmp_path):
+    model = molora_model("llama")
+    want = logits(model, "llama")
+    model.save_pretrained(tmp_path / "best")
+    randomise(model, 9)
+    model.save_pretrained(tmp_path / "last")
+    model.load_adapter(tmp_path / "best", "default")  # what a Trainer does for the best model
+    assert torch.equal(logits(model, "llama"), want)
+    loaded = molora.load(base_model("llama"), tmp_path / "last")
+    loaded.load_adapter(tmp_path / "best", "default")
+    assert torch.equal(logits(loaded, "llama"), want)
+
+
 def test_one_of_several_adapters_under_another_name(tmp_path):
     model = molora_model("llama")
     model.add_adapter("second", molora_model("llama", "soft-linear").peft_config["default"])
