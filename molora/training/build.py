@@ -70,7 +70,9 @@ def load_tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
         tokenizer = AutoTokenizer.from_pretrained(_source(base), **_options(base))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
-            raise ConfigError(f"base.model: the tokenizer of {base.model!r} has no pad token and no eos token.")
+            raise ConfigError(
+                f"base.model: the tokenizer of {base.model!r} has no pad token and no eos token."
+            )
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
@@ -179,11 +181,12 @@ def build_model(
 
 
 def load_trained(
-    path: str | Path, *, trainable: bool = False
+    path: str | Path, *, trainable: bool = False, device: str | torch.device | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
     """The model of a run folder or an adapter folder, verified, in eval mode.
 
-    Returns the recipe too where the folder is a run, else None.
+    It is on `device`: a CUDA device where there is one, unless told otherwise. Returns the recipe too where
+    the folder is a run, else None.
 
     Raises:
         AdapterError: damaged or incomplete folder, or another base.
@@ -198,7 +201,8 @@ def load_trained(
         folder, config = run.adapter, run.config
         base_config, num_labels = config.base, num_labels_of(config)
     base, tokenizer = load_base(base_config, num_labels)
-    return load(base, folder, is_trainable=trainable), tokenizer, config
+    model = load(base, folder, is_trainable=trainable)
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config
 
 
 def num_labels_of(config: RunConfig) -> int | None:

@@ -85,7 +85,9 @@ class RandomState(Callback):
         self._states: list[dict[str, Any]] = []  # one per process
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if not self._states and trainer.world_size > 1:  # all processes were seeded alike to build the same model
+        if (
+            not self._states and trainer.world_size > 1
+        ):  # all processes were seeded alike to build the same model
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:

@@ -27,7 +27,7 @@ _UNHELPFUL = (
     r".*available but not used",  # the recipe said which device
     r"Found \d+ module\(s\) in eval mode",
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    r"`is_gradient_checkpointing` is deprecated",
+    r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",
 )
 
 

@@ -15,6 +15,7 @@ import molora
 from molora.config import TrainConfig
 from molora.training.meter import Meter
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
+from molora.training.sharded import average_gradients, shard_base
 
 
 class MoLoraModule(L.LightningModule):
@@ -31,6 +32,7 @@ class MoLoraModule(L.LightningModule):
         self.settings = settings
         self.meter = Meter()
         self._logged_step = 0
+        self._sharded = False
         self._rates: dict[str, float] = {}
 
     # -- steps ------------------------------------------------------------------------------------------
@@ -66,6 +68,12 @@ class MoLoraModule(L.LightningModule):
 
     # -- optimisation -----------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Shard the frozen base where the strategy has a device mesh (fsdp2)."""
+        if self.device_mesh is not None and not self._sharded:
+            shard_base(self.model, self.device_mesh)
+            self._sharded = True
+
     def configure_optimizers(self) -> Any:
         """AdamW over experts, gates and heads, with the recipe's schedule stepped per optimiser step."""
         # Fused AdamW would unscale float16 gradients itself, after clipping.
@@ -82,6 +90,8 @@ class MoLoraModule(L.LightningModule):
         `requires_grad` instead would break DDP, which fixes the set of gradients when it starts.
         """
         self._rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
+        if self._sharded:
+            average_gradients([p for group in optimizer.param_groups for p in group["params"]])
         parts = trained_parts(self.settings.stages, self.global_step)
         for group in optimizer.param_groups:
             if group["name"].split("_")[0] not in parts:
@@ -95,7 +105,7 @@ class MoLoraModule(L.LightningModule):
         limit = gradient_clip_val if gradient_clip_val is not None else self.settings.clip
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
-        self.meter.add(grad_norm=norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        self.meter.add(grad_norm=norm)
 
     # -- logging ----------------------------------------------------------------------------------------
 

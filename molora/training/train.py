@@ -20,7 +20,7 @@ from molora.report.plots import plot_loss
 from molora.store.adapter import save
 from molora.store.atomic import write_json
 from molora.store.runs import Run
-from molora.training.build import build_model
+from molora.training.build import build_model, load_trained
 from molora.training.checkpoint import checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
@@ -109,8 +109,12 @@ def fit(
         )
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:
-            finish(run, model, tokenizer, tasks)
-        trainer.strategy.barrier("finished")
+            save(model, run.adapter)
+            if (
+                settings.strategy == "fsdp2"
+            ):  # a sharded model answers only where all processes ask it together
+                model = load_trained(run.path)[0]
+            finish(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
     return run
 
 
@@ -166,8 +170,6 @@ def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:
 
 
 def finish(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> None:
-    """Save the adapter, draw the loss and score every task."""
-    model.eval()
-    save(model, run.adapter)
+    """Draw the loss and score every task."""
     plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
-    evaluate_run(run, model, tokenizer, tasks)
+    evaluate_run(run, model.eval(), tokenizer, tasks)

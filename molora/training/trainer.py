@@ -10,13 +10,13 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.strategies import ModelParallelStrategy
 
 from molora.config import TrainConfig
 from molora.errors import ConfigError
 from molora.training.callbacks import DivergenceGuard, Interrupt, Validation
 from molora.training.checkpoint import Checkpoints, FolderIO, RandomState
 from molora.training.loggers import build_loggers
+from molora.training.sharded import ShardedBaseStrategy
 
 
 def check_device(settings: TrainConfig) -> None:
@@ -77,7 +77,7 @@ def build_trainer(
         precision=settings.precision,
         accelerator=settings.accelerator,
         devices=settings.devices,
-        strategy=_strategy(settings.strategy),
+        strategy=_strategy(settings),
         plugins=[FolderIO()],
         callbacks=build_callbacks(settings, folder / "checkpoints", steps, validation),
         logger=build_loggers(folder, steps, resume_step),
@@ -91,6 +91,5 @@ def build_trainer(
     )
 
 
-def _strategy(name: str) -> Any:
-    # A distributed checkpoint of a frozen base cannot be read back by parts, so the adapter is one file.
-    return ModelParallelStrategy(save_distributed_checkpoint=False) if name == "fsdp2" else name
+def _strategy(settings: TrainConfig) -> Any:
+    return ShardedBaseStrategy(_processes(settings)) if settings.strategy == "fsdp2" else settings.strategy

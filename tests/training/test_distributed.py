@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from molora.store.runs import Run
 from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
@@ -19,6 +20,7 @@ def recipe(base: Path, output: Path, **changes: Any) -> dict[str, Any]:
     # One task decides alone in most batches, so one expert or the other is idle there.
     made["adapter"] = {"num_experts": 2, "r": 2, "lora_dropout": 0.1, "gate": {"kind": "task"}}
     made["train"]["batch_size"] = 2
+    made["eval"]["modes"] = ["task"]
     return made
 
 
@@ -42,3 +44,14 @@ def test_two_processes_resume_bit_exactly(base: Path, tmp_path: Path) -> None:
     finish(start(recipe(base, tmp_path / "parts", max_steps=2)))
     finish(start(recipe(base, tmp_path / "parts"), resume=True))
     assert_same_weights(only_run(tmp_path / "full").adapter, only_run(tmp_path / "parts").adapter)
+
+
+@pytest.mark.slow
+def test_sharding_the_base_changes_nothing(base: Path, tmp_path: Path) -> None:
+    finish(start(recipe(base, tmp_path / "ddp")))
+    finish(start(recipe(base, tmp_path / "parts", strategy="fsdp2", max_steps=2)))
+    finish(start(recipe(base, tmp_path / "parts", strategy="fsdp2"), resume=True))
+    replicated, sharded = only_run(tmp_path / "ddp"), only_run(tmp_path / "parts")
+    assert (sharded.path / "report.json").is_file()
+    for name, value in adapter_weights(replicated.adapter).items():
+        assert torch.allclose(value, adapter_weights(sharded.adapter)[name], atol=1e-5), name

@@ -1,0 +1,178 @@
+"""evaluate: score a run or an adapter, and write the report with its tables and pictures."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from molora.config import RunConfig, load_recipe
+from molora.data.tasks import Task, TaskSet
+from molora.errors import ConfigError, DataError
+from molora.evaluation.report import LOWER_IS_BETTER, Report
+from molora.evaluation.runner import check_tasks_known, evaluate_tasks
+from molora.report.html import render
+from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
+from molora.report.tables import routing_title
+from molora.store.adapter import read_config
+from molora.store.atomic import write_file
+from molora.store.runs import CONFIG_FILE, Run
+from molora.training.build import load_trained
+from molora.training.environment import describe_environment, quiet_libraries
+
+Source = str | os.PathLike[str] | Run
+
+
+def evaluate(
+    run_or_adapter: Source,
+    *,
+    tasks: Sequence[str] | None = None,
+    modes: Sequence[str] | None = None,
+    recipe: Any = None,
+    overrides: Sequence[str] = (),
+    out: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Score a trained mixture on held-out records.
+
+    Args:
+        run_or_adapter: a run folder, `runs/<name>`, a Run, or an adapter folder (which needs `recipe`).
+        tasks: names of the tasks to score; default all of the recipe.
+        modes: `gate`, `task`, `base`; default the recipe's.
+        recipe: data and settings to use instead of the run's own.
+        overrides: `section.key=value` texts applied on top.
+        out: folder for report.json, report.csv, report.html and pictures; default: the run's own folder when
+            everything of its recipe is scored, `evaluations/<n>` in it otherwise. Each file is replaced
+            atomically. An adapter folder without `out` is only scored.
+
+    Raises:
+        ConfigError: unknown tasks or modes, before any model is loaded. AdapterError: a damaged adapter.
+    """
+    path = run_or_adapter.path if isinstance(run_or_adapter, Run) else Path(run_or_adapter)
+    run = None if (path / "adapter_config.json").is_file() else Run.find(path)
+    config = load_recipe(_recipe_of(run, recipe, path), overrides)
+    task_set = _known_tasks(config, run.adapter if run else path)
+    names = list(task_set.ids) if tasks is None else list(tasks)
+    check_tasks_known(names, task_set.ids)
+    with quiet_libraries():
+        model, tokenizer, _ = load_trained(run.path if run else path)
+        report = score(config, model, tokenizer, [task_set[name] for name in names], modes)
+    whole = tasks is None and modes is None and recipe is None and not overrides
+    folder = Path(out) if out is not None else _folder(run, whole)
+    if folder is not None:
+        write_report(report, folder, config)
+    return report
+
+
+def evaluate_run(run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> Report:
+    """Score the tasks of a run that has just been trained, and write the report into its folder.
+
+    Tasks without held-out records are named in a note instead.
+    """
+    scored = [task for task in tasks if len(task.eval)]
+    report = score(run.config, model, tokenizer, scored)
+    skipped = [task.name for task in tasks if not len(task.eval)]
+    if skipped:
+        report.notes.append(f"not scored, for want of held-out records: {', '.join(skipped)}.")
+    write_report(report, run.path, run.config)
+    return report
+
+
+def score(
+    config: RunConfig,
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    modes: Sequence[str] | None = None,
+) -> Report:
+    """Score these tasks under a recipe's `eval` section."""
+    settings = config.eval
+    if not tasks:
+        return Report(environment=describe_environment())
+    report = evaluate_tasks(
+        model,
+        tokenizer,
+        tasks,
+        modes=settings.modes if modes is None else modes,
+        batch_size=settings.batch_size,
+        max_new_tokens=settings.max_new_tokens,
+        num_beams=settings.num_beams,
+        max_length=config.data.max_length,
+    )
+    report.environment = describe_environment()
+    return report
+
+
+def write_report(report: Report, folder: Path, config: RunConfig) -> None:
+    """report.json, report.csv, report.html and the pictures, each replaced atomically."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / "report.json", report.to_json().encode())
+    write_file(folder / "report.csv", report.to_csv().encode())
+    pictures = draw(report, folder)
+    if (folder / "loss.png").is_file():
+        pictures.insert(0, folder / "loss.png")
+    recipe = folder / CONFIG_FILE
+    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    page = render(report, title=f"molora: {config.name}", pictures=pictures, config=text)
+    write_file(folder / "report.html", page.encode())
+
+
+def draw(report: Report, folder: Path) -> list[Path]:
+    """The pictures a report has something to show in."""
+    pictures = []
+    if any(row.metric not in LOWER_IS_BETTER for row in report.scores):
+        pictures.append(plot_scores(report, folder / "scores.png"))
+        if any(row.metric not in LOWER_IS_BETTER for row in report.before):
+            pictures.append(plot_before_after(report, folder / "before_after.png"))
+    routing = report.routing
+    if routing and routing.gates:
+        title = routing_title(routing)
+        pictures.append(
+            plot_heatmap(
+                routing.task_expert(), folder / "task_expert.png", title=title, xlabel="expert", ylabel="task"
+            )
+        )
+        pictures.append(
+            plot_heatmap(
+                routing.layer_expert(),
+                folder / "layer_expert.png",
+                title=title.replace("task x", "layer x"),
+                xlabel="expert",
+                ylabel="layer",
+            )
+        )
+    return pictures
+
+
+def _recipe_of(run: Run | None, recipe: Any, path: Path) -> Any:
+    if recipe is not None:
+        return recipe
+    if run is None:
+        raise ConfigError(
+            f"{path} is an adapter folder, which holds no data to score.", hint="name a recipe with --recipe."
+        )
+    return run.config
+
+
+def _known_tasks(config: RunConfig, adapter: Path) -> TaskSet:
+    """The recipe's tasks under the ids the adapter knows them by."""
+    if not adapter.is_dir():
+        raise DataError(
+            f"{adapter.parent} has no adapter yet: its training has not finished.",
+            hint="molora train --resume",
+        )
+    known = read_config(adapter).task_ids or {}
+    return TaskSet.from_config(config.data, known_ids=known, task_type=config.base.task_type)
+
+
+def _folder(run: Run | None, whole: bool) -> Path | None:
+    """Where a report goes: beside the run's own files, or apart where it shows only a part."""
+    if run is None:
+        return None
+    if whole:
+        return run.path
+    parent = run.path / "evaluations"
+    taken = [int(entry.name) for entry in parent.glob("*") if entry.name.isdigit()]
+    return parent / str(max(taken, default=0) + 1)
