@@ -50,11 +50,3 @@ def orthogonal(new: Tensor, old: Tensor, norm: str = "l1") -> Tensor:
     """
     overlap = einsum(old.detach(), new, "old d_in, new d_in -> old new")
     return overlap.abs().sum() if norm == "l1" else overlap.square().sum()
-
-
-AUX_LOSSES: dict[str, dict[str, tuple[str, ...]]] = {
-    "balance": {},
-    "z": {},
-    "orthogonal": {"norm": ("l1", "squared")},
-}
-"""Every auxiliary loss with its settings and their allowed values, the first being the default."""

@@ -11,11 +11,11 @@ from typing import Any
 
 from peft import PeftConfig
 
+from molora.config.kinds import AUX_LOSSES
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 from molora.experts.init import INIT_KINDS
-from molora.losses import AUX_LOSSES
 from molora.store.describe import complete_folder
 from molora.store.manifest import MANIFEST, verify_folder
 from molora.task_map import TaskMap
