@@ -192,7 +192,8 @@ def pretrain(model: LlamaForCausalLM, args: argparse.Namespace) -> dict:
 
 def write_card(out: Path, result: dict) -> None:
     """Writes the model card README.md of the folder from the record of the run."""
-    settings, scores, cpu, wall = result["settings"], result["exact_match"], result["cpu_s"], result["wall_s"]
+    settings, scores = result["settings"], result["exact_match"]
+    million, cpu, wall = result["tokens"] / 1e6, result["cpu_s"] / 60, result["wall_s"] / 60
     rows = "\n".join(
         f"| `{skill.name}` | {skill.description} | {100 * scores[skill.name]:.1f} |" for skill in SKILLS
     )
@@ -209,9 +210,9 @@ layers, width {settings["width"]}, {settings["width"] // 32} heads. It answers p
 `reverse(hello)=olleh` and nothing else; it knows no language.
 
 Trained from scratch by `eval/pretrain_tiny.py` on the general skills below (`molora.data.synthetic`), never on
-the demo tasks: seed {settings["seed"]}, {settings["steps"]} steps of {settings["batch"]} items, {result["tokens"] / 1e6:.1f}M tokens,
-loss on answers only, bfloat16 autocast over float32 weights, {cpu / 60:.0f} minutes on one CPU core
-({wall / 60:.0f} minutes of wall time). Final training loss: {result["loss"]:.4f} nats per answer token.
+the demo tasks: seed {settings["seed"]}, {settings["steps"]} steps of {settings["batch"]} items, {million:.1f}M tokens,
+loss on answers only, bfloat16 autocast over float32 weights, {cpu:.0f} minutes on one CPU core ({wall:.0f} minutes of
+wall time). Final training loss: {result["loss"]:.4f} nats per answer token.
 
 Tokens: 0 `<pad>`, 1 `<bos>`, 2 `<eos>`, 3 + b for byte b. The tokenizer puts `<bos>` before every text; an answer
 ends with `<eos>`.

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-TINY_NAME = "molora/tiny"
-
 
 def tiny_path() -> Path:
     """Folder of the base called `molora/tiny` in recipes: model, tokenizer and model card."""

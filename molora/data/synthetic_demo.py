@@ -53,7 +53,7 @@ def _demo(name: str, description: str, sample: Sampler, solve: Solver) -> Genera
 DEMO: tuple[Generator, ...] = (
     _demo("pig", "first letter moved to the end, then ay", one_word(), lambda w: w[1:] + w[0] + "ay"),
     _demo("mirror", "the word, then the word backwards", one_word(3, 5), lambda w: w + w[::-1]),
-    _demo("mask", "every vowel hidden by a star", spoken, lambda w: _on_vowels(w, lambda c: "*")),
+    _demo("mask", "every vowel replaced by x", spoken, lambda w: _on_vowels(w, lambda c: "x")),
     _demo("loud", "every vowel made capital", spoken, lambda w: _on_vowels(w, str.upper)),
     _demo("spell", "the letters with dashes between", one_word(3, 7), "-".join),
     _demo("stutter", "every letter small, then capital", one_word(3, 6), _stutter),
