@@ -180,6 +180,9 @@ class MoLoraConfig(PeftConfig):
             raise ConfigError(f"num_experts={self.num_experts} must be at least 1.")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora_dropout={self.lora_dropout} must be in [0, 1).")
+        for name in ("lora_alpha", "init_std", "init_gain"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name}={getattr(self, name)} must be a positive number.")
         if self.init not in INIT_KINDS:
             raise ConfigError(
                 f"init={self.init!r} is not one of {', '.join(INIT_KINDS)}.{did_you_mean(self.init, INIT_KINDS)}"
@@ -225,8 +228,12 @@ class MoLoraConfig(PeftConfig):
             raise ConfigError(
                 f"expert_names lists {len(self.expert_names)} names, but num_experts={self.num_experts}."
             )
-        if len(set(self.expert_names)) != self.num_experts:
-            raise ConfigError(f"expert_names has duplicates: {self.expert_names}.")
+        if (
+            len({name.casefold() for name in self.expert_names}) != self.num_experts
+        ):  # folders may ignore case
+            raise ConfigError(
+                f"expert_names has duplicates (upper and lower case count as one): {self.expert_names}."
+            )
         for what in ("frozen_experts", "isolated_experts", "expert_specs"):
             for name in getattr(self, what):
                 self._require_expert(name, what)
