@@ -20,8 +20,9 @@ def expand(y: Tensor, h: Tensor, weights: Tensor, expansion: Tensor, B: Tensor) 
             and scalings cost nothing.
         B: (rank, d_out) all experts' `B`, stacked.
     """
-    if y.dtype != h.dtype or not y.is_contiguous():
-        # A base layer may return a view or its own dtype (quantised ones do); then stay out of place.
+    if y.dtype != h.dtype or not y.is_contiguous() or torch.compiler.is_compiling():
+        # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
+        # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
         with torch.autocast(y.device.type, enabled=False):
             delta = (h * (weights @ expansion.to(weights.dtype)).to(h.dtype)) @ B.to(h.dtype)
         return y + delta.to(y.dtype).reshape(y.shape)
