@@ -18,6 +18,7 @@ from molora.errors import ConfigError, DataError
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
 EVAL_SHARE = 10  # one prompt in ten belongs to `eval`
+MAX_MISSES = 2000  # draws in a row without a new item before a generator counts as exhausted
 
 GENERATORS = MappingProxyType({generator.name: generator for generator in (*GENERAL, *DEMO)})
 
@@ -40,15 +41,17 @@ def generate(name: str, n: int, seed: int = 0, split: Split = "train") -> list[d
     generator = GENERATORS[name]
     rng = random.Random(f"{name}-{seed}-{split}")
     items: dict[str, str] = {}
-    tries = 100 * n + 1000
+    misses = 0
     while len(items) < n:
-        if tries == 0:
+        if misses == MAX_MISSES:
             raise DataError(
                 f"synthetic task {name!r} has only {len(items)} distinct {split} items, {n} were asked",
                 hint="ask for fewer with train_size or eval_size",
             )
-        tries -= 1
         prompt, target = generator.item(rng)
-        if split_of(prompt) == split:
+        if split_of(prompt) == split and prompt not in items:
             items[prompt] = target
+            misses = 0
+        else:
+            misses += 1
     return [{"prompt": prompt, "target": target} for prompt, target in items.items()]

@@ -117,4 +117,4 @@ def test_unknown_names_and_exhausted_generators_are_errors() -> None:
     with pytest.raises(ConfigError, match="split"):
         generate("reverse", 1, 0, "test")  # type: ignore[arg-type]
     with pytest.raises(DataError, match="distinct"):
-        generate("larger", 100_000, 0, "eval")
+        generate("series", 5000, 0, "eval")
