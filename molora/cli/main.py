@@ -15,6 +15,8 @@ from typer.exceptions import TyperException
 from molora import __version__
 from molora.errors import InterruptedRun, MoLoraError
 
+INTERRUPTED = InterruptedRun.exit_code
+
 app = typer.Typer(
     name="molora",
     help="Train, grow, inspect and ship mixtures of LoRA experts.",
@@ -25,22 +27,31 @@ app = typer.Typer(
 )
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
-RunFolder = Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
+RunFolder = Annotated[
+    Path, typer.Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")
+]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False)
+    list[str] | None,
+    typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
 
 
 @app.callback()
 def options(
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", help="Print the version and stop.", is_eager=True, callback=_print_version),
+    ] = False,
 ) -> None:
     """Options that come before the verb; `--debug` is read by `main`."""
-    if version:
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 @app.command()
@@ -48,7 +59,9 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the recipe's latest run.")] = False,
-    resume_from: Annotated[Path | None, typer.Option("--resume-from", metavar="RUN", help="Go on with this run.")] = None,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume-from", metavar="RUN", help="Go on with this run.")
+    ] = None,
 ) -> None:
     """Train a mixture, evaluate it and write a run folder.
 
@@ -74,6 +87,88 @@ def validate(
     run(recipe, overrides or [], schema_only=schema_only)
 
 
+@app.command("eval")
+def evaluate(
+    run: RunFolder,
+    overrides: Overrides = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Score this task only; may be repeated.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option("--mode", help="gate, task or base; may be repeated.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Data and settings other than the run's own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report.")] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option("--fail-under", metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1."),
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a trained mixture: with the gate alone, by task id, and the base only.
+
+    Example: molora eval runs/quickstart --task pig --fail-under 0.9
+    """
+    from molora.cli.eval import run as start
+
+    start(
+        run, overrides=overrides or [], tasks=task, modes=mode, recipe=recipe, out=out, fail_under=fail_under or [],
+        as_json=as_json,
+    )  # fmt: skip
+
+
+@app.command()
+def inspect(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the pictures; default: the run's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show parameters, experts, tasks, and which expert does what.
+
+    Example: molora inspect runs/quickstart
+    """
+    from molora.cli.inspect import run as start
+
+    start(run, out=out, as_json=as_json)
+
+
+@app.command("add-expert")
+def add_expert(
+    run: RunFolder,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A recipe of the new task and its training.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="The new task's name, where there is no recipe.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Its training records: .jsonl, .csv, .parquet.")
+    ] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Its held-out records.")] = None,
+    synthetic: Annotated[
+        str | None, typer.Option("--synthetic", help="A synthetic generator instead of --data.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the latest run of this growth.")
+    ] = False,
+) -> None:
+    """Add an expert for a new task; the old ones stay as they are.
+
+    Example: molora add-expert runs/quickstart --task loud --synthetic loud train.max_steps=60
+    """
+    from molora.cli.add_expert import run as start
+
+    start(
+        run, overrides or [], recipe=recipe, task=task, data=data, eval_data=eval_data, synthetic=synthetic,
+        resume=resume,
+    )  # fmt: skip
+
+
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with molora.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 
@@ -97,7 +192,9 @@ def recipes_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
 @recipes_app.command("copy")
 def recipes_copy(
     name: Annotated[str, typer.Argument(metavar="NAME")],
-    to: Annotated[Path, typer.Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)] = Path(),
+    to: Annotated[
+        Path, typer.Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)
+    ] = Path(),
     force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
@@ -115,6 +212,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: list[str]) -> int:
     try:
         result: Any = app(args=arguments, prog_name="molora", standalone_mode=False)
+        if result == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
+            print("interrupted", file=sys.stderr)
         return result if isinstance(result, int) else 0
     except TyperException as error:  # a usage error: unknown verb, missing argument
         typer.rich_utils.rich_format_error(error)
@@ -125,9 +224,9 @@ def _run(arguments: list[str]) -> int:
         name = "interrupted" if isinstance(error, InterruptedRun) else type(error).__name__
         print(f"{name}: {error}", file=sys.stderr)
         return error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
+    except typer.Abort:
         print("interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
         return 0
@@ -135,7 +234,10 @@ def _run(arguments: list[str]) -> int:
         if "--debug" in arguments:
             traceback.print_exc()
         print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print("This is a fault in molora. Run it again with `molora --debug ...` and report the traceback.", file=sys.stderr)
+        print(
+            "This is a fault in molora. Run it again with `molora --debug ...` and report the traceback.",
+            file=sys.stderr,
+        )
         return 1
 
 

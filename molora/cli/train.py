@@ -5,16 +5,26 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
+from molora.errors import ConfigError
 
 
 def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
     """Train and say where the results are. Errors of the recipe are raised before torch is imported."""
     from molora.config import load_recipe
+    from molora.config.grow import is_grow
 
+    if is_grow(recipe):
+        raise ConfigError(
+            f"{recipe} adds an expert to a trained run; it starts none.",
+            hint=f"molora add-expert RUN --recipe {recipe}",
+        )
     config = load_recipe(recipe, overrides)
 
+    from molora.evaluation.report import Report
+    from molora.report.tables import console, print_report
     from molora.training.train import train
 
     trained = train(config, resume=resume or None)
-    Console().print(f"run: {trained.path}", soft_wrap=True, highlight=False)
+    to = console()
+    print_report(Report.from_json((trained.path / "report.json").read_text(encoding="utf-8")), to=to)
+    to.print(f"run: {trained.path}\nreport: {trained.path / 'report.html'}", markup=False)

@@ -13,6 +13,7 @@ from molora.config import RunConfig, load_recipe
 from molora.data.tasks import Task, TaskSet
 from molora.errors import ConfigError, DataError
 from molora.evaluation.report import LOWER_IS_BETTER, Report
+from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import check_tasks_known, evaluate_tasks
 from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
@@ -126,24 +127,25 @@ def draw(report: Report, folder: Path) -> list[Path]:
         pictures.append(plot_scores(report, folder / "scores.png"))
         if any(row.metric not in LOWER_IS_BETTER for row in report.before):
             pictures.append(plot_before_after(report, folder / "before_after.png"))
-    routing = report.routing
-    if routing and routing.gates:
-        title = routing_title(routing)
-        pictures.append(
-            plot_heatmap(
-                routing.task_expert(), folder / "task_expert.png", title=title, xlabel="expert", ylabel="task"
-            )
-        )
-        pictures.append(
-            plot_heatmap(
-                routing.layer_expert(),
-                folder / "layer_expert.png",
-                title=title.replace("task x", "layer x"),
-                xlabel="expert",
-                ylabel="layer",
-            )
-        )
+    if report.routing and report.routing.gates:
+        pictures += draw_routing(report.routing, folder)
     return pictures
+
+
+def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
+    """Heat maps of task x expert and layer x expert."""
+    title = routing_title(routing)
+    tasks, layers = routing.task_expert(), routing.layer_expert()
+    return [
+        plot_heatmap(tasks, folder / "task_expert.png", title=title, xlabel="expert", ylabel="task"),
+        plot_heatmap(
+            layers,
+            folder / "layer_expert.png",
+            title=title.replace("task x", "layer x"),
+            xlabel="expert",
+            ylabel="layer",
+        ),
+    ]
 
 
 def _recipe_of(run: Run | None, recipe: Any, path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from molora.training.module import MoLoraModule
 from molora.training.trainer import build_trainer, check_device, total_steps
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
+Conclude = Callable[[Run, PeftModel, PreTrainedTokenizerBase, TaskSet], None]
 
 # A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
 FREE_ON_RESUME = (
@@ -62,9 +63,10 @@ def train(
     """
     config = load_recipe(recipe, overrides)
     check_device(config.train)
-    run = find_run(config, resume)
+    check_output(Path(config.output))
     tasks = TaskSet.from_config(config.data, task_type=config.base.task_type)
     config = with_labels(config, tasks)
+    run = find_run(config, resume)
     prepare_process(config.seed)
     with quiet_libraries():
         model, tokenizer = build_model(config, tasks.ids, tasks.num_labels or None)
@@ -77,29 +79,29 @@ def fit(
     tokenizer: PreTrainedTokenizerBase,
     tasks: TaskSet,
     run: Run | None = None,
+    conclude: Conclude | None = None,
 ) -> Run:
     """Train a model that is already built, in a new run folder or going on in `run`.
 
-    All data are read and encoded before the folder is made, so bad data leave nothing behind.
+    All data are read and encoded before the folder is made, so bad data leave nothing behind. `conclude`
+    scores the trained model, in the first process, once the adapter is saved; default: `finish`.
     """
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
     steps = total_steps(settings, len(data.train_dataloader()))
+    validation = _validation(config, data)
     first = _is_first_process()
     if run is None and first:
         run = start_run(config)
     # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
     folder = run.path if run is not None else Path(config.output)
     with run.lock() if run is not None and first else nullcontext():
-        checkpoint = latest_valid(folder / "checkpoints")
-        trainer = build_trainer(
-            settings,
-            folder,
-            steps,
-            resume_step=checkpoint_step(checkpoint),
-            validation=data.val_dataloader() if settings.val_every is not None else None,
-        )
+        checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
+        if run is not None and first:
+            write_config(run, config)
+        step = checkpoint_step(checkpoint)
+        trainer = build_trainer(settings, folder, steps, resume_step=step, validation=validation)
         model.train()
         trainer.fit(
             MoLoraModule(model, settings),
@@ -110,11 +112,11 @@ def fit(
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:
             save(model, run.adapter)
-            if (
-                settings.strategy == "fsdp2"
-            ):  # a sharded model answers only where all processes ask it together
-                model = load_trained(run.path)[0]
-            finish(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
+            if settings.strategy == "fsdp2":
+                model = load_trained(run.path)[
+                    0
+                ]  # a sharded one answers only where all processes ask together
+            (conclude or finish)(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
     return run
 
 
@@ -127,8 +129,36 @@ def start_run(config: RunConfig) -> Run:
     """A new run folder with the environment and, last, the resolved recipe that makes it a run."""
     run = Run.create(config.output, config.name)
     write_json(run.path / "env.json", describe_environment())
-    dump_recipe(config, run.path / "config.yaml")
+    write_config(run, config)
     return run
+
+
+def write_config(run: Run, config: RunConfig) -> None:
+    """Write the resolved recipe atomically; a resumed run may have been given more steps."""
+    partial = run.path / "config.yaml.part"
+    dump_recipe(config, partial)
+    partial.replace(run.path / "config.yaml")
+
+
+def check_output(output: Path) -> None:
+    """Raise ConfigError, before a model is loaded, where run folders cannot be made; writes nothing."""
+    existing = next(folder for folder in (output.absolute(), *output.absolute().parents) if folder.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
+        what = "cannot be written" if existing.is_dir() else "is not a folder"
+        raise ConfigError(f"output: {existing} {what}.", hint="choose another output folder.")
+
+
+def _validation(config: RunConfig, data: MoLoraDataModule) -> Any:
+    """The held-out batches to validate on, or None where the recipe does not."""
+    if config.train.val_every is None:
+        return None
+    batches = data.val_dataloader()
+    if not len(batches):
+        raise ConfigError(
+            "train.val_every is set, but no task has held-out records to validate on.",
+            hint="give a task eval data, or set train.val_every to null.",
+        )
+    return batches
 
 
 def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) -> Run | None:

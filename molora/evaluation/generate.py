@@ -1,0 +1,62 @@
+"""Greedy (or beam) answers to many prompts: left padding, batches of similar length, original order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from molora.data.collate import pad_token
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+) -> list[str]:
+    """The generated text of each prompt (token ids), special tokens removed, in the order given.
+
+    Nothing is sampled. Prompts are left-padded; which prompts share a batch depends on their lengths only.
+    """
+    pad = pad_token(tokenizer)
+    config = GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
+    answers = [""] * len(prompts)
+    for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        input_ids, mask = pad_left([prompts[i] for i in chosen], pad)
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+        )
+        new = output if starts_fresh else output[:, input_ids.shape[1] :]
+        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            answers[i] = text
+    return answers
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, so that the first batch needs the most memory."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Rows of token ids -> ids (batch, seq) and attention mask (batch, seq), padded in front."""
+    width = max(len(row) for row in rows)
+    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
+    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
+    return torch.tensor(ids), torch.tensor(mask)

@@ -1,0 +1,119 @@
+"""evaluate_tasks: every task in every mode, scored by its metric, with what the gates did meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from molora.config.suggest import did_you_mean
+from molora.data.tasks import Task
+from molora.errors import ConfigError
+from molora.evaluation.report import Report, Score
+from molora.evaluation.routing import summarise
+from molora.evaluation.score import Limits, score_task
+from molora.tuner.api import record_routing, routing
+
+MODES = ("gate", "task", "base")
+
+
+def evaluate_tasks(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Iterable[Task],
+    *,
+    modes: Sequence[str] = MODES,
+    batch_size: int = 32,
+    max_new_tokens: int = 32,
+    num_beams: int = 1,
+    max_length: int = 512,
+) -> Report:
+    """Score a PEFT model with a molora adapter on the held-out records of each task.
+
+    modes: `gate` (no task ids: the gate alone decides), `task` (routed by the task's id), `base` (the adapter
+    switched off). A mode the adapter cannot run is skipped with a note. Routing is recorded in the first mode
+    that uses the adapter. The model's training mode is restored afterwards.
+
+    Raises ConfigError for an unknown mode, or a task the adapter does not know (mode `task`); DataError for a
+    task without held-out records.
+    """
+    tasks = list(tasks)
+    modes, notes = usable_modes(model, modes)
+    if "task" in modes:
+        check_tasks_known([task.name for task in tasks], model.tasks)
+    limits = Limits(batch_size, max_new_tokens, num_beams, max_length)
+    recorded_mode = next((mode for mode in modes if mode != "base"), None)
+    scores, recorded = [], {}
+    with inference(model):
+        for mode in modes:
+            for task in tasks:
+                with in_mode(model, task.name, mode):
+                    if mode != recorded_mode:
+                        value, count = score_task(model, tokenizer, task, limits)
+                    else:
+                        with record_routing(model) as record:
+                            value, count = score_task(model, tokenizer, task, limits)
+                        recorded[task.name] = (record.tokens, record.table())
+                scores.append(Score(task.name, mode, task.metric, value, count))
+    summary = summarise(recorded_mode, recorded) if recorded_mode else None
+    return Report(scores=scores, routing=summary, notes=notes)
+
+
+def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The asked modes that the adapter can run, and a note for each it cannot.
+
+    Raises ConfigError for an unknown mode, a repeated one, or when none is left.
+    """
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(
+                f"unknown evaluation mode {mode!r}.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}."
+            )
+    if len(set(modes)) != len(modes):
+        raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
+    notes = []
+    if "gate" in modes and not model.active_peft_config.gate.learned:
+        notes.append(
+            "mode `gate` skipped: this adapter routes by task id, so it gives no answer without one."
+        )
+        modes = [mode for mode in modes if mode != "gate"]
+    if not modes:
+        raise ConfigError(
+            "no evaluation mode is left to run.", hint=" ".join(notes) or f"choose from {', '.join(MODES)}."
+        )
+    return list(modes), notes
+
+
+def check_tasks_known(names: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ConfigError for the first name that is not among the known tasks."""
+    known = list(known)
+    for name in names:
+        if name not in known:
+            raise ConfigError(
+                f"unknown task {name!r}.{did_you_mean(name, known)} Known tasks: {', '.join(known) or 'none'}."
+            )
+
+
+def in_mode(model: Any, task: str, mode: str) -> AbstractContextManager[Any]:
+    """The context in which the model answers for `task` in `mode`."""
+    if mode == "base":
+        return model.disable_adapter()
+    if mode == "task":
+        return routing(model, task_ids=task, by="task")
+    return nullcontext()
+
+
+@contextmanager
+def inference(model: Any) -> Iterator[None]:
+    """Evaluation mode without gradients; every module's own training flag is restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,148 @@
+"""add_expert: a new run with one more expert, trained on a new task, every task scored before and after."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molora.config import GrowConfig, RunConfig, load_grow
+from molora.data.collate import collate, pad_token
+from molora.data.prompts import encode
+from molora.data.tasks import Task, TaskSet
+from molora.errors import ConfigError
+from molora.evaluation.report import Score
+from molora.evaluation.runner import inference
+from molora.report.plots import plot_loss
+from molora.store.runs import Run
+from molora.training.build import load_trained
+from molora.training.environment import prepare_process, quiet_libraries
+from molora.training.evaluate import score, write_report
+from molora.training.train import find_run, fit, with_labels
+from molora.training.trainer import check_device
+from molora.tuner.api import routing
+from molora.tuner.config import MoLoraConfig
+
+PROBE = 16  # held-out records per old task whose logits are compared before and after
+UNCHANGED = "old tasks bit-equal with task ids given"
+
+
+def add_expert(
+    run: str | os.PathLike[str] | Run,
+    recipe: str | os.PathLike[str] | Mapping[str, Any],
+    overrides: Sequence[str] = (),
+    resume: bool | str | os.PathLike[str] | None = None,
+) -> Run:
+    """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
+
+    Only the new expert and its gate row are trained, on the new task's data alone. All tasks are scored
+    before and after; the report says whether the old tasks' logits are bit-equal where task ids are given.
+
+    Args:
+        run: the trained run.
+        recipe: what `GrowConfig` describes, as a YAML file or a mapping; settings left out are the run's.
+        overrides: `section.key=value` texts applied on top.
+        resume: True continues the latest run of this growth, a path the run in that folder.
+
+    Raises:
+        ConfigError, DataError, AdapterError: before anything is written.
+    """
+    parent = run if isinstance(run, Run) else Run.find(run)
+    grow = load_grow(recipe, overrides, run=parent.config)
+    old: MoLoraConfig
+    prepare_process(parent.config.seed)
+    with quiet_libraries():
+        model, tokenizer, _ = load_trained(parent.path, trainable=True)
+        old = model.active_peft_config
+        config = grown_config(parent.config, grow, old)
+        check_device(config.train)
+        tasks = TaskSet.from_config(config.data, known_ids=old.task_ids, task_type=config.base.task_type)
+        config = with_labels(config, tasks)
+        target = find_run(config, resume)
+        new = tasks[grow.task.name]
+        known = [task for task in tasks if task is not new and len(task.eval)]
+        before = _scores_before(config, model, tokenizer, known, new)
+        probes = {task.name: _probe(config, tokenizer, task) for task in known}
+        logits = {name: _routed_logits(model, name, batch) for name, batch in probes.items()}
+        prepare_process(config.seed)  # the new expert starts alike, however much was drawn while scoring
+        model.add_expert(
+            expert_name(grow),
+            tasks=[new.name],
+            init=grow.expert.init,
+            freeze_others=True,
+            isolate=grow.expert.isolate,
+        )
+        model.active_peft_config.aux_losses = dict(grow.aux_losses)
+
+        def conclude(done: Run, grown: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
+            plot_loss(done.path / "metrics.csv", done.path / "loss.png", ["loss", "val_loss"])
+            report = score(config, grown.eval(), tokenizer, [*known, *([new] if len(new.eval) else [])])
+            report.before = before
+            same = [torch.equal(_routed_logits(grown, name, probes[name]), logits[name]) for name in probes]
+            report.facts = {"parent": str(parent.path), UNCHANGED: all(same)}
+            write_report(report, done.path, config)
+
+        return fit(config, model, tokenizer, TaskSet((new,), tasks.known_ids), target, conclude)
+
+
+def expert_name(grow: GrowConfig) -> str:
+    """The new expert's name: as given, else the task's."""
+    return grow.expert.name or grow.task.name
+
+
+def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig) -> RunConfig:
+    """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
+
+    Raises:
+        ConfigError: the task or the expert exists already.
+    """
+    name, expert = grow.task.name, expert_name(grow)
+    for what, known in (("task", list(config.data.tasks)), ("expert", adapter.expert_names or [])):
+        if (name if what == "task" else expert) in known:
+            raise ConfigError(
+                f"the run has {what} {name if what == 'task' else expert!r} already. Its {what}s: {', '.join(known)}.",
+                hint="choose another name, or add to a run that does not have it.",
+            )
+    plain = config.model_dump(mode="json")
+    plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
+    plain["train"] = grow.train.model_dump(mode="json")
+    plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
+    section = plain["adapter"]
+    section["expert_names"] = [*(adapter.expert_names or []), expert]
+    section["num_experts"] = len(section["expert_names"])
+    section["aux_losses"] = dict(grow.aux_losses)
+    if section["tasks"] is not None:
+        section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
+    return RunConfig.model_validate(plain)
+
+
+def _scores_before(
+    config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, known: Sequence[Task], new: Task
+) -> list[Score]:
+    """Old tasks in every mode; the new one in the modes that need no id of it."""
+    scores = score(config, model, tokenizer, known).scores
+    modes = [
+        m for m in config.eval.modes if m != "task" and (m != "gate" or model.active_peft_config.gate.learned)
+    ]
+    if modes and len(new.eval):
+        scores += score(config, model, tokenizer, [new], modes).scores
+    return scores
+
+
+def _probe(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Tensor]:
+    """One fixed batch of a task: bit-equality is a promise about a fixed shape."""
+    examples = [encode(task, record, tokenizer, config.data.max_length) for record in list(task.eval)[:PROBE]]
+    batch = collate(examples, pad_token(tokenizer))
+    batch.pop("routing_task_ids")
+    return batch
+
+
+def _routed_logits(model: Any, task: str, batch: Mapping[str, Tensor]) -> Tensor:
+    device = next(model.parameters()).device
+    with inference(model), routing(model, task_ids=task, by="task"):
+        return model(**{key: value.to(device) for key, value in batch.items()}).logits.cpu()
