@@ -76,7 +76,8 @@ def test_a_classifier_trains_its_head_and_loads_with_it(encoder: Path, tmp_path:
     rows = metrics(run)
     assert float(rows[-1]["loss"]) < 0.5 * float(rows[0]["loss"])
     assert any("classifier" in name for name in adapter_weights(run.adapter))
-    for folder in (run.path, run.adapter):
+    resumed = train(classification(encoder, tmp_path, tmp_path / "letters.jsonl"), resume=True)
+    for folder in (run.path, resumed.adapter):
         model, _, _ = load_trained(folder)
         assert model.config.num_labels == 3
 
@@ -127,6 +128,7 @@ def test_a_finished_run_can_be_lengthened(base: Path, tmp_path: Path) -> None:
     train(recipe_for(base, tmp_path, max_steps=4))
     run = train(recipe_for(base, tmp_path, max_steps=8), resume=True)
     assert [row["step"] for row in metrics(run)] == ["2", "4", "6", "8"]
+    assert run.config.train.max_steps == 8
 
 
 def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: Path) -> None:
@@ -144,6 +146,23 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
             train({**recipe, **change})
         assert caught.value.exit_code in (2, 3)
     assert not (tmp_path / "runs").exists()
+
+
+def test_validation_needs_held_out_records(base: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"prompt": "a", "target": "b"}\n')
+    recipe = recipe_for(base, tmp_path / "runs", val_every=2)
+    recipe["data"]["tasks"] = {"only": {"source": "jsonl", "train": str(data)}}
+    with pytest.raises(ConfigError, match="no task has held-out records"):
+        train(recipe)
+    assert not (tmp_path / "runs").exists()
+    assert train({**recipe, "train": {**recipe["train"], "val_every": None}}).adapter.is_dir()
+
+
+def test_an_output_that_cannot_be_written_is_refused_first(base: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file is not a folder"):
+        train({**recipe_for(base, tmp_path / "file" / "runs"), "base": "no/such/base"})
 
 
 def test_resuming_nothing_says_so(base: Path, tmp_path: Path) -> None:
