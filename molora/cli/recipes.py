@@ -17,7 +17,9 @@ def available() -> dict[str, Traversable]:
     """Name -> recipe file, sorted. They are installed as molora/recipes; a checkout has them at its top."""
     installed = files("molora").joinpath("recipes")
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
-    found = {entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")}
+    found = {
+        entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")
+    }
     return dict(sorted(found.items()))
 
 

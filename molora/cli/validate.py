@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from molora.config import load_recipe
+from molora.config import DataConfig, load_grow, load_recipe
+from molora.config.grow import is_grow
+from molora.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,23 +26,37 @@ RECORDS = 3
 
 
 def run(recipe: Path, overrides: Sequence[str], *, schema_only: bool = False) -> None:
-    """Check the schema, the data, the tokenizer, the targets and the parameters, in this order."""
-    console = Console(soft_wrap=True, highlight=False)
-    config = load_recipe(recipe, overrides)
-    console.print(f"1 schema      ok: {recipe}")
-    if schema_only:
-        return
+    """Check the schema, the data, the tokenizer, the targets and the parameters, in this order.
 
+    A recipe that adds an expert has no base of its own: its schema and its task are checked.
+    """
+    console = Console(soft_wrap=True, highlight=False)
+    config: RunConfig | None = None
+    if is_grow(recipe):
+        grow = load_grow(recipe, overrides)
+        data = DataConfig(tasks={grow.task.name: grow.task.as_task()})
+    else:
+        config = load_recipe(recipe, overrides)
+        data = config.data
+    console.print(f"1 schema      ok: {recipe}", markup=False)
+    if not schema_only:
+        _check_data(console, data, config)
+
+
+def _check_data(console: Console, data: DataConfig, config: RunConfig | None) -> None:
     from molora.data.tasks import TaskSet
 
-    tasks = TaskSet.from_config(config.data, task_type=config.base.task_type)
+    tasks = TaskSet.from_config(data, task_type=config.base.task_type if config else None)
     sizes = ", ".join(f"{task.name} {len(task.train)}+{len(task.eval)}" for task in tasks)
-    console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}")
-    _check_model(console, config, tasks)
+    console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}", markup=False)
+    if config is None:
+        console.print("3 base        skipped: it comes from the run that the expert is added to")
+        _show_texts(console, tasks)
+    else:
+        _check_model(console, config, tasks)
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
-    from molora.errors import ConfigError
     from molora.training.build import build_skeleton, load_tokenizer
     from molora.training.environment import quiet_libraries
 
@@ -47,23 +64,42 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
         with quiet_libraries():
             tokenizer = load_tokenizer(config.base)
     except ConfigError as error:
-        console.print(f"3 tokenizer   skipped, and all that needs the base: {error.message}")
+        console.print(f"3 tokenizer   skipped, and all that needs the base: {error.message}", markup=False)
+        _show_texts(console, tasks)
         return
     console.print(
         f"3 tokenizer   ok: {len(tokenizer)} tokens, eos {tokenizer.eos_token!r}, pad {tokenizer.pad_token!r}, "
-        f"chat template {'yes' if tokenizer.chat_template else 'no'}"
+        f"chat template {'yes' if tokenizer.chat_template else 'no'}",
+        markup=False,
     )
     _show_records(console, config, tasks, tokenizer)
     with quiet_libraries():
         model = build_skeleton(config, tasks.ids, tasks.num_labels or None)
-    console.print(f"5 targets     ok: {len(model.base_model.targeted_module_names)} layers")
+    tuner: Any = model.base_model
+    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers")
     _show_parameters(console, model)
 
 
-def _show_records(console: Console, config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> None:
+def _show_texts(console: Console, tasks: TaskSet) -> None:
+    """Records as text, where there is no tokenizer to show them as the model gets them."""
+    from molora.data.prompts import render
+
+    console.print(
+        f"4 records     the first {RECORDS} of each task as text; the loss reads what is bold, not what is dim"
+    )
+    for task in tasks:
+        for record in islice(task.train, RECORDS):
+            console.print(_line(task.name, *render(task, record)))
+
+
+def _show_records(
+    console: Console, config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase
+) -> None:
     from molora.data.preview import preview
 
-    console.print(f"4 records     the first {RECORDS} of each task; the loss reads what is bold, not what is dim")
+    console.print(
+        f"4 records     the first {RECORDS} of each task; the loss reads what is bold, not what is dim"
+    )
     for task in tasks:
         for item in preview(task, tokenizer, RECORDS, max_length=config.data.max_length):
             console.print(_record(task.name, item))
@@ -71,10 +107,7 @@ def _show_records(console: Console, config: RunConfig, tasks: TaskSet, tokenizer
 
 def _record(task: str, item: Preview) -> Text:
     """One record on one line: masked prompt dim, learned target bold, control characters visible."""
-    line = Text(f"  {task}: ")
-    line.append(_visible(item.prompt), style="dim")
-    line.append(" → ")
-    line.append(_visible(item.target), style="bold")
+    line = _line(task, item.prompt, item.target)
     learned = sum(token.learned for token in item.tokens)
     line.append(f"   [{len(item.tokens) - learned} masked, {learned} learned tokens]")
     if item.cut_prompt or item.cut_target:
@@ -82,8 +115,14 @@ def _record(task: str, item: Preview) -> Text:
     return line
 
 
+def _line(task: str, prompt: str, target: str) -> Text:
+    parts = (f"  {task}: ", (_visible(prompt), "dim"), " → ", (_visible(target), "bold"))
+    return Text.assemble(*parts)
+
+
 def _visible(text: str) -> str:
-    return text.replace("\n", "⏎")
+    shown = text.replace("\n", "⏎")
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
 
 
 def _show_parameters(console: Console, model: PeftModel) -> None:

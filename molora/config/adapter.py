@@ -9,21 +9,20 @@ from pydantic import Field, field_validator, model_validator
 
 from molora.config.kinds import AUX_LOSSES, GATE_KIND_KEYS, GATE_KINDS
 from molora.config.section import (
+    ExpertName,
     Fraction,
     NonNegative,
     Positive,
     PositiveInt,
     Problem,
     Section,
+    TaskName,
     expand_shorthand,
-    name_of,
     refuse,
     without_default,
 )
 from molora.config.suggest import did_you_mean
 
-ExpertName = name_of("expert")
-TaskName = name_of("task")
 GATE_LOSSES = ("balance", "z")
 
 
@@ -218,7 +217,7 @@ class AdapterConfig(Section):
             problems.append((("r",), "is empty; give a rank, such as 8."))
         for key in ("target_modules", "plain_targets", "modules_to_save", "exclude_modules"):
             value = getattr(self, key)
-            if value is not None and (not value or "" in value and isinstance(value, list)):
+            if value is not None and (not value or ("" in value and isinstance(value, list))):
                 problems.append(
                     (
                         (key,),

@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from molora.config.section import Positive, PositiveInt, Problem, Section, name_of, refuse
+from molora.config.section import Positive, PositiveInt, Problem, Section, TaskName, refuse
 from molora.config.suggest import did_you_mean
 
 # What each source needs, and what it may have beside that.
@@ -139,7 +139,7 @@ class DataConfig(Section):
     mixing: Literal["size", "equal", "temperature"] = "size"
     mixing_temperature: Positive = 2.0
     workers: int = Field(default=0, ge=0)
-    tasks: dict[name_of("task"), TaskConfig] = Field(min_length=1)  # type: ignore[valid-type]
+    tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator
 
 from molora.config.adapter import aux_problems
 from molora.config.data import TaskConfig
-from molora.config.load import Recipe, load_section
+from molora.config.load import Recipe, load_section, read_text
 from molora.config.run import RunConfig
-from molora.config.section import Section, name_of, refuse
+from molora.config.section import ExpertName, Section, TaskName, refuse
+from molora.config.strict_yaml import parse
 from molora.config.train import TrainConfig
 
 
 class NewTask(TaskConfig):
     """The new task: like a task in `data.tasks`, with its name inside."""
 
-    name: name_of("task")  # type: ignore[valid-type]
+    name: TaskName
 
     def as_task(self) -> TaskConfig:
         """The same as an entry of `data.tasks`."""
@@ -28,7 +31,7 @@ class NewTask(TaskConfig):
 class NewExpert(Section):
     """The new expert: its name (None: the task's), its start, and whether older tasks see it."""
 
-    name: name_of("expert") | None = None  # type: ignore[valid-type]
+    name: ExpertName | None = None
     init: str = Field(default="new", pattern=r"^(new|mean|copy:.+)$")
     isolate: bool = False
 
@@ -46,6 +49,13 @@ class GrowConfig(Section):
     def _check_losses(cls, data: Any) -> Any:
         refuse([*aux_problems(data)] if isinstance(data, dict) else [])
         return data
+
+
+def is_grow(source: str | os.PathLike[str]) -> bool:
+    """Whether a recipe file adds an expert to a run (it has `task`) rather than starting one (it has `data`)."""
+    path = Path(source)
+    data = parse(read_text(path), str(path)).data
+    return isinstance(data, dict) and "task" in data and "data" not in data
 
 
 def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig | None = None) -> GrowConfig:

@@ -31,7 +31,7 @@ def _problem(text: str) -> str | None:
         return f"has {len(text)} characters, at most 64 are allowed"
     if not _NAME.fullmatch(text) or not text.isprintable():
         bad = next((c for c in text if not re.fullmatch(r"[\w .-]", c) or not c.isprintable()), text[0])
-        return f"contains {ascii(bad)}, which is not allowed {'first' if bad == text[0] else 'in a name'}"
+        return f"contains {bad!a}, which is not allowed {'first' if bad == text[0] else 'in a name'}"
     if ".." in text or text[-1] in ". ":
         return "contains '..'" if ".." in text else "ends with a dot or a space"
     if text.split(".")[0].strip().casefold() in _WINDOWS:

@@ -65,8 +65,8 @@ def _next_key(here: Any, rest: str) -> tuple[str | int, str]:
     return key, rest
 
 
-def _child(here: Any, key: str | int, path: Path) -> Any:
-    child = here[key] if isinstance(here, list) else here.get(key)
+def _child(here: Any, key: Any, path: Path) -> Any:
+    child = here.get(key) if isinstance(here, dict) else here[key]
     if child is None:
         child = {}
     elif isinstance(child, str) and path in SHORTHANDS:

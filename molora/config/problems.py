@@ -104,11 +104,9 @@ def _real_path(data: Any, loc: tuple[int | str, ...], missing: bool = False) -> 
         )
         if inside:
             path.append(part)
-            here = here[part]  # type: ignore[index]
+            here = here[part]
         elif missing and i == len(loc) - 1:
             path.append(part)
-        elif isinstance(here, str) and i < len(loc) - 1:
-            continue
     return tuple(path)
 
 

@@ -8,9 +8,13 @@ from pydantic import Field, model_validator
 
 from molora.config.adapter import AdapterConfig
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
-from molora.config.section import PositiveInt, Problem, Section, expand_shorthand, name_of, refuse
+from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
+
+
+Mode = Literal["gate", "task", "base"]
+MODES: tuple[Mode, ...] = ("gate", "task", "base")
 
 
 class BaseConfig(Section):
@@ -34,15 +38,13 @@ class EvalConfig(Section):
     batch_size: PositiveInt = 32
     max_new_tokens: PositiveInt = 32
     num_beams: PositiveInt = 1
-    modes: list[Literal["gate", "task", "base"]] = Field(
-        default_factory=lambda: ["gate", "task", "base"], min_length=1
-    )
+    modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
 
 
 class RunConfig(Section):
     """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
 
-    name: name_of("run")  # type: ignore[valid-type]
+    name: RunName
     seed: int = Field(default=0, ge=0, lt=2**32)
     base: BaseConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)

@@ -33,8 +33,8 @@ def refuse(problems: Sequence[Problem]) -> None:
         raise PydanticCustomError(CLASH, "{text}", {"text": text, "problems": list(problems)})
 
 
-def name_of(what: str) -> Any:
-    """An annotated string type: a name that keeps molora's one rule for names."""
+def _name_rule(what: str) -> AfterValidator:
+    """molora's one rule for names, as pydantic applies it."""
 
     def check(value: str) -> str:
         try:
@@ -42,7 +42,12 @@ def name_of(what: str) -> Any:
         except ConfigError as error:
             raise PydanticCustomError("name", "{text}", {"text": str(error).replace("\n  ", " ")}) from None
 
-    return Annotated[str, AfterValidator(check)]
+    return AfterValidator(check)
+
+
+RunName = Annotated[str, _name_rule("run")]
+TaskName = Annotated[str, _name_rule("task")]
+ExpertName = Annotated[str, _name_rule("expert")]
 
 
 def expand_shorthand(data: Any, key: str) -> Any:

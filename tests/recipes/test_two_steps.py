@@ -1,0 +1,122 @@
+"""Every training recipe trains: two steps with its own adapter, gate and losses, on a tiny base of its architecture."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from molora.config import RunConfig, load_recipe
+from molora.config.strict_yaml import parse
+from molora.training.train import train
+from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
+
+ROOT = Path(__file__).parents[2]
+TRAINING = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.stem != "add_expert")
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
+
+
+def write_qwen2(folder: Path) -> Path:
+    """A Qwen2 of 2 layers and hidden size 32 whose tokenizer has a chat template."""
+    tokenizer = write_tokenizer(folder)
+    tokenizer.chat_template = CHAT
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+        vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    Qwen2ForCausalLM(config).save_pretrained(folder)
+    return folder
+
+
+# Where a recipe names a model of the hub: a tiny one of its architecture.
+BASES: dict[str, Callable[[Path], Path]] = {
+    "Qwen/Qwen2.5-0.5B-Instruct": write_qwen2,
+    "google-bert/bert-base-uncased": write_encoder,
+}
+
+
+def records_of(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """Records with the columns that a task of a data set of the hub reads."""
+    if "labels" in task:
+        return [{"text": f"text {i}", "label": i % len(task["labels"])} for i in range(6)]
+    if "messages" in task:
+        return [{task["messages"]: TURNS} for _ in range(6)]
+    return [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(6)]
+
+
+def without_download(task: dict[str, Any], file: Path) -> dict[str, Any]:
+    """A task of a few records, from a file where the recipe's are on the hub."""
+    if task["source"] == "synthetic":
+        return {**task, "train_size": 8, "eval_size": 2}
+    file.write_text("".join(json.dumps(record) + "\n" for record in records_of(task)), encoding="utf-8")
+    kept = {
+        key: value
+        for key, value in task.items()
+        if key not in ("dataset", "subset", "train_split", "eval_split")
+    }
+    return {**kept, "source": "jsonl", "train": str(file), "eval": str(file), "train_size": 6, "eval_size": 2}
+
+
+def small(path: Path, tmp_path: Path) -> dict[str, Any]:
+    """The recipe with a tiny base, little data and two steps; adapter, gate and losses stay as they are."""
+    recipe = parse(path.read_text(encoding="utf-8")).data
+    base = recipe["base"] if isinstance(recipe["base"], dict) else {"model": recipe["base"]}
+    if base["model"] in BASES:
+        base = base | {"model": str(BASES[base["model"]](tmp_path / "base"))}
+    tasks = {
+        name: without_download(task, tmp_path / f"{name}.jsonl")
+        for name, task in recipe["data"]["tasks"].items()
+    }
+    stages = [
+        stage | ({"steps": 1} if "steps" in stage else {}) for stage in recipe["train"].get("stages", [])
+    ]
+    short = {
+        "max_steps": 2,
+        "epochs": None,
+        "batch_size": 4,
+        "precision": "32-true",
+        "log_every": 1,
+        "stages": stages,
+    }
+    return recipe | {
+        "base": base,
+        "data": recipe["data"] | {"tasks": tasks, "max_length": 64},
+        "train": recipe["train"] | short,
+        "eval": recipe.get("eval", {}) | {"batch_size": 4, "max_new_tokens": 2},
+        "output": str(tmp_path / "runs"),
+    }
+
+
+@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
+def test_two_steps(path: Path, tmp_path: Path) -> None:
+    recipe = small(path, tmp_path)
+    original, config = load_recipe(path), load_recipe(recipe)
+    assert isinstance(config, RunConfig)
+    assert config.adapter == original.adapter  # what the recipe is about is what is trained
+    assert config.data.tasks.keys() == original.data.tasks.keys()
+
+    run = train(recipe)
+
+    losses = [float(row["loss"]) for row in metrics(run.path / "metrics.csv") if row["loss"]]
+    assert len(losses) == 2
+    assert all(map(isfinite, losses))
+    weights = adapter_weights(run.adapter)
+    assert any(name.endswith("lora_B") and bool(tensor.any()) for name, tensor in weights.items())
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
+    scored = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    assert all(task in json.dumps(scored) for task in config.data.tasks)
+
+
+def metrics(path: Path) -> list[dict[str, str]]:
+    header, *rows = (line.split(",") for line in path.read_text(encoding="utf-8").splitlines())
+    return [dict(zip(header, row, strict=True)) for row in rows]
