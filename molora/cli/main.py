@@ -216,7 +216,7 @@ def _run(arguments: list[str]) -> int:
             print("interrupted", file=sys.stderr)
         return result if isinstance(result, int) else 0
     except TyperException as error:  # a usage error: unknown verb, missing argument
-        typer.rich_utils.rich_format_error(error)
+        typer.rich_utils.rich_format_error(error)  # type: ignore[arg-type]  # it names a class that is not public
         return 2
     except MoLoraError as error:
         if "--debug" in arguments:
