@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,22 +64,30 @@ class TaskMap:
 
     def table(self, device: torch.device) -> Tensor:
         """Weights (task id, expert) of every task, zero rows for ids that no task has."""
-        key = str(device)
-        if key not in self._cache:
-            rows = torch.zeros(max(self.ids.values(), default=-1) + 1, len(self.experts))
+
+        def build() -> Tensor:
+            rows = [[0.0] * len(self.experts) for _ in range(max(self.ids.values(), default=-1) + 1)]
             for task_id in self.ids.values():
                 for expert, weight in self.experts_of(task_id).items():
-                    rows[task_id, expert] = weight
-            self._cache[key] = rows.to(device)
-        return self._cache[key]
+                    rows[task_id][expert] = weight
+            return torch.tensor(rows, device=device)
+
+        return self._once(str(device), build)
 
     def row(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
         """Static weights as a (1, expert) tensor in the gate's dtype on x's device, made once."""
         dtype = torch.promote_types(like.dtype, torch.float32)
         key = f"{like.device} {dtype} {weights}"
-        if key not in self._cache:
-            self._cache[key] = torch.tensor([weights], dtype=dtype, device=like.device)
-        return self._cache[key]
+        return self._once(key, lambda: torch.tensor([weights], dtype=dtype, device=like.device))
+
+    def _once(self, key: str, build: Callable[[], Tensor]) -> Tensor:
+        """A constant, built once. Tensors made while a graph is traced are symbols: never keep those."""
+        if key in self._cache:
+            return self._cache[key]
+        value = build()
+        if not torch.compiler.is_compiling():
+            self._cache[key] = value
+        return value
 
     def visible(self, task_id: int, *, own_only: bool) -> tuple[int, ...]:
         """Experts a learned gate may use for a task: its own set, or all but those isolated from it."""
@@ -92,10 +100,12 @@ class TaskMap:
 
     def visible_table(self, device: torch.device, *, own_only: bool) -> Tensor:
         """`visible` of every task as a boolean matrix (task id, expert)."""
-        key = f"{device} visible {own_only}"
-        if key not in self._cache:
-            rows = torch.zeros(max(self.ids.values(), default=-1) + 1, len(self.experts), dtype=torch.bool)
+
+        def build() -> Tensor:
+            rows = [[False] * len(self.experts) for _ in range(max(self.ids.values(), default=-1) + 1)]
             for task_id in self.ids.values():
-                rows[task_id, list(self.visible(task_id, own_only=own_only))] = True
-            self._cache[key] = rows.to(device)
-        return self._cache[key]
+                for expert in self.visible(task_id, own_only=own_only):
+                    rows[task_id][expert] = True
+            return torch.tensor(rows, device=device)
+
+        return self._once(f"{device} visible {own_only}", build)

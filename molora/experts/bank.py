@@ -6,6 +6,7 @@ Axis vocabulary, everywhere in molora: batch seq tokens d_in d_out expert rank t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -138,16 +139,19 @@ class ExpertBank(nn.Module):
         Built here, not a buffer: a buffer would be rounded by `model.to(bfloat16)` and lost on meta.
         """
         key = (order, experts, x.device, x.dtype == torch.float64)
-        if key not in self._expansions:
-            rows = experts if experts is not None else tuple(range(self.num_experts))
-            widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
-            expansion = torch.zeros(len(rows), sum(widths), dtype=torch.float64 if key[-1] else torch.float32)
-            start = 0
-            for index, width in zip(order, widths, strict=True):
-                expansion[rows.index(index), start : start + self.ranks[index]] = self.scalings[index]
-                start += width
-            self._expansions[key] = expansion.to(x.device)
-        return self._expansions[key]
+        if key in self._expansions:
+            return self._expansions[key]
+        rows = experts if experts is not None else tuple(range(self.num_experts))
+        widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
+        columns = [[0.0] * len(rows) for _ in range(sum(widths))]
+        for index, width, end in zip(order, widths, accumulate(widths), strict=True):
+            for column in columns[end - width : end - width + self.ranks[index]]:
+                column[rows.index(index)] = self.scalings[index]
+        dtype = torch.float64 if key[-1] else torch.float32
+        expansion = torch.tensor(columns, dtype=dtype, device=x.device).t().contiguous()
+        if not torch.compiler.is_compiling():  # tensors made while a graph is traced are symbols
+            self._expansions[key] = expansion
+        return expansion
 
     # -- state dict: one stack per factor, in expert order, whatever is frozen --------------------------
 
