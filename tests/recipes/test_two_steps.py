@@ -111,7 +111,7 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     assert len(losses) == 2
     assert all(map(isfinite, losses))
     weights = adapter_weights(run.adapter)
-    assert any(name.endswith("lora_B") and bool(tensor.any()) for name, tensor in weights.items())
+    assert any(name.endswith("molora_experts.B") and bool(tensor.any()) for name, tensor in weights.items())
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     scored = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     assert all(task in json.dumps(scored) for task in config.data.tasks)
