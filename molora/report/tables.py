@@ -74,8 +74,9 @@ def difference_table(rows: Iterable[Difference], title: str = "Before and after"
         table.add_column(heading)
     for heading in ("before", "after", "change"):
         table.add_column(heading, justify="right")
-    last = None
-    for row in rows:
+    rows, last = list(rows), None
+    order = list(dict.fromkeys(row.task for row in rows))
+    for row in sorted(rows, key=lambda row: order.index(row.task)):
         scale, unit = (1.0, "") if row.metric in LOWER_IS_BETTER else (100.0, " %")
         digits = 4 if row.metric in LOWER_IS_BETTER else 1
         before = "new" if row.before is None else f"{scale * row.before:.{digits}f}{unit}"
