@@ -89,3 +89,14 @@ def test_every_module_starts_with_its_purpose() -> None:
     for path in MODULES:
         text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
         assert text, f"{path.relative_to(PACKAGE)} has no docstring"
+
+
+def test_modules_and_functions_stay_short() -> None:
+    """A module is one idea and a function fits a screen; beyond these bounds it is two."""
+    for path in MODULES:
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = (node.end_lineno or node.lineno) - node.lineno + 1
+                assert lines <= 80, f"{path}:{node.lineno} {node.name} has {lines} lines"

@@ -79,6 +79,19 @@ def test_an_unknown_verb_suggests_the_nearest(cli: Cli) -> None:
     assert "Did you mean 'train'" in result.err
 
 
+def test_the_version_needs_no_verb(cli: Cli) -> None:
+    result = cli("--version")
+    assert (result.code, result.out) == (0, f"{molora.__version__}\n")
+
+
+def test_ctrl_c_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def press(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(molora.cli.train, "run", press)
+    assert cli("train", QUICKSTART).err == "interrupted\n"
+
+
 def test_a_missing_argument_and_an_unknown_option_are_usage_errors(cli: Cli) -> None:
     assert cli("train").code == 2
     assert cli("train", QUICKSTART, "--resme").code == 2

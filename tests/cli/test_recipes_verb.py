@@ -61,6 +61,25 @@ def test_copy_to_nowhere_is_refused(cli: Cli, tmp_path: Path) -> None:
     assert cli("recipes", "copy", "quickstart", tmp_path / "no" / "such.yaml").code == 2
 
 
+def test_an_interrupted_copy_leaves_the_old_file(
+    cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = tmp_path / "quickstart.yaml"
+    mine.write_text("mine", encoding="utf-8")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("the disk went away")
+
+    monkeypatch.setattr("molora.store.atomic.os.fsync", fail)
+    assert cli("recipes", "copy", "quickstart", tmp_path, "--force").code == 1
+    assert list(tmp_path.iterdir()) == [mine]
+    assert mine.read_text(encoding="utf-8") == "mine"
+
+
+def test_a_name_is_no_path(cli: Cli) -> None:
+    assert cli("recipes", "show", "../recipes/quickstart").code == 2
+
+
 def test_an_installed_wheel_has_recipes_base_and_types(tmp_path: Path) -> None:
     source, site, elsewhere = tmp_path / "source", tmp_path / "site", tmp_path / "elsewhere"
     source.mkdir()

@@ -1,4 +1,4 @@
-"""Every training recipe trains: two steps with its own adapter, gate and losses, on a tiny base of its architecture."""
+"""Every recipe trains: two steps with its own adapter, gate and losses, on a tiny base of its architecture."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from molora.config import RunConfig, load_recipe
 from molora.config.strict_yaml import parse
+from molora.training.grow import add_expert
 from molora.training.train import train
 from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
 
@@ -115,6 +116,23 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     scored = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     assert all(task in json.dumps(scored) for task in config.data.tasks)
+
+
+def test_two_steps_of_a_new_expert(tmp_path: Path) -> None:
+    path = ROOT / "recipes" / "add_expert.yaml"
+    old = train(small(ROOT / "recipes" / "quickstart.yaml", tmp_path))
+    recipe = parse(path.read_text(encoding="utf-8")).data
+    overrides = ["task.train_size=8", "task.eval_size=2", "train.max_steps=2", "train.log_every=1"]
+
+    run = add_expert(old, path, overrides)
+
+    losses = [float(row["loss"]) for row in metrics(run.path / "metrics.csv") if row["loss"]]
+    assert len(losses) == 2
+    assert all(map(isfinite, losses))
+    assert run.config.adapter.aux_losses == recipe["aux_losses"]
+    assert run.config.adapter.experts == [*old.config.adapter.experts, recipe["expert"]["name"]]
+    report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    assert report["facts"]["old tasks bit-equal with task ids given"] is True
 
 
 def metrics(path: Path) -> list[dict[str, str]]:
