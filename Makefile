@@ -2,7 +2,7 @@
 #   make demo       train the quickstart, add a fifth task, show the report
 #   make test       the fast tests          make test-all   all of them
 #   make lint       style and types         make clean      remove what make and the tests made
-# A CPU build of torch: make demo PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"
+# Without a GPU, the CPU build of torch saves gigabytes: put the index of such builds in PIP_EXTRA_INDEX_URL first.
 
 PYTHON ?= python3
 VENV ?= .venv

@@ -45,7 +45,8 @@ class RoutingRecord:
         for gate, record in records:
             weights, selected, entropy = _full(record.routing, len(task_map.experts))
             weights, selected, entropy = (
-                t.expand(record.tokens, *t.shape[1:]) if len(t) == 1 else t for t in (weights, selected, entropy)
+                t.expand(record.tokens, *t.shape[1:]) if len(t) == 1 else t
+                for t in (weights, selected, entropy)
             )
             everything = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
             keep = everything if record.mask is None else record.mask

@@ -12,7 +12,6 @@ from molora.config.section import PositiveInt, Problem, RunName, Section, expand
 from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
 
-
 Mode = Literal["gate", "task", "base"]
 MODES: tuple[Mode, ...] = ("gate", "task", "base")
 
