@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def add_expert(
     with quiet_libraries():
         model, tokenizer, _ = load_trained(parent.path, trainable=True)
         old = model.active_peft_config
-        config = grown_config(parent.config, grow, old)
+        config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
         tasks = TaskSet.from_config(config.data, known_ids=old.task_ids, task_type=config.base.task_type)
         config = with_labels(config, tasks)
@@ -95,7 +96,7 @@ def expert_name(grow: GrowConfig) -> str:
     return grow.expert.name or grow.task.name
 
 
-def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig) -> RunConfig:
+def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, beside: Path) -> RunConfig:
     """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
 
     Raises:
@@ -109,6 +110,7 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig) -> 
                 hint="choose another name, or add to a run that does not have it.",
             )
     plain = config.model_dump(mode="json")
+    plain["output"] = str(beside.parents[1])  # runs/<name>/<time>: the new run goes beside the old one
     plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
