@@ -47,7 +47,15 @@ def test_every_verb_has_help_with_an_example(cli: Cli) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["--help"], ["validate", "--help"], ["validate", QUICKSTART, "--schema-only"], ["recipes", "list"]],
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["inspect", "--help"],
+        ["add-expert", "--help"],
+        ["validate", QUICKSTART, "--schema-only"],
+        ["recipes", "list"],
+    ],
 )
 def test_light_commands_are_quick_and_leave_torch_alone(arguments: list[str], tmp_path: Path) -> None:
     code = f"""
@@ -71,6 +79,22 @@ print("took", time.perf_counter() - start, *sorted({{"torch", "peft", "lightning
             break
         time.sleep(1)
     assert min(times) < SECONDS
+
+
+@pytest.mark.parametrize("verb", ["train", "validate"])
+def test_a_refusal_leaves_torch_alone(verb: str, tmp_path: Path) -> None:
+    code = f"""
+import sys
+from molora.cli.main import main
+try:
+    main([{verb!r}, {QUICKSTART!r}, "train.lrr=1"])
+finally:
+    print(*sorted({{"torch", "peft", "lightning", "transformers"}} & sys.modules.keys()))
+"""
+    done = fresh(code, tmp_path)
+    assert (done.returncode, done.stdout) == (2, "\n")
+    assert "Did you mean 'lr'?" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_unknown_verb_suggests_the_nearest(cli: Cli) -> None:
