@@ -31,7 +31,7 @@ def arguments(architecture, batch, seq, seed, tasks):
 
 
 @pytest.mark.parametrize("gate", ["top2-group", "task-group", "constant-global"])
-@pytest.mark.parametrize("architecture", ["gpt2", "bert"])
+@pytest.mark.parametrize("architecture", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_an_exported_model_gives_equal_outputs(architecture, gate):
     model = Exportable(molora_model(architecture, gate)).eval()
     batch, seq = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("seq", min=2, max=32)

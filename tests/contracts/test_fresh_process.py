@@ -64,7 +64,6 @@ def test_I9_loading_in_a_new_process_is_bit_equal(loads, architecture, gate, loa
 
 REGISTERED = "from peft import PeftConfig; assert type(PeftConfig.from_pretrained({path!r})).__name__ == 'MoLoraConfig'"
 ORDERS = {
-    "molora-then-peft": "import molora; import peft; " + REGISTERED,
     "peft-then-molora": "import peft; import molora; " + REGISTERED,
     "molora-then-a-name-of-peft": "import molora; " + REGISTERED,
 }
