@@ -15,6 +15,7 @@ from molora.config.load import Recipe, load_section, read_text
 from molora.config.run import RunConfig
 from molora.config.section import ExpertName, Section, TaskName, refuse
 from molora.config.strict_yaml import parse
+from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
 
 
@@ -32,8 +33,23 @@ class NewExpert(Section):
     """The new expert: its name (None: the task's), its start, and whether older tasks see it."""
 
     name: ExpertName | None = None
-    init: str = Field(default="new", pattern=r"^(new|mean|copy:.+)$")
+    init: str = "new"
     isolate: bool = False
+
+    @field_validator("init")
+    @classmethod
+    def _check_init(cls, value: str) -> str:
+        if value not in ("new", "mean") and not (value.startswith("copy:") and value != "copy:"):
+            starts = ("new", "mean", "copy:<expert>")
+            refuse(
+                [
+                    (
+                        (),
+                        f"{value!r} is not a start.{did_you_mean(value, starts)} Allowed: {', '.join(starts)}.",
+                    )
+                ]
+            )
+        return value
 
 
 class GrowConfig(Section):
