@@ -1,6 +1,7 @@
 """Pictures are real PNG files with something drawn on them, and refuse to draw nothing."""
 
 import math
+import subprocess
 import sys
 
 import pytest
@@ -79,5 +80,11 @@ def test_bars_of_losses_only_are_refused(report, tmp_path):
         plot_scores(report, tmp_path / "scores.png")
 
 
-def test_drawing_leaves_pyplot_alone():
-    assert "matplotlib.pyplot" not in sys.modules
+def test_drawing_leaves_pyplot_alone(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from molora.report.plots import plot_heatmap;"
+        "from molora.evaluation.routing import Matrix;"
+        "plot_heatmap(Matrix(['a'], ['b'], [[1.0]]), Path(sys.argv[1]), title='t', xlabel='x', ylabel='y');"
+        "sys.exit('matplotlib.pyplot' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code, str(tmp_path / "x.png")]).returncode == 0
