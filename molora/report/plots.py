@@ -45,7 +45,7 @@ def plot_loss(metrics_csv: Path, out: Path, columns: Sequence[str]) -> Path:
     figure, axes = _figure(7.0, 4.0)
     for colour, (name, points) in zip(_colours(), curves.items(), strict=False):
         steps, values = zip(*points, strict=True)
-        noisy = len(points) > 20
+        noisy = len(points) > 100  # fewer points are shown as they are: smoothing would lag behind them
         axes.plot(steps, values, color=colour, alpha=0.3 if noisy else 1.0, label=None if noisy else name,
                   marker="o" if len(points) < 10 else None)  # fmt: skip
         if noisy:

@@ -78,7 +78,8 @@ def compare(stored: dict[str, Any] | None, actual: dict[str, Any]) -> None:
         raise AdapterError(
             "the adapter was trained on another base model:\n"
             f"  expected {describe(stored)}\n  found    {describe(actual)}\n  " + "\n  ".join(differences),
-            hint="load the base it was trained on, or pass allow_other_base=True if the difference is meant.",
+            hint="load the base it was trained on, or pass allow_other_base=True if the difference is meant"
+            " (to train anew with an adapter's config: config.base_fingerprint = None).",
         )
 
 

@@ -167,6 +167,8 @@ def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) ->
         return None
     run = Run.find(Path(config.output) / config.name if resume is True else resume)
     changed = differences(run.config.model_dump(mode="json"), config.model_dump(mode="json"))
+    if list(run.config.data.tasks) != list(config.data.tasks):  # ids and the data's order follow the recipe's
+        changed.append("data.tasks")
     changed = [path for path in changed if not path.startswith(FREE_ON_RESUME)]
     if changed:
         raise ConfigError(

@@ -41,6 +41,8 @@ class MoLoraModel(BaseTuner):
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
         config: MoLoraConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_targets(config, model)
+        if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
+            compare(config.base_fingerprint, base_fingerprint(model))
         existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
         self.context = existing[0].context if existing else RoutingContext()
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)

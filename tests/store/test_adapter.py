@@ -313,3 +313,16 @@ def test_only_bases_without_adapters_and_only_our_models(saved):
     model.load_adapter(saved, "second")
     model.set_adapter("second")
     assert torch.equal(logits(model, "llama"), logits(molora_model("llama"), "llama"))
+
+
+def test_transformers_own_loader_refuses_another_base(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    base_model("llama").save_pretrained(tmp_path / "base")
+    model = molora_model("llama")
+    model.base_model.model.name_or_path = str(tmp_path / "base")
+    molora.save(model, tmp_path / "adapter")
+    other = base_model("llama", seed=5)
+    with pytest.raises(AdapterError, match="another base"):
+        other.load_adapter(str(tmp_path / "adapter"))
+    AutoModelForCausalLM.from_pretrained(tmp_path / "base").load_adapter(str(tmp_path / "adapter"))
