@@ -49,6 +49,8 @@ def __getattr__(name: str) -> Any:
         value = getattr(importlib.import_module(_PUBLIC[name]), name)
         globals()[name] = value
         return value
+    if name == "hf":  # molora.hf.MoLoraTrainerMixin, without an import of its own
+        return importlib.import_module("molora.hf")
     raise AttributeError(f"module 'molora' has no attribute {name!r}")
 
 
