@@ -44,6 +44,10 @@ class TaskIds:
     single: int | None
     has_base: bool = True  # whether some id may be -1 (unknown while compiling)
 
+    def without_shortcut(self) -> TaskIds:
+        """The same ids, those for the base only routed like any others, with weight zero."""
+        return replace(self, single=None) if self.single == BASE_ONLY else self
+
     def expand(self, lead: torch.Size) -> Tensor:
         """Ids of every token for an input of shape (*lead, d): (tokens,) int64.
 

@@ -148,3 +148,16 @@ def test_two_adapters_route_by_their_own_tasks(batch):
     with molora.routing(model, experts=["expert_0"]):
         first = model(**batch).logits
     assert_close(model(**batch, routing_task_ids="alpha").logits, first, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_training_on_a_base_only_batch_gives_every_parameter_a_zero_gradient(gate, batch):
+    model = molora_model("llama", gate, plain_targets=["o_proj"]).train()
+    with model.disable_adapter():
+        expected = model(**batch).logits
+    out = model(**batch, routing_task_ids=torch.tensor([-1, -1, -1]))
+    assert torch.equal(out.logits, expected)
+    out.loss.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None and not parameter.grad.any(), name

@@ -45,6 +45,8 @@ class RootHooks:
             state = outer.fork(recompute=False)
         state.owner, state.outer, state.masks = module, outer, _masks(module, args, kwargs)
         learns = module.training and torch.is_grad_enabled()
+        if learns:  # a batch for the base only still gives every expert a gradient (zero): DDP waits for it
+            state.tasks = {name: ids.without_shortcut() for name, ids in state.tasks.items()}
         state.recording = bool(context.recorders) or (
             learns and any(context.adapters[a].aux_losses for a in context.active)
         )
