@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, cast
 
@@ -123,7 +124,7 @@ def require_finite(module: nn.Module, step: int) -> None:
             )
 
 
-class StepCallback(Callback):
+class StepCallback(Callback, ABC):
     """A callback with one hook, called once per optimiser step whatever the accumulation."""
 
     _step = -1
@@ -136,9 +137,9 @@ class StepCallback(Callback):
             self._step = trainer.global_step
             self.on_step(trainer, module, self._step)
 
+    @abstractmethod
     def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         """Called after optimiser step number `step` (1 = the first)."""
-        raise NotImplementedError
 
 
 class Checkpoints(StepCallback):
