@@ -88,11 +88,12 @@ class RoutingState:
     )
     outer: RoutingState | None = None  # the state to return to
     recording: bool = False
-    shared: tuple[Any, Tensor, Any] | None = None  # the last gate, its input and its routing
+    shared: dict[str, Any] = field(default_factory=dict)  # adapter -> what its last input group computed
+    routings: dict[str, Any] = field(default_factory=dict)  # of gates that read nothing, by adapter and gate
 
     def fork(self, *, recompute: bool) -> RoutingState:
-        """The same facts for a checkpointed region, without the routing shared outside it."""
-        return replace(self, shared=None, recording=self.recording and not recompute)
+        """The same facts for a checkpointed region, without what is shared outside it."""
+        return replace(self, shared={}, routings={}, recording=self.recording and not recompute)
 
     def mask(self, stream: str, lead: torch.Size) -> Tensor | None:
         """True for tokens that count, (tokens,), or None where the sequence has no mask that fits."""

@@ -137,14 +137,8 @@ def _pad(values: Tensor, size: int) -> Tensor:
 def _full(routing: Any, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,)."""
     weights = routing.weights.detach().float()
-    chosen = (weights > 0).float()
-    selected = (
-        routing.selected.float()
-        if routing.selected is not None
-        else chosen / chosen.sum(-1, keepdim=True).clamp(min=1)
-    )
-    probs = routing.probs.float() if routing.probs is not None else weights
-    entropy = torch.special.entr(probs).sum(-1)
+    selected = routing.selected.float()
+    entropy = torch.special.entr(routing.probs.float()).sum(-1)
     if routing.experts is not None:
         columns = torch.tensor(routing.experts, device=weights.device)
         weights, selected = (

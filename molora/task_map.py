@@ -26,6 +26,7 @@ class TaskMap:
     weights: dict[str, dict[str, float]]
     isolated: frozenset[str] = frozenset()
     _cache: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _visible: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, task: TaskRef) -> int:
         """The id of a task given by name or id; None and -1 mean base only.
@@ -90,13 +91,15 @@ class TaskMap:
         return value
 
     def visible(self, task_id: int, *, own_only: bool) -> tuple[int, ...]:
-        """Experts a learned gate may use for a task: its own set, or all but those isolated from it."""
-        own = self.experts_of(task_id)
-        return tuple(
-            index
-            for index, expert in enumerate(self.experts)
-            if index in own or not (own_only or expert in self.isolated)
-        )
+        """Experts a gate may use for a task: its own set, or all but those isolated from it."""
+        if (task_id, own_only) not in self._visible:
+            own = self.experts_of(task_id)
+            self._visible[task_id, own_only] = tuple(
+                index
+                for index, expert in enumerate(self.experts)
+                if index in own or not (own_only or expert in self.isolated)
+            )
+        return self._visible[task_id, own_only]
 
     def visible_table(self, device: torch.device, *, own_only: bool) -> Tensor:
         """`visible` of every task as a boolean matrix (task id, expert)."""

@@ -14,7 +14,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.experts.kernel import expand
+from molora.experts.kernel import expand, shrink
 
 
 class Expert(NamedTuple):
@@ -47,7 +47,8 @@ class ExpertBank(nn.Module):
 
     def __init__(self, experts: Sequence[Expert], frozen: Sequence[bool], dropout: float = 0.0) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.dropout_p = dropout
+        self.dropout = nn.Dropout(dropout)
         self.assign(experts, frozen)
 
     def assign(self, experts: Sequence[Expert], frozen: Sequence[bool]) -> None:
@@ -117,30 +118,38 @@ class ExpertBank(nn.Module):
             experts: indices the columns of `weights` stand for; None = all of them. Only these are
                 computed, so other experts cannot change the result.
         """
-        A, B, order = self._stacks(experts)
-        flat = self.dropout(x).reshape(-1, x.shape[-1])
-        h = F.linear(flat, A.to(flat.dtype))  # cast the parameters, never x
-        return expand(y, h, weights, self._expansion(order, experts, x), B)
+        h, _ = shrink(self.dropout(x), self.stacks("A", experts))
+        return expand(y, h, weights, self.expansion(experts, x), self.stacks("B", experts))
 
-    def _stacks(self, experts: tuple[int, ...] | None) -> tuple[Tensor, Tensor, tuple[int, ...]]:
-        """`A` (rank, d_in) and `B` (rank, d_out) of the experts in use, and their order in the stack."""
+    def stacks(self, factor: str, experts: tuple[int, ...] | None = None) -> list[Tensor]:
+        """`A` (rank, d_in) or `B` (rank, d_out) of the experts in use, as views, in the kernel's order."""
         if experts is None:
-            A: list[Tensor] = [p for p in (self.frozen_A, self.lora_A) if p is not None]
-            B: list[Tensor] = [p for p in (self.frozen_B, self.lora_B) if p is not None]
-            order = self.frozen + self.trainable
-            A_stack, B_stack = (A[0], B[0]) if len(A) == 1 else (torch.cat(A), torch.cat(B))
-            return A_stack.flatten(0, 1), B_stack.flatten(0, 1), order
+            parts = (getattr(self, f"frozen_{factor}"), getattr(self, f"lora_{factor}"))
+            return [part.flatten(0, 1) for part in parts if part is not None]
         chosen = [self.expert(i) for i in experts]
-        return torch.cat([e.A for e in chosen]), torch.cat([e.B.t() for e in chosen]), experts
+        return [e.A if factor == "A" else e.B.t() for e in chosen]
 
-    def _expansion(self, order: tuple[int, ...], experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
-        """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stack.
+    def stamp(self) -> list[tuple[int, int]]:
+        """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
+        return [
+            (p.data_ptr(), 0 if p.is_inference() else p._version)
+            for p in self._parameters.values()
+            if p is not None
+        ]
+
+    def width(self, experts: tuple[int, ...] | None = None) -> int:
+        """Columns of h that belong to the experts in use."""
+        return self.num_experts * max(self.ranks) if experts is None else sum(self.ranks[i] for i in experts)
+
+    def expansion(self, experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
+        """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stacks.
 
         Built here, not a buffer: a buffer would be rounded by `model.to(bfloat16)` and lost on meta.
         """
-        key = (order, experts, x.device, x.dtype == torch.float64)
+        key = (experts, x.device, x.dtype == torch.float64)
         if key in self._expansions:
             return self._expansions[key]
+        order = self.frozen + self.trainable if experts is None else experts
         rows = experts if experts is not None else tuple(range(self.num_experts))
         widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
         columns = [[0.0] * len(rows) for _ in range(sum(widths))]

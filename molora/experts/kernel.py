@@ -1,7 +1,14 @@
-"""The one hot path: y += (x Aᵀ ∘ g P) B for all experts at once, in place, keeping only h and g."""
+"""The one hot path: h = x Aᵀ and the router logits in one pass over x, then y += (h ∘ g P) B in place.
+
+A mixture is one wide LoRA whose rank space is scaled by the gate: every select, task id and static weight
+differs only in how the gate's weights come about. Two small autograd Functions keep x, h and the weights, and
+nothing else; parameters are cast to the dtype of the layer, x never is. See eval/bench for what it costs.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -9,82 +16,157 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def expand(y: Tensor, h: Tensor, weights: Tensor, expansion: Tensor, B: Tensor) -> Tensor:
+def shrink(x: Tensor, factors: Sequence[Tensor], rows: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
+    """`A x` of everything that reads x, side by side, and the router logits of x.
+
+    Args:
+        x: (..., d_in).
+        factors: `A` (rank, d_in) of each, in the order of h's columns.
+        rows: gate rows (expert, d_in), in the order of the logits' columns; each is multiplied on its own, so
+            the logits of one never depend, not in the last bit, on how many others there are.
+
+    Returns:
+        h: (tokens, rank) in the dtype in which a linear layer would compute x here (autocast's, or x's).
+        logits: (tokens, expert) in float32 (float64 for float64 x), whatever the autocast dtype; None
+            without rows. Only their gradient goes back in h's dtype.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    dtype = linear_dtype(x)
+    if torch.is_grad_enabled():
+        return _Shrink.apply(flat, dtype, len(factors), *factors, *rows)
+    with _as_written(x):
+        return F.linear(flat.to(dtype), joined(factors, dtype)), _logits(flat, rows) if rows else None
+
+
+def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    """The router logits of `shrink` alone: (tokens, expert)."""
+    flat = x.reshape(-1, x.shape[-1])
+    if torch.is_grad_enabled():
+        return _Shrink.apply(flat, linear_dtype(x), 0, *rows)[1]
+    with _as_written(x):
+        return _logits(flat, rows)
+
+
+def expand(
+    y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor | None, B: Sequence[Tensor]
+) -> Tensor:
     """Add the experts' outputs to y: `y + (h ∘ (weights · expansion)) B`.
 
     Args:
         y: (..., d_out) the base layer's output; overwritten where that is safe.
         h: (tokens, rank) all experts' `A x`, side by side.
-        weights: (tokens, expert) or (1, expert) gate weights.
+        weights: (tokens, expert) or (1, expert) gate weights; None where h is weighted already.
         expansion: (expert, rank) each expert's scaling on its own columns, so that differing ranks
-            and scalings cost nothing.
-        B: (rank, d_out) all experts' `B`, stacked.
+            and scalings cost nothing; None with the weights.
+        B: stacks (rank, d_out) in the order of h's columns.
     """
-    if y.dtype != h.dtype or not y.is_contiguous() or torch.compiler.is_compiling():
-        # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
-        # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
-        with torch.autocast(y.device.type, enabled=False):
-            delta = (h * (weights @ expansion.to(weights.dtype)).to(h.dtype)) @ B.to(h.dtype)
-        return y + delta.to(y.dtype).reshape(y.shape)
-    if not torch.is_grad_enabled():
-        with torch.autocast(y.device.type, enabled=False):
-            scaled = h * (weights @ expansion.to(weights.dtype)).to(h.dtype)
-            y.view(-1, y.shape[-1]).addmm_(scaled, B.to(y.dtype))
-        return y
-    return _Expand.apply(y, h, weights, expansion.to(weights.dtype), B)
+    # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
+    # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
+    in_place = y.dtype == h.dtype and y.is_contiguous() and not torch.compiler.is_compiling()
+    if in_place and weights is not None and expansion is not None and torch.is_grad_enabled():
+        return _Expand.apply(y, h, weights, expansion, *B)
+    with _as_written(y):
+        scaled = h if weights is None or expansion is None else h * _factor(weights, expansion, h.dtype)
+        stack = joined(B, h.dtype)
+        if in_place and not torch.is_grad_enabled():
+            y.view(-1, y.shape[-1]).addmm_(scaled, stack)
+            return y
+        return y + (scaled @ stack).to(y.dtype).reshape(y.shape)
+
+
+def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stacks below each other in `dtype`; a view where there is but one of that dtype."""
+    return stacks[0].to(dtype) if len(stacks) == 1 else torch.cat([stack.to(dtype) for stack in stacks])
+
+
+def linear_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a linear layer computes x here: autocast's, or x's own."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
+
+
+def _as_written(x: Tensor) -> AbstractContextManager[Any]:
+    """Every dtype as the code says. Entering a context costs microseconds: none where there is no autocast."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+
+def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    exact = x.to(torch.promote_types(x.dtype, torch.float32))
+    parts = [F.linear(exact, block.to(exact.dtype)) for block in rows]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+def _factor(weights: Tensor, expansion: Tensor, dtype: torch.dtype) -> Tensor:
+    """Each column's factor in rank space, (tokens, rank); the product is taken in the gate's float32."""
+    return (weights @ expansion.to(weights.dtype)).to(dtype)
+
+
+def _stack_gradients(columns: Tensor, inputs: Tensor, stacks: Sequence[Tensor], needed: Any) -> list[Any]:
+    """Gradients `columnsᵀ inputs` of stacks that lie below each other: one GEMM, or only those needed."""
+    sizes = [len(stack) for stack in stacks]
+    if all(needed):
+        parts: Any = (columns.t() @ inputs).split(sizes)
+    else:
+        split = columns.split(sizes, dim=1)
+        parts = [part.t() @ inputs if need else None for part, need in zip(split, needed, strict=True)]
+    return [None if g is None else g.to(stack.dtype) for g, stack in zip(parts, stacks, strict=True)]
+
+
+class _Shrink(torch.autograd.Function):
+    """`shrink` keeping x alone; dx of all factors and gates in one GEMM, and all their gradients in another."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, dtype: torch.dtype, factors: int, *weights: Tensor) -> Any:
+        with _as_written(x):
+            flat = x.to(dtype)
+            h = F.linear(flat, joined(weights[:factors], dtype)) if factors else None
+            logits = _logits(x, weights[factors:]) if factors < len(weights) else None
+        ctx.save_for_backward(flat, *weights)
+        ctx.x_dtype = x.dtype
+        return h, logits
+
+    @staticmethod
+    def backward(ctx: Any, dh: Tensor | None, dlogits: Tensor | None) -> Any:
+        x, *weights = ctx.saved_tensors
+        need_x, _, _, *needed = ctx.needs_input_grad
+        with _as_written(x):
+            parts = [part.to(x.dtype) for part in (dh, dlogits) if part is not None]
+            columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+            dx = (columns @ joined(weights, x.dtype)).to(ctx.x_dtype) if need_x else None
+            gradients = _stack_gradients(columns, x, weights, needed)
+        return dx, None, None, *gradients
 
 
 class _Expand(torch.autograd.Function):
     """`expand` with a hand-written backward: plain autograd would keep three (tokens, rank) tensors."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, h: Tensor, weights: Tensor, expansion: Tensor, B: Tensor) -> Tensor:
-        with torch.autocast(y.device.type, enabled=False):
-            scaled = h * (weights @ expansion).to(h.dtype)
-            y.view(-1, y.shape[-1]).addmm_(scaled, B.to(y.dtype))
+    def forward(ctx: Any, y: Tensor, h: Tensor, weights: Tensor, expansion: Tensor, *B: Tensor) -> Tensor:
+        with _as_written(y):
+            scaled = h * _factor(weights, expansion, h.dtype)
+            y.view(-1, y.shape[-1]).addmm_(scaled, joined(B, h.dtype))
         ctx.mark_dirty(y)
-        ctx.save_for_backward(h, weights, expansion, B)
+        ctx.save_for_backward(h, weights, expansion, *B)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        h, weights, expansion, B = ctx.saved_tensors
-        need_y, need_h, need_weights, _, need_B = ctx.needs_input_grad
-        dh = dweights = dB = None
-        with torch.autocast(dy.device.type, enabled=False):
+    def backward(ctx: Any, dy: Tensor) -> Any:
+        h, weights, expansion, *B = ctx.saved_tensors
+        need_y, need_h, need_weights, _, *needed = ctx.needs_input_grad
+        dh = dweights = None
+        with _as_written(dy):
             flat = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
-            factor = (weights @ expansion).to(h.dtype)
-            if need_B:
-                dB = ((h * factor).t() @ flat).to(B.dtype)
+            factor = _factor(weights, expansion, h.dtype)
+            gradients = _stack_gradients(h * factor, flat, B, needed) if any(needed) else [None] * len(B)
             if need_h or need_weights:
-                du = flat @ B.to(h.dtype).t()
+                du = flat @ joined(B, h.dtype).t()
                 if need_weights:
-                    dweights = (du * h).to(weights.dtype) @ expansion.t()
+                    dweights = (du * h).to(weights.dtype) @ expansion.to(weights.dtype).t()
                     if weights.shape[0] == 1:
                         dweights = dweights.sum(dim=0, keepdim=True)
                 if need_h:
                     dh = du.mul_(factor)
-        return (dy if need_y else None), dh, dweights, None, dB
-
-
-class Float32Linear(torch.autograd.Function):
-    """`x.float() @ W.float()ᵀ` that saves x in its own dtype: router logits in float32 at no memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        compute = torch.promote_types(x.dtype, torch.float32)
-        with torch.autocast(x.device.type, enabled=False):
-            return F.linear(x.to(compute), weight.to(compute))
-
-    @staticmethod
-    def backward(ctx: Any, dlogits: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        need_x, need_weight = ctx.needs_input_grad
-        dx = dweight = None
-        with torch.autocast(dlogits.device.type, enabled=False):
-            if need_x:
-                dx = (dlogits @ weight.to(dlogits.dtype)).to(x.dtype)
-            if need_weight:
-                dweight = (dlogits.t() @ x.to(dlogits.dtype)).to(weight.dtype)
-        return dx, dweight
+        return (dy if need_y else None), dh, dweights, None, *gradients

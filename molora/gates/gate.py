@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.gates.scores import GateRows
-from molora.gates.selection import renormalise_sum, select_top_k
+from molora.gates.selection import top_k_weights
 
 
 @dataclass
@@ -19,8 +19,21 @@ class Routing:
     weights: Tensor  # (tokens, expert) or (1, expert): what the experts' outputs are multiplied by
     experts: tuple[int, ...] | None = None
     logits: Tensor | None = None  # (tokens, expert) float32; None where nothing is learned
-    probs: Tensor | None = None  # (tokens, expert) before selection
-    selected: Tensor | None = None  # (tokens, expert) share of the token's slots; rows sum to 1
+    scores: Tensor | None = None  # (tokens, expert) what the softmax is taken of; -inf where forbidden
+    dense: bool = False  # every expert is selected, its weight is its probability
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities (tokens, expert) before selection; computed when asked for, as losses and statistics do."""
+        return self.weights if self.dense or self.scores is None else self.scores.softmax(dim=-1)
+
+    @property
+    def selected(self) -> Tensor:
+        """Share (tokens, expert) of the token's slots given to each expert; rows sum to 1, no gradient."""
+        if self.dense:
+            return self.weights.detach()
+        chosen = (self.weights.detach() != 0).to(self.weights.dtype)
+        return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
 class GateSettings(Protocol):
@@ -48,38 +61,37 @@ class Gate(nn.Module):
         self.rows = rows
 
     def forward(
-        self, x: Tensor, *, experts: tuple[int, ...] | None = None, allowed: Tensor | None = None
+        self,
+        x: Tensor,
+        *,
+        logits: Tensor | None = None,
+        experts: tuple[int, ...] | None = None,
+        allowed: Tensor | None = None,
     ) -> Routing:
         """Route x.
 
         Args:
             x: (tokens, d_in).
+            logits: (tokens, expert) router logits of x, where they are known already.
             experts: restrict the gate to these expert indices for every token, renormalised over them.
             allowed: (tokens, expert) bool, the same per token; rows must allow at least one expert.
         """
         settings = self.settings
-        logits = self.rows.table() if settings.scope == "constant" else self.rows.logits(x)
-        if experts is not None:
+        if settings.scope == "constant":
+            logits = self.rows.table()
+        elif logits is None:
+            logits = self.rows.logits(x)
+        if experts is not None and len(experts) < logits.shape[-1]:
             logits = logits[:, list(experts)]
-        with torch.autocast(x.device.type, enabled=False):
-            if settings.noise == "gaussian" and self.training:
-                logits = logits + torch.randn_like(logits) * settings.noise_std
-            scores = logits / settings.temperature
-            if allowed is not None:
-                scores = scores.masked_fill(~allowed, float("-inf"))
-            probs = scores.softmax(dim=-1)
-            weights, selected = self._select(probs)
-        return Routing(weights, experts, logits, probs, selected)
-
-    def _select(self, probs: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights and slot shares, each (tokens, expert)."""
-        if self.settings.select == "dense":
-            return probs, probs
-        chosen = select_top_k(probs, self.settings.top_k)
-        weights = probs * chosen
-        if self.settings.renorm == "sum":
-            weights = renormalise_sum(weights)
-        return weights, chosen / chosen.sum(dim=-1, keepdim=True)
+        if settings.noise == "gaussian" and self.training:
+            logits = logits + torch.randn_like(logits) * settings.noise_std
+        scores = logits if settings.temperature == 1.0 else logits / settings.temperature
+        if allowed is not None:
+            scores = scores.masked_fill(~allowed, float("-inf"))
+        if settings.select == "dense":
+            return Routing(scores.softmax(dim=-1), experts, logits, scores, dense=True)
+        weights = top_k_weights(scores, settings.top_k, settings.renorm)
+        return Routing(weights, experts, logits, scores)
 
     def static_weights(self) -> Tensor:
         """Weights (expert,) of a gate that reads nothing."""

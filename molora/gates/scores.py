@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.experts.kernel import Float32Linear
+from molora.experts.kernel import scores
 
 
 class GateRows(nn.Module):
@@ -38,6 +38,10 @@ class GateRows(nn.Module):
         """The Parameters, in block order."""
         return [getattr(self, f"block_{i}") for i in range(len(self.order))]
 
+    @property
+    def num_experts(self) -> int:
+        return sum(len(block) for block in self.order)
+
     def apply_freeze(self) -> None:
         """Frozen rows stay frozen, whatever marked the adapter as trainable."""
         for block, is_frozen in zip(self.blocks, self.frozen_blocks, strict=True):
@@ -51,9 +55,11 @@ class GateRows(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """Linear scores in float32 (float64 for float64 x): (tokens, d_in) -> (tokens, expert)."""
-        return self._in_order(
-            torch.cat([Float32Linear.apply(x, block) for block in self.blocks], dim=-1), dim=-1
-        )
+        return self.in_order(scores(x, self.blocks))
+
+    def in_order(self, logits: Tensor) -> Tensor:
+        """Scores (tokens, expert) in expert order from those of the blocks, side by side."""
+        return self._in_order(logits, dim=-1)
 
     def table(self) -> Tensor:
         """Scores that read nothing: (1, expert) in float32 or better."""

@@ -1,4 +1,4 @@
-"""Select and renormalise: from gate probabilities to expert weights."""
+"""Select and renormalise: from gate scores to expert weights."""
 
 from __future__ import annotations
 
@@ -6,12 +6,19 @@ import torch
 from torch import Tensor
 
 
-def select_top_k(probs: Tensor, k: int) -> Tensor:
-    """Mask (tokens, expert) of the k largest probabilities of each token."""
-    indices = probs.topk(min(k, probs.shape[-1]), dim=-1).indices
-    return torch.zeros_like(probs).scatter_(-1, indices, 1.0)
+def top_k_weights(scores: Tensor, k: int, renorm: str | None) -> Tensor:
+    """Weights (tokens, expert) that are zero outside each token's k best experts.
 
-
-def renormalise_sum(weights: Tensor) -> Tensor:
-    """Divide each token's weights by their sum."""
-    return weights / weights.sum(dim=-1, keepdim=True)
+    Args:
+        scores: (tokens, expert); -inf forbids an expert.
+        k: experts per token, at most as many as there are.
+        renorm: "sum" divides the kept softmax probabilities by their sum, which is the softmax over the kept
+            scores alone; otherwise the kept probabilities stay as they are.
+    """
+    k = min(k, scores.shape[-1])
+    if renorm == "sum":
+        best, indices = scores.topk(k, dim=-1)
+        values = best.softmax(dim=-1)
+    else:
+        values, indices = scores.softmax(dim=-1).topk(k, dim=-1)
+    return torch.zeros_like(scores).scatter_(-1, indices, values)

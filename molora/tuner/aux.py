@@ -10,7 +10,8 @@ from torch import Tensor
 from molora import losses
 from molora.experts.bank import ExpertBank
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import GateRecord, MoLoraLayer
+from molora.tuner.inputs import GateRecord
+from molora.tuner.layer import MoLoraLayer
 
 
 def aux_losses_of(
@@ -20,7 +21,7 @@ def aux_losses_of(
     values: dict[str, list[Tensor]] = {name: [] for name in config.aux_losses}
     for record in records:
         routing = record.routing
-        if routing.logits is None or routing.probs is None or routing.selected is None:
+        if routing.logits is None:
             continue
         mask = record.mask if record.mask is not None and len(record.mask) == len(routing.logits) else None
         with torch.autocast(routing.logits.device.type, enabled=False):

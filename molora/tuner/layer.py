@@ -11,12 +11,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.context import RoutingContext, RoutingState, base_only
+from molora.context import RoutingContext
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
-from molora.gates.gate import Gate, Routing
-from molora.gates.route import route
+from molora.experts.kernel import expand
+from molora.gates.gate import Gate
 from molora.task_map import BASE_ONLY
+from molora.tuner.inputs import GateRecord, InputGroup, project
 
 
 @dataclass
@@ -27,17 +28,8 @@ class Site:
     stream: str  # whose padding mask fits: "encoder" | "decoder"
     plain: bool = False  # one ordinary LoRA, no gate
     reads_input: bool = True  # whether the gate's answer depends on x
-    group: list[MoLoraLayer] = field(default_factory=list)  # the leader, which owns the gate, comes first
-
-
-@dataclass
-class GateRecord:
-    """What one gate decided in one forward; kept only while losses or statistics need it."""
-
-    routing: Routing
-    tokens: int
-    mask: Tensor | None  # (tokens,) true where a token counts
-    task_ids: Tensor | None  # (tokens,)
+    group: list[MoLoraLayer] = field(default_factory=list)  # share one gate; the first, the leader, owns it
+    inputs: InputGroup = field(default_factory=InputGroup)  # the linears that read the same x
 
 
 class MoLoraLayer(BaseTunerLayer):
@@ -90,33 +82,18 @@ class MoLoraLayer(BaseTunerLayer):
         tasks = state.tasks.get(adapter)
         if tasks is not None and tasks.single == BASE_ONLY:
             return y
-        if self.sites[adapter].plain:
-            weights = self.context.adapters[adapter].task_map.row((1.0,), x)
-            experts = None
-        else:
-            routing = self._routing(adapter, x, state)
-            weights, experts = routing.weights, routing.experts
-        if tasks is not None and tasks.single is None and tasks.has_base:
-            weights = weights * base_only(tasks.expand(x.shape[:-1]).to(x.device))
-        return self.molora_experts[adapter](x, y, weights, experts)
+        key = self.sites[adapter].key
+        shared = state.shared.get(adapter)
+        if shared is None or shared.x is not x or key not in shared.h:
+            shared = state.shared[adapter] = project(self, adapter, x)
+        h = shared.h.pop(key)
+        if not shared.h:  # nobody else waits for it
+            del state.shared[adapter]
+        return expand(y, h, shared.weights[key], shared.expansions[key], shared.B[key])
 
-    def _routing(self, adapter: str, x: Tensor, state: RoutingState) -> Routing:
-        """This layer's routing; computed once for the linears of a group that get the very same x."""
-        site = self.sites[adapter]
-        leader = site.group[0]
-        if state.shared is not None and state.shared[0] is leader:
-            seen = state.shared[1]
-            if seen is x or (not site.reads_input and seen.shape[:-1] == x.shape[:-1]):
-                return state.shared[2]
-        tasks = state.tasks.get(adapter)
-        routing = route(x, self.gate_of(adapter), self.context.adapters[adapter].task_map, tasks, state)
-        if state.owner is not None and len(site.group) > 1:
-            state.shared = (leader, x, routing)
-        if state.recording and leader is self:
-            lead = x.shape[:-1]
-            ids = None if tasks is None else tasks.expand(lead)
-            self.records[adapter] = GateRecord(routing, lead.numel(), state.mask(site.stream, lead), ids)
-        return routing
+    def _forget_copies(self) -> None:
+        for site in self.sites.values():
+            site.inputs.operands.clear()
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -157,6 +134,14 @@ class Linear(nn.Module, MoLoraLayer):
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         super().__init__()
         MoLoraLayer.__init__(self, base_layer, context)
+
+    def train(self, mode: bool = True) -> Linear:
+        self._forget_copies()
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        self._forget_copies()
+        return super()._apply(*args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Base output plus the mixture of every active adapter; x (..., d_in) -> (..., d_out)."""

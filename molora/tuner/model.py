@@ -20,6 +20,7 @@ from molora.store.fingerprint import base_fingerprint, compare
 from molora.store.tensors import check_state_dict, digest
 from molora.tuner import hooks, lifecycle, specs
 from molora.tuner.config import MoLoraConfig
+from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
@@ -48,8 +49,9 @@ class MoLoraModel(BaseTuner):
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
         # Members of a group find their leader here while layers are created, in the model's own order.
         self._leaders: dict[str, MoLoraLayer] = {}
+        self._inputs: dict[str, InputGroup] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._leaders
+        del self._leaders, self._inputs
         self.context.forget_modules()
         hooks.install(model, self.context)
         self._keep_heads_frozen()
@@ -98,6 +100,10 @@ class MoLoraModel(BaseTuner):
     def _site(self, config: MoLoraConfig, adapter: str, key: str, layer: MoLoraLayer) -> Site:
         encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
         site = Site(key, stream_of(key, encoder_decoder), plain=matches(config.plain_targets, key))
+        readers = self._inputs.setdefault(group_key(key, "group"), site.inputs)
+        if not readers.layers or _features(readers.layers[0])[0] == _features(layer)[0]:
+            site.inputs = readers
+        site.inputs.layers.append(layer)
         if not site.plain:
             site.reads_input = config.gate.scope == "token"
             leader = self._leaders.setdefault(group_key(key, config.gate.share), layer)

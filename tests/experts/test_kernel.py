@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from molora.experts.bank import Expert, ExpertBank
-from molora.experts.kernel import Float32Linear, _Expand
+from molora.experts.kernel import _Expand, scores, shrink
 
 TOKENS, D_IN, D_OUT = 5, 6, 7
 
@@ -57,8 +57,47 @@ def test_gradients_pass_gradcheck():
 
     assert torch.autograd.gradcheck(add, (y, h, weights, B))
     assert torch.autograd.gradcheck(add, (y, h, weights[:1].detach().requires_grad_(True), B))
-    x, rows = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in ((5, 4), (3, 4)))
-    assert torch.autograd.gradcheck(Float32Linear.apply, (x, rows))
+    x, *stacks = (
+        torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        for shape in ((5, 4), (3, 4), (2, 4), (3, 4))
+    )
+    for frozen in (None, 0, 1, 2):
+        for i, stack in enumerate(stacks):
+            stack.requires_grad_(i != frozen)
+        assert torch.autograd.gradcheck(lambda x, *w: shrink(x, w[:2], w[2:]), (x, *stacks))
+    assert torch.autograd.gradcheck(lambda x, *w: scores(x, w), (x, *stacks))
+
+
+def test_logits_are_those_of_float32_whatever_the_dtype_and_the_neighbours():
+    x, rows = torch.randn(64, 128), [torch.randn(3, 128), torch.randn(2, 128)]
+    factors = [torch.randn(5, 128), torch.randn(7, 128)]
+    exact = torch.cat([x.bfloat16().float() @ block.t() for block in rows], dim=1)
+    for grad in (True, False):
+        with torch.set_grad_enabled(grad):
+            h, logits = shrink(x.bfloat16(), factors, rows)
+            assert h.dtype == torch.bfloat16 and logits.dtype == torch.float32
+            assert_close(logits, exact, atol=1e-5, rtol=1e-5)
+            assert torch.equal(logits[:, :3], scores(x.bfloat16(), rows[:1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        h, logits = shrink(x, factors, rows)
+    assert h.dtype == torch.bfloat16
+    assert_close(logits, torch.cat([x @ block.t() for block in rows], dim=1), atol=1e-5, rtol=1e-5)
+
+
+def test_saved_tensors_of_shrink_are_x_once_in_the_layer_dtype():
+    saved = []
+    x = torch.randn(64, 12)
+    factors = [torch.randn(5, 12, requires_grad=True), torch.randn(4, 12, requires_grad=True)]
+    rows = [torch.randn(3, 12, requires_grad=True)]
+    with (
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.append((t.shape, t.dtype)) or t, lambda t: t
+        ),
+        torch.autocast("cpu", torch.bfloat16),
+    ):
+        shrink(x, factors, rows)
+    parameters = [(stack.shape, torch.float32) for stack in (*factors, *rows)]
+    assert saved == [(x.shape, torch.bfloat16), *parameters]
 
 
 def test_padding_of_shorter_experts_never_gets_a_gradient():
