@@ -90,7 +90,7 @@ CUDA_SHAPES = {
 }
 QUICK_SHAPES = {
     "layer quick": Shape(Size(None, 64), BF16, seq=16),
-    "model quick": Shape(Size(2, 64, vocab=64), FP32, seq=16),
+    "model quick": Shape(Size(2, 64, vocab=64), BF16, seq=16),
     "autocast quick": Shape(Size(2, 64, vocab=64), BF16, seq=16, autocast=True),
 }
 
@@ -155,7 +155,7 @@ def step_of(name: str, shape: Shape, base: nn.Module, *, compiled: bool = False)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters and not shape.is_layer else None
     casts = shape.autocast or name == SHIPPED_AUTOCAST
-    forward = torch.compile(model) if compiled else model
+    forward = torch.compile(model, dynamic=False) if compiled else model
     upstream = torch.randn_like(embeddings) if shape.is_layer else None
 
     def autocast() -> AbstractContextManager[Any]:
@@ -180,33 +180,37 @@ def steps_of(
     names: Sequence[str], shape: Shape, *, device: str, compiled: bool
 ) -> tuple[dict[str, Callable[[], None]], list[str]]:
     """One step per case that fits into memory, and the names of those that do not."""
+    torch.compiler.reset()  # else graphs of earlier shapes count towards the limit, past which all is eager
     base = peers.frozen_base(shape.size, shape.dtype, device)
-    steps, skipped = {}, []
+    steps: dict[str, Callable[[], None]] = {}
     for name in names:
         try:
             step = step_of(name, shape, base, compiled=compiled)
             step()  # the optimiser's state is allocated here
             steps[name] = step
         except torch.OutOfMemoryError:
-            skipped.append(name)
-        if name in skipped:  # outside the handler, whose exception holds the activations
             step = None
+        if step is None:  # outside the handler, whose exception holds the activations
             gc.collect()
             torch.cuda.empty_cache()
-    return steps, skipped
+    return steps, [name for name in names if name not in steps]
 
 
 def run_shape(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
     """Measure one shape, print its table and bars."""
-    wanted = options.cases or [c for c in cases_of(shape) if c in COMPILED or not options.compile]
+    wanted = options.cases or (COMPILED if options.compile else cases_of(shape))
     names = [case for case in cases_of(shape) if case in wanted]
+    if not names:
+        raise SystemExit(f"none of {', '.join(wanted)} applies to {name}")
     steps, skipped = steps_of(names, shape, device=options.device, compiled=options.compile)
     times = common.interleaved(steps, rounds=options.rounds, device=options.device)
     rows = common.ratios(times, OVER)
-    print(f"\n{name}, {shape.samples} x {shape.seq} tokens\n{common.table(rows)}")
+    print(
+        f"\n{name}{' compiled' * options.compile}, {shape.samples} x {shape.seq} tokens\n{common.table(rows)}"
+    )
     for case in skipped:
         print(f"{case}: not enough memory")
-    bars = judge(name.removesuffix(" compiled"), times, amx=common.environment()["amx"])
+    bars = {} if options.compile else judge(name, times, amx=common.environment()["amx"])
     for bar, (value, met) in bars.items():
         print(f"{'met' if met else 'MISSED'}: {bar}: {value}")
     return {
