@@ -47,9 +47,7 @@ def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
         return _logits(flat, rows)
 
 
-def expand(
-    y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor | None, B: Sequence[Tensor]
-) -> Tensor:
+def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: Sequence[Tensor]) -> Tensor:
     """Add the experts' outputs to y: `y + (h ∘ (weights · expansion)) B`.
 
     Args:
@@ -57,16 +55,16 @@ def expand(
         h: (tokens, rank) all experts' `A x`, side by side.
         weights: (tokens, expert) or (1, expert) gate weights; None where h is weighted already.
         expansion: (expert, rank) each expert's scaling on its own columns, so that differing ranks
-            and scalings cost nothing; None with the weights.
+            and scalings cost nothing.
         B: stacks (rank, d_out) in the order of h's columns.
     """
     # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
     # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
     in_place = y.dtype == h.dtype and y.is_contiguous() and not torch.compiler.is_compiling()
-    if in_place and weights is not None and expansion is not None and torch.is_grad_enabled():
+    if weights is not None and in_place and torch.is_grad_enabled():
         return _Expand.apply(y, h, weights, expansion, *B)
     with _as_written(y):
-        scaled = h if weights is None or expansion is None else h * _factor(weights, expansion, h.dtype)
+        scaled = h if weights is None else h * _factor(weights, expansion, h.dtype)
         stack = joined(B, h.dtype)
         if in_place and not torch.is_grad_enabled():
             y.view(-1, y.shape[-1]).addmm_(scaled, stack)

@@ -82,18 +82,18 @@ class MoLoraLayer(BaseTunerLayer):
         tasks = state.tasks.get(adapter)
         if tasks is not None and tasks.single == BASE_ONLY:
             return y
-        key = self.sites[adapter].key
-        shared = state.shared.get(adapter)
+        key, shared = self.sites[adapter].key, state.shared.get(adapter)
         if shared is None or shared.x is not x or key not in shared.h:
             shared = state.shared[adapter] = project(self, adapter, x)
         h = shared.h.pop(key)
         if not shared.h:  # nobody else waits for it
             del state.shared[adapter]
-        return expand(y, h, shared.weights[key], shared.expansions[key], shared.B[key])
+        operands, weights = shared.operands, None if shared.weights is None else shared.weights[key]
+        return expand(y, h, weights, operands.expansions[key], operands.B[key])
 
     def _forget_copies(self) -> None:
         for site in self.sites.values():
-            site.inputs.operands.clear()
+            site.inputs.plans.clear()
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ class Linear(nn.Module, MoLoraLayer):
         if self.merged:
             return y
         for adapter in self.active_adapters:
-            if adapter in self.molora_experts:
+            if adapter in self.sites:
                 y = self.add_experts(adapter, x, y)
         return y
 
