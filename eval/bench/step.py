@@ -251,7 +251,11 @@ def main() -> None:
     )
     parser.add_argument("--shapes", nargs="+", help="names of shapes; default: all of the device")
     parser.add_argument(
-        "--cases", nargs="+", choices=[*CASES, SHIPPED_AUTOCAST], help="default: all that apply"
+        "--cases",
+        nargs="+",
+        choices=[*CASES, SHIPPED_AUTOCAST],
+        metavar="CASE",
+        help="default: all that apply",
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
