@@ -34,8 +34,7 @@ def shrink(x: Tensor, factors: Sequence[Tensor], rows: Sequence[Tensor] = ()) ->
     dtype = linear_dtype(x)
     if torch.is_grad_enabled():
         return _Shrink.apply(flat, dtype, len(factors), *factors, *rows)
-    with _as_written(x):
-        return F.linear(flat.to(dtype), joined(factors, dtype)), _logits(flat, rows) if rows else None
+    return F.linear(flat.to(dtype), joined(factors, dtype)), _logits(flat, rows) if rows else None
 
 
 def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
@@ -43,8 +42,7 @@ def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     if torch.is_grad_enabled():
         return _Shrink.apply(flat, linear_dtype(x), 0, *rows)[1]
-    with _as_written(x):
-        return _logits(flat, rows)
+    return _logits(flat, rows)
 
 
 def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: Sequence[Tensor]) -> Tensor:
@@ -61,20 +59,21 @@ def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: S
     # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
     # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
     in_place = y.dtype == h.dtype and y.is_contiguous() and not torch.compiler.is_compiling()
-    if weights is not None and in_place and torch.is_grad_enabled():
+    if in_place and weights is None:
+        y.view(-1, y.shape[-1]).addmm_(h, joined(B, h.dtype))
+        return y
+    if in_place and torch.is_grad_enabled():
         return _Expand.apply(y, h, weights, expansion, *B)
     with _as_written(y):
         scaled = h if weights is None else h * _factor(weights, expansion, h.dtype)
-        stack = joined(B, h.dtype)
-        if in_place and not torch.is_grad_enabled():
-            y.view(-1, y.shape[-1]).addmm_(scaled, stack)
-            return y
-        return y + (scaled @ stack).to(y.dtype).reshape(y.shape)
+        return y + (scaled @ joined(B, h.dtype)).to(y.dtype).reshape(y.shape)
 
 
 def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Stacks below each other in `dtype`; a view where there is but one of that dtype."""
-    return stacks[0].to(dtype) if len(stacks) == 1 else torch.cat([stack.to(dtype) for stack in stacks])
+    if len(stacks) == 1:
+        return stacks[0].to(dtype)
+    return torch.cat([stack.to(dtype) for stack in stacks])
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
@@ -92,8 +91,9 @@ def _as_written(x: Tensor) -> AbstractContextManager[Any]:
 
 
 def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
-    exact = x.to(torch.promote_types(x.dtype, torch.float32))
-    parts = [F.linear(exact, block.to(exact.dtype)) for block in rows]
+    exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    with _as_written(x):
+        parts = [F.linear(exact, block.to(exact.dtype)) for block in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

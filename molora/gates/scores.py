@@ -26,6 +26,9 @@ class GateRows(nn.Module):
     def assign(self, weight: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
         """Replace all rows; `weight` (expert, ...) is in expert order, `blocks` partition the experts."""
         self.order = tuple(tuple(block) for block in blocks)
+        flat = [i for block in self.order for i in block]
+        self.num_experts = len(flat)
+        self._sorted = flat == sorted(flat)
         self.frozen_blocks = tuple(all(frozen[i] for i in block) for block in self.order)
         for name in list(self._parameters):
             delattr(self, name)
@@ -36,11 +39,7 @@ class GateRows(nn.Module):
     @property
     def blocks(self) -> list[nn.Parameter]:
         """The Parameters, in block order."""
-        return [getattr(self, f"block_{i}") for i in range(len(self.order))]
-
-    @property
-    def num_experts(self) -> int:
-        return sum(len(block) for block in self.order)
+        return list(self._parameters.values())  # type: ignore[arg-type]
 
     def apply_freeze(self) -> None:
         """Frozen rows stay frozen, whatever marked the adapter as trainable."""
@@ -74,9 +73,9 @@ class GateRows(nn.Module):
             super().__setattr__(name, value)
 
     def _in_order(self, values: Tensor, dim: int) -> Tensor:
-        flat = [i for block in self.order for i in block]
-        if flat == sorted(flat):
+        if self._sorted:
             return values
+        flat = [i for block in self.order for i in block]
         return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:

@@ -124,6 +124,7 @@ def install(model: nn.Module, context: RoutingContext) -> None:
         ):
             root.register_forward_pre_hook(hooks.enter, with_kwargs=True)
             root.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True)
+    layers_of(context, model)  # now: a cache filled by the first forward would compile the model twice
 
 
 def uninstall(model: nn.Module) -> None:

@@ -14,6 +14,7 @@ from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink
 from molora.gates.gate import Gate, Routing
 from molora.gates.route import experts_in_use, route
+from molora.gates.scores import GateRows
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
@@ -50,7 +51,8 @@ class Plan:
     banks: list[ExpertBank]
     slots: list[str]  # per layer, whose weights it uses: the site that owns the gate
     leaders: dict[str, MoLoraLayer]  # by slot
-    readers: dict[str, Gate]  # by slot: gates that read the input
+    gates: dict[str, Gate | None]  # by slot
+    readers: dict[str, GateRows]  # by slot: rows of the gates that read the input
     kept: tuple[Any, Operands] | None = None  # the operands of the last forward without gradients
 
     @classmethod
@@ -63,8 +65,9 @@ class Plan:
             banks=[member.molora_experts[adapter] for member in members],
             slots=slots,
             leaders=leaders,
+            gates={slot: leader.gate_of(adapter) for slot, leader in leaders.items()},
             readers={
-                slot: leader.molora_gate[adapter]
+                slot: leader.molora_gate[adapter].rows
                 for slot, leader in leaders.items()
                 if leader.sites[adapter].reads_input
             },
@@ -179,8 +182,7 @@ def _shrink(
     plan: Plan, x: Tensor, A: Sequence[Tensor], *, forced: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the logits of each gate that reads x, by slot."""
-    readers = {} if forced else plan.readers
-    rows = [block for gate in readers.values() for block in gate.rows.blocks]
+    rows = [] if forced else [block for rows in plan.readers.values() for block in rows.blocks]
     bank = plan.banks[0]
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
@@ -189,9 +191,9 @@ def _shrink(
         h, logits = shrink(x, A, rows)
     if logits is None:
         return h, {}
-    sizes = [gate.rows.num_experts for gate in readers.values()]
+    sizes = [rows.num_experts for rows in plan.readers.values()]
     parts = (logits,) if len(sizes) == 1 else logits.split(sizes, dim=-1)
-    return h, {s: gate.rows.in_order(part) for (s, gate), part in zip(readers.items(), parts, strict=True)}
+    return h, {s: r.in_order(part) for (s, r), part in zip(plan.readers.items(), parts, strict=True)}
 
 
 def _weights(
@@ -211,7 +213,7 @@ def _weights(
             found[slot] = task_map.row((1.0,), x)
         elif slot not in found:
             leader = plan.leaders[slot]
-            routing = _routing(leader, adapter, x, experts, logits.get(slot))
+            routing = _routing(leader, plan.gates[slot], adapter, x, experts, logits.get(slot))
             found[slot] = routing.weights
             if state.recording and slot == key:
                 lead = x.shape[:-1]
@@ -226,6 +228,7 @@ def _weights(
 
 def _routing(
     leader: MoLoraLayer,
+    gate: Gate | None,
     adapter: str,
     x: Tensor,
     experts: tuple[int, ...] | None,
@@ -238,7 +241,7 @@ def _routing(
     key = f"{adapter} {site.key} {tuple(x.shape[:-1])}" if once else ""
     if once and key in state.routings:
         return state.routings[key]
-    routing = route(x, leader.gate_of(adapter), task_map, state.tasks.get(adapter), state, experts, logits)
+    routing = route(x, gate, task_map, state.tasks.get(adapter), state, experts, logits)
     if once:
         state.routings[key] = routing
     return routing

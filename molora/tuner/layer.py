@@ -84,12 +84,19 @@ class MoLoraLayer(BaseTunerLayer):
             return y
         key, shared = self.sites[adapter].key, state.shared.get(adapter)
         if shared is None or shared.x is not x or key not in shared.h:
-            shared = state.shared[adapter] = project(self, adapter, x)
-        h = shared.h.pop(key)
-        if not shared.h:  # nobody else waits for it
+            shared = project(self, adapter, x)
+            if len(shared.h) > 1:
+                state.shared[adapter] = shared
+        elif len(shared.h) == 1:  # nobody else waits for it
             del state.shared[adapter]
-        operands, weights = shared.operands, None if shared.weights is None else shared.weights[key]
-        return expand(y, h, weights, operands.expansions[key], operands.B[key])
+        operands, weights = shared.operands, shared.weights
+        return expand(
+            y,
+            shared.h.pop(key),
+            None if weights is None else weights[key],
+            operands.expansions[key],
+            operands.B[key],
+        )
 
     def _forget_copies(self) -> None:
         for site in self.sites.values():
