@@ -67,7 +67,7 @@ class TaskMap:
         """Weights (task id, expert) of every task, zero rows for ids that no task has."""
 
         def build() -> Tensor:
-            rows = [[0.0] * len(self.experts) for _ in range(max(self.ids.values(), default=-1) + 1)]
+            rows = [[0.0] * len(self.experts) for _ in range(max([-1, *self.ids.values()]) + 1)]
             for task_id in self.ids.values():
                 for expert, weight in self.experts_of(task_id).items():
                     rows[task_id][expert] = weight
@@ -92,20 +92,23 @@ class TaskMap:
 
     def visible(self, task_id: int, *, own_only: bool) -> tuple[int, ...]:
         """Experts a gate may use for a task: its own set, or all but those isolated from it."""
-        if (task_id, own_only) not in self._visible:
-            own = self.experts_of(task_id)
-            self._visible[task_id, own_only] = tuple(
-                index
-                for index, expert in enumerate(self.experts)
-                if index in own or not (own_only or expert in self.isolated)
-            )
-        return self._visible[task_id, own_only]
+        if (task_id, own_only) in self._visible:
+            return self._visible[task_id, own_only]
+        own = self.experts_of(task_id)
+        found = tuple(
+            index
+            for index, expert in enumerate(self.experts)
+            if index in own or not (own_only or expert in self.isolated)
+        )
+        if not torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
+            self._visible[task_id, own_only] = found
+        return found
 
     def visible_table(self, device: torch.device, *, own_only: bool) -> Tensor:
         """`visible` of every task as a boolean matrix (task id, expert)."""
 
         def build() -> Tensor:
-            rows = [[False] * len(self.experts) for _ in range(max(self.ids.values(), default=-1) + 1)]
+            rows = [[False] * len(self.experts) for _ in range(max([-1, *self.ids.values()]) + 1)]
             for task_id in self.ids.values():
                 for expert in self.visible(task_id, own_only=own_only):
                     rows[task_id][expert] = True

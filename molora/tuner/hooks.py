@@ -93,13 +93,7 @@ class RootHooks:
 
     def _wrap_checkpoints(self, root: nn.Module) -> None:
         context = self.context
-        if context.checkpointed is None:
-            context.checkpointed = [
-                m
-                for m in root.modules()
-                if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")
-            ]
-        for module in context.checkpointed:
+        for module in _checkpointing_modules(context, root):
             if not getattr(module, "gradient_checkpointing", True):
                 continue
             for name in _CHECKPOINT_ATTRIBUTES:
@@ -124,7 +118,7 @@ def install(model: nn.Module, context: RoutingContext) -> None:
         ):
             root.register_forward_pre_hook(hooks.enter, with_kwargs=True)
             root.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True)
-    layers_of(context, model)  # now: a cache filled by the first forward would compile the model twice
+    layers_of(context, model)  # now: a cache that the first forward fills would compile the model twice
 
 
 def uninstall(model: nn.Module) -> None:
@@ -148,6 +142,16 @@ def layers_of(context: RoutingContext, root: nn.Module) -> list[tuple[str, MoLor
     if context.layers:
         context.active = [a for a in context.layers[0][1].active_adapters if a in context.adapters]
     return context.layers
+
+
+def _checkpointing_modules(context: RoutingContext, root: nn.Module) -> list[nn.Module]:
+    """Modules that may hold a checkpoint function; wrappers may have come after the installation."""
+    if context.checkpointed is not None:
+        return context.checkpointed
+    found = [m for m in root.modules() if hasattr(m, "gradient_checkpointing") or hasattr(m, "checkpoint_fn")]
+    if not torch.compiler.is_compiling():
+        context.checkpointed = found
+    return found
 
 
 def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:

@@ -97,9 +97,12 @@ class InputGroup:
 
     def plan(self, layer: MoLoraLayer, adapter: str, *, alone: bool) -> Plan:
         """The plan of the whole group, or of one of its layers."""
+        members = [layer] if alone else self.layers
+        if torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
+            return Plan.of(members, adapter)
         name = layer.sites[adapter].key if alone else ""
         if name not in self.plans:
-            self.plans[name] = Plan.of([layer] if alone else self.layers, adapter)
+            self.plans[name] = Plan.of(members, adapter)
         return self.plans[name]
 
     def __getstate__(self) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.testing import assert_close
+from transformers import StaticCache
 
 import molora
 from tests.zoo import ARCHITECTURES, batch_for, gradients, molora_model
@@ -76,3 +77,34 @@ def test_context_routing_and_aux_losses_reach_a_compiled_model():
     with molora.routing(model, experts=["expert_1"]):
         assert_close(forced, model(**batch).logits, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(forced, expected[0], atol=1e-2)
+
+
+@pytest.mark.parametrize("gate", ["top2-group", "task-group"])
+def test_a_fresh_model_compiles_once(gate):
+    model = molora_model("gpt2", gate).train()
+    model.base_model.model.loss_type = "ForCausalLM"
+    backend = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(3):
+        step(compiled, "gpt2", ids_for(gate, 0, 1, 2))
+    assert backend.frame_count == 1
+
+
+@pytest.mark.parametrize("gate", ["top2-group", "task-group"])
+def test_decoding_with_a_static_cache_compiles_to_one_graph(gate):
+    model = molora_model("llama", gate)
+    ids = batch_for("llama", batch=2, seq=6)["input_ids"]
+    task = torch.tensor([1, 2]) if gate.startswith("task") else None
+    with torch.no_grad():
+        expected = model(input_ids=ids, routing_task_ids=task).logits
+    backend = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    cache = StaticCache(config=model.config, max_cache_len=8)
+    with torch.no_grad():
+        model(input_ids=ids[:, :2], past_key_values=cache, routing_task_ids=task)
+        for i in range(2, 6):
+            step_logits = compiled(
+                input_ids=ids[:, i : i + 1], past_key_values=cache, cache_position=torch.tensor([i]), routing_task_ids=task
+            ).logits  # fmt: skip
+            assert_close(step_logits[:, 0], expected[:, i], atol=1e-5, rtol=1e-5)
+    assert backend.frame_count == 1  # every step runs the same graph: what a CUDA graph needs
