@@ -155,33 +155,3 @@ def write(
     text = json.dumps({"benchmark": name, "environment": environment(device), **result}, indent=1)
     target.write_text(text + "\n")
     return target
-
-
-def llama(
-    layers: int,
-    width: int,
-    *,
-    ff: int | None = None,
-    heads: int = 8,
-    vocab: int = 1024,
-    dtype: Any = None,
-    seed: int = 0,
-) -> Any:
-    """A frozen Llama with random weights, built from a config: nothing is downloaded."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=ff or width * 8 // 3 // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads,
-        vocab_size=vocab,
-        max_position_embeddings=16384,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config).to(dtype or torch.float32).requires_grad_(False)

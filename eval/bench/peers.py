@@ -109,7 +109,7 @@ def peft_lora(rank: int) -> Builder:
     """PEFT's LoRA with adapters of the dtype asked for."""
 
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
-        return _ready(
+        return ready(
             get_peft_model(model, _lora_config(model, rank), autocast_adapter_dtype=False), adapter_dtype
         )
 
@@ -118,7 +118,7 @@ def peft_lora(rank: int) -> Builder:
 
 def peft_lora_as_shipped(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
     """PEFT's LoRA by its defaults: adapters in float32 whatever the base."""
-    return _ready(get_peft_model(model, _lora_config(model, RANK)), torch.float32)
+    return ready(get_peft_model(model, _lora_config(model, RANK)), torch.float32)
 
 
 def peft_xlora(*, experts: int = EXPERTS, rank: int = RANK, train_experts: bool) -> Builder:
@@ -129,7 +129,7 @@ def peft_xlora(*, experts: int = EXPERTS, rank: int = RANK, train_experts: bool)
         with tempfile.TemporaryDirectory() as folder:
             lora = get_peft_model(share(model), _lora_config(model, rank))
             paths = {str(i): str(Path(folder) / str(i)) for i in range(experts)}
-            for path in paths.values():  # random in `_ready`: here only the shapes matter
+            for path in paths.values():  # random in `ready`: here only the shapes matter
                 lora.save_pretrained(path, save_embedding_layers=False)
             config = XLoraConfig(
                 task_type="CAUSAL_LM",
@@ -154,7 +154,7 @@ def peft_poly(*, skills: int = EXPERTS, rank: int = RANK) -> Builder:
 
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
         config = PolyConfig(
-            r=rank, n_tasks=1, n_skills=skills, target_modules=_targets(model), task_type=_task_type(model)
+            r=rank, n_tasks=1, n_skills=skills, target_modules=targets(model), task_type=_task_type(model)
         )
         found = get_peft_model(model, config)
         if isinstance(model, OneLinear):  # PEFT's wrapper takes task ids to the tuner for known tasks only
@@ -165,7 +165,7 @@ def peft_poly(*, skills: int = EXPERTS, rank: int = RANK) -> Builder:
             return args, {**kwargs, "task_ids": torch.zeros(len(x), dtype=torch.long, device=x.device)}
 
         found.register_forward_pre_hook(first_task, with_kwargs=True)
-        return _ready(found, adapter_dtype)
+        return ready(found, adapter_dtype)
 
     return build
 
@@ -178,11 +178,11 @@ def molora(*, experts: int = EXPERTS, rank: int = RANK, top_k: int = TOP_K, shar
             num_experts=experts,
             r=rank,
             lora_alpha=ALPHA,
-            target_modules=_targets(model),
+            target_modules=targets(model),
             gate=GateConfig(select="top_k", top_k=top_k, share=share),
             task_type=_task_type(model),
         )
-        return _ready(get_peft_model(model, config, autocast_adapter_dtype=False), adapter_dtype)
+        return ready(get_peft_model(model, config, autocast_adapter_dtype=False), adapter_dtype)
 
     return build
 
@@ -217,14 +217,14 @@ def loop(*, experts: int = EXPERTS, rank: int = RANK, top_k: int = TOP_K) -> Bui
     """`LoopLinear` in the place of every linear."""
 
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
-        targets = _targets(model)
+        wanted = targets(model)
         for name, module in list(model.named_modules()):
             parent, _, attribute = name.rpartition(".")
-            if attribute in targets:
+            if attribute in wanted:
                 with module.weight.device:
                     mixture = LoopLinear(module, experts, rank, top_k)
                 setattr(model.get_submodule(parent), attribute, mixture)
-        return _ready(model, adapter_dtype or _dtype(model))
+        return ready(model, adapter_dtype or _dtype(model))
 
     return build
 
@@ -243,11 +243,11 @@ CASES: dict[str, Builder] = {
 
 
 def _lora_config(model: nn.Module, rank: int) -> LoraConfig:
-    targets = _targets(model)
-    return LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets, task_type=_task_type(model))
+    return LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets(model), task_type=_task_type(model))
 
 
-def _targets(model: nn.Module) -> list[str]:
+def targets(model: nn.Module) -> list[str]:
+    """Names of all linears but the head."""
     names = {
         name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -262,7 +262,7 @@ def _dtype(model: nn.Module) -> torch.dtype:
     return next(p for p in model.parameters() if not p.requires_grad).dtype
 
 
-def _ready(model: nn.Module, adapter_dtype: torch.dtype | None) -> nn.Module:
+def ready(model: nn.Module, adapter_dtype: torch.dtype | None) -> nn.Module:
     """Adapters of one dtype; None is the base's. PEFT's own switches miss some methods and some parameters."""
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -31,6 +31,15 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=state.by_task or not learned)
 
 
+def decided(state: RoutingState, experts: tuple[int, ...] | None) -> bool:
+    """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
+
+    With gradients, or when somebody looks, the softmax over one expert is taken all the same.
+    """
+    alone = experts is not None and len(experts) == 1
+    return state.experts is not None or (alone and not torch.is_grad_enabled() and not state.recording)
+
+
 def route(
     x: Tensor,
     gate: Gate | None,
@@ -58,6 +67,8 @@ def route(
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts)
+    if decided(state, experts):
+        return Routing(task_map.row((1.0,), x), experts)
     allowed = None
     if tasks is not None and experts is None and (state.by_task or task_map.isolated):
         ids = tasks.expand(x.shape[:-1]).to(x.device)

@@ -13,7 +13,7 @@ from molora.context import base_only
 from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink
 from molora.gates.gate import Gate, Routing
-from molora.gates.route import experts_in_use, route
+from molora.gates.route import decided, experts_in_use, route
 from molora.gates.scores import GateRows
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     learned = routing.config.gate.learned
     experts = experts_in_use(routing.task_map, state.tasks.get(adapter), state, learned=learned)
     operands = _operands(plan, experts, x)
-    h, logits = _shrink(plan, x, operands.A, forced=state.experts is not None)
+    h, logits = _shrink(plan, x, operands.A, routed=decided(state, experts))
     weights = _weights(layer, plan, adapter, x, experts, logits)
     by_site = None
     if operands.joint is None:
@@ -149,9 +149,9 @@ def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Ope
     A = [stack for bank, chosen in zip(plan.banks, own, strict=True) for stack in bank.stacks("A", chosen)]
     B = [bank.stacks("B", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
     expansions = [bank.expansion(chosen, x) for bank, chosen in zip(plan.banks, own, strict=True)]
-    joint = None
-    if not torch.is_grad_enabled():
-        joint, dtype = _joint_expansion(expansions, plan.slots), linear_dtype(x)
+    joint = None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots)
+    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        dtype = linear_dtype(x)
         A, B = [joined(A, dtype)], [[joined(stacks, dtype)] for stacks in B]
     return Operands(
         A,
@@ -182,10 +182,10 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _shrink(
-    plan: Plan, x: Tensor, A: Sequence[Tensor], *, forced: bool
+    plan: Plan, x: Tensor, A: Sequence[Tensor], *, routed: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the logits of each gate that reads x, by slot."""
-    rows = [] if forced else [block for rows in plan.readers.values() for block in rows.blocks]
+    rows = [] if routed else [block for rows in plan.readers.values() for block in rows.blocks]
     bank = plan.banks[0]
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
