@@ -16,7 +16,6 @@ import argparse
 import gc
 import json
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,23 +150,27 @@ def step_of(name: str, shape: Shape, base: nn.Module, *, compiled: bool = False)
     model = build(peers.share(base), FP32 if shape.autocast else None)
     torch.manual_seed(1)
     inputs = peers.batch(base, shape.samples, shape.seq)
+    casts = shape.autocast or name == SHIPPED_AUTOCAST
+    return training_step(torch.compile(model, dynamic=False) if compiled else model, inputs, autocast=casts)
+
+
+def training_step(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], *, autocast: bool = False
+) -> Callable[[], None]:
+    """Forward, backward, and an AdamW step where there is a loss and something to train."""
     embeddings = next(iter(inputs.values()))
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters and not shape.is_layer else None
-    casts = shape.autocast or name == SHIPPED_AUTOCAST
-    forward = torch.compile(model, dynamic=False) if compiled else model
-    upstream = torch.randn_like(embeddings) if shape.is_layer else None
-
-    def autocast() -> AbstractContextManager[Any]:
-        return torch.autocast(embeddings.device.type, BF16, enabled=casts)
+    has_loss = "labels" in inputs
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4) if parameters and has_loss else None
+    upstream = torch.randn_like(embeddings)
 
     def step() -> None:
-        with autocast():
-            output = forward(**inputs)
-        if upstream is not None:
-            output.backward(upstream)
-        else:
+        with torch.autocast(embeddings.device.type, BF16, enabled=autocast):
+            output = model(**inputs)
+        if has_loss:
             output.loss.backward()
+        else:
+            output.backward(upstream)
         if optimizer is not None:
             optimizer.step()
         for tensor in (embeddings, *parameters):
