@@ -1,0 +1,105 @@
+"""The benchmark scripts run from end to end on tiny models, and count what they say they count."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from eval import gpu_check
+from eval.bench import decode, peers, scaling
+from eval.bench.peers import Size
+from eval.bench.step import training_step
+from tests.training.runs import ROOT
+
+
+def run(module, path, *arguments):
+    command = [sys.executable, "-m", module, "--quick", "--output", str(path), *arguments]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=600)
+    found = json.loads(path.read_text())
+    assert {"machine", "torch", "peft", "threads"} <= set(found["environment"])
+    return found
+
+
+def products(model, inputs):
+    """FLOPs of a training step's matrix products, attention aside."""
+    step = training_step(model, inputs)
+    with FlopCounterMode(display=False) as counter:
+        step()
+    counts = counter.get_flop_counts()["Global"]
+    return sum(n for op, n in counts.items() if str(op) in ("aten.mm", "aten.addmm", "aten.addmm_"))
+
+
+def test_the_flop_bound_counts_the_products_that_are_executed():
+    point = scaling.Point(Size(2, 64, ff=96, heads=4, kv_heads=2, vocab=40), experts=4, rank=4, seq=8)
+    tokens, rank = point.samples * point.seq, point.experts * point.rank
+    base = peers.frozen_base(point.size, torch.float32)
+    inputs = peers.batch(base, point.samples, point.seq)
+    frozen, per_rank = scaling.linear_flops(point.size, tokens)
+    alone = products(peers.share(base), inputs)
+    # `addmm_` has no formula in torch's counter: count those of the wide LoRA, which are the same.
+    wide = products(peers.peft_lora(rank)(peers.share(base), None), inputs)
+    assert alone == frozen
+    assert wide - alone == rank * per_rank
+    ours = scaling.flop_bound(point, rank)
+    assert 1 < ours < 1 + rank * per_rank / frozen
+
+
+def test_growth_is_judged_against_the_bound():
+    curve = {
+        8: {"ms": {scaling.MINE: 10.0}, "FLOP bound": 1.2},
+        64: {"ms": {scaling.MINE: 19.0}, "FLOP bound": 2.1},
+    }
+    assert scaling.growth(curve)["met"] is True
+    curve[64]["ms"][scaling.MINE] = 20.0
+    assert scaling.growth(curve)["met"] is False
+
+
+def test_decoding_bars_hold_for_their_shapes():
+    times = {name: [1.0, 1.0] for name in decode.CASES} | {decode.MOLORA: [1.03, 1.03]}
+    assert decode.judge("fp32 8 x 512", times)[f"{decode.MOLORA} / {decode.PEFT_WIDE} <= 1.05"] == (
+        1.03,
+        True,
+    )
+    assert decode.judge("bf16 2 x 2048", times)[f"{decode.MOLORA} / {decode.PEFT_WIDE} <= 1.0"] == (
+        1.03,
+        False,
+    )
+
+
+@pytest.mark.slow
+def test_decode_runs_eager_and_compiled(tmp_path):
+    assert set(run("eval.bench.decode", tmp_path / "a.json")["shapes"]) == set(decode.QUICK_SHAPES)
+    found = run("eval.bench.decode", tmp_path / "b.json", "--compile", "--shapes", "quick")
+    assert set(found["shapes"]["quick compiled"]["cases"]) == set(decode.COMPILED)
+
+
+@pytest.mark.slow
+def test_scaling_runs_and_draws(tmp_path):
+    found = run("eval.bench.scaling", tmp_path / "a.json")
+    assert set(found["curves"]) == {panel.title for panel in scaling.QUICK_PANELS}
+    assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["startup", "ddp"])
+def test_start_up_and_data_parallel_run(tmp_path, name):
+    assert run(f"eval.bench.{name}", tmp_path / "a.json")
+
+
+@pytest.mark.slow
+def test_the_gpu_check_runs_every_stage_on_a_cpu(tmp_path):
+    found = run("eval.gpu_check", tmp_path / "a.json", "--device", "cpu")
+    assert list(found["stages"]) == list(gpu_check.STAGES) and not found["skipped"]
+    assert found["checks"] and all(found["checks"].values())
+
+
+def test_the_gpu_check_keeps_what_it_has_and_skips_what_does_not_fit(tmp_path):
+    report = gpu_check.Report(tmp_path / "a.json", "cpu")
+    gpu_check.run(gpu_check.Settings("cpu", True, tmp_path), report, 30, ["gemms", "compiled step"])
+    assert set(report.stages) == {"gemms"} and set(report.skipped) == {"compiled step"}
+    assert json.loads((tmp_path / "a.json").read_text())["stages"]["gemms"]["seconds"] >= 0
