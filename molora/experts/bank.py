@@ -47,6 +47,7 @@ class ExpertBank(nn.Module):
 
     def __init__(self, experts: Sequence[Expert], frozen: Sequence[bool], dropout: float = 0.0) -> None:
         super().__init__()
+        self._replaced = 0
         self.dropout_p = dropout
         self.dropout = nn.Dropout(dropout)
         self.assign(experts, frozen)
@@ -129,13 +130,10 @@ class ExpertBank(nn.Module):
         chosen = [self.expert(i) for i in experts]
         return [e.A if factor == "A" else e.B.t() for e in chosen]
 
-    def stamp(self) -> list[tuple[int, int]]:
+    def stamp(self) -> list[Any]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        return [
-            (p.data_ptr(), 0 if p.is_inference() else p._version)
-            for p in self._parameters.values()
-            if p is not None
-        ]
+        parameters = [p for p in self._parameters.values() if p is not None]
+        return [self._replaced, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)]
 
     def width(self, experts: tuple[int, ...] | None = None) -> int:
         """Columns of h that belong to the experts in use."""
@@ -179,8 +177,10 @@ class ExpertBank(nn.Module):
         # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
         if name in ("A", "B"):
             self._load_factor(name, value, replace=False)
-        else:
-            super().__setattr__(name, value)
+            return
+        if isinstance(value, nn.Parameter):
+            self._replaced += 1  # a new Parameter may lie where a freed one lay
+        super().__setattr__(name, value)
 
     def _joined(self, frozen: Tensor | None, trainable: Tensor | None) -> Tensor:
         parts = [p for p in (frozen, trainable) if p is not None]
