@@ -72,10 +72,14 @@ def run(name: str, processes: int, options: argparse.Namespace) -> dict[str, Any
         env = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         env |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
-    outputs = [process.communicate()[0] for process in started]
+    while any(process.poll() is None for process in started):
+        if any(process.poll() for process in started):  # the others would wait for the one that failed
+            for process in started:
+                process.kill()
+        time.sleep(0.1)
     if any(process.returncode for process in started):
         raise SystemExit(f"a worker of {name!r} failed")
-    return json.loads(outputs[0].splitlines()[-1])
+    return json.loads(started[0].communicate()[0].splitlines()[-1])
 
 
 def main() -> None:
