@@ -152,7 +152,8 @@ def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Ope
     joint = None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots)
     if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
         dtype = linear_dtype(x)
-        A, B = [joined(A, dtype)], [[joined(stacks, dtype)] for stacks in B]
+        # B is laid out as a linear's weight is: its product with one row then reads memory in order.
+        A, B = [joined(A, dtype)], [[joined(stacks, dtype).t().contiguous().t()] for stacks in B]
     return Operands(
         A,
         [part.shape[1] for part in expansions],
