@@ -53,6 +53,9 @@ def worker(name: str, steps: int, quick: bool) -> dict[str, Any]:
             times.append(time.perf_counter() - start)
     slowest = torch.tensor(times)
     dist.all_reduce(slowest, dist.ReduceOp.MAX)
+    # It holds the group. Freed after this function, the group would join its threads with the interpreter's lock
+    # held, which they need to free the last reduction: now and then neither goes on.
+    del step
     dist.destroy_process_group()
     return {
         "s": slowest.median().item(),
