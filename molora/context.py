@@ -90,9 +90,13 @@ class RoutingState:
     recording: bool = False
     shared: dict[str, Any] = field(default_factory=dict)  # adapter -> what its last input group computed
     routings: dict[str, Any] = field(default_factory=dict)  # of gates that read nothing, by adapter and gate
+    led: dict[str, Any] = field(default_factory=dict)  # of gates that layers with other inputs follow
 
     def fork(self, *, recompute: bool) -> RoutingState:
-        """The same facts for a checkpointed region, without what is shared outside it."""
+        """The same facts for a checkpointed region, without what is shared outside it.
+
+        `led` is one for all regions: a leader writes it anew in every run of its region, before anyone reads.
+        """
         return replace(self, shared={}, routings={}, recording=self.recording and not recompute)
 
     def mask(self, stream: str, lead: torch.Size) -> Tensor | None:

@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from molora.config.gate_rules import gate_problems, mixture_problems
 from molora.config.kinds import AUX_LOSSES, GATE_KIND_KEYS, GATE_KINDS
 from molora.config.section import (
     ExpertName,
@@ -30,14 +31,22 @@ class GateSection(Section):
     """Who decides the experts' weights. `kind:` is shorthand for the long fields kept here."""
 
     scope: Literal["token", "task", "constant"] = "token"
-    share: Literal["linear", "group", "global"] = "group"
-    score: Literal["linear", "table", "none"] = "linear"
-    transform: Literal["softmax", "identity"] = "softmax"
-    select: Literal["dense", "top_k", "hard"] = "top_k"
+    share: str = "group"
+    score: Literal["linear", "mlp", "cosine", "table", "none"] = "linear"
+    bias: bool = False
+    hidden: PositiveInt = 32
+    transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    select: Literal["dense", "top_k", "top_p", "threshold", "entropy", "hard"] = "top_k"
     top_k: PositiveInt = 2
-    renorm: Literal["none", "sum"] | None = None
+    top_p: Positive = 0.8
+    min_k: PositiveInt = 1
+    threshold: NonNegative | None = None
+    threshold_learned: bool = False
+    entropy_threshold: Positive = 0.9
+    entropy_index: Positive = 1.1
+    renorm: Literal["none", "sum", "softmax"] | None = None
     temperature: Positive = 1.0
-    noise: Literal["gaussian"] | None = None
+    noise: Literal["gaussian", "jitter", "gumbel", "logistic"] | None = None
     noise_std: NonNegative = 1.0
     init_std: NonNegative = 0.02
 
@@ -76,26 +85,7 @@ class GateSection(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems: list[Problem] = []
-        if self.renorm == "sum" and self.select != "top_k":
-            problems.append(
-                (("renorm",), "'sum' acts only with select: top_k; dense weights already sum to 1.")
-            )
-        if self.share == "global" and self.scope == "token":
-            problems.append(
-                (
-                    ("share",),
-                    "'global' cannot read each layer's own tokens; use 'linear' or 'group', or a gate of kind task or constant.",
-                )
-            )
-        if (self.scope == "task") != (self.select == "hard"):
-            problems.append((("select",), "'hard' goes with scope: task, and scope: task with select: hard."))
-        table = {"token": "linear", "task": "none", "constant": "table"}
-        if self.score != table[self.scope]:
-            problems.append((("score",), f"must be {table[self.scope]!r} with scope: {self.scope}."))
-        if (self.transform == "identity") != (self.scope == "task"):
-            problems.append((("transform",), "'identity' goes with scope: task, 'softmax' with the others."))
-        refuse(problems)
+        refuse([((field,), message) for field, message in gate_problems(self.model_dump())])
         return self
 
 
@@ -150,17 +140,10 @@ class AdapterConfig(Section):
 
     def _gate_problems(self) -> list[Problem]:
         gate, problems = self.gate, list[Problem]()
-        if gate.select == "top_k" and gate.top_k > self.num_experts:
-            problems.append(
-                (("gate", "top_k"), f"{gate.top_k} is more than num_experts = {self.num_experts}.")
-            )
-        if gate.select == "top_k" and gate.renorm == "sum" and gate.top_k == 1 and self.num_experts > 1:
-            problems.append(
-                (
-                    ("gate", "renorm"),
-                    "'sum' with top_k: 1 makes every weight 1, so the gate would never learn; use none.",
-                )
-            )
+        problems += [
+            (("gate", field), message)
+            for field, message in mixture_problems(gate.model_dump(), self.num_experts)
+        ]
         if gate.scope == "task":
             problems += [
                 (

@@ -6,28 +6,35 @@ from __future__ import annotations
 GATE_KINDS: dict[str, dict[str, object]] = {
     "soft": {"scope": "token", "score": "linear", "transform": "softmax", "select": "dense"},
     "top_k": {"scope": "token", "score": "linear", "transform": "softmax", "select": "top_k", "top_k": 2},
+    "top_p": {"scope": "token", "score": "linear", "transform": "softmax", "select": "top_p", "top_p": 0.8},
+    "threshold": {"scope": "token", "score": "linear", "transform": "softmax", "select": "threshold"},
     "task": {"scope": "task", "score": "none", "transform": "identity", "select": "hard"},
     "constant": {"scope": "constant", "score": "table", "transform": "softmax", "select": "dense"},
 }
 
+_COMMON = ("share", "temperature", "noise", "noise_std", "init_std")
+_READING = (*_COMMON, "score", "bias", "hidden")
+
 # What a user may set beside `kind`; everything else is decided by the kind.
 GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
-    "soft": ("share", "temperature", "noise", "noise_std", "init_std"),
-    "top_k": ("share", "temperature", "noise", "noise_std", "init_std", "top_k", "renorm"),
+    "soft": _READING,
+    "top_k": (*_READING, "top_k", "renorm"),
+    "top_p": (*_READING, "top_p", "min_k", "renorm"),
+    "threshold": (*_READING, "threshold", "threshold_learned", "renorm"),
     "task": ("share",),
-    "constant": ("share", "temperature", "noise", "noise_std", "init_std"),
+    "constant": _COMMON,
 }
 
-# The values each long field may take, where it is a choice.
+# The values each long field may take, where it is a choice. `share` may be a regex with one group as well.
 GATE_CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("token", "task", "constant"),
-    "share": ("linear", "group", "global"),
-    "score": ("linear", "table", "none"),
-    "transform": ("softmax", "identity"),
-    "select": ("dense", "top_k", "hard"),
-    "renorm": ("none", "sum"),
-    "noise": ("gaussian",),
+    "score": ("linear", "mlp", "cosine", "table", "none"),
+    "transform": ("softmax", "sigmoid", "identity"),
+    "select": ("dense", "top_k", "top_p", "threshold", "entropy", "hard"),
+    "renorm": ("none", "sum", "softmax"),
+    "noise": ("gaussian", "jitter", "gumbel", "logistic"),
 }
+SHARES = ("linear", "group", "block", "global")
 
 # Every auxiliary loss with the options it takes beside its coefficient; the first value is the default.
 AUX_LOSSES: dict[str, dict[str, tuple[str, ...]]] = {

@@ -31,13 +31,15 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=state.by_task or not learned)
 
 
-def decided(state: RoutingState, experts: tuple[int, ...] | None) -> bool:
+def decided(state: RoutingState, experts: tuple[int, ...] | None, *, alone_is_one: bool) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
-    With gradients, or when somebody looks, the softmax over one expert is taken all the same.
+    With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
     """
-    alone = experts is not None and len(experts) == 1
-    return state.experts is not None or (alone and not torch.is_grad_enabled() and not state.recording)
+    if state.experts is not None:
+        return True
+    alone = alone_is_one and experts is not None and len(experts) == 1
+    return alone and not torch.is_grad_enabled() and not state.recording
 
 
 def route(
@@ -47,7 +49,7 @@ def route(
     tasks: TaskIds | None,
     state: RoutingState,
     experts: tuple[int, ...] | None,
-    logits: Tensor | None = None,
+    products: Tensor | None = None,
 ) -> Routing:
     """Route an input x (..., d_in) among the `experts_in_use`.
 
@@ -58,7 +60,7 @@ def route(
         tasks: the batch's task ids, if given.
         state: the current forward's.
         experts: what `experts_in_use` said.
-        logits: (tokens, expert) router logits of x over all experts, where they are known already.
+        products: (tokens, expert) of x and the gate's rows, where they are known already.
     """
     if state.experts is not None:
         assert experts is not None
@@ -67,14 +69,14 @@ def route(
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts)
-    if decided(state, experts):
+    if decided(state, experts, alone_is_one=gate.settings.alone_is_one):
         return Routing(task_map.row((1.0,), x), experts)
     allowed = None
     if tasks is not None and experts is None and (state.by_task or task_map.isolated):
         ids = tasks.expand(x.shape[:-1]).to(x.device)
         table = task_map.visible_table(x.device, own_only=state.by_task)
         allowed = table[ids.clamp(min=0)] | (ids < 0).unsqueeze(-1)
-    return gate(x.reshape(-1, x.shape[-1]), logits=logits, experts=experts, allowed=allowed)
+    return gate(x.reshape(-1, x.shape[-1]), products=products, experts=experts, allowed=allowed)
 
 
 def _by_task_id(x: Tensor, task_map: TaskMap, tasks: TaskIds, experts: tuple[int, ...] | None) -> Routing:

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft import PeftConfig
 
+from molora.config.gate_rules import mixture_problems
 from molora.config.kinds import AUX_LOSSES
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
@@ -165,15 +166,11 @@ class MoLoraConfig(PeftConfig):
             self.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
         gate: GateConfig = replace(self.gate)  # the caller's object stays as it is
         self.gate = gate
-        if gate.select == "top_k":
-            if gate.top_k > self.num_experts:
-                raise ConfigError(f"gate.top_k={gate.top_k} is larger than num_experts={self.num_experts}.")
-            if gate.renorm == "sum" and gate.top_k == 1 and self.num_experts > 1:
-                raise ConfigError(
-                    "gate.renorm='sum' with top_k=1 makes every weight 1, so the gate would get no gradient.",
-                    hint="leave renorm out: top_k=1 weights the expert by its probability.",
-                )
-            gate.renorm = gate.renorm or ("sum" if gate.top_k > 1 else "none")
+        for field_name, message in mixture_problems(asdict(gate), self.num_experts):
+            raise ConfigError(f"gate.{field_name}={getattr(gate, field_name)!r}: {message}")
+        gate.renorm = gate.renorm or gate.default_renorm()
+        if gate.select == "threshold" and gate.threshold is None:  # a number: it stays when experts are added
+            gate.threshold = 1 / self.num_experts
 
     def _check_numbers(self) -> None:
         if self.num_experts < 1:

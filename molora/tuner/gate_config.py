@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from molora.config.kinds import GATE_CHOICES, GATE_KINDS
+from molora.config.gate_rules import gate_problems
+from molora.config.kinds import GATE_KINDS
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 
@@ -16,25 +17,47 @@ class GateConfig:
 
     Args:
         scope: what the gate reads: `token`, `task` (hard by task id) or `constant` (nothing; learned).
-        share: one gate per `linear`, per `group` of linears that read the same input, or `global`
-            (task and constant scopes).
-        score: `linear` for token scope, `table` for constant, `none` for task.
-        transform: `softmax`, or `identity` for task scope.
-        select: `dense`, `top_k`, or `hard` for task scope.
+        share: one gate per `linear`, per `group` of linears that read the same input, per `block` of the
+            transformer (its first adapted linear's input decides for all), `global` (task and constant scopes),
+            or a regular expression on module names whose first group names the gate.
+        score: for token scope `linear`, `mlp` (one hidden layer, ReLU) or `cosine` (of x and the expert's row);
+            `table` for constant, `none` for task.
+        bias: a learned number per expert on top of a linear or mlp score.
+        hidden: width of the mlp's hidden layer.
+        transform: `softmax`, `sigmoid` (divided by its sum), or `identity` for task scope.
+        select: `dense`; `top_k`; `top_p` (until they make up top_p); `threshold` (what is above it); `entropy`
+            (top_p, or all experts where the gate is unsure); `hard` for task scope.
         top_k: experts per token under `top_k`.
-        renorm: `none` or `sum`; None means `sum` for top_k > 1 and `none` otherwise.
+        top_p: share of the probability that `top_p` and `entropy` keep.
+        min_k: experts that `top_p` and `entropy` keep at least.
+        threshold: of `threshold`; None means 1 / num_experts of the config as first made.
+        threshold_learned: the threshold is `sigmoid(w x + b)` times that.
+        entropy_threshold: relative entropy above which `entropy` keeps all experts.
+        entropy_index: Tsallis index of that entropy; 1 is Shannon's.
+        renorm: `none`, `sum`, or `softmax` over the selected scores (top_k). None means `sum` for top_k > 1 and for
+            thresholds, and `none` otherwise and with transform `identity`.
         temperature: divides the logits.
-        noise: `gaussian` adds N(0, noise_std²) to the logits, in training only.
-        noise_std: its standard deviation.
-        init_std: standard deviation of the initial rows of a linear score.
+        noise: in training only: `gaussian` adds N(0, noise_std²) to the logits, `gumbel` adds Gumbel noise times
+            noise_std, `logistic` logistic noise times noise_std (with sigmoid: a relaxed Bernoulli), `jitter`
+            multiplies the x that the gate reads by U(1 - noise_std, 1 + noise_std).
+        noise_std: its strength.
+        init_std: standard deviation of the initial rows.
     """
 
     scope: str = "token"
     share: str = "group"
     score: str = "linear"
+    bias: bool = False
+    hidden: int = 32
     transform: str = "softmax"
     select: str = "top_k"
     top_k: int = 2
+    top_p: float = 0.8
+    min_k: int = 1
+    threshold: float | None = None
+    threshold_learned: bool = False
+    entropy_threshold: float = 0.9
+    entropy_index: float = 1.1
     renorm: str | None = None
     temperature: float = 1.0
     noise: str | None = None
@@ -42,50 +65,31 @@ class GateConfig:
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name, allowed in GATE_CHOICES.items():
-            value = getattr(self, name, None)
-            if value is not None and value not in allowed:
-                raise ConfigError(
-                    f"gate.{name}={value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-                )
-        expected = {"task": GATE_KINDS["task"], "constant": GATE_KINDS["constant"]}.get(
-            self.scope, {"score": "linear"}
-        )
         if self.scope == "task":  # one meaning only: the long fields follow from the scope
             self.score, self.transform, self.select = "none", "identity", "hard"
         if self.scope == "constant" and self.score == "linear":
             self.score = "table"
-        if self.score != expected["score"]:
-            raise ConfigError(
-                f"gate.score={self.score!r} does not go with gate.scope={self.scope!r}; use {expected['score']!r}."
-            )
-        if self.scope != "task" and (self.transform != "softmax" or self.select == "hard"):
-            raise ConfigError(
-                f"gate.transform={self.transform!r} with gate.select={self.select!r} needs gate.scope='task'.",
-                hint="learned gates use transform='softmax' and select='dense' or 'top_k'.",
-            )
-        if self.share == "global" and self.scope == "token":
-            raise ConfigError(
-                "gate.share='global' needs scope 'task' or 'constant': linears with different inputs cannot share a token gate.",
-                hint="use share='group' or share='linear'.",
-            )
-        if self.top_k < 1 or self.temperature <= 0 or self.noise_std < 0 or self.init_std < 0:
-            raise ConfigError(
-                "gate: top_k must be at least 1, temperature positive, noise_std and init_std not negative."
-            )
-        if self.renorm == "sum" and self.select == "dense":
-            raise ConfigError(
-                "gate.renorm='sum' needs gate.select='top_k': dense softmax weights already sum to 1."
-            )
+        for field, message in gate_problems(asdict(self)):
+            raise ConfigError(f"gate.{field}={getattr(self, field)!r}: {message}")
 
     @property
     def learned(self) -> bool:
         """Whether the gate has parameters."""
         return self.scope != "task"
 
+    @property
+    def alone_is_one(self) -> bool:
+        """Whether one expert alone always has weight 1."""
+        return self.transform != "identity" and (self.select != "threshold" or self.renorm == "sum")
+
+    def default_renorm(self) -> str:
+        """What `renorm=None` stands for."""
+        several = self.select == "threshold" or (self.select == "top_k" and self.top_k > 1)
+        return "sum" if several and self.transform != "identity" else "none"
+
 
 def gate_from_kind(kind: str, **settings: Any) -> GateConfig:
-    """A GateConfig from the shorthand `soft`, `top_k`, `task` or `constant` plus the fields it leaves open."""
+    """A GateConfig from a shorthand of `GATE_KINDS` plus the fields it leaves open."""
     if kind not in GATE_KINDS:
         raise ConfigError(
             f"gate.kind={kind!r} is not one of {', '.join(GATE_KINDS)}.{did_you_mean(kind, GATE_KINDS)}"

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from molora.context import base_only
+from molora.errors import RoutingError
 from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink
 from molora.gates.gate import Gate, Routing
 from molora.gates.route import decided, experts_in_use, route
-from molora.gates.scores import GateRows
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
@@ -52,7 +52,8 @@ class Plan:
     slots: list[str]  # per layer, whose weights it uses: the site that owns the gate
     leaders: dict[str, MoLoraLayer]  # by slot
     gates: dict[str, Gate | None]  # by slot
-    readers: dict[str, GateRows]  # by slot: rows of the gates that read the input
+    readers: dict[str, Gate]  # by slot: gates that read this input
+    spread: set[str]  # slots whose gate layers with other inputs follow
     kept: tuple[Any, Operands] | None = None  # the operands of the last forward without gradients
 
     @classmethod
@@ -67,10 +68,12 @@ class Plan:
             leaders=leaders,
             gates={slot: leader.gate_of(adapter) for slot, leader in leaders.items()},
             readers={
-                slot: leader.molora_gate[adapter].rows
+                slot: leader.molora_gate[adapter]
                 for slot, leader in leaders.items()
                 if leader.sites[adapter].reads_input
+                and (leader in members or not leader.sites[adapter].spreads)
             },
+            spread={slot for slot, leader in leaders.items() if leader.sites[adapter].spreads},
         )
 
 
@@ -116,11 +119,11 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     group = layer.sites[adapter].inputs
     # Outside a root forward nobody says when x or the Parameters changed: compute for this layer alone.
     plan = group.plan(layer, adapter, alone=state.owner is None or group.layers[0] is not layer)
-    learned = routing.config.gate.learned
-    experts = experts_in_use(routing.task_map, state.tasks.get(adapter), state, learned=learned)
+    gate = routing.config.gate
+    experts = experts_in_use(routing.task_map, state.tasks.get(adapter), state, learned=gate.learned)
     operands = _operands(plan, experts, x)
-    h, logits = _shrink(plan, x, operands.A, routed=decided(state, experts))
-    weights = _weights(layer, plan, adapter, x, experts, logits)
+    h, products = _shrink(plan, x, operands.A, routed=decided(state, experts, alone_is_one=gate.alone_is_one))
+    weights = _weights(layer, plan, adapter, x, experts, products)
     by_site = None
     if operands.joint is None:
         by_site = {key: weights[slot] for key, slot in zip(plan.keys, plan.slots, strict=True)}
@@ -185,19 +188,20 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 def _shrink(
     plan: Plan, x: Tensor, A: Sequence[Tensor], *, routed: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """h of all members, and the logits of each gate that reads x, by slot."""
-    rows = [] if routed else [block for rows in plan.readers.values() for block in rows.blocks]
+    """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
+    gates = {} if routed else {slot: gate for slot, gate in plan.readers.items() if gate.scores_x}
+    rows = [block for gate in gates.values() for block in gate.rows.blocks]
     bank = plan.banks[0]
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
-        logits = scores(x, rows) if rows else None
+        products = scores(x, rows) if rows else None
     else:
-        h, logits = shrink(x, A, rows)
-    if logits is None:
+        h, products = shrink(x, A, rows)
+    if products is None:
         return h, {}
-    sizes = [rows.num_experts for rows in plan.readers.values()]
-    parts = (logits,) if len(sizes) == 1 else logits.split(sizes, dim=-1)
-    return h, {s: r.in_order(part) for (s, r), part in zip(plan.readers.items(), parts, strict=True)}
+    sizes = [gate.rows.num_experts for gate in gates.values()]
+    parts = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
+    return h, {s: gate.rows.in_order(part) for (s, gate), part in zip(gates.items(), parts, strict=True)}
 
 
 def _weights(
@@ -206,7 +210,7 @@ def _weights(
     adapter: str,
     x: Tensor,
     experts: tuple[int, ...] | None,
-    logits: Mapping[str, Tensor],
+    products: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Expert weights by slot; zero for tokens that ask for the base only."""
     state, task_map = layer.context.state, layer.context.adapters[adapter].task_map
@@ -217,7 +221,7 @@ def _weights(
             found[slot] = task_map.row((1.0,), x)
         elif slot not in found:
             leader = plan.leaders[slot]
-            routing = _routing(leader, plan.gates[slot], adapter, x, experts, logits.get(slot))
+            routing = _routing(leader, plan, adapter, x, experts, products.get(slot))
             found[slot] = routing.weights
             if state.recording and slot == key:
                 lead = x.shape[:-1]
@@ -232,20 +236,42 @@ def _weights(
 
 def _routing(
     leader: MoLoraLayer,
-    gate: Gate | None,
+    plan: Plan,
     adapter: str,
     x: Tensor,
     experts: tuple[int, ...] | None,
-    logits: Tensor | None,
+    products: Tensor | None,
 ) -> Routing:
-    """The leader's routing of x; that of a gate that reads nothing is computed once per forward and shape."""
+    """The leader's routing of x, or what it was where this plan's layers only follow.
+
+    That of a gate that reads nothing is computed once per forward and shape.
+    """
     site, context = leader.sites[adapter], leader.context
     state, task_map = context.state, context.adapters[adapter].task_map
+    name, tokens = f"{adapter} {site.key}", x.shape[:-1].numel()
+    follows = site.key in plan.spread and site.key not in plan.readers
+    one = context.adapters[adapter].config.gate.alone_is_one
+    if follows and not decided(state, experts, alone_is_one=one):
+        return _followed(state.led, name, site.key, tokens)
     once = not site.reads_input and state.owner is not None
-    key = f"{adapter} {site.key} {tuple(x.shape[:-1])}" if once else ""
-    if once and key in state.routings:
-        return state.routings[key]
-    routing = route(x, gate, task_map, state.tasks.get(adapter), state, experts, logits)
+    if once and (f"{name} {tokens}") in state.routings:
+        return state.routings[f"{name} {tokens}"]
+    gate = plan.gates[site.key]
+    routing = route(x, gate, task_map, state.tasks.get(adapter), state, experts, products)
     if once:
-        state.routings[key] = routing
+        state.routings[f"{name} {tokens}"] = routing
+    if site.key in plan.spread:
+        state.led[name] = routing, tokens
+    return routing
+
+
+def _followed(led: Mapping[str, tuple[Routing, int]], name: str, key: str, tokens: int) -> Routing:
+    """What the gate at `key` decided earlier in this forward, for layers that do not read its input."""
+    routing, seen = led.get(name, (None, None))
+    if routing is None or seen != tokens:
+        what = "has not run yet" if routing is None else f"read {seen} tokens, not {tokens}"
+        raise RoutingError(
+            f"layers share the gate at {key}, which {what} in this forward.",
+            hint="use gate.share='group', or call the model as a whole.",
+        )
     return routing

@@ -29,6 +29,7 @@ class Site:
     plain: bool = False  # one ordinary LoRA, no gate
     reads_input: bool = True  # whether the gate's answer depends on x
     group: list[MoLoraLayer] = field(default_factory=list)  # share one gate; the first, the leader, owns it
+    spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
     inputs: InputGroup = field(default_factory=InputGroup)  # the linears that read the same x
 
 
@@ -67,7 +68,7 @@ class MoLoraLayer(BaseTunerLayer):
         for adapter, bank in self.molora_experts.items():
             bank.apply_freeze()
             if adapter in self.molora_gate:
-                self.molora_gate[adapter].rows.apply_freeze()
+                self.molora_gate[adapter].apply_freeze()
 
     def gate_of(self, adapter: str) -> Gate | None:
         """The gate this layer's weights come from: its own, or that of the layer leading its group."""

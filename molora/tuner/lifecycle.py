@@ -74,10 +74,14 @@ def add_expert(
             grown[-1] = factors(key, grown[-1])
         bank.assign(grown, config.frozen_flags())
         if adapter in layer.molora_gate:
-            rows = layer.molora_gate[adapter].rows
-            weight = rows.weight.detach()
-            row = weight[source] if source is not None else torch.zeros_like(weight[0])
-            rows.assign(torch.cat([weight, row.unsqueeze(0)]), config.block_indices(), config.frozen_flags())
+            gate = layer.molora_gate[adapter]
+            for rows in gate.grown:
+                weight = rows.weight.detach()
+                row = weight[source] if source is not None else torch.zeros_like(weight[0])
+                grown_rows = torch.cat([weight, row.unsqueeze(0)])
+                rows.assign(grown_rows, config.block_indices(), config.frozen_flags())
+            gate.frozen_shared = config.frozen_extras
+            gate.apply_freeze()
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(context, adapter)
@@ -236,6 +240,6 @@ def _reassign(model: nn.Module, adapter: str, config: MoLoraConfig, kept: list[i
         experts = bank.experts()
         bank.assign([experts[i] for i in kept], config.frozen_flags())
         if adapter in layer.molora_gate:
-            rows = layer.molora_gate[adapter].rows
-            weight: Tensor = rows.weight.detach()
-            rows.assign(weight[kept], config.block_indices(), config.frozen_flags())
+            for rows in layer.molora_gate[adapter].grown:
+                weight: Tensor = rows.weight.detach()
+                rows.assign(weight[kept], config.block_indices(), config.frozen_flags())

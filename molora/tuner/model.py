@@ -100,14 +100,15 @@ class MoLoraModel(BaseTuner):
     def _site(self, config: MoLoraConfig, adapter: str, key: str, layer: MoLoraLayer) -> Site:
         encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
         site = Site(key, stream_of(key, encoder_decoder), plain=matches(config.plain_targets, key))
-        readers = self._inputs.setdefault(group_key(key, "group"), site.inputs)
+        readers = self._inputs.setdefault(group_key(key, "group", site.stream), site.inputs)
         if not readers.layers or _features(readers.layers[0])[0] == _features(layer)[0]:
             site.inputs = readers
         site.inputs.layers.append(layer)
         if not site.plain:
             site.reads_input = config.gate.scope == "token"
-            leader = self._leaders.setdefault(group_key(key, config.gate.share), layer)
-            if site.reads_input and _features(leader)[0] != _features(layer)[0]:
+            site.spreads = site.reads_input and config.gate.share not in ("linear", "group")
+            leader = self._leaders.setdefault(group_key(key, config.gate.share, site.stream), layer)
+            if site.reads_input and not site.spreads and _features(leader)[0] != _features(layer)[0]:
                 leader = layer
             site.group = leader.sites[adapter].group if leader is not layer else []
             site.group.append(layer)

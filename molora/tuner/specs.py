@@ -64,12 +64,20 @@ def new_expert(
 
 
 def new_gate(config: MoLoraConfig, d_in: int) -> Gate:
-    """A fresh gate: small random rows for a linear score (a zero router never breaks ties), zeros for a table."""
-    if config.gate.score == "linear":
-        weight = torch.randn(config.num_experts, d_in) * config.gate.init_std
-    else:
-        weight = torch.zeros(config.num_experts)
-    return Gate(config.gate, GateRows(weight, config.block_indices(), config.frozen_flags()))
+    """A fresh gate: small random rows (a zero router never breaks ties), zeros for a table and biases."""
+    gate, blocks, frozen = config.gate, config.block_indices(), config.frozen_flags()
+    zeros = torch.zeros(config.num_experts)
+    if gate.score == "table":
+        return Gate(gate, GateRows(zeros, blocks, frozen))
+    hidden = torch.nn.Linear(d_in, gate.hidden) if gate.score == "mlp" else None
+    width = d_in if hidden is None else gate.hidden
+    return Gate(
+        gate,
+        GateRows(torch.randn(config.num_experts, width) * gate.init_std, blocks, frozen),
+        bias=GateRows(zeros, blocks, frozen) if gate.bias else None,
+        hidden=hidden,
+        threshold=torch.nn.Linear(d_in, 1) if gate.threshold_learned else None,
+    )
 
 
 def named_weights(config: MoLoraConfig, given: Mapping[str, float] | Sequence[float]) -> list[float]:

@@ -30,10 +30,23 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
 
 
-def group_key(key: str, share: str) -> str:
-    """The name of the group whose gate a linear uses; linears outside any known group stand alone."""
+def group_key(key: str, share: str, stream: str) -> str:
+    """The name of the group whose gate a linear uses; linears outside any group stand alone.
+
+    Args:
+        key: the linear's module name.
+        share: `linear`, `group` (linears that read one input), `block` (of the transformer), `global`, or a
+            regular expression whose first group names the gate.
+        stream: whose tokens it reads; linears of different sequences never share a gate over blocks.
+    """
     if share == "global":
         return ""
+    if share == "block":
+        number = next((m for m in re.finditer(r"(?:^|\.)\d+(?=\.|$)", key)), None)
+        return f"{key[: number.end()]} {stream}" if number else key
+    if share not in ("linear", "group"):
+        found = re.search(share, key)
+        return f"{found[1]} {stream}" if found else key
     parent, _, name = key.rpartition(".")
     for members in SIBLINGS:
         if share == "group" and name in members:

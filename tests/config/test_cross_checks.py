@@ -30,12 +30,21 @@ def task(**settings: Any) -> dict[str, Any]:
 GATE = {
     "top_k too large": ({"kind": "top_k", "top_k": 5}, "gate.top_k: 5 is more than num_experts = 4."),
     "renorm sum with one": ({"kind": "top_k", "top_k": 1, "renorm": "sum"}, "gate.renorm: 'sum' with top_k: 1 makes"),
-    "renorm on dense": ({"select": "dense", "renorm": "sum"}, "gate.renorm: 'sum' acts only with select: top_k"),
+    "renorm on dense": ({"select": "dense", "renorm": "sum"}, "gate.renorm: 'sum' does not act with select: dense"),
     "global tokens": ({"kind": "soft", "share": "global"}, "gate.share: 'global' cannot read each layer's own tokens"),
-    "task gate that learns": ({"scope": "task"}, "gate.select: 'hard' goes with scope: task"),
-    "hard without task": ({"select": "hard"}, "gate.select: 'hard' goes with scope: task"),
-    "score of another scope": ({"score": "table"}, "gate.score: must be 'linear' with scope: token."),
-    "transform of another scope": ({"transform": "identity"}, "gate.transform: 'identity' goes with scope: task"),
+    "task gate that learns": ({"scope": "task"}, "gate.score: must be 'none' with scope: task."),
+    "hard identity without task": (
+        {"select": "hard", "transform": "identity"}, "gate.transform: identity with select: hard goes with scope: task"
+    ),
+    "score of another scope": ({"score": "table"}, "gate.score: must be 'linear' or 'mlp' or 'cosine' with scope: token."),
+    "sum of raw scores": ({"transform": "identity", "renorm": "sum"}, "gate.renorm: 'sum' needs weights that are not negative"),
+    "no regex": ({"share": "layers.("}, "gate.share: 'layers.(' is no regular expression"),
+    "regex without a group": ({"share": "layers[.]"}, "gate.share: 'layers[.]' is not one of linear, group"),
+    "share misspelt": ({"share": "blok"}, "gate.share: 'blok' is not one of linear, group, block"),
+    "bias of a cosine": ({"score": "cosine", "bias": True}, "gate.bias: acts only with score: linear or mlp"),
+    "logistic softmax": ({"noise": "logistic"}, "gate.noise: 'logistic' (a relaxed Bernoulli) goes with transform: sigmoid."),
+    "threshold of another select": ({"threshold_learned": True}, "gate.threshold_learned: acts only with select: threshold."),
+    "min_k too large": ({"kind": "top_p", "min_k": 5}, "gate.min_k: 5 is more than num_experts = 4."),
     "setting of another kind": ({"kind": "task", "temperature": 2.0}, "gate.temperature: not a setting of gate kind 'task'"),
     "long field beside kind": ({"kind": "soft", "scope": "task"}, "gate.scope: not a setting of gate kind 'soft'"),
 }  # fmt: skip

@@ -107,8 +107,10 @@ def test_I4_permuting_experts_with_gate_rows_changes_nothing(architecture, gate)
         experts = layer.molora_experts["default"].experts()
         other.molora_experts["default"].assign([experts[i] for i in order], [False] * 3)
         if "default" in layer.molora_gate:
-            rows = layer.molora_gate["default"].rows.weight.detach()
-            other.molora_gate["default"].rows.assign(rows[order], [[0, 1, 2]], [False] * 3)
+            gate_module, other_gate = layer.molora_gate["default"], other.molora_gate["default"]
+            other_gate.load_state_dict(gate_module.state_dict())
+            for rows, others in zip(gate_module.grown, other_gate.grown, strict=True):
+                others.assign(rows.weight.detach()[order], [[0, 1, 2]], [False] * 3)
     if architecture == "bert":
         permuted.base_model.model.classifier.load_state_dict(model.base_model.model.classifier.state_dict())
     assert_close(permuted(**batch, **routed(gate)).logits, expected, atol=1e-9, rtol=1e-9)
@@ -221,7 +223,8 @@ def randomise_new(model):
 def test_I10_old_router_logits_stay_bit_equal(architecture, gate):
     model = molora_model(architecture, gate)
     gates = [layer.molora_gate["default"] for layer in layers(model) if "default" in layer.molora_gate]
-    inputs = [torch.randn(5, g.rows.blocks[0].shape[1]) for g in gates]
+    widths = [(g.rows.blocks[0] if g.hidden is None else g.hidden.weight).shape[1] for g in gates]
+    inputs = [torch.randn(5, width) for width in widths]
     before = [g(x).logits for g, x in zip(gates, inputs, strict=True)]
     model.add_expert("late")
     for g, x, logits in zip(gates, inputs, before, strict=True):

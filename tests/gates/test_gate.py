@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from molora import ConfigError, GateConfig
+from molora import ConfigError, GateConfig, MoLoraConfig
 from molora.gates.gate import Gate
 from molora.gates.scores import GateRows
 from molora.tuner.gate_config import gate_from_kind
+from molora.tuner.specs import new_gate
 
 
 def gate(weight, **settings):
@@ -93,11 +94,11 @@ def test_the_kinds_expand_to_the_long_fields():
     [
         ({"scope": "tokens"}, "Did you mean 'token'"),
         ({"select": "topk"}, "Did you mean 'top_k'"),
-        ({"share": "global"}, "share='group' or share='linear'"),
-        ({"score": "table"}, "use 'linear'"),
-        ({"select": "hard"}, "needs gate.scope='task'"),
-        ({"top_k": 0}, "top_k must be at least 1"),
-        ({"temperature": 0.0}, "temperature positive"),
+        ({"share": "global"}, "cannot read each layer's own tokens"),
+        ({"score": "table"}, "must be 'linear'"),
+        ({"select": "hard", "transform": "identity"}, "goes with scope: task"),
+        ({"top_k": 0}, "must be at least 1"),
+        ({"temperature": 0.0}, "must be positive"),
         ({"select": "dense", "renorm": "sum"}, "already sum to 1"),
         ({"noise": "uniform"}, "gaussian"),
     ],
@@ -105,3 +106,63 @@ def test_the_kinds_expand_to_the_long_fields():
 def test_what_cannot_mean_anything_is_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         GateConfig(**settings)
+
+
+def reading(score, **settings):
+    torch.manual_seed(0)
+    config = MoLoraConfig(
+        num_experts=4, gate=GateConfig(score=score, select="dense", init_std=1.0, **settings)
+    )
+    module = new_gate(config, 8)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_()
+    return module
+
+
+def test_scores_against_their_formulas():
+    x = torch.randn(5, 8)
+    linear, mlp, cosine = reading("linear", bias=True), reading("mlp", bias=True, hidden=6), reading("cosine")
+    assert_close(linear(x).logits, x @ linear.rows.weight.t() + linear.bias.weight)
+    inner = (x @ mlp.hidden.weight.t() + mlp.hidden.bias).relu()
+    assert_close(mlp(x).logits, inner @ mlp.rows.weight.t() + mlp.bias.weight)
+    assert_close(
+        cosine(x).logits, torch.cosine_similarity(x.unsqueeze(1), cosine.rows.weight.unsqueeze(0), dim=-1)
+    )
+    for module in (linear, mlp, cosine):
+        module(x).weights.square().sum().backward()
+        assert all(p.grad.abs().max() > 0 for p in module.parameters())
+
+
+def test_a_learned_threshold_lies_between_zero_and_the_largest():
+    settings = GateConfig(select="threshold", threshold=0.3, threshold_learned=True, renorm="none")
+    config = MoLoraConfig(num_experts=4, gate=settings)
+    module, x = new_gate(config, 8), torch.randn(64, 8)
+    probs = (x @ module.rows.weight.t()).softmax(-1)
+    cut = 0.3 * (x @ module.threshold.weight.t() + module.threshold.bias).sigmoid()
+    assert_close(module(x).weights, (probs - cut).relu())
+    module(x).weights.square().sum().backward()
+    assert module.threshold.weight.grad.abs().max() > 0
+    assert MoLoraConfig(num_experts=5, gate=GateConfig(select="threshold")).gate.threshold == 0.2
+
+
+@pytest.mark.parametrize("noise", ["gaussian", "gumbel", "logistic", "jitter"])
+def test_every_noise_acts_in_training_only_and_leaves_x_alone(noise):
+    transform = "sigmoid" if noise == "logistic" else "softmax"
+    module = reading("linear", noise=noise, noise_std=0.5, transform=transform)
+    x = torch.randn(400, 8)
+    kept = x.clone()
+    quiet = module.eval()(x).logits
+    module.train()
+    noisy = module(x).logits
+    assert torch.equal(x, kept) and not torch.allclose(noisy, quiet)
+    assert torch.equal(module.eval()(x).logits, quiet)
+    spread = (noisy - quiet).detach().flatten()
+    if noise == "jitter":  # Var of sum(x_i g_i u_i), u uniform of half-width 0.5: 0.5**2 / 3
+        expected = ((x.square() @ module.rows.weight.t().square()) * 0.25 / 3).mean().sqrt().item()
+        mean = 0.0
+    else:
+        variance = {"gaussian": 1.0, "gumbel": torch.pi**2 / 6, "logistic": torch.pi**2 / 3}[noise]
+        expected, mean = 0.5 * torch.tensor(variance).sqrt(), 0.5 * 0.5772 if noise == "gumbel" else 0.0
+    assert spread.std() == pytest.approx(float(expected), rel=0.1)
+    assert spread.mean() == pytest.approx(mean, abs=0.1)

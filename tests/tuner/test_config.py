@@ -16,10 +16,10 @@ from tests.zoo import base_model, config_for, molora_model
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_experts": 2, "gate": GateConfig(top_k=3)}, "top_k=3 is larger than num_experts=2"),
+        ({"num_experts": 2, "gate": GateConfig(top_k=3)}, "3 is more than num_experts = 2"),
         ({"gate": {"kind": "topk"}}, "Did you mean 'top_k'"),
         ({"gate": {"topk": 2}}, "gate.topk is not a setting. Did you mean 'top_k'"),
-        ({"gate": GateConfig(top_k=1, renorm="sum")}, "no gradient"),
+        ({"gate": GateConfig(top_k=1, renorm="sum")}, "never learn"),
         ({"num_experts": 0}, "at least 1"),
         ({"r": 0}, "integer of at least 1"),
         ({"lora_dropout": 1.0}, r"\[0, 1\)"),
