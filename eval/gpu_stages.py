@@ -1,246 +1,167 @@
-"""The stages of eval/gpu_check.py: what is trained and measured."""
+"""What eval/gpu_check.py measures and runs on a device: memory, products, both trainers."""
 
 from __future__ import annotations
 
+import csv
+import gc
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import get_peft_model, prepare_model_for_kbit_training
-from torch import Tensor, nn
+from safetensors.torch import load_file
 from torch.nn import functional as F
-from transformers import BitsAndBytesConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
 import molora
 from eval.bench import peers
 from eval.bench.peers import BASE, CASES, MOLORA, PEFT_SMALL, PEFT_WIDE, Size
 from eval.bench.step import training_step
-from molora import GateConfig, MoLoraConfig
+from eval.gpu_precision import TINY, batches, gate_dtypes, mixture
 from molora.hf import MoLoraTrainerMixin
-from molora.tuner.layer import MoLoraLayer
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-VOCAB = 256
-TINY, SMALL = Size(2, 64, vocab=VOCAB), Size(8, 512, vocab=VOCAB)
-
-# How far the mean loss of the last tenth may be from float32's, as a share of what float32 gained. Rounding a base to
-# 16 bits moves the start a little; NF4 and int8 change the base itself.
-BOUNDS = {
-    "bf16-mixed": 0.05,
-    "16-mixed": 0.05,
-    "bf16 base, fp32 experts, autocast": 0.08,
-    "bf16 base, fp32 experts": 0.08,
-    "bf16 base, int8": 0.15,
-    "bf16 base, NF4": 0.25,
-}
+MEMORY_CASES = (BASE, PEFT_SMALL, PEFT_WIDE, MOLORA)
 
 
-def mixture(base: nn.Module) -> Any:
-    """A top-2 mixture on all linears, with losses on its gates."""
-    torch.manual_seed(1)
-    config = MoLoraConfig(
-        num_experts=4,
-        r=8,
-        lora_alpha=16,
-        target_modules=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"],
-        gate=GateConfig(top_k=2),
-        aux_losses={"balance": 0.01, "z": 0.001},
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(base, config).train()
-
-
-def batches(device: str, steps: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Walks through a fixed random permutation of the vocabulary: every next token can be known."""
-    generator = torch.Generator().manual_seed(0)
-    follows = torch.randperm(VOCAB, generator=generator)
-    for _ in range(steps):
-        tokens = [torch.randint(VOCAB, size[:1], generator=generator)]
-        for _ in range(size[1] - 1):
-            tokens.append(follows[tokens[-1]])
-        yield torch.stack(tokens, dim=1).to(device)
-
-
-@contextmanager
-def gate_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Dtypes of everything the gates answer inside."""
-    seen: set[torch.dtype] = set()
-
-    def look(module: nn.Module, args: Any, routing: Any) -> None:
-        seen.update({routing.weights.dtype, routing.logits.dtype})
-
-    gates = [gate for m in model.modules() if isinstance(m, MoLoraLayer) for gate in m.molora_gate.values()]
-    handles = [gate.register_forward_hook(look) for gate in gates]
-    yield seen
-    for handle in handles:
-        handle.remove()
-
-
-def train(
-    model: Any, device: str, steps: int, *, autocast: torch.dtype | None, size: tuple[int, int]
-) -> dict[str, Any]:
-    """Train and tell losses, skipped steps, and whether gates, their losses and all parameters stayed float32."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=2e-3)
-    scaler = torch.amp.GradScaler(device, enabled=autocast == torch.float16)
-    losses, skipped, start = [], 0, time.perf_counter()
-    with gate_dtypes(model) as seen:
-        for ids in batches(device, steps, size):
-            with torch.autocast(device, autocast, enabled=autocast is not None):
-                loss = model(input_ids=ids, labels=ids).loss
-            seen.update(value.dtype for value in molora.aux_losses(model).values())
-            scaler.scale(loss).backward()
-            scaler.unscale_(optimizer)
-            nn.utils.clip_grad_norm_(parameters, 1.0)
-            before = scaler.get_scale()
-            scaler.step(optimizer)
-            scaler.update()
-            skipped += scaler.get_scale() < before
-            optimizer.zero_grad()
-            losses.append(loss.item())
-    tail = losses[-max(1, steps // 10) :]
+def facts(device: str) -> dict[str, Any]:
+    """The device as its driver describes it."""
+    if device == "cpu":
+        return {"device": "cpu", "threads": torch.get_num_threads()}
+    found = torch.cuda.get_device_properties(0)
+    free, total = torch.cuda.mem_get_info()
     return {
-        "first": round(losses[0], 4),
-        "last": round(sum(tail) / len(tail), 4),
-        "finite": all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in parameters),
-        "float32": seen | {p.dtype for p in parameters} == {torch.float32},
-        "skipped": skipped,
-        "scale": scaler.get_scale(),
-        "seconds": round(time.perf_counter() - start, 1),
+        "device": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "L2 MiB": found.L2_cache_size >> 20,
+        "memory GiB": round(total / 2**30, 1),
+        "free GiB": round(free / 2**30, 1),
+        "bf16": torch.cuda.is_bf16_supported(),
+        "CUDA": torch.version.cuda,
+        "cuDNN": torch.backends.cudnn.version(),
     }
 
 
-def precision_runs(device: str, steps: int, *, quick: bool) -> dict[str, Any]:
-    """The same training in every precision; quantised bases where bitsandbytes can be imported."""
-    model_size, size = (TINY, (4, 16)) if quick else (SMALL, (16, 128))
+def step_memory(
+    name: str, size: Size, samples: int, seq: int, *, device: str, checkpointing: bool = False
+) -> dict[str, float]:
+    """GiB of one case on a bf16 base with bf16 adapters: at rest, and what a training step adds at its peak.
 
-    def run(dtype: torch.dtype, autocast: torch.dtype | None) -> dict[str, Any]:
-        model = mixture(peers.frozen_base(model_size, dtype, device))
-        return train(model, device, steps, autocast=autocast, size=size)
-
-    half, brain, full = torch.float16, torch.bfloat16, torch.float32
-    found = {
-        "float32": run(full, None),
-        "bf16-mixed": run(full, brain),
-        "16-mixed": run(full, half),
-        "bf16 base, fp32 experts, autocast": run(brain, brain),
-        "bf16 base, fp32 experts": run(brain, None),
-    }
-    for name, options in {
-        "bf16 base, int8": {"load_in_8bit": True},
-        "bf16 base, NF4": {
-            "load_in_4bit": True,
-            "bnb_4bit_quant_type": "nf4",
-            "bnb_4bit_compute_dtype": brain,
-        },
-    }.items():
-        try:
-            base = _quantised(model_size, device, options)
-        except ImportError as error:
-            found[name] = {"skipped": str(error)}
-            continue
-        found[name] = train(mixture(base), device, steps, autocast=brain, size=size)
-    return found
+    At rest are the base, the adapters, AdamW's two moments and the batch. On a CPU, which counts nothing, the step
+    runs all the same and the answer is empty.
+    """
+    gc.collect()
+    base = peers.frozen_base(size, torch.bfloat16, device)
+    model = CASES[name](base, None)
+    if checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    step = training_step(model, peers.batch(base, samples, seq))
+    step()  # the optimiser's state is allocated here
+    if device == "cpu":
+        return {}
+    torch.cuda.reset_peak_memory_stats()
+    rest = torch.cuda.memory_allocated()
+    step()
+    peak = torch.cuda.max_memory_allocated()
+    return {key: round(n / 2**30, 4) for key, n in (("rest", rest), ("step", peak - rest), ("peak", peak))}
 
 
-def _quantised(size: Size, device: str, options: dict[str, Any]) -> nn.Module:
-    """The same base, through a folder: transformers quantises while it loads."""
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        peers.frozen_base(size, torch.float32).save_pretrained(folder)
-        base = LlamaForCausalLM.from_pretrained(
-            folder,
-            quantization_config=BitsAndBytesConfig(**options),
-            dtype=torch.bfloat16,
-            device_map={"": device},
-        )
-    return prepare_model_for_kbit_training(base, use_gradient_checkpointing=False)
-
-
-def judge_precision(found: dict[str, Any], steps: int) -> dict[str, bool]:
-    """Finite, float32 where it must be, hardly a skipped step, and the loss near float32's."""
-    exact = found["float32"]
-    gained = exact["first"] - exact["last"]
-    checks = {"float32 learns": gained > 0}
-    for name, row in found.items():
-        if "skipped" in row and isinstance(row["skipped"], str):
-            continue
-        checks[f"{name}: finite, gate and losses float32"] = row["finite"] and row["float32"]
-        # The scale starts at 65536 and is halved once per skipped step: more than a tenth means it never settles.
-        checks[f"{name}: at most a tenth of the steps skipped"] = row["skipped"] <= max(3, steps // 10)
-        if name in BOUNDS:
-            near = abs(row["last"] - exact["last"]) <= BOUNDS[name] * gained
-            checks[f"{name}: loss within {BOUNDS[name]:.0%} of float32's gain"] = near
-    return checks
-
-
-def peak_memory(quick: bool) -> dict[str, Any]:
-    """Bytes at the peak of a training step at 8192 tokens, with and without gradient checkpointing."""
+def memory_table(device: str, *, quick: bool) -> dict[str, dict[str, Any]]:
+    """`step_memory` of every case at a 1B shape and 8192 tokens, without and with gradient checkpointing."""
     size = TINY if quick else Size(16, 2048, ff=8192, heads=32, kv_heads=8)
     samples, seq = (2, 16) if quick else (4, 2048)
-    base = peers.frozen_base(size, torch.bfloat16, "cuda")
-    found: dict[str, Any] = {"plain": {}, "checkpointing": {}}
-    for name in (BASE, PEFT_SMALL, PEFT_WIDE, MOLORA):
-        for how, row in found.items():
-            model = CASES[name](peers.share(base), None)
-            if how == "checkpointing":
-                model.gradient_checkpointing_enable({"use_reentrant": False})
-            step = training_step(model, peers.batch(base, samples, seq))
-            step()
-            torch.cuda.reset_peak_memory_stats()
-            step()
-            row[name] = torch.cuda.max_memory_allocated()
+    found: dict[str, dict[str, Any]] = {}
+    for checkpointing in (False, True):
+        for name in MEMORY_CASES:
+            row = f"{name}, checkpointing" if checkpointing else name
+            try:
+                found[row] = step_memory(name, size, samples, seq, device=device, checkpointing=checkpointing)
+            except torch.OutOfMemoryError:
+                found[row] = {"out of memory": True}
     return found
+
+
+def judge_memory(found: dict[str, dict[str, Any]]) -> dict[str, bool]:
+    """The bars. A mixture has the parameters and moments of a LoRA as wide as all its experts, so what is at rest
+    is compared with that one, and what the step adds with a LoRA of one expert's rank."""
+    ours, small, wide = found[MOLORA], found[PEFT_SMALL], found[PEFT_WIDE]
+    if not all("step" in row for row in (ours, small, wide)):
+        return {}
+    return {
+        f"memory of a step <= 1.02 x {PEFT_SMALL}": ours["step"] <= 1.02 * small["step"],
+        f"peak memory <= 1.02 x {PEFT_WIDE}": ours["peak"] <= 1.02 * wide["peak"],
+    }
 
 
 def skinny_gemms(device: str, *, quick: bool) -> dict[str, Any]:
-    """Achieved GB/s of the products a mixture adds, over that of a copy: are they bound by memory alone?"""
-    tokens, dtype = (64 if quick else 8192), torch.bfloat16
+    """GB/s of the products a mixture adds, over those of a copy: are they bound by memory alone?
+
+    Every measurement goes round several buffers, together larger than a cache.
+    """
+    tokens, dtype, buffers = (64, torch.bfloat16, 2) if quick else (8192, torch.bfloat16, 8)
+
+    def random(*shape: int) -> list[torch.Tensor]:
+        return [torch.randn(shape, device=device, dtype=dtype) for _ in range(buffers)]
+
     found: dict[str, Any] = {}
     for d in (64,) if quick else (2048, 4096):
-        x = torch.randn(tokens, d, device=device, dtype=dtype)
-        y = torch.empty_like(x)
-        copy = 2 * x.nbytes / _seconds(lambda x=x, y=y: y.copy_(x), device)
+        xs, ys = random(tokens, d), random(tokens, d)
+        pairs = list(zip(xs, ys, strict=True))
+        copy = 2 * xs[0].nbytes / _seconds([lambda x=x, y=y: y.copy_(x) for x, y in pairs], device)
         rows: dict[str, float] = {}
         for n in (8, 64, 72, 136, 192, 200):
-            A = torch.randn(n, d, device=device, dtype=dtype)
-            z = torch.randn(tokens, n, device=device, dtype=dtype)
-            moved = x.nbytes + A.nbytes + z.nbytes
-            rows[f"x A, {n}"] = moved / _seconds(lambda x=x, A=A: F.linear(x, A), device)
-            rows[f"dx, {n}"] = moved / _seconds(lambda z=z, A=A: z @ A, device)
-            rows[f"dA, {n}"] = moved / _seconds(lambda z=z, x=x: z.t() @ x, device)
-        h, B = (
-            torch.randn(tokens, 64, device=device, dtype=dtype),
-            torch.randn(64, d, device=device, dtype=dtype),
-        )
-        moved = 2 * y.nbytes + h.nbytes + B.nbytes
-        rows["y += h B, 64"] = moved / _seconds(lambda y=y, h=h, B=B: y.addmm_(h, B, alpha=1e-3), device)
-        found[f"d={d}"] = {
-            "copy GB/s": round(copy / 1e9, 1),
-            **{name: round(value / copy, 3) for name, value in rows.items()},
-        }
+            A, zs = torch.randn(n, d, device=device, dtype=dtype), random(tokens, n)
+            moved = xs[0].nbytes + A.nbytes + zs[0].nbytes
+            rows[f"x A, {n}"] = moved / _seconds([lambda x=x, A=A: F.linear(x, A) for x in xs], device)
+            rows[f"dx, {n}"] = moved / _seconds([lambda z=z, A=A: z @ A for z in zs], device)
+            both = list(zip(zs, xs, strict=True))
+            rows[f"dA, {n}"] = moved / _seconds([lambda z=z, x=x: z.t() @ x for z, x in both], device)
+        hs, B = random(tokens, 64), torch.randn(64, d, device=device, dtype=dtype)
+        moved = 2 * ys[0].nbytes + hs[0].nbytes + B.nbytes
+        both = list(zip(ys, hs, strict=True))
+        adds = [lambda y=y, h=h, B=B: y.addmm_(h, B, alpha=1e-3) for y, h in both]
+        rows["y += h B, 64"] = moved / _seconds(adds, device)
+        ratios = {name: round(value / copy, 3) for name, value in rows.items()}
+        found[f"d={d}"] = {"copy GB/s": round(copy / 1e9, 1), **ratios}
     return found
 
 
-def _seconds(run: Callable[[], Any], device: str, repeats: int = 20) -> float:
-    for _ in range(3):
+def _seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 10) -> float:
+    """Of one call. On a GPU they are replayed as one graph: some take less time than their launch."""
+
+    def run() -> None:
+        for call in calls:
+            call()
+
+    if device == "cpu":
         run()
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
-    wait()
-    start = time.perf_counter()
+        start = time.perf_counter()
+        for _ in range(repeats):
+            run()
+        return (time.perf_counter() - start) / repeats / len(calls)
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        run()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    graph.replay()
+    before.record()
     for _ in range(repeats):
-        run()
-    wait()
-    return (time.perf_counter() - start) / repeats
+        graph.replay()
+    after.record()
+    torch.cuda.synchronize()
+    return before.elapsed_time(after) / 1e3 / repeats / len(calls)
 
 
 def lightning_runs(device: str, scratch: Path, steps: int) -> dict[str, Any]:
-    """The quickstart recipe, shortened, in mixed precision; fp16 needs a GPU there."""
+    """The quickstart recipe, shortened, in mixed precision; Lightning has fp16 on a GPU only."""
     found = {}
     for precision in ("bf16-mixed", "16-mixed") if device == "cuda" else ("bf16-mixed",):
         settings = [
@@ -248,12 +169,15 @@ def lightning_runs(device: str, scratch: Path, steps: int) -> dict[str, Any]:
             f"train.accelerator={'gpu' if device == 'cuda' else 'cpu'}", "eval.modes=[gate]", "train.log_every=1",
         ]  # fmt: skip
         run = molora.train(str(RECIPE), settings)
-        from safetensors.torch import load_file
-
-        weights = load_file(run.adapter / "adapter_model.safetensors")
+        with (run.path / "metrics.csv").open() as file:
+            losses = [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        weights = load_file(run.adapter / "adapter_model.safetensors").values()
         found[precision] = {
-            "finite": all(bool(value.isfinite().all()) for value in weights.values()),
-            "float32": {value.dtype for value in weights.values()} == {torch.float32},
+            "steps": len(losses),
+            "first": round(losses[0], 4),
+            "last": round(losses[-1], 4),
+            "finite": all(map(math.isfinite, losses)) and all(bool(w.isfinite().all()) for w in weights),
+            "float32": {w.dtype for w in weights} == {torch.float32},
         }
     return found
 
@@ -263,7 +187,7 @@ class _MixtureTrainer(MoLoraTrainerMixin, Trainer):
 
 
 def trainer_runs(device: str, scratch: Path, steps: int) -> dict[str, Any]:
-    """transformers' Trainer in mixed precision, from the stock class and with the mixin."""
+    """transformers' Trainer in mixed precision (fp16 on a GPU only), from the stock class and with the mixin."""
     rows = [{"input_ids": ids, "labels": ids} for ids in next(batches("cpu", 1, (64, 16)))]
     found = {}
     for precision in ("bf16", "fp16") if device == "cuda" else ("bf16",):
@@ -275,19 +199,25 @@ def trainer_runs(device: str, scratch: Path, steps: int) -> dict[str, Any]:
                 per_device_train_batch_size=8,
                 gradient_accumulation_steps=2,
                 learning_rate=2e-3,
+                logging_steps=1,
+                logging_nan_inf_filter=False,
                 report_to=[],
                 save_strategy="no",
                 disable_tqdm=True,
                 use_cpu=device == "cpu",
                 **{precision: True},  # type: ignore[arg-type]
             )
+            trainer = trainer_class(model, arguments, train_dataset=rows)  # type: ignore[arg-type]
             with gate_dtypes(model) as seen:
-                result = trainer_class(model, arguments, train_dataset=rows).train()  # type: ignore[arg-type]
+                trainer.train()
+            losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
             trained = [p for p in model.parameters() if p.requires_grad]
+            scaler = trainer.accelerator.scaler
             found[f"{precision}, {trainer_class.__name__.strip('_')}"] = {
-                "loss": round(result.training_loss, 4),
-                "finite": math.isfinite(result.training_loss)
-                and all(bool(p.isfinite().all()) for p in trained),
+                "first": round(losses[0], 4),
+                "last": round(losses[-1], 4),
+                "finite": all(map(math.isfinite, losses)) and all(bool(p.isfinite().all()) for p in trained),
                 "float32": seen | {p.dtype for p in trained} == {torch.float32},
+                "scale": None if scaler is None else scaler.get_scale(),
             }
     return found

@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval import gpu_check
 from eval.bench import decode, peers, scaling
 from eval.bench.peers import Size
 from eval.bench.step import training_step
@@ -89,17 +88,3 @@ def test_scaling_runs_and_draws(tmp_path):
 @pytest.mark.parametrize("name", ["startup", "ddp"])
 def test_start_up_and_data_parallel_run(tmp_path, name):
     assert run(f"eval.bench.{name}", tmp_path / "a.json")
-
-
-@pytest.mark.slow
-def test_the_gpu_check_runs_every_stage_on_a_cpu(tmp_path):
-    found = run("eval.gpu_check", tmp_path / "a.json", "--device", "cpu")
-    assert list(found["stages"]) == list(gpu_check.STAGES) and not found["skipped"]
-    assert found["checks"] and all(found["checks"].values())
-
-
-def test_the_gpu_check_keeps_what_it_has_and_skips_what_does_not_fit(tmp_path):
-    report = gpu_check.Report(tmp_path / "a.json", "cpu")
-    gpu_check.run(gpu_check.Settings("cpu", True, tmp_path), report, 30, ["gemms", "compiled step"])
-    assert set(report.stages) == {"gemms"} and set(report.skipped) == {"compiled step"}
-    assert json.loads((tmp_path / "a.json").read_text())["stages"]["gemms"]["seconds"] >= 0
