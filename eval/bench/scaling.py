@@ -134,7 +134,7 @@ def measure(point: Point, rounds: int) -> dict[str, Any]:
 def growth(curve: dict[int, dict[str, Any]]) -> dict[str, Any]:
     """Step with 64 experts over step with 8, beside the same quotient of the FLOPs."""
     few, many = curve[8], curve[64]
-    value = many["ms"][MINE] / few["ms"][MINE]
+    value = many[MINE]["median"] / few[MINE]["median"]  # each over the base of its own run: drift cancels
     bound = many["FLOP bound"] / few["FLOP bound"]
     return {
         "step(E=64) / step(E=8)": round(value, 4),

@@ -58,7 +58,6 @@ class ExpertBank(nn.Module):
         self.scalings = tuple(expert.scaling for expert in experts)
         self.frozen = tuple(i for i, is_frozen in enumerate(frozen) if is_frozen)
         self.trainable = tuple(i for i, is_frozen in enumerate(frozen) if not is_frozen)
-        self._expansions: dict[Any, Tensor] = {}
         rank = max(self.ranks)
 
         def stack(
@@ -73,6 +72,7 @@ class ExpertBank(nn.Module):
         self.lora_B = stack(self.trainable, lambda e: e.B.t(), True)
         self.frozen_A = stack(self.frozen, lambda e: e.A, False)
         self.frozen_B = stack(self.frozen, lambda e: e.B.t(), False)
+        self._prepare()
 
     @property
     def num_experts(self) -> int:
@@ -150,15 +150,27 @@ class ExpertBank(nn.Module):
         order = self.frozen + self.trainable if experts is None else experts
         rows = experts if experts is not None else tuple(range(self.num_experts))
         widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
-        columns = [[0.0] * len(rows) for _ in range(sum(widths))]
-        for index, width, end in zip(order, widths, accumulate(widths), strict=True):
-            for column in columns[end - width : end - width + self.ranks[index]]:
-                column[rows.index(index)] = self.scalings[index]
         dtype = torch.float64 if key[-1] else torch.float32
-        expansion = torch.tensor(columns, dtype=dtype, device=x.device).t().contiguous()
+        expansion = torch.zeros(len(rows), sum(widths), dtype=dtype, device=x.device)
+        for index, width, end in zip(order, widths, accumulate(widths), strict=True):
+            start = end - width
+            expansion[rows.index(index), start : start + self.ranks[index]] = self.scalings[index]
         if not torch.compiler.is_compiling():  # tensors made while a graph is traced are symbols
             self._expansions[key] = expansion
         return expansion
+
+    def _prepare(self) -> None:
+        """Make the usual expansions now: made in a compiled graph, they would be made at every step."""
+        self._expansions: dict[Any, Tensor] = {}
+        like = self.lora_A if self.lora_A is not None else self.frozen_A
+        if like is not None and not like.is_meta:
+            for experts in (None, *((i,) for i in range(self.num_experts))):
+                self.expansion(experts, like.detach())
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Any:
+        super()._apply(*args, **kwargs)
+        self._prepare()
+        return self
 
     # -- state dict: one stack per factor, in expert order, whatever is frozen --------------------------
 
@@ -229,6 +241,7 @@ class ExpertBank(nn.Module):
             else:
                 with torch.no_grad():
                     parameter.copy_(value)
+        self._prepare()
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"

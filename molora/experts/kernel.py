@@ -35,9 +35,10 @@ def shrink(x: Tensor, factors: Sequence[Tensor], rows: Sequence[Tensor] = ()) ->
     if torch.is_grad_enabled():
         return _Shrink.apply(flat, dtype, len(factors), *factors, *rows)
     low, exact = flat.to(dtype), _logits(flat, rows) if rows else None
-    # Decoding, a step is bound by reading weights: joining what comes out is cheaper than joining the factors.
-    parts = [F.linear(low, factor.to(dtype)) for factor in factors]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1), exact
+    if torch.compiler.is_compiling() and len(factors) > 1:
+        # A compiled decoding step is bound by reading weights: it joins what comes out, not the factors.
+        return torch.cat([F.linear(low, factor.to(dtype)) for factor in factors], dim=-1), exact
+    return F.linear(low, joined(factors, dtype)), exact
 
 
 def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:

@@ -54,7 +54,7 @@ class Plan:
     gates: dict[str, Gate | None]  # by slot
     readers: dict[str, Gate]  # by slot: gates that read this input
     spread: set[str]  # slots whose gate layers with other inputs follow
-    kept: tuple[Any, Operands] | None = None  # the operands of the last forward without gradients
+    kept: tuple[Any, Operands] | None = None  # the operands of the last decoding step, and their stamp
 
     @classmethod
     def of(cls, members: Sequence[MoLoraLayer], adapter: str) -> Plan:
@@ -134,16 +134,23 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
 
 
 def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
-    """The members' factors as views; without gradients joined and cast, once for all steps of a decoding.
+    """The members' factors as views; for the steps of a decoding joined and cast, once.
 
-    A forward over several positions reads the Parameters anew, so only `.data` edits between the steps of one
-    generation could go unnoticed; all other changes show in the stamp.
+    A forward over several positions reads the Parameters anew and ends the keeping, so only `.data` edits between
+    the steps of one generation could go unnoticed; all other changes show in the stamp.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return _new_operands(plan, experts, x)
+    if x.shape[-2:-1] != (1,):
+        plan.kept = None
+        return _new_operands(plan, experts, x)
     stamp = (experts, linear_dtype(x), x.device, *(mark for bank in plan.banks for mark in bank.stamp()))
-    if plan.kept is None or plan.kept[0] != stamp or x.shape[-2:-1] != (1,):
-        plan.kept = stamp, _new_operands(plan, experts, x)
+    if plan.kept is None or plan.kept[0] != stamp:
+        operands, dtype = _new_operands(plan, experts, x), linear_dtype(x)
+        operands.A = [joined(operands.A, dtype)]
+        # Laid out as a linear's weight is: the product with a single row then reads memory in order.
+        operands.B = {key: [joined(B, dtype).t().contiguous().t()] for key, B in operands.B.items()}
+        plan.kept = stamp, operands
     return plan.kept[1]
 
 
@@ -152,17 +159,12 @@ def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Ope
     A = [stack for bank, chosen in zip(plan.banks, own, strict=True) for stack in bank.stacks("A", chosen)]
     B = [bank.stacks("B", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
     expansions = [bank.expansion(chosen, x) for bank, chosen in zip(plan.banks, own, strict=True)]
-    joint = None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots)
-    if not (torch.is_grad_enabled() or torch.compiler.is_compiling()):
-        dtype = linear_dtype(x)
-        # B is laid out as a linear's weight is: its product with one row then reads memory in order.
-        A, B = [joined(A, dtype)], [[joined(stacks, dtype).t().contiguous().t()] for stacks in B]
     return Operands(
         A,
         [part.shape[1] for part in expansions],
         dict(zip(plan.keys, B, strict=True)),
         dict(zip(plan.keys, expansions, strict=True)),
-        joint,
+        None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
     )
 
 

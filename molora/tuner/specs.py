@@ -71,13 +71,16 @@ def new_gate(config: MoLoraConfig, d_in: int) -> Gate:
         return Gate(gate, GateRows(zeros, blocks, frozen))
     hidden = torch.nn.Linear(d_in, gate.hidden) if gate.score == "mlp" else None
     width = d_in if hidden is None else gate.hidden
-    return Gate(
+    made = Gate(
         gate,
         GateRows(torch.randn(config.num_experts, width) * gate.init_std, blocks, frozen),
         bias=GateRows(zeros, blocks, frozen) if gate.bias else None,
         hidden=hidden,
         threshold=torch.nn.Linear(d_in, 1) if gate.threshold_learned else None,
     )
+    made.frozen_shared = config.frozen_extras
+    made.apply_freeze()
+    return made
 
 
 def named_weights(config: MoLoraConfig, given: Mapping[str, float] | Sequence[float]) -> list[float]:

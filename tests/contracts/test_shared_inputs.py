@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import molora
 from molora import GateConfig, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from tests.zoo import TASKS, batch_for, gradients, molora_model, randomise
+from tests.zoo import TASKS, batch_for, gradients, molora_model, randomise, routed
 
 EXACT = {"atol": 1e-10, "rtol": 1e-9}
 
@@ -218,3 +218,13 @@ def test_dropout_draws_one_mask_for_the_group_and_none_for_the_gate():
     assert torch.equal(seen[0], seen[1]) and not torch.equal(outs[0], outs[1])
     mean = torch.stack([model(x).detach() for _ in range(4000)]).mean(0)
     assert_close(mean, model.eval()(x), atol=0.25, rtol=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("gate", ["top2-group", "soft-linear", "task-group"])
+def test_a_forward_is_bit_equal_with_gradients_and_without(gate, dtype):
+    model = molora_model("llama", gate, dtype=dtype)
+    batch = {"input_ids": batch_for("llama")["input_ids"], **routed(gate)}
+    expected = model(**batch).logits
+    with torch.no_grad():
+        assert torch.equal(model(**batch).logits, expected)

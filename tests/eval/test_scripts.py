@@ -49,12 +49,10 @@ def test_the_flop_bound_counts_the_products_that_are_executed():
 
 
 def test_growth_is_judged_against_the_bound():
-    curve = {
-        8: {"ms": {scaling.MINE: 10.0}, "FLOP bound": 1.2},
-        64: {"ms": {scaling.MINE: 19.0}, "FLOP bound": 2.1},
-    }
+    few, many = ({scaling.MINE: {"median": m}, "FLOP bound": b} for m, b in ((1.0, 1.2), (1.9, 2.1)))
+    curve = {8: few, 64: many}
     assert scaling.growth(curve)["met"] is True
-    curve[64]["ms"][scaling.MINE] = 20.0
+    many[scaling.MINE]["median"] = 2.0
     assert scaling.growth(curve)["met"] is False
 
 
