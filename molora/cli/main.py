@@ -203,6 +203,26 @@ def recipes_copy(
     copy(name, to, force=force)
 
 
+presets_app = typer.Typer(help="List or show the published methods a recipe can name.", no_args_is_help=True)
+app.add_typer(presets_app, name="presets")
+
+
+@presets_app.command("list")
+def presets_list() -> None:
+    """Name and method of every preset."""
+    from molora.cli.presets import show_list
+
+    show_list()
+
+
+@presets_app.command("show")
+def presets_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
+    """Print what a preset sets, its paper, and where it deviates."""
+    from molora.cli.presets import show
+
+    show(name)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)

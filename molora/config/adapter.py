@@ -9,6 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from molora.config.gate_rules import gate_problems, mixture_problems
 from molora.config.kinds import AUX_LOSSES, GATE_KIND_KEYS, GATE_KINDS
+from molora.config.presets import PRESETS, preset_settings
 from molora.config.section import (
     ExpertName,
     Fraction,
@@ -121,8 +122,17 @@ class AdapterConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _default_gate(cls, data: Any) -> Any:
-        """One expert alone cannot be picked twice: the default top_k never exceeds num_experts."""
+    def _expand(cls, data: Any) -> Any:
+        """`preset: name` stands for a method's settings. One expert alone has a default gate that picks one."""
+        if isinstance(data, dict) and "preset" in data:
+            name = data["preset"]
+            if name not in PRESETS:
+                hint = did_you_mean(str(name), PRESETS)
+                refuse([(("preset",), f"no preset {name!r}.{hint} Presets: {', '.join(PRESETS)}.")])
+            given = {key: value for key, value in data.items() if key != "preset"}
+            if isinstance(given.get("gate"), str):
+                given["gate"] = {"kind": given["gate"]}
+            data = preset_settings(name, given)
         if isinstance(data, dict) and data.get("num_experts") == 1:
             return without_default(data, "gate", {"top_k": 1})
         return data
