@@ -81,6 +81,7 @@ class Bar:
 BARS = (
     Bar("fp32", MOLORA, PEFT_WIDE, 1.05),
     Bar("bf16", MOLORA, PEFT_WIDE, 1.00),
+    Bar("1B", MOLORA, PEFT_WIDE, 1.00),
     Bar("", TASK_GATE, PEFT_SMALL, 1.05),
     Bar("", BY_TASK, PEFT_SMALL, 1.05),
     Bar("", MERGED, BASE, 1.02),

@@ -88,6 +88,7 @@ class Gate(nn.Module):
         self.hidden = hidden
         self.threshold = threshold
         self.frozen_shared = False
+        self._direct = settings.scope == "token" and settings.score != "mlp"
 
     @property
     def grown(self) -> list[GateRows]:
@@ -97,8 +98,7 @@ class Gate(nn.Module):
     @property
     def scores_x(self) -> bool:
         """Whether its logits begin with the products of its rows and x itself, which others may compute for it."""
-        jitters = self.settings.noise == "jitter" and self.training
-        return self.settings.scope == "token" and self.settings.score != "mlp" and not jitters
+        return self._direct and not (self.training and self.settings.noise == "jitter")
 
     def apply_freeze(self) -> None:
         """Frozen parts stay frozen, whatever marked the adapter as trainable."""
@@ -126,7 +126,10 @@ class Gate(nn.Module):
             allowed: (tokens, expert) bool, the same per token; rows must allow at least one expert.
         """
         settings = self.settings
-        logits = self._logits(x, products)
+        if products is not None and settings.score == "linear" and self.bias is None:
+            logits = products
+        else:
+            logits = self._logits(x, products)
         if experts is not None and len(experts) < logits.shape[-1]:
             logits = logits[:, list(experts)]
         if settings.noise is not None and self.training:

@@ -69,7 +69,7 @@ def route(
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts)
-    if decided(state, experts, alone_is_one=gate.settings.alone_is_one):
+    if experts is not None and decided(state, experts, alone_is_one=gate.settings.alone_is_one):
         return Routing(task_map.row((1.0,), x), experts)
     allowed = None
     if tasks is not None and experts is None and (state.by_task or task_map.isolated):

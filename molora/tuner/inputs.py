@@ -15,6 +15,7 @@ from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink
 from molora.gates.gate import Gate, Routing
 from molora.gates.route import decided, experts_in_use, route
+from molora.gates.scores import GateRows
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
@@ -52,8 +53,7 @@ class Plan:
     slots: list[str]  # per layer, whose weights it uses: the site that owns the gate
     leaders: dict[str, MoLoraLayer]  # by slot
     gates: dict[str, Gate | None]  # by slot
-    readers: dict[str, Gate]  # by slot: gates that read this input
-    spread: set[str]  # slots whose gate layers with other inputs follow
+    readers: dict[str, tuple[Gate, GateRows]]  # by slot: gates that read this input, and their rows
     kept: tuple[Any, Operands] | None = None  # the operands of the last decoding step, and their stamp
 
     @classmethod
@@ -68,12 +68,11 @@ class Plan:
             leaders=leaders,
             gates={slot: leader.gate_of(adapter) for slot, leader in leaders.items()},
             readers={
-                slot: leader.molora_gate[adapter]
+                slot: (leader.molora_gate[adapter], leader.molora_gate[adapter].rows)
                 for slot, leader in leaders.items()
                 if leader.sites[adapter].reads_input
                 and (leader in members or not leader.sites[adapter].spreads)
             },
-            spread={slot for slot, leader in leaders.items() if leader.sites[adapter].spreads},
         )
 
 
@@ -191,19 +190,19 @@ def _shrink(
     plan: Plan, x: Tensor, A: Sequence[Tensor], *, routed: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
-    gates = {} if routed else {slot: gate for slot, gate in plan.readers.items() if gate.scores_x}
-    rows = [block for gate in gates.values() for block in gate.rows.blocks]
+    readers = {} if routed else {slot: rows for slot, (gate, rows) in plan.readers.items() if gate.scores_x}
+    blocks = [block for rows in readers.values() for block in rows.blocks]
     bank = plan.banks[0]
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
-        products = scores(x, rows) if rows else None
+        products = scores(x, blocks) if blocks else None
     else:
-        h, products = shrink(x, A, rows)
+        h, products = shrink(x, A, blocks)
     if products is None:
         return h, {}
-    sizes = [gate.rows.num_experts for gate in gates.values()]
+    sizes = [rows.num_experts for rows in readers.values()]
     parts = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
-    return h, {s: gate.rows.in_order(part) for (s, gate), part in zip(gates.items(), parts, strict=True)}
+    return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), parts, strict=True)}
 
 
 def _weights(
@@ -249,20 +248,22 @@ def _routing(
     That of a gate that reads nothing is computed once per forward and shape.
     """
     site, context = leader.sites[adapter], leader.context
-    state, task_map = context.state, context.adapters[adapter].task_map
-    name, tokens = f"{adapter} {site.key}", x.shape[:-1].numel()
-    follows = site.key in plan.spread and site.key not in plan.readers
-    one = context.adapters[adapter].config.gate.alone_is_one
-    if follows and not decided(state, experts, alone_is_one=one):
-        return _followed(state.led, name, site.key, tokens)
+    state, task_map, slot = context.state, context.adapters[adapter].task_map, site.key
+    tasks, gate = state.tasks.get(adapter), plan.gates[slot]
+    if site.reads_input and not site.spreads:
+        return route(x, gate, task_map, tasks, state, experts, products)
+    name, tokens = f"{adapter} {slot}", x.shape[:-1].numel()
+    if site.spreads and slot not in plan.readers:
+        one = context.adapters[adapter].config.gate.alone_is_one
+        if not decided(state, experts, alone_is_one=one):
+            return _followed(state.led, name, slot, tokens)
     once = not site.reads_input and state.owner is not None
-    if once and (f"{name} {tokens}") in state.routings:
+    if once and f"{name} {tokens}" in state.routings:
         return state.routings[f"{name} {tokens}"]
-    gate = plan.gates[site.key]
-    routing = route(x, gate, task_map, state.tasks.get(adapter), state, experts, products)
+    routing = route(x, gate, task_map, tasks, state, experts, products)
     if once:
         state.routings[f"{name} {tokens}"] = routing
-    if site.key in plan.spread:
+    if site.spreads:
         state.led[name] = routing, tokens
     return routing
 
