@@ -73,6 +73,12 @@ def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: S
         return y + (scaled @ joined(B, h.dtype)).to(y.dtype).reshape(y.shape)
 
 
+def weigh(h: Tensor, weights: Tensor, expansion: Tensor) -> Tensor:
+    """`h ∘ (weights · expansion)`, (tokens, rank) in h's dtype; the product in brackets in the gate's float32."""
+    with _as_written(h):
+        return h * _factor(weights, expansion, h.dtype)
+
+
 def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Stacks below each other in `dtype`; a view where there is but one of that dtype."""
     if len(stacks) == 1:

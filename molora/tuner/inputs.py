@@ -12,7 +12,7 @@ from torch import Tensor
 from molora.context import base_only
 from molora.errors import RoutingError
 from molora.experts.bank import ExpertBank
-from molora.experts.kernel import joined, linear_dtype, scores, shrink
+from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
 from molora.gates.gate import Gate, Routing
 from molora.gates.route import decided, experts_in_use, route
 from molora.gates.scores import GateRows
@@ -127,7 +127,7 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     if operands.joint is None:
         by_site = {key: weights[slot] for key, slot in zip(plan.keys, plan.slots, strict=True)}
     else:  # without gradients the whole group is weighted at once
-        h = h * (_side_by_side(list(weights.values())) @ operands.joint).to(h.dtype)
+        h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
     columns = (h,) if len(plan.keys) == 1 else h.split(operands.widths, dim=-1)
     return Projection(x, dict(zip(plan.keys, columns, strict=True)), by_site, operands)
 
