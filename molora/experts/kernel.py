@@ -176,5 +176,5 @@ class _Expand(torch.autograd.Function):
                     if weights.shape[0] == 1:
                         dweights = dweights.sum(dim=0, keepdim=True)
                 if need_h:
-                    dh = du.mul_(factor)
+                    dh = du * factor
         return (dy if need_y else None), dh, dweights, None, *gradients

@@ -56,6 +56,7 @@ def test_gradients_pass_gradcheck():
         return _Expand.apply(y * 1.0, h, weights, expansion, B)
 
     assert torch.autograd.gradcheck(add, (y, h, weights, B))
+    assert torch.autograd.gradgradcheck(add, (y, h, weights, B))
     assert torch.autograd.gradcheck(add, (y, h, weights[:1].detach().requires_grad_(True), B))
     x, *stacks = (
         torch.randn(shape, dtype=torch.float64, requires_grad=True)
@@ -66,6 +67,7 @@ def test_gradients_pass_gradcheck():
             stack.requires_grad_(i != frozen)
         assert torch.autograd.gradcheck(lambda x, *w: shrink(x, w[:2], w[2:]), (x, *stacks))
     assert torch.autograd.gradcheck(lambda x, *w: scores(x, w), (x, *stacks))
+    assert torch.autograd.gradgradcheck(lambda x, *w: shrink(x, w[:2], w[2:]), (x, *stacks))
 
 
 def test_logits_are_those_of_float32_whatever_the_dtype_and_the_neighbours():
