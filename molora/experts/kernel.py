@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+_NOTHING = nullcontext()
+
 
 def shrink(x: Tensor, factors: Sequence[Tensor], rows: Sequence[Tensor] = ()) -> tuple[Tensor, Tensor | None]:
     """`A x` of everything that reads x, side by side, and the router logits of x.
@@ -97,7 +99,7 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 def _as_written(x: Tensor) -> AbstractContextManager[Any]:
     """Every dtype as the code says. Entering a context costs microseconds: none where there is no autocast."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:

@@ -128,7 +128,9 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
         by_site = {key: weights[slot] for key, slot in zip(plan.keys, plan.slots, strict=True)}
     else:  # without gradients the whole group is weighted at once
         h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
-    columns = (h,) if len(plan.keys) == 1 else h.split(operands.widths, dim=-1)
+    if len(plan.keys) == 1:
+        return Projection(x, {plan.keys[0]: h}, by_site, operands)
+    columns = h.split(operands.widths, dim=-1)
     return Projection(x, dict(zip(plan.keys, columns, strict=True)), by_site, operands)
 
 
