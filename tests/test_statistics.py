@@ -39,7 +39,8 @@ def test_the_table_equals_counting_by_hand(gate):
         assert row["share"] == pytest.approx(chosen[:, expert].mean().item(), abs=1e-6)
         assert row["top1_share"] == pytest.approx((weights.argmax(-1) == expert).float().mean().item())
         assert row["entropy"] == pytest.approx(torch.special.entr(probs).sum(-1).mean().item(), abs=1e-5)
-    assert len({row["gate"] for row in rows}) == (1 if "global" in gate else 8 if "group" in gate else 14)
+    gates = {"global": 1, "block": 2, "group": 8, "linear": 14}[gate.rsplit("-", 1)[1]]
+    assert len({row["gate"] for row in rows}) == gates
 
 
 def test_by_task_separates_tasks_and_leaves_base_only_out():

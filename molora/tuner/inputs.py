@@ -264,11 +264,11 @@ def _routing(
         if not decided(state, experts, alone_is_one=one):
             return _followed(state.led, name, slot, tokens)
     once = not site.reads_input and state.owner is not None
-    if once and f"{name} {tokens}" in state.routings:
-        return state.routings[f"{name} {tokens}"]
+    if once and name in state.routings and state.routings[name][1] == tokens:
+        return state.routings[name][0]
     routing = route(x, gate, task_map, tasks, state, experts, products)
     if once:
-        state.routings[f"{name} {tokens}"] = routing
+        state.routings[name] = routing, tokens
     if site.spreads:
         state.led[name] = routing, tokens
     return routing
