@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -258,7 +259,7 @@ def _routing(
     tasks, gate = state.tasks.get(adapter), plan.gates[slot]
     if site.reads_input and not site.spreads:
         return route(x, gate, task_map, tasks, state, experts, products)
-    name, tokens = f"{adapter} {slot}", x.shape[:-1].numel()
+    name, tokens = f"{adapter} {slot}", math.prod(x.shape[:-1])  # `numel` would fix an exported size
     if site.spreads and slot not in plan.readers:
         one = context.adapters[adapter].config.gate.alone_is_one
         if not decided(state, experts, alone_is_one=one):
