@@ -43,7 +43,7 @@ class RootHooks:
             state = context.resolve(context.request)
         else:
             state = outer.fork(recompute=False)
-        state.owner, state.outer, state.masks = module, outer, _masks(module, args, kwargs)
+        state.owner, state.outer, state.masks, state.led = module, outer, _masks(module, args, kwargs), {}
         learns = module.training and torch.is_grad_enabled()
         if learns:  # a batch for the base only still gives every expert a gradient (zero): DDP waits for it
             state.tasks = {name: ids.without_shortcut() for name, ids in state.tasks.items()}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import molora
 from molora import GateConfig, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from tests.zoo import TASKS, batch_for, gradients, molora_model, randomise, routed
+from tests.zoo import GATES, TASKS, batch_for, gradients, molora_model, randomise, routed
 
 EXACT = {"atol": 1e-10, "rtol": 1e-9}
 
@@ -230,3 +230,22 @@ def test_a_forward_is_bit_equal_with_gradients_and_without(gate, dtype, autocast
         expected = model(**batch).logits
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("gate", GATES)
+def test_nothing_of_a_forward_outlives_it(gate):
+    model = molora_model("llama", gate).train()
+    with molora.routing(model, task_ids=list(TASKS)):
+        model(**batch_for("llama"))
+        state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
+        assert not state.shared and not state.led and not state.routings and state.owner is None
+    with pytest.raises(RuntimeError, match="stop"), molora.routing(model, task_ids=list(TASKS)):
+        handle = model.base_model.model.model.layers[1].mlp.register_forward_pre_hook(stop)
+        model(**batch_for("llama"))
+    handle.remove()
+    state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
+    assert not state.shared and not state.led and state.owner is None
+
+
+def stop(*_):
+    raise RuntimeError("stop")
