@@ -74,7 +74,7 @@ def _top_right(expert: Expert) -> Tensor:
     row = Q @ rows[0]
     size = row.abs()
     largest = (size >= size.max() * (1 - _TIE)).to(torch.uint8).argmax()
-    return torch.where(values[0] > rounding, row / row.norm() * row[largest].sign(), 0.0)
+    return torch.where(values[0] > rounding, row * row[largest].sign(), 0.0)
 
 
 def _wide(x: Tensor) -> Tensor:

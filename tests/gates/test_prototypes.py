@@ -57,6 +57,14 @@ def test_the_sign_is_fixed():
     assert_close(arrow(negated), rows, atol=1e-12, rtol=0)
     level = Expert(torch.tensor([[-0.7, 0.7, 0.7]]), torch.ones(2, 1), 1.0)
     assert_close(arrow([level])[0], torch.tensor([1.0, -1.0, -1.0]) / 3**0.5)
+    # Entries equal but for rounding: which of them is largest must not decide.
+    signs = torch.tensor([1.0, -1.0, -1.0, 1.0, -1.0], dtype=torch.float64)
+    for seed in range(20):
+        torch.manual_seed(seed)
+        R = torch.randn(3, 3, dtype=torch.float64)
+        A = torch.stack([9 * signs, *torch.randn(2, 5, dtype=torch.float64) * 1e-9])
+        B = torch.eye(7, 3, dtype=torch.float64)
+        assert_close(arrow([Expert(R @ A, B @ R.inverse(), 1.0)])[0], signs / 5**0.5)
 
 
 def test_arrow_depends_only_on_the_product():
@@ -85,14 +93,16 @@ def test_a_product_of_zero_gives_a_zero_row():
     expert = random_experts(ranks=(4,))[0]
     untrained = expert._replace(B=torch.zeros_like(expert.B))
     empty = expert._replace(A=torch.zeros_like(expert.A))
-    # Neither factor is zero here, but what B reads A never writes.
-    apart = Expert(
-        expert.A * torch.tensor([[1.0], [1], [0], [0]]), expert.B * torch.tensor([0.0, 0, 1, 1]), 1.0
-    )
+    # Neither factor is zero here, but what A writes B never reads; mixed, only rounding is left.
+    half = torch.tensor([1.0, 1.0, 0.0, 0.0])
+    R = torch.randn(4, 4, dtype=torch.float64)
+    A, B = expert.A * half.unsqueeze(1), expert.B * (1 - half)
+    apart = Expert(R @ A.double(), B.double() @ R.inverse(), 1.0)
+    assert (apart.B @ apart.A).any()
     tiny = expert._replace(B=expert.B * 1e-30)
     rows = arrow([untrained, empty, apart, expert, tiny])
     assert not rows[:3].any()
-    assert_close(rows[3:].norm(dim=1), torch.ones(2))
+    assert_close(rows[3:].norm(dim=1), torch.ones(2, dtype=torch.float64))
 
 
 def test_arrow_agrees_with_pefts_prototypes_up_to_sign():
