@@ -84,6 +84,11 @@ def test_known_allocations():
     assert allocate([1.0, 2.0, 3.0], 12, beta=1) == [2, 4, 6]
     assert allocate([1.0, 2.0], 10, beta=2) == [2, 8]
     assert allocate([1.0, 1.0, 1.0], 5) == [2, 2, 1]  # ties go to the first blocks
+    assert allocate([8.0, 5.0, 5.0], 12, beta=1) == [
+        6,
+        3,
+        3,
+    ]  # 16/3, 10/3, 10/3: a tie that floats would miss
     assert allocate([5.0, 5.0, 2.0], 4, beta=1) == [2, 1, 1]  # quotas 5/3, 5/3 and 2/3, the last one raised
     assert allocate([3.5, 2.5, 1.0], 7, beta=1, least=0) == [4, 2, 1]  # 3.5, 2.5 and 1: the first half wins
     assert allocate([4.0, 4.0, 0.01], 11, beta=2.5, least=3) == [4, 4, 3]
