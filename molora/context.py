@@ -14,17 +14,20 @@ from torch import Tensor
 from molora.errors import ConfigError, RoutingError
 from molora.task_map import BASE_ONLY, TaskMap, TaskRef
 
-TaskIdsLike = TaskRef | Sequence[TaskRef] | Tensor
+TaskIdsLike = TaskRef | Sequence[TaskRef | Sequence[TaskRef]] | Tensor
 
 
 @dataclass(frozen=True)
 class RoutingRequest:
-    """What a caller asks for: task ids (one, or one per sample), restriction to them, forced experts."""
+    """What a caller asks for: task ids (one, or one per sample), restriction to them, forced experts, features."""
 
     task_ids: TaskIdsLike = None
     by: str | None = None
     experts: Mapping[str, float] | None = None
     given: bool = False  # task_ids=None may mean "not given" or "base only for every sample"
+    features: Tensor | None = None  # (batch, d) or (batch, seq, d), for gates of external scope
+    prompt_mask: Tensor | None = None  # (batch, seq) what gates of sequence scope pool
+    prompt_length: int | None = None  # the same, of a generation: so many positions
 
     def over(self, outer: RoutingRequest) -> RoutingRequest:
         """This request, with what it leaves open taken from the outer one."""
@@ -33,20 +36,39 @@ class RoutingRequest:
             by=self.by or outer.by,
             experts=self.experts if self.experts is not None else outer.experts,
             given=self.given or outer.given,
+            features=self.features if self.features is not None else outer.features,
+            prompt_mask=self.prompt_mask if self.prompt_mask is not None else outer.prompt_mask,
+            prompt_length=self.prompt_length or outer.prompt_length,
         )
 
 
 @dataclass(frozen=True)
 class TaskIds:
-    """Resolved task ids: `ids` (batch,) or (batch, seq) int64; `single` where one id holds for all."""
+    """Resolved task ids: `ids` (batch,) or (batch, seq) int64; `single` where one id holds for all.
+
+    Samples of several tasks at once have the first of them in `ids`, and all of them in `several`.
+    """
 
     ids: Tensor
     single: int | None
     has_base: bool = True  # whether some id may be -1 (unknown while compiling)
+    several: Tensor | None = None  # (batch, task id) each sample's share of each task; rows sum to 1
 
     def without_shortcut(self) -> TaskIds:
         """The same ids, those for the base only routed like any others, with weight zero."""
         return replace(self, single=None) if self.single == BASE_ONLY else self
+
+    def shares(self, size: int, device: torch.device) -> Tensor:
+        """Each sample's share of each task id below `size`, (batch, task) float32; zero rows for the base only."""
+        if self.several is not None:
+            several = self.several.to(device)
+            return torch.nn.functional.pad(several, (0, size - several.shape[1]))
+        if self.ids.dim() != 1:
+            raise RoutingError(
+                "this gate learns from the task of a sample, but task ids were given per token; give one per sample."
+            )
+        ids = (self.ids if self.single is None else self.ids[:1]).to(device)
+        return (ids.unsqueeze(-1) == torch.arange(size, device=device)).float()
 
     def expand(self, lead: torch.Size) -> Tensor:
         """Ids of every token for an input of shape (*lead, d): (tokens,) int64.
@@ -75,6 +97,24 @@ class TaskIds:
         return ids.reshape(-1)
 
 
+def spread(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """Rows of samples (batch, ...) as rows of tokens, for an input of shape (*lead, d).
+
+    One row serves everything, as many rows as tokens stay as they are. The batch may be a multiple of the rows:
+    beams and several return sequences repeat each sample in place.
+    """
+    tokens = 1
+    for size in lead:
+        tokens *= size
+    if len(rows) in (1, tokens):
+        return rows
+    if lead[0] % len(rows):
+        raise RoutingError(
+            f"got routing inputs for {len(rows)} samples, but the batch has {lead[0]}; give one per sample."
+        )
+    return rows.repeat_interleave(tokens // len(rows), dim=0)
+
+
 @dataclass
 class RoutingState:
     """What the layers read during one forward; replaced, never shared, between forwards."""
@@ -82,7 +122,16 @@ class RoutingState:
     tasks: dict[str, TaskIds] = field(default_factory=dict)  # by adapter
     by_task: bool = False
     experts: Mapping[str, float] | None = None
+    features: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # (batch, d) or (batch, seq, d); see `_features`
     masks: dict[str, Tensor] = field(default_factory=dict)  # "encoder" | "decoder" -> (batch, seq)
+    targets: Tensor | None = None  # (batch, seq) true where a position of the decoder has a label
+    prompt: Tensor | None = None  # (batch, seq) of the decoder: what gates of sequence scope pool
+    kept: dict[str, Any] | None = None  # sequence routings of the prompt this call continues
+    keep: dict[str, Any] | None = None  # those of this call's prompt, for calls that will continue it
+    first_pass: bool = False  # the base runs alone, for features
+    base_cache: Any = None  # the base's own key-value cache of this call's first pass
     owner: Any = (
         None  # the module whose forward opened this state; routings are shared and recorded only then
     )
@@ -113,6 +162,50 @@ class RoutingState:
         mask = mask[:, mask.shape[1] - lead[1] :]
         return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).reshape(-1).bool()
 
+    def response(self, stream: str, lead: torch.Size) -> Tensor | None:
+        """`mask`, only where the decoder has labels; the encoder has none of its own."""
+        if stream != "decoder" or self.targets is None:
+            return self.mask(stream, lead)
+        if tuple(self.targets.shape) != tuple(lead):
+            return self.mask(stream, lead)
+        return self.targets.reshape(-1)
+
+    def pooled(self, stream: str, lead: torch.Size) -> Tensor | None:
+        """Mask (batch, seq) of the tokens a gate of sequence scope pools; None: all."""
+        prompt = self.prompt if stream == "decoder" else None
+        if prompt is not None and len(lead) == 2 and prompt.shape[1] != lead[1]:
+            raise RoutingError(
+                f"the prompt mask has {prompt.shape[1]} positions, the layer's input {lead[1]}.",
+                hint="give routing_prompt_mask the shape (batch, seq) of the decoder's input.",
+            )
+        mask = prompt if prompt is not None else self.masks.get(stream)
+        if mask is None or len(lead) != 2 or mask.shape[1] != lead[1] or lead[0] % mask.shape[0]:
+            return None
+        return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).bool()
+
+    def read(self, stream: str, scope: str, lead: torch.Size) -> Tensor:
+        """Features for an input of shape (*lead, d): (tokens or samples, feature).
+
+        Raises:
+            RoutingError: none were given, or they do not fit.
+        """
+        found = self.features.get(scope if scope == "external" else stream)
+        if found is None:
+            raise RoutingError(
+                "this adapter's gate reads external features, but none were given.",
+                hint="pass routing_features=... to the model, or use `with molora.routing(model, features=...)`.",
+            )
+        if found.dim() == 2:
+            return found
+        if len(lead) == 1:  # one vector per sample, as a pooler reads: that of the first position
+            return found[:, 0]
+        if found.shape[1] < lead[1]:
+            raise RoutingError(
+                f"routing features of {found.shape[1]} positions do not fit an input of {lead[1]}."
+            )
+        found = found[:, found.shape[1] - lead[1] :]  # a decoding step sees the newest positions only
+        return found.repeat_interleave(lead[0] // len(found), dim=0).flatten(0, 1)
+
 
 @dataclass
 class AdapterRouting:
@@ -120,6 +213,15 @@ class AdapterRouting:
 
     task_map: TaskMap
     config: Any  # the tuner's MoLoraConfig; opaque here, a later layer reads it
+    _partial: dict[tuple[str, ...], TaskMap] = field(default_factory=dict)
+
+    def map_at(self, names: tuple[str, ...] | None) -> TaskMap:
+        """The task map of a layer that has only the experts named; None: all of them."""
+        if names is None:
+            return self.task_map
+        if names not in self._partial:
+            self._partial[names] = self.task_map.only(names)
+        return self._partial[names]
 
     @property
     def aux_losses(self) -> dict[str, Any]:
@@ -143,6 +245,7 @@ class RoutingContext:
         self.recorders: list[Any] = []
         self.layers: list[tuple[str, Any]] | None = None  # cache of the root hook
         self.checkpointed: list[Any] | None = None
+        self.encoded: Any = None  # the last lone encoder call: its output, and the base's (two-pass gates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
         copy = RoutingContext()
@@ -174,7 +277,10 @@ class RoutingContext:
                 if expert not in adapter.task_map.experts:
                     known = ", ".join(adapter.task_map.experts)
                     raise RoutingError(f"unknown expert {expert!r}. Known experts: {known}.")
-        return RoutingState(tasks=tasks, by_task=request.by == "task", experts=request.experts)
+        features = {} if request.features is None else {"external": request.features}
+        return RoutingState(
+            tasks=tasks, by_task=request.by == "task", experts=request.experts, features=features
+        )
 
     @contextmanager
     def use_request(self, request: RoutingRequest) -> Iterator[None]:
@@ -214,12 +320,31 @@ def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
         return TaskIds(ids.long(), values[0] if len(values) == 1 else None, BASE_ONLY in values)
     if given is None or isinstance(given, (str, int)):
         given = [given]
-    resolved = [task_map.resolve(task) for task in given]
-    if not resolved:
+    if not given:
         raise RoutingError("task_ids is empty; give one name or id per sample.")
+    if any(isinstance(task, (list, tuple)) for task in given):
+        return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in given])  # type: ignore[list-item]
+    resolved = [task_map.resolve(task) for task in given]  # type: ignore[arg-type]
     return TaskIds(
         torch.tensor(resolved), resolved[0] if len(set(resolved)) == 1 else None, BASE_ONLY in resolved
     )
+
+
+def _several(task_map: TaskMap, given: Sequence[Sequence[TaskRef]]) -> TaskIds:
+    """Samples with several tasks each: every task has an equal share."""
+    shares = torch.zeros(len(given), max([0, *task_map.ids.values()]) + 1)
+    first = []
+    for row, tasks in enumerate(given):
+        if not tasks:
+            raise RoutingError(f"sample {row} has an empty list of tasks; use None for the base only.")
+        resolved = [task_map.resolve(task) for task in tasks]
+        if BASE_ONLY in resolved and len(resolved) > 1:
+            raise RoutingError(f"sample {row} asks for tasks and for the base only.")
+        for task in resolved:
+            if task != BASE_ONLY:
+                shares[row, task] += 1 / len(resolved)
+        first.append(resolved[0])
+    return TaskIds(torch.tensor(first), None, BASE_ONLY in first, shares)
 
 
 class CheckpointWithRouting:

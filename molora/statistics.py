@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from molora.context import spread
 from molora.task_map import BASE_ONLY, TaskMap
 
 
@@ -43,11 +46,9 @@ class RoutingRecord:
         if len(task_map.experts) >= len(self.experts):
             self.experts = task_map.experts
         for gate, record in records:
-            weights, selected, entropy = _full(record.routing, len(task_map.experts))
-            weights, selected, entropy = (
-                t.expand(record.tokens, *t.shape[1:]) if len(t) == 1 else t
-                for t in (weights, selected, entropy)
-            )
+            here = [task_map.experts.index(name) for name in record.task_map.experts]
+            parts = _full(record.routing, here, len(task_map.experts))
+            weights, selected, entropy = (_by_token(part, record.lead) for part in parts)
             everything = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
             keep = everything if record.mask is None else record.mask
             ids = None if record.task_ids is None else record.task_ids.to(weights.device)
@@ -134,15 +135,34 @@ def _pad(values: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, size - len(values)))
 
 
-def _full(routing: Any, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,)."""
+def _by_token(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    spread_rows = spread(rows, lead)
+    return spread_rows.expand(math.prod(lead), *rows.shape[1:]) if len(spread_rows) == 1 else spread_rows
+
+
+def _full(routing: Any, here: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,).
+
+    Args:
+        routing: a gate's answer; with splits, their mean counts.
+        here: index of each expert of the gate's layer among all experts.
+        num_experts: how many there are in all.
+    """
     weights = routing.weights.detach().float()
     selected = routing.selected.float()
-    entropy = torch.special.entr(routing.probs.float()).sum(-1)
-    if routing.experts is not None:
-        columns = torch.tensor(routing.experts, device=weights.device)
+    entropy = torch.special.entr(routing.probs.float().clamp(min=0)).sum(-1)
+    columns = list(here) if routing.experts is None else [here[i] for i in routing.experts]
+    if routing.gated is not None:  # those always on have no slot of their own
+        selected = (routing.weights.detach() != 0).float()
+        selected = selected / selected.sum(dim=-1, keepdim=True).clamp(min=1)
+    if columns != list(range(num_experts)):
+        index = torch.tensor(columns, device=weights.device)
         weights, selected = (
-            torch.zeros(len(t), num_experts, device=t.device).index_copy(1, columns, t)
+            torch.zeros(len(t), num_experts, device=t.device).index_copy(1, index, t)
             for t in (weights, selected)
+        )
+    if routing.splits > 1:
+        weights, selected, entropy = (
+            t.unflatten(0, (-1, routing.splits)).mean(dim=1) for t in (weights, selected, entropy)
         )
     return weights, selected, entropy

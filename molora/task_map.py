@@ -25,6 +25,9 @@ class TaskMap:
     ids: dict[str, int]
     weights: dict[str, dict[str, float]]
     isolated: frozenset[str] = frozenset()
+    always: dict[str, float | str] = field(
+        default_factory=dict
+    )  # experts that are always on: weight, or "rest"
     _cache: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
     _visible: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -58,10 +61,32 @@ class TaskMap:
         """The name of a known task id."""
         return next(name for name, i in self.ids.items() if i == task_id)
 
+    def only(self, names: Sequence[str]) -> TaskMap:
+        """The view of a layer that has only these experts."""
+        kept = [expert for expert in self.experts if expert in names]
+        return TaskMap(
+            tuple(kept),
+            self.ids,
+            {task: {e: w for e, w in weights.items() if e in kept} for task, weights in self.weights.items()},
+            self.isolated,
+            {expert: weight for expert, weight in self.always.items() if expert in kept},
+        )
+
     def experts_of(self, task_id: int) -> dict[int, float]:
-        """Expert index -> weight of one task, in expert order."""
+        """Expert index -> weight of one task, in expert order, those that are always on included."""
         given = self.weights[self.name(task_id)]
+        if self.always:
+            given = {expert: weight for expert, weight in given.items() if expert not in self.always}
+            rest = 1 - max(given.values(), default=0.0)
+            given |= {e: rest if w == "rest" else float(w) for e, w in self.always.items()}
         return {index: given[expert] for index, expert in enumerate(self.experts) if expert in given}
+
+    @property
+    def gated(self) -> tuple[int, ...] | None:
+        """Indices of the experts a gate decides over; None: all."""
+        if not self.always:
+            return None
+        return tuple(i for i, expert in enumerate(self.experts) if expert not in self.always)
 
     def table(self, device: torch.device) -> Tensor:
         """Weights (task id, expert) of every task, zero rows for ids that no task has."""
@@ -74,6 +99,11 @@ class TaskMap:
             return torch.tensor(rows, device=device)
 
         return self._once(str(device), build)
+
+    def shares(self, several: Tensor) -> Tensor:
+        """Weights (sample, expert) of samples that have these shares (sample, task id) of several tasks."""
+        table = self.table(several.device)
+        return several[:, : len(table)] @ table
 
     def row(self, weights: tuple[float, ...], like: Tensor) -> Tensor:
         """Static weights as a (1, expert) tensor in the gate's dtype on x's device, made once."""

@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import molora
 from molora import RoutingError
-from tests.zoo import GATES, TASKS, batch_for, molora_model
+from tests.zoo import GATES, TASKS, batch_for, molora_model, routed
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +101,7 @@ def test_bad_contexts_are_refused_at_once(task_model):
 
 @pytest.mark.parametrize("gate", [g for g in GATES if not g.startswith("task")])
 def test_under_a_learned_gate_ids_only_label_unless_by_task(gate, batch):
+    batch = {**batch, **routed(gate)}
     model = molora_model("llama", gate, tasks={"alpha": ["expert_0"], "beta": ["expert_1", "expert_2"]})
     free = model(**batch).logits
     assert torch.equal(model(**batch, routing_task_ids="alpha").logits, free)
@@ -155,7 +156,7 @@ def test_training_on_a_base_only_batch_gives_every_parameter_a_zero_gradient(gat
     model = molora_model("llama", gate, plain_targets=["o_proj"]).train()
     with model.disable_adapter():
         expected = model(**batch).logits
-    out = model(**batch, routing_task_ids=torch.tensor([-1, -1, -1]))
+    out = model(**batch, **{**routed(gate), "routing_task_ids": torch.tensor([-1, -1, -1])})
     assert torch.equal(out.logits, expected)
     out.loss.backward()
     for name, parameter in model.named_parameters():

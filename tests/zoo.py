@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from molora import GateConfig, MoLoraConfig
 
 VOCAB = 50
 TASKS = ("alpha", "beta", "gamma")
+SHARED = {"alpha": ["expert_0", "expert_1"], "beta": ["expert_1", "expert_2"], "gamma": ["expert_2"]}
 
 ARCHITECTURES = ("llama", "gpt2", "bert", "t5")
 CAUSAL = ("llama", "gpt2")
@@ -45,10 +47,32 @@ GATES: dict[str, dict[str, Any]] = {
     "topcut-group": {"select": "threshold", "threshold_learned": True, "share": "group"},
     "constant-linear": {"scope": "constant", "select": "dense", "share": "linear"},
     "constant-global": {"scope": "constant", "select": "dense", "share": "global"},
+    "sequence-mean": {"scope": "sequence", "select": "dense", "share": "group"},
+    "sequence-last": {"scope": "sequence", "pool": "last", "select": "top_k", "top_k": 2, "share": "block"},
+    "external-global": {"scope": "external", "feature_dim": 6, "select": "dense", "share": "global"},
+    "external-mlp": {"scope": "external", "feature_dim": 6, "score": "mlp", "top_k": 2, "share": "linear"},
+    "twopass-global": {"scope": "two_pass", "select": "dense", "share": "global"},
+    "twopass-linear": {
+        "scope": "two_pass",
+        "score": "cosine",
+        "norm": "layer",
+        "absolute": True,
+        "top_k": 2,
+        "share": "linear",
+    },
+    "task-table": {"scope": "task", "score": "table", "select": "dense", "share": "linear"},
+    "task-embedding": {
+        "scope": "task",
+        "score": "embedding",
+        "bias": True,
+        "select": "dense",
+        "share": "global",
+    },
     "task-group": {"scope": "task", "share": "group"},
     "task-global": {"scope": "task", "share": "global"},
 }
-LEARNED = tuple(name for name in GATES if not name.startswith("task"))
+HARD = ("task-group", "task-global")
+LEARNED = tuple(name for name in GATES if name not in HARD)
 TOKEN = tuple(name for name in GATES if name.startswith(("soft", "top")))
 SUM_TO_ONE = tuple(name for name in GATES if name != "top1-linear")
 
@@ -91,7 +115,7 @@ def config_for(architecture: str, gate: str = "top2-group", **overrides: Any) ->
     """A MoLoraConfig on all linears with three experts, named tasks and the gate of that name."""
     settings: dict[str, Any] = {
         "num_experts": 3, "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "gate": GateConfig(**GATES[gate]),
-        "tasks": list(TASKS), "task_type": TASK_TYPES[architecture],
+        "tasks": list(TASKS) if gate in HARD or not gate.startswith("task") else SHARED, "task_type": TASK_TYPES[architecture],
     }  # fmt: skip
     return MoLoraConfig(**{**settings, **overrides})
 
@@ -144,9 +168,14 @@ def batch_for(
     return inputs
 
 
-def routed(gate: str, batch: int = 3) -> dict[str, Any]:
-    """The task ids a gate needs: one per sample under a task gate, nothing otherwise."""
-    return {"routing_task_ids": [TASKS[i % 3] for i in range(batch)]} if gate.startswith("task") else {}
+def routed(gate: str, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """What a gate needs beside the batch, for these rows of it: task ids, or features; nothing for others."""
+    if gate.startswith("task"):
+        return {"routing_task_ids": [TASKS[i % 3] for i in rows]}
+    if gate.startswith("external"):
+        features = torch.randn(16, 6, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+        return {"routing_features": features[list(rows)].float()}
+    return {}
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:

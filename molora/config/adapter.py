@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from molora.config.gate_rules import gate_problems, mixture_problems
-from molora.config.kinds import AUX_LOSSES, GATE_KIND_KEYS, GATE_KINDS
+from molora.config.kinds import GATE_KIND_KEYS, GATE_KINDS
+from molora.config.loss_rules import aux_problems, fit_problems
+from molora.config.mixture_rules import combination_problems
 from molora.config.presets import PRESETS, preset_settings
 from molora.config.section import (
     ExpertName,
@@ -25,20 +26,24 @@ from molora.config.section import (
 )
 from molora.config.suggest import did_you_mean
 
-GATE_LOSSES = ("balance", "z")
-
 
 class GateSection(Section):
     """Who decides the experts' weights. `kind:` is shorthand for the long fields kept here."""
 
-    scope: Literal["token", "task", "constant"] = "token"
+    scope: Literal["token", "sequence", "task", "external", "two_pass", "constant"] = "token"
+    pool: Literal["mean", "last", "first"] = "mean"
+    feature_dim: PositiveInt | None = None
     share: str = "group"
-    score: Literal["linear", "mlp", "cosine", "table", "none"] = "linear"
+    score: str = "linear"  # one of GATE_CHOICES, or a registered one
     bias: bool = False
     hidden: PositiveInt = 32
+    norm: Literal["unit", "layer"] = "unit"
+    absolute: bool = False
+    embedding_dim: PositiveInt = 64
+    splits: PositiveInt = 1
     transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
     select: Literal["dense", "top_k", "top_p", "threshold", "entropy", "hard"] = "top_k"
-    top_k: PositiveInt = 2
+    top_k: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 2
     top_p: Positive = 0.8
     min_k: PositiveInt = 1
     threshold: NonNegative | None = None
@@ -46,6 +51,7 @@ class GateSection(Section):
     entropy_threshold: Positive = 0.9
     entropy_index: Positive = 1.1
     renorm: Literal["none", "sum", "softmax"] | None = None
+    balance_rate: NonNegative = 0.0
     temperature: Positive = 1.0
     noise: Literal["gaussian", "jitter", "gumbel", "logistic"] | None = None
     noise_std: NonNegative = 1.0
@@ -93,13 +99,13 @@ class GateSection(Section):
 class AdapterConfig(Section):
     """The mixture: how many experts of which rank sit on which layers, and how they are mixed."""
 
-    num_experts: PositiveInt = 8
+    num_experts: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 8
     r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 8
     lora_alpha: Positive = 16.0
     lora_dropout: Fraction = 0.0
     use_rslora: bool = False
     scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "alpha"] | Positive | None = None
-    init: Literal["kaiming", "gaussian", "rescaled", "orthogonal"] = "kaiming"
+    init: Literal["kaiming", "gaussian", "rescaled", "orthogonal", "svd_segments"] = "kaiming"
     init_std: Positive = 0.02
     init_gain: Positive = 1.0
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
@@ -113,12 +119,22 @@ class AdapterConfig(Section):
     expert_names: list[ExpertName] | None = None
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
     gate: GateSection = Field(default_factory=GateSection)
+    combine: Literal["outputs", "factors"] = "outputs"
+    always_on: dict[ExpertName, float | Literal["rest"]] = Field(default_factory=dict)
+    share_A: bool = False
+    ffn_targets: str | list[str] | None = None
     aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
 
     @property
     def experts(self) -> list[str]:
         """The experts' names: as given, or expert_0, expert_1, ..."""
-        return self.expert_names or [f"expert_{i}" for i in range(self.num_experts)]
+        return self.expert_names or [f"expert_{i}" for i in range(self.most_experts)]
+
+    @property
+    def most_experts(self) -> int:
+        """How many experts the layers with the most have."""
+        given = self.num_experts
+        return given if isinstance(given, int) else max(given if isinstance(given, list) else given.values())
 
     @model_validator(mode="before")
     @classmethod
@@ -149,35 +165,23 @@ class AdapterConfig(Section):
         return self
 
     def _gate_problems(self) -> list[Problem]:
-        gate, problems = self.gate, list[Problem]()
-        problems += [
-            (("gate", field), message)
-            for field, message in mixture_problems(gate.model_dump(), self.num_experts)
+        gate = self.gate.model_dump()
+        settings = self.model_dump(include={"combine", "always_on", "share_A", "ffn_targets", "init"})
+        problems: list[Problem] = [
+            (("gate", field), message) for field, message in mixture_problems(gate, self.most_experts)
         ]
-        if gate.scope == "task":
-            problems += [
-                (
-                    ("aux_losses", name),
-                    "acts on a learned gate, and a task gate has nothing to learn; leave it out.",
-                )
-                for name in GATE_LOSSES
-                if name in self.aux_losses
-            ]
-        if gate.scope == "constant" and "z" in self.aux_losses:
-            problems.append(
-                (
-                    ("aux_losses", "z"),
-                    "bounds the logits of gates that read tokens; a constant gate has no such logits.",
-                )
-            )
-        return problems
+        problems += combination_problems(settings, gate, self.experts)
+        # Tasks that the recipe does not map to experts have all of them.
+        tasks: dict[str, Any] = dict(self.tasks or {})
+        fits = fit_problems(self.aux_losses, gate, tasks, self.most_experts)
+        return problems + [(("aux_losses", *path), message) for path, message in fits]
 
     def _expert_problems(self) -> list[Problem]:
         problems: list[Problem] = []
         names = self.expert_names
-        if names is not None and len(names) != self.num_experts:
+        if names is not None and len(names) != self.most_experts:
             problems.append(
-                (("expert_names",), f"names {len(names)} experts, but num_experts = {self.num_experts}.")
+                (("expert_names",), f"names {len(names)} experts, but num_experts = {self.most_experts}.")
             )
         for i, name in enumerate(names or []):
             if name.casefold() in [other.casefold() for other in (names or [])[:i]]:
@@ -208,7 +212,9 @@ class AdapterConfig(Section):
             )
         if not self.r:
             problems.append((("r",), "is empty; give a rank, such as 8."))
-        for key in ("target_modules", "plain_targets", "modules_to_save", "exclude_modules"):
+        if not self.num_experts:
+            problems.append((("num_experts",), "is empty; give a number, such as 8."))
+        for key in ("target_modules", "plain_targets", "ffn_targets", "modules_to_save", "exclude_modules"):
             value = getattr(self, key)
             if value is not None and (not value or ("" in value and isinstance(value, list))):
                 problems.append(
@@ -223,31 +229,3 @@ class AdapterConfig(Section):
                 (("scaling",), "use_rslora: true already means alpha_over_sqrt_r; write only one of the two.")
             )
         return problems
-
-
-def aux_problems(losses: dict[str, Any]) -> Iterator[Problem]:
-    """What is wrong with an `aux_losses` mapping."""
-    for name, value in losses.items():
-        if name not in AUX_LOSSES:
-            yield (
-                (name,),
-                f"not an auxiliary loss.{did_you_mean(name, AUX_LOSSES)} Allowed: {', '.join(AUX_LOSSES)}.",
-            )
-            continue
-        options = AUX_LOSSES[name]
-        settings = value if isinstance(value, dict) else {"coefficient": value}
-        for key, setting in settings.items():
-            if key == "coefficient":
-                number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
-                if not (number and 0 <= setting < float("inf")):
-                    yield (name,), f"the coefficient must be a number of at least 0, not {setting!r}."
-            elif key not in options:
-                allowed = ("coefficient", *options)
-                yield (
-                    (name, key),
-                    f"not a setting.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}.",
-                )
-            elif setting not in options[key]:
-                yield (name, key), f"{setting!r} is not one of {', '.join(options[key])}."
-        if "coefficient" not in settings:
-            yield (name,), "needs a coefficient, such as 0.5."

@@ -9,8 +9,24 @@ from typing import Any
 from molora.config.kinds import GATE_CHOICES, SHARES
 from molora.config.suggest import did_you_mean
 
-SCORES = {"token": ("linear", "mlp", "cosine"), "task": ("none",), "constant": ("table",)}
-"""The scores that go with each scope."""
+_READS = ("linear", "mlp", "cosine")
+SCORES: dict[str, tuple[str, ...]] = {
+    "token": _READS,
+    "sequence": _READS,
+    "external": _READS,
+    "two_pass": _READS,
+    "task": ("none", "table", "embedding"),
+    "constant": ("table",),
+}
+"""The scores that go with each scope. Scores that users register go with every scope that reads something."""
+
+BY_SAMPLE = ("sequence", "task", "external", "constant")
+"""Scopes whose weights are the same for all tokens of a sample."""
+
+
+def is_hard_task(gate: Mapping[str, Any]) -> bool:
+    """Whether the task id alone decides, with nothing to learn."""
+    return bool(gate["scope"] == "task" and gate["score"] == "none")
 
 
 def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -21,16 +37,20 @@ def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         return
     yield from _numbers(gate)
     yield from _scope(gate)
+    yield from _score(gate)
+    yield from _noise(gate)
     yield from _selection(gate)
 
 
 def mixture_problems(gate: Mapping[str, Any], num_experts: int) -> Iterator[tuple[str, str]]:
     """Field and message of what is wrong with a gate over so many experts."""
-    if gate["select"] == "top_k" and gate["top_k"] > num_experts:
-        yield "top_k", f"{gate['top_k']} is more than num_experts = {num_experts}."
+    top_k = gate["top_k"]
+    largest = top_k if isinstance(top_k, int) else max(top_k if isinstance(top_k, list) else top_k.values())
+    if gate["select"] == "top_k" and largest > num_experts:
+        yield "top_k", f"{largest} is more than num_experts = {num_experts}."
     if gate["select"] in ("top_p", "entropy") and gate["min_k"] > num_experts:
         yield "min_k", f"{gate['min_k']} is more than num_experts = {num_experts}."
-    alone = gate["select"] == "top_k" and gate["top_k"] == 1 and num_experts > 1
+    alone = gate["select"] == "top_k" and top_k == 1 and num_experts > 1
     if alone and gate["renorm"] in ("sum", "softmax"):
         yield (
             "renorm",
@@ -59,12 +79,16 @@ def _unknown_choices(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _numbers(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("top_k", "min_k", "hidden"):
+    for name in ("min_k", "hidden", "embedding_dim", "splits"):
         if gate[name] < 1:
             yield name, "must be at least 1."
+    top_k = gate["top_k"]
+    values = top_k if isinstance(top_k, list) else [*top_k.values()] if isinstance(top_k, dict) else [top_k]
+    if not values or any(not isinstance(k, int) or k < 1 for k in values):
+        yield "top_k", "must be at least 1 everywhere: a number, a list by block, or a map of name patterns."
     if gate["temperature"] <= 0:
         yield "temperature", "must be positive."
-    for name in ("noise_std", "init_std"):
+    for name in ("noise_std", "init_std", "balance_rate"):
         if gate[name] < 0:
             yield name, "must not be negative."
     if not 0 < gate["top_p"] <= 1:
@@ -76,29 +100,50 @@ def _numbers(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _scope(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    scope, scores = gate["scope"], SCORES[gate["scope"]]
-    if gate["score"] not in scores:
-        yield "score", f"must be {' or '.join(map(repr, scores))} with scope: {scope}."
-    if gate["share"] == "global" and scope == "token":
+    scope, hard = gate["scope"], is_hard_task(gate)
+    if gate["share"] == "global" and scope in ("token", "sequence"):
         yield (
             "share",
-            "'global' cannot read each layer's own tokens; use linear, group or block, or a gate of kind task or constant.",
+            f"'global' cannot read each layer's own {'tokens' if scope == 'token' else 'sequence'}; use linear, "
+            "group or block, or a gate that reads something else: scope task, external, two_pass or constant.",
         )
-    if (scope == "task") != (gate["transform"] == "identity" and gate["select"] == "hard"):
+    if hard != (gate["transform"] == "identity" and gate["select"] == "hard"):
         yield (
             "transform",
-            "identity with select: hard goes with scope: task, and nothing else does; softmax or sigmoid with the others.",
+            "identity with select: hard goes with scope: task and score: none, and nothing else does.",
         )
-    if gate["bias"] and gate["score"] not in ("linear", "mlp"):
-        yield "bias", f"acts only with score: linear or mlp, not {gate['score']}."
-    if gate["noise"] == "jitter" and scope != "token":
-        yield "noise", "'jitter' multiplies what the gate reads; it needs scope: token."
-    if gate["noise"] == "logistic" and gate["transform"] != "sigmoid":
+    if scope == "external" and gate["feature_dim"] is None:
+        yield "feature_dim", "is needed with scope: external: the width of the features you will give."
+    if gate["feature_dim"] is not None and scope not in ("external", "two_pass"):
+        yield "feature_dim", "acts only with scope: external."
+    if gate["splits"] > 1 and gate["score"] != "table":
+        yield "splits", "needs score: table: every split has weights of its own for a task."
+
+
+def _score(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    scope, score = gate["scope"], gate["score"]
+    scores, built_in = SCORES[scope], {name for names in SCORES.values() for name in names}
+    reads = "linear" in scores
+    if score not in scores and (score in built_in or not reads):
+        yield "score", f"must be {' or '.join(map(repr, scores))} with scope: {scope}."
+    if gate["bias"] and score not in ("linear", "mlp", "embedding"):
+        yield "bias", f"acts only with score: linear, mlp or embedding, not {score}."
+    if gate["norm"] == "layer" and score != "cosine":
+        yield "norm", "acts only with score: cosine."
+    if gate["absolute"] and score not in ("linear", "cosine"):
+        yield "absolute", "acts only with score: linear or cosine."
+
+
+def _noise(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    noise = gate["noise"]
+    if noise == "jitter" and gate["scope"] in ("task", "constant"):
+        yield "noise", "'jitter' multiplies what the gate reads; this gate reads nothing."
+    if noise == "logistic" and gate["transform"] != "sigmoid":
         yield "noise", "'logistic' (a relaxed Bernoulli) goes with transform: sigmoid."
-    if gate["noise"] == "gumbel" and gate["transform"] != "softmax":
+    if noise == "gumbel" and gate["transform"] != "softmax":
         yield "noise", "'gumbel' goes with transform: softmax."
-    if scope == "task" and gate["noise"] is not None:
-        yield "noise", "task ids are exact; a task gate takes no noise."
+    if is_hard_task(gate) and noise is not None:
+        yield "noise", "task ids are exact; a task gate with nothing to learn takes no noise."
 
 
 def _selection(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -111,7 +156,11 @@ def _selection(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "renorm", "'softmax' over the selected scores goes with select: top_k."
     if gate["threshold_learned"] and select != "threshold":
         yield "threshold_learned", "acts only with select: threshold."
-    if gate["threshold_learned"] and gate["scope"] != "token":
-        yield "threshold_learned", "reads each token; it needs scope: token."
+    if gate["threshold_learned"] and gate["scope"] in ("task", "constant"):
+        yield "threshold_learned", "is a function of what the gate reads; this gate reads nothing."
+    if gate["transform"] == "identity" and select in ("top_p", "threshold"):
+        yield "transform", f"select: {select} needs probabilities: transform: softmax or sigmoid."
     if select == "entropy" and gate["transform"] != "softmax":
         yield "transform", "select: entropy needs probabilities: transform: softmax."
+    if gate["balance_rate"] and select != "top_k":
+        yield "balance_rate", "moves which experts top_k selects; it needs select: top_k."

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
-from molora.config.adapter import aux_problems
 from molora.config.data import TaskConfig
 from molora.config.load import Recipe, load_section, read_text
+from molora.config.loss_rules import aux_problems
 from molora.config.run import RunConfig
 from molora.config.section import ExpertName, Section, TaskName, refuse
 from molora.config.strict_yaml import parse

@@ -2,33 +2,48 @@
 
 from __future__ import annotations
 
+_SOFTMAX = {"transform": "softmax", "select": "dense"}
+
 # What each short name stands for, in long gate fields.
 GATE_KINDS: dict[str, dict[str, object]] = {
     "soft": {"scope": "token", "score": "linear", "transform": "softmax", "select": "dense"},
     "top_k": {"scope": "token", "score": "linear", "transform": "softmax", "select": "top_k", "top_k": 2},
     "top_p": {"scope": "token", "score": "linear", "transform": "softmax", "select": "top_p", "top_p": 0.8},
     "threshold": {"scope": "token", "score": "linear", "transform": "softmax", "select": "threshold"},
+    "sequence": {"scope": "sequence", "score": "linear", **_SOFTMAX},
     "task": {"scope": "task", "score": "none", "transform": "identity", "select": "hard"},
+    "task_table": {"scope": "task", "score": "table", **_SOFTMAX},
+    "task_embedding": {"scope": "task", "score": "embedding", **_SOFTMAX},
+    "external": {"scope": "external", "score": "linear", **_SOFTMAX},
+    "two_pass": {"scope": "two_pass", "score": "linear", "share": "global", **_SOFTMAX},
     "constant": {"scope": "constant", "score": "table", "transform": "softmax", "select": "dense"},
 }
 
 _COMMON = ("share", "temperature", "noise", "noise_std", "init_std")
-_READING = (*_COMMON, "score", "bias", "hidden")
+_READING = (*_COMMON, "score", "bias", "hidden", "norm", "absolute")
+_CHOOSING = ("transform", "select", "top_k", "top_p", "min_k", "threshold", "renorm", "balance_rate")
 
 # What a user may set beside `kind`; everything else is decided by the kind.
 GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
     "soft": _READING,
-    "top_k": (*_READING, "top_k", "renorm"),
+    "top_k": (*_READING, "top_k", "renorm", "balance_rate"),
     "top_p": (*_READING, "top_p", "min_k", "renorm"),
     "threshold": (*_READING, "threshold", "threshold_learned", "renorm"),
+    "sequence": (*_READING, *_CHOOSING, "pool"),
     "task": ("share",),
-    "constant": _COMMON,
+    "task_table": (*_COMMON, *_CHOOSING, "splits"),
+    "task_embedding": (*_COMMON, *_CHOOSING, "bias", "embedding_dim"),
+    "external": (*_READING, *_CHOOSING, "feature_dim"),
+    "two_pass": (*_READING, *_CHOOSING),
+    "constant": (*_COMMON, *_CHOOSING, "splits"),
 }
 
 # The values each long field may take, where it is a choice. `share` may be a regex with one group as well.
 GATE_CHOICES: dict[str, tuple[str, ...]] = {
-    "scope": ("token", "task", "constant"),
-    "score": ("linear", "mlp", "cosine", "table", "none"),
+    "scope": ("token", "sequence", "task", "external", "two_pass", "constant"),
+    "pool": ("mean", "last", "first"),
+    "score": ("linear", "mlp", "cosine", "table", "embedding", "none"),
+    "norm": ("unit", "layer"),
     "transform": ("softmax", "sigmoid", "identity"),
     "select": ("dense", "top_k", "top_p", "threshold", "entropy", "hard"),
     "renorm": ("none", "sum", "softmax"),
@@ -36,9 +51,22 @@ GATE_CHOICES: dict[str, tuple[str, ...]] = {
 }
 SHARES = ("linear", "group", "block", "global")
 
-# Every auxiliary loss with the options it takes beside its coefficient; the first value is the default.
-AUX_LOSSES: dict[str, dict[str, tuple[str, ...]]] = {
-    "balance": {},
-    "z": {},
+_MASK = {"mask": ("padding", "response")}
+
+# Every auxiliary loss with the options it takes beside its coefficient: a tuple of names, the first of which is
+# the default, or the default of a number (None: one that the loss works out).
+AUX_LOSSES: dict[str, dict[str, tuple[str, ...] | float | None]] = {
+    "balance": {**_MASK},
+    "importance": {**_MASK},
+    "load": {**_MASK},
+    "localized": {**_MASK, "alpha": 0.8},
+    "z": {**_MASK},
+    "entropy": {**_MASK, "index": 1.0},
+    "mutual_information": {**_MASK, "free_bits": None},
+    "task_label": {**_MASK},
+    "similarity": {**_MASK},
+    "contrastive": {**_MASK, "temperature": 0.1},
+    "l1": {**_MASK},
+    "expert_similarity": {"factor": ("A", "B", "both")},
     "orthogonal": {"norm": ("l1", "squared")},
 }

@@ -78,8 +78,8 @@ class RunConfig(Section):
     def _task_problems(self) -> list[Problem]:
         known, mapped = list(self.data.tasks), self.adapter.tasks
         if mapped is None:
-            if self.adapter.gate.scope == "task" and len(known) > self.adapter.num_experts:
-                text = f"{len(known)} tasks but {self.adapter.num_experts} experts: a task gate gives each task its own."
+            if self.adapter.gate.score == "none" and len(known) > self.adapter.most_experts:
+                text = f"{len(known)} tasks but {self.adapter.most_experts} experts: a task gate gives each task its own."
                 return [
                     (
                         ("adapter", "num_experts"),

@@ -39,15 +39,24 @@ class ExpertBank(nn.Module):
     Two stacks, `lora_A (expert, rank, d_in)` and `lora_B (expert, rank, d_out)`, each once for the
     trainable and once for the frozen experts: freezing is real (no gradient, no optimiser state, no
     weight decay). `lora_B` is kept transposed so that flattening it for the kernel is a view. Ranks may
-    differ: shorter experts are padded with zeros, which never get a gradient.
+    differ: shorter experts are padded with zeros, which never get a gradient. With `share_A` (HydraLoRA) there
+    is one A, a stack of one, frozen as soon as an expert is: a frozen expert's output must not change.
 
     On disk there is one stack per factor, in expert order: `A (expert, rank, d_in)` and
     `B (expert, d_out, rank)`; which experts are frozen is the config's to know.
     """
 
-    def __init__(self, experts: Sequence[Expert], frozen: Sequence[bool], dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        experts: Sequence[Expert],
+        frozen: Sequence[bool],
+        dropout: float = 0.0,
+        *,
+        share_A: bool = False,
+    ) -> None:
         super().__init__()
         self._replaced = 0
+        self.share_A = share_A
         self.dropout_p = dropout
         self.dropout = nn.Dropout(dropout)
         self.assign(experts, frozen)
@@ -68,9 +77,13 @@ class ExpertBank(nn.Module):
             rows = [F.pad(factor(experts[i]), (0, 0, 0, rank - self.ranks[i])) for i in indices]
             return nn.Parameter(torch.stack(rows).detach(), requires_grad=requires_grad)
 
-        self.lora_A = stack(self.trainable, lambda e: e.A, True)
+        if self.share_A:
+            self.lora_A = None if self.frozen else stack((0,), lambda e: e.A, True)
+            self.frozen_A = stack((0,), lambda e: e.A, False) if self.frozen else None
+        else:
+            self.lora_A = stack(self.trainable, lambda e: e.A, True)
+            self.frozen_A = stack(self.frozen, lambda e: e.A, False)
         self.lora_B = stack(self.trainable, lambda e: e.B.t(), True)
-        self.frozen_A = stack(self.frozen, lambda e: e.A, False)
         self.frozen_B = stack(self.frozen, lambda e: e.B.t(), False)
         self._prepare()
 
@@ -83,8 +96,11 @@ class ExpertBank(nn.Module):
         frozen = index in self.frozen
         position = (self.frozen if frozen else self.trainable).index(index)
         A, B = (self.frozen_A, self.frozen_B) if frozen else (self.lora_A, self.lora_B)
-        assert A is not None and B is not None
         rank = self.ranks[index]
+        if self.share_A:
+            assert B is not None
+            return Expert(self.A[0], B[position].t(), self.scalings[index])
+        assert A is not None and B is not None
         return Expert(A[position, :rank], B[position, :rank].t(), self.scalings[index])
 
     def experts(self) -> list[Expert]:
@@ -120,24 +136,30 @@ class ExpertBank(nn.Module):
                 computed, so other experts cannot change the result.
         """
         h, _ = shrink(self.dropout(x), self.stacks("A", experts))
+        if self.share_A:
+            h = h.repeat(1, self.copies(experts))
         return expand(y, h, weights, self.expansion(experts, x), self.stacks("B", experts))
 
     def stacks(self, factor: str, experts: tuple[int, ...] | None = None) -> list[Tensor]:
         """`A` (rank, d_in) or `B` (rank, d_out) of the experts in use, as views, in the kernel's order."""
+        if factor == "A" and self.share_A:
+            return [self.A[0]]
         if experts is None:
             parts = (getattr(self, f"frozen_{factor}"), getattr(self, f"lora_{factor}"))
             return [part.flatten(0, 1) for part in parts if part is not None]
         chosen = [self.expert(i) for i in experts]
         return [e.A if factor == "A" else e.B.t() for e in chosen]
 
+    def copies(self, experts: tuple[int, ...] | None = None) -> int:
+        """How often the product of x and the stacks of A stands in h: once, or for each expert that shares A."""
+        if not self.share_A:
+            return 1
+        return self.num_experts if experts is None else len(experts)
+
     def stamp(self) -> list[Any]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
         parameters = [p for p in self._parameters.values() if p is not None]
         return [self._replaced, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)]
-
-    def width(self, experts: tuple[int, ...] | None = None) -> int:
-        """Columns of h that belong to the experts in use."""
-        return self.num_experts * max(self.ranks) if experts is None else sum(self.ranks[i] for i in experts)
 
     def expansion(self, experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
         """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stacks.
@@ -196,7 +218,7 @@ class ExpertBank(nn.Module):
 
     def _joined(self, frozen: Tensor | None, trainable: Tensor | None) -> Tensor:
         parts = [p for p in (frozen, trainable) if p is not None]
-        if len(parts) == 1:
+        if len(parts) == 1:  # all of one kind, or the one A that is shared
             return parts[0]
         order = torch.tensor(self.frozen + self.trainable, device=parts[0].device).argsort()
         return torch.cat(parts)[order]
@@ -233,9 +255,11 @@ class ExpertBank(nn.Module):
         if name == "B":
             stack = rearrange(stack, "expert d_out rank -> expert rank d_out")
         for attribute, indices in ((f"frozen_{name}", self.frozen), (f"lora_{name}", self.trainable)):
-            parameter, value = getattr(self, attribute), stack[list(indices)].detach()
+            parameter = getattr(self, attribute)
             if parameter is None:
                 continue
+            shared = name == "A" and self.share_A
+            value = (stack if shared else stack[list(indices)]).detach()
             if replace or parameter.is_meta:
                 setattr(self, attribute, nn.Parameter(value.clone(), requires_grad=parameter.requires_grad))
             else:

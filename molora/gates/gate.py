@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
@@ -15,28 +18,39 @@ from molora.gates.scores import GateRows
 
 @dataclass
 class Routing:
-    """A gate's answer. Columns stand for `experts` (indices), or for all experts where that is None."""
+    """A gate's answer. Columns stand for `experts` (indices), or for all experts where that is None.
 
-    weights: Tensor  # (tokens, expert) or (1, expert): what the experts' outputs are multiplied by
+    Rows are tokens, samples (gates that read no tokens; with splits, one row for each), or one for everything.
+    """
+
+    weights: Tensor  # (tokens, expert): what the experts' outputs are multiplied by
     experts: tuple[int, ...] | None = None
     logits: Tensor | None = None  # (tokens, expert) float32; None where nothing is learned
     scores: Tensor | None = None  # (tokens, expert) what is transformed; -inf where forbidden
     transform: str = "softmax"
     dense: bool = False  # every expert is selected, its weight is its probability
+    clean: Tensor | None = None  # (tokens, expert) logits before noise, where there is any
+    gated: Tensor | None = None  # (tokens, gated expert): weights without the experts that are always on
+    splits: int = 1
+
+    @property
+    def decided(self) -> Tensor:
+        """Weights (tokens, expert) of the experts the gate decides over."""
+        return self.weights if self.gated is None else self.gated
 
     @property
     def probs(self) -> Tensor:
         """Probabilities (tokens, expert) before selection; computed when asked for, as losses and statistics do."""
         if self.dense or self.scores is None:
-            return self.weights
+            return self.decided
         return selection.probabilities(self.scores, self.transform)
 
     @property
     def selected(self) -> Tensor:
         """Share (tokens, expert) of the token's slots given to each expert; rows sum to 1, no gradient."""
-        if self.dense:
-            return self.weights.detach()
-        chosen = (self.weights.detach() != 0).to(self.weights.dtype)
+        if self.dense and self.transform != "identity":
+            return self.decided.detach()
+        chosen = (self.decided.detach() != 0).to(self.weights.dtype)
         return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
@@ -44,16 +58,21 @@ class GateSettings(Protocol):
     """The fields of GateConfig a gate reads."""
 
     scope: str
+    pool: str
     score: str
+    norm: str
+    absolute: bool
+    splits: int
     transform: str
     select: str
-    top_k: int
+    top_k: int | list[int] | dict[str, int]
     top_p: float
     min_k: int
     threshold: float | None
     entropy_threshold: float
     entropy_index: float
     renorm: str | None
+    balance_rate: float
     temperature: float
     noise: str | None
     noise_std: float
@@ -61,39 +80,62 @@ class GateSettings(Protocol):
     @property
     def alone_is_one(self) -> bool: ...
 
+    @property
+    def by_sample(self) -> bool: ...
+
 
 class Gate(nn.Module):
     """A learned gate: `transform((score + noise) / temperature)`, then select, then renormalise.
 
     Arithmetic is float32 whatever the autocast dtype (float64 for float64 inputs). Noise is drawn in
-    training only. It reads the tokens it is given and nothing else: no other sample, no later token.
+    training only. It reads the rows it is given and nothing else: no other sample, no later token.
 
-    `rows` has one row per expert, `bias` one number per expert; `hidden` (score "mlp") and `threshold` (a
-    learned one) serve all experts, and are frozen once experts are.
+    Args:
+        settings: the axes.
+        top_k: experts per row under `select: top_k`, where that differs by layer.
+        rows: one row per expert; None for a task's table and for custom scores.
+        bias: one number per expert.
+        hidden: of score "mlp"; serves all experts, and is frozen once experts are. So is `threshold`, a learned one.
+        tasks: one row per task id: its logits (score "table") or its vector ("embedding").
+        custom: a registered score: (n, d_in) -> (n, expert).
+        num_experts: how many there are.
     """
+
+    balance: Tensor | None
 
     def __init__(
         self,
         settings: GateSettings,
-        rows: GateRows,
+        rows: GateRows | None,
         *,
+        top_k: int | None = None,
         bias: GateRows | None = None,
         hidden: nn.Linear | None = None,
         threshold: nn.Linear | None = None,
+        tasks: GateRows | None = None,
+        custom: nn.Module | None = None,
+        num_experts: int | None = None,
     ) -> None:
         super().__init__()
         self.settings = settings
+        everywhere = settings.top_k if isinstance(settings.top_k, int) else 1
+        self.top_k = everywhere if top_k is None else top_k
         self.rows = rows
         self.bias = bias
         self.hidden = hidden
         self.threshold = threshold
+        self.tasks = tasks
+        self.custom = custom
         self.frozen_shared = False
-        self._direct = settings.scope == "token" and settings.score != "mlp"
+        experts = num_experts or (rows.num_experts if rows is not None else 0)
+        self.register_buffer("balance", torch.zeros(experts) if settings.balance_rate else None)
+        plain = settings.score == "linear" or (settings.score == "cosine" and settings.norm == "unit")
+        self._direct = settings.scope == "token" and plain
 
     @property
     def grown(self) -> list[GateRows]:
-        """Everything that has one entry per expert."""
-        return [self.rows] if self.bias is None else [self.rows, self.bias]
+        """Everything that has one row per expert."""
+        return [rows for rows in (self.rows, self.bias) if rows is not None]
 
     @property
     def scores_x(self) -> bool:
@@ -102,10 +144,10 @@ class Gate(nn.Module):
 
     def apply_freeze(self) -> None:
         """Frozen parts stay frozen, whatever marked the adapter as trainable."""
-        for rows in self.grown:
+        for rows in (*self.grown, *([] if self.tasks is None else [self.tasks])):
             rows.apply_freeze()
         if self.frozen_shared:
-            for part in (self.hidden, self.threshold):
+            for part in (self.hidden, self.threshold, self.custom):
                 if part is not None:
                     part.requires_grad_(False)
 
@@ -117,49 +159,90 @@ class Gate(nn.Module):
         experts: tuple[int, ...] | None = None,
         allowed: Tensor | None = None,
     ) -> Routing:
-        """Route x.
+        """Route what the gate reads.
 
         Args:
-            x: (tokens, d_in).
+            x: (tokens, d_in); samples instead of tokens for a gate that reads those; (samples, task), the share
+                of each task, for a task gate; anything for a constant one.
             products: (tokens, expert) products of the rows and x, where `scores_x` and somebody computed them.
             experts: restrict the gate to these expert indices for every token, renormalised over them.
-            allowed: (tokens, expert) bool, the same per token; rows must allow at least one expert.
+            allowed: (tokens, expert) bool, the same per token over the columns of `experts`; rows must allow
+                at least one expert.
         """
         settings = self.settings
-        if products is not None and settings.score == "linear" and self.bias is None:
+        if (
+            products is not None
+            and settings.score == "linear"
+            and self.bias is None
+            and not settings.absolute
+        ):
             logits = products
         else:
             logits = self._logits(x, products)
+        if settings.splits > 1:
+            logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=settings.splits)
+            allowed = None if allowed is None else allowed.repeat_interleave(settings.splits, dim=0)
         if experts is not None and len(experts) < logits.shape[-1]:
             logits = logits[:, list(experts)]
+        clean = None
         if settings.noise is not None and self.training:
-            logits = self._noisy(logits)
+            clean, logits = logits, self._noisy(logits)
         scores = logits if settings.temperature == 1.0 else logits / settings.temperature
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self._select(x, scores)
-        return Routing(weights, experts, logits, scores, settings.transform, dense=settings.select == "dense")
+        weights = self._select(x, scores, experts)
+        return Routing(
+            weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
+        )  # fmt: skip
 
-    def static_weights(self) -> Tensor:
-        """Weights (expert,) of a gate that reads nothing."""
-        return self.forward(self.rows.weight.new_zeros(1, 1)).weights[0]
+    @torch.no_grad()
+    def move_balance(self, share: Tensor) -> None:
+        """One step of loss-free balancing: up for experts with less than an even share (expert,), down for others.
+
+        Reference: Wang et al., arXiv:2408.15664; with shares instead of counts, so that the number of tokens
+        does not matter.
+        """
+        if self.balance is not None:
+            error = 1 / len(share) - share.to(self.balance)
+            # Within a thousandth of even is even: the sign of rounding errors would only jitter.
+            self.balance += self.settings.balance_rate * error.sign() * (error.abs() > 1e-3 / len(share))
 
     def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:
         settings = self.settings
         if settings.scope == "constant":
+            assert self.rows is not None
             return self.rows.table()
-        if settings.noise == "jitter" and self.training:  # on a copy: the experts read x as it is
+        if self.tasks is not None:
+            x = exact_scores(x.to(self.tasks.weight.dtype), [self.tasks.weight.t()])
+            if settings.score == "table":
+                return x
+        elif settings.noise == "jitter" and self.training:  # on a copy: the experts read x as it is
             x = x * torch.empty_like(x).uniform_(1 - settings.noise_std, 1 + settings.noise_std)
+        if self.custom is not None:
+            with torch.autocast(x.device.type, enabled=False):
+                return self.custom(x if x.dtype == torch.float64 else x.float())
+        logits = self._scored(x, products)
+        if self.bias is not None:
+            logits = logits + self.bias.table().to(logits.dtype)
+        return logits.abs() if settings.absolute else logits
+
+    def _scored(self, x: Tensor, products: Tensor | None) -> Tensor:
+        """Linear, mlp and cosine scores (tokens, expert)."""
+        assert self.rows is not None
         if self.hidden is not None:
             inner = exact_scores(x, [self.hidden.weight])
-            products = self.rows.logits((inner + self.hidden.bias.to(inner.dtype)).relu())
-        elif products is None:
+            return self.rows.logits((inner + self.hidden.bias.to(inner.dtype)).relu())
+        if self.settings.score == "cosine" and self.settings.norm == "layer":
+            d_in = x.shape[-1]
+            blocks = [_standard(block, d_in) for block in self.rows.blocks]
+            return self.rows.in_order(exact_scores(_standard(x, d_in), blocks)) / math.sqrt(d_in)
+        if products is None:
             products = self.rows.logits(x)
-        if settings.score == "cosine":
+        if self.settings.score == "cosine":
             lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=products.dtype)
             rows = torch.linalg.vector_norm(self.rows.weight, dim=-1, dtype=products.dtype)
             products = products / (lengths * rows).clamp_min(torch.finfo(products.dtype).tiny)
-        return products if self.bias is None else products + self.bias.table().to(products.dtype)
+        return products
 
     def _noisy(self, logits: Tensor) -> Tensor:
         noise, std = self.settings.noise, self.settings.noise_std
@@ -172,10 +255,13 @@ class Gate(nn.Module):
             return logits - (-uniform.log()).log() * std
         return logits + torch.logit(uniform) * std
 
-    def _select(self, x: Tensor, scores: Tensor) -> Tensor:
+    def _select(self, x: Tensor, scores: Tensor, experts: tuple[int, ...] | None) -> Tensor:
         settings = self.settings
         if settings.select == "top_k":
-            return selection.top_k_weights(scores, settings.top_k, settings.renorm, settings.transform)
+            balance = self.balance
+            if balance is not None and experts is not None:
+                balance = balance[list(experts)]
+            return selection.top_k_weights(scores, self.top_k, settings.renorm, settings.transform, balance)
         probs = selection.probabilities(scores, settings.transform)
         if settings.select == "dense":
             return probs
@@ -197,3 +283,9 @@ class Gate(nn.Module):
             return largest
         score = exact_scores(x, [self.threshold.weight])
         return largest * (score + self.threshold.bias.to(score.dtype)).sigmoid()
+
+
+def _standard(values: Tensor, d_in: int) -> Tensor:
+    """Rows with mean 0 and variance 1, in float32 or better."""
+    with torch.autocast(values.device.type, enabled=False):
+        return F.layer_norm(values.to(torch.promote_types(values.dtype, torch.float32)), (d_in,))

@@ -5,14 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molora.context import RoutingState, TaskIds
+from molora.context import RoutingState, TaskIds, spread
 from molora.errors import RoutingError
 from molora.gates.gate import Gate, Routing
+from molora.gates.pooling import pool
 from molora.task_map import TaskMap
 
 
 def experts_in_use(
-    task_map: TaskMap, tasks: TaskIds | None, state: RoutingState, *, learned: bool
+    task_map: TaskMap, tasks: TaskIds | None, state: RoutingState, *, scope: str, learned: bool
 ) -> tuple[int, ...] | None:
     """The experts a whole batch is limited to, so that only they are computed; None: any of them.
 
@@ -21,24 +22,27 @@ def experts_in_use(
     """
     if state.experts is not None:
         return tuple(i for i, name in enumerate(task_map.experts) if name in state.experts)
+    own_only = state.by_task or scope == "task"
     if tasks is None:
-        if not learned or state.by_task:
-            _refuse_without_ids(task_map, learned)
+        if own_only:
+            _refuse_without_ids(task_map, scope)
         return None
-    if tasks.single is None or (learned and not (state.by_task or task_map.isolated)):
+    if tasks.single is None or (learned and not (own_only or task_map.isolated)):
         return None
     # Named even where it is all experts: the same slice is then computed after the bank has grown.
-    return task_map.visible(tasks.single, own_only=state.by_task or not learned)
+    return task_map.visible(tasks.single, own_only=own_only)
 
 
-def decided(state: RoutingState, experts: tuple[int, ...] | None, *, alone_is_one: bool) -> bool:
+def decided(
+    task_map: TaskMap, state: RoutingState, experts: tuple[int, ...] | None, *, alone_is_one: bool
+) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
     With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
     """
     if state.experts is not None:
         return True
-    alone = alone_is_one and experts is not None and len(experts) == 1
+    alone = alone_is_one and experts is not None and len(experts) == 1 and not task_map.always
     return alone and not torch.is_grad_enabled() and not state.recording
 
 
@@ -49,18 +53,23 @@ def route(
     tasks: TaskIds | None,
     state: RoutingState,
     experts: tuple[int, ...] | None,
+    *,
     products: Tensor | None = None,
+    stream: str = "decoder",
+    by_sample: bool = False,
 ) -> Routing:
-    """Route an input x (..., d_in) among the `experts_in_use`.
+    """Route an input x (..., d_in) among the `experts_in_use`. Rows are tokens, samples, or one for all.
 
     Args:
-        x: the input the gate reads, if it reads any.
+        x: the layer's input.
         gate: the learned gate; None where the task ids decide.
-        task_map: the adapter's tasks and experts.
+        task_map: the layer's tasks and experts.
         tasks: the batch's task ids, if given.
         state: the current forward's.
         experts: what `experts_in_use` said.
         products: (tokens, expert) of x and the gate's rows, where they are known already.
+        stream: whose tokens x holds.
+        by_sample: give the weights of task ids one row per sample, not per token.
     """
     if state.experts is not None:
         assert experts is not None
@@ -68,27 +77,124 @@ def route(
         return Routing(task_map.row(weights, x), experts)
     if gate is None:
         assert tasks is not None
-        return _by_task_id(x, task_map, tasks, experts)
-    if experts is not None and decided(state, experts, alone_is_one=gate.settings.alone_is_one):
+        return _by_task_id(x, task_map, tasks, experts, by_sample=by_sample)
+    if experts is not None and decided(task_map, state, experts, alone_is_one=gate.settings.alone_is_one):
         return Routing(task_map.row((1.0,), x), experts)
+    read = gate_input(x, gate, tasks, state, stream)
     allowed = None
-    if tasks is not None and experts is None and (state.by_task or task_map.isolated):
-        ids = tasks.expand(x.shape[:-1]).to(x.device)
-        table = task_map.visible_table(x.device, own_only=state.by_task)
-        allowed = table[ids.clamp(min=0)] | (ids < 0).unsqueeze(-1)
-    return gate(x.reshape(-1, x.shape[-1]), products=products, experts=experts, allowed=allowed)
+    own_only = state.by_task or gate.settings.scope == "task"
+    if tasks is not None and experts is None and (own_only or task_map.isolated):
+        allowed = _allowed(task_map, tasks, x.shape[:-1], read, own_only=own_only)
+    if task_map.always:
+        return _with_always(gate, task_map, read, products, experts, allowed)
+    return _gated(gate, read, products, experts, allowed)
 
 
-def _by_task_id(x: Tensor, task_map: TaskMap, tasks: TaskIds, experts: tuple[int, ...] | None) -> Routing:
+def gate_input(
+    x: Tensor, gate: Gate, tasks: TaskIds | None, state: RoutingState, stream: str = "decoder"
+) -> Tensor:
+    """What a gate reads, by its scope: (tokens or samples, d)."""
+    settings, lead = gate.settings, x.shape[:-1]
+    if settings.scope == "sequence":
+        return pool(x, state.pooled(stream, lead), settings.pool)
+    if settings.scope == "task":
+        assert gate.tasks is not None and tasks is not None  # experts_in_use refused their absence
+        return tasks.shares(gate.tasks.num_experts, x.device)
+    if settings.scope in ("external", "two_pass"):
+        read = state.read(stream, settings.scope, lead).to(x.device)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        return read.to(dtype)
+    return x.reshape(-1, x.shape[-1])
+
+
+def _allowed(task_map: TaskMap, tasks: TaskIds, lead: torch.Size, read: Tensor, *, own_only: bool) -> Tensor:
+    """Which experts each row of what the gate reads may use, (rows, expert) bool."""
+    table = task_map.visible_table(read.device, own_only=own_only)
+    if tasks.several is not None:
+        several = tasks.several.to(read.device)
+        rows = (several[:, : len(table)] @ table.float() > 0) | ~several.any(dim=1, keepdim=True)
+    else:
+        tokens = 1
+        for size in lead:
+            tokens *= size
+        by_token = len(read) == tokens and len(read) != len(tasks.ids)
+        ids = (tasks.expand(lead) if by_token else tasks.ids.reshape(-1)).to(read.device)
+        rows = table[ids.clamp(min=0)] | (ids < 0).unsqueeze(-1)
+    if len(rows) in (1, len(read)):
+        return rows
+    if len(read) % len(rows):
+        raise RoutingError(
+            f"got task ids for {len(rows)} samples or tokens, but this gate routes {len(read)} samples."
+        )
+    return rows.repeat_interleave(len(read) // len(rows), dim=0)
+
+
+def _gated(
+    gate: Gate,
+    read: Tensor,
+    products: Tensor | None,
+    experts: tuple[int, ...] | None,
+    allowed: Tensor | None,
+) -> Routing:
+    """The gate's answer; weight 0 for rows whose task has no expert in this layer."""
+    if allowed is None:
+        return gate(read, products=products, experts=experts)
+    nobody = ~allowed.any(dim=-1, keepdim=True)
+    routing: Routing = gate(read, products=products, experts=experts, allowed=allowed | nobody)
+    nobody = nobody.repeat_interleave(routing.splits, dim=0)
+    routing.weights = routing.weights.masked_fill(nobody, 0.0)
+    return routing
+
+
+def _with_always(
+    gate: Gate,
+    task_map: TaskMap,
+    read: Tensor,
+    products: Tensor | None,
+    experts: tuple[int, ...] | None,
+    allowed: Tensor | None,
+) -> Routing:
+    """The gate's weights over the experts it decides over, and those of the experts that are always on."""
+    columns = tuple(range(len(task_map.experts))) if experts is None else experts
+    gated = tuple(i for i in columns if i in (task_map.gated or ()))
+    if not gated:  # nothing to decide: the task has no other expert here
+        weights = (task_map.always[task_map.experts[i]] for i in columns)
+        return Routing(task_map.row(tuple(1.0 if w == "rest" else float(w) for w in weights), read), experts)
+    if allowed is not None:
+        allowed = allowed[:, list(gated)]
+    routing = _gated(gate, read, products, gated, allowed)
+    decided_weights = routing.weights
+    parts = []
+    for i in columns:
+        if i in gated:
+            parts.append(decided_weights[:, gated.index(i)])
+            continue
+        weight = task_map.always[task_map.experts[i]]
+        if weight == "rest":
+            parts.append(1 - decided_weights.max(dim=-1).values)
+        else:
+            parts.append(decided_weights.new_full((len(decided_weights),), float(weight)))
+    routing.weights, routing.gated, routing.experts = torch.stack(parts, dim=-1), decided_weights, experts
+    return routing
+
+
+def _by_task_id(
+    x: Tensor, task_map: TaskMap, tasks: TaskIds, experts: tuple[int, ...] | None, *, by_sample: bool
+) -> Routing:
     if tasks.single is not None:
         return Routing(task_map.row(tuple(task_map.experts_of(tasks.single).values()), x), experts)
-    ids = tasks.expand(x.shape[:-1]).to(x.device)
-    weights = task_map.table(x.device)[ids.clamp(min=0)]
-    return Routing(weights.to(torch.promote_types(x.dtype, torch.float32)))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if tasks.several is not None:
+        weights = task_map.shares(tasks.several.to(x.device)).to(dtype)
+        return Routing(weights if by_sample else spread(weights, x.shape[:-1]))
+    ids = (tasks.ids if by_sample else tasks.expand(x.shape[:-1])).to(x.device)
+    if ids.dim() != 1:
+        raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
+    return Routing(task_map.table(x.device)[ids.clamp(min=0)].to(dtype))
 
 
-def _refuse_without_ids(task_map: TaskMap, learned: bool) -> None:
-    why = "by='task' was asked for" if learned else "this adapter's gate decides by task id"
+def _refuse_without_ids(task_map: TaskMap, scope: str) -> None:
+    why = "this adapter's gate decides by task id" if scope == "task" else "by='task' was asked for"
     known = ", ".join(task_map.ids) or "none declared"
     raise RoutingError(
         f"{why}, but no task ids were given. Tasks: {known}.",

@@ -12,7 +12,9 @@ from molora.experts.kernel import scores
 
 
 class GateRows(nn.Module):
-    """One row per expert: a vector (d_in,) for a linear score, a scalar for a table.
+    """One row per expert: a vector (d_in,) for a linear score, a scalar (one per split) for a table.
+
+    The same class holds one row per task, for gates that learn from the task id.
 
     Rows live in blocks, one Parameter each, in the order in which experts were added. A block is
     multiplied on its own, so the logits of earlier experts are bit-equal however many come later, and
@@ -61,9 +63,10 @@ class GateRows(nn.Module):
         return self._in_order(logits, dim=-1)
 
     def table(self) -> Tensor:
-        """Scores that read nothing: (1, expert) in float32 or better."""
+        """Scores that read nothing: (1, expert), or (1, splits * expert), in float32 or better."""
         weight = self.weight
-        return weight.to(torch.promote_types(weight.dtype, torch.float32)).unsqueeze(0)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        return weight.t().reshape(1, -1)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.

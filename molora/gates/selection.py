@@ -21,7 +21,9 @@ def probabilities(scores: Tensor, transform: str) -> Tensor:
     return scores
 
 
-def top_k_weights(scores: Tensor, k: int, renorm: str | None, transform: str = "softmax") -> Tensor:
+def top_k_weights(
+    scores: Tensor, k: int, renorm: str | None, transform: str = "softmax", balance: Tensor | None = None
+) -> Tensor:
     """Weights (tokens, expert) that are zero outside each token's k best experts.
 
     Args:
@@ -30,8 +32,11 @@ def top_k_weights(scores: Tensor, k: int, renorm: str | None, transform: str = "
         renorm: "softmax" takes the softmax over the kept scores alone; "sum" divides the kept weights by their
             sum, which is the same for softmax probabilities; otherwise they stay as they are.
         transform: see `probabilities`.
+        balance: (expert,) added to the probabilities for the choice alone, not for the weights.
     """
     k = min(k, scores.shape[-1])
+    if balance is not None:
+        return _balanced(scores, k, renorm, transform, balance)
     if renorm == "softmax" or (renorm == "sum" and transform == "softmax"):
         best, indices = scores.topk(k, dim=-1)
         values = best.softmax(dim=-1)
@@ -39,6 +44,18 @@ def top_k_weights(scores: Tensor, k: int, renorm: str | None, transform: str = "
         values, indices = probabilities(scores, transform).topk(k, dim=-1)
         if renorm == "sum":
             values = _over_sum(values)
+    return torch.zeros_like(scores).scatter_(-1, indices, values)
+
+
+def _balanced(scores: Tensor, k: int, renorm: str | None, transform: str, balance: Tensor) -> Tensor:
+    probs = probabilities(scores, transform)
+    biased = probs.detach() + balance.to(probs.dtype)
+    indices = biased.masked_fill(scores == float("-inf"), float("-inf")).topk(k, dim=-1).indices
+    if renorm == "softmax":
+        values = scores.gather(-1, indices).softmax(dim=-1)
+    else:
+        values = probs.gather(-1, indices)
+        values = _over_sum(values) if renorm == "sum" else values
     return torch.zeros_like(scores).scatter_(-1, indices, values)
 
 

@@ -19,7 +19,9 @@ from molora.store.tensors import digest
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
 FACTS_FILE = "molora.json"
-_ORDERED = ("tasks", "task_ids", "rank_pattern", "alpha_pattern", "expert_specs")
+_ORDERED = (
+    "tasks", "task_ids", "rank_pattern", "alpha_pattern", "expert_specs", "always_on", "experts_by_layer", "gate",
+)  # fmt: skip
 
 
 def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> None:

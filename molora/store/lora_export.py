@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
+from molora.experts.factors import as_one
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.atomic import write_file, write_folder
 from molora.store.describe import WEIGHTS_FILE
@@ -27,7 +28,8 @@ from molora.store.fingerprint import base_modules
 from molora.store.lora_folder import PREFIX
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.specs import static_weights
+from molora.tuner.placement import experts_at
+from molora.tuner.static import static_weights
 from molora.tuner.targets import pattern_value
 
 
@@ -97,6 +99,8 @@ def export_lora(
     with torch.no_grad():
         parts = {layer.sites[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
+        if chosen is not None and not any(chosen.values()):
+            raise ConfigError("every expert has weight 0; nothing to export.")
         if fold_scaling:
             rank = max(part.rank for part in parts.values())
             parts = {key: part.folded(rank) for key, part in parts.items()}
@@ -131,10 +135,14 @@ def _part(
     bank: Any = layer.molora_experts[adapter]
     site = layer.sites[adapter]
     weights = static_weights(config, layer, adapter, task, chosen)
-    names = ["plain"] if site.plain else list(config.expert_names or [])
-    used = [(name, w, e) for name, w, e in zip(names, weights, bank.experts(), strict=True) if w]
-    if not used:
-        raise ConfigError("every expert has weight 0; nothing to export.")
+    names = ["plain"] if site.plain else experts_at(config, site.key)
+    if site.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
+        mixed = as_one(bank, weights)
+        return _Part(mixed.A, mixed.B, 1.0, mixed.rank)
+    used = [(n, w, e) for n, w, e in zip(names, weights[0].tolist(), bank.experts(), strict=True) if w]
+    if not used:  # an expert that is not in this layer
+        like = bank.expert(0)
+        return _Part(like.A[:1] * 0, like.B[:, :1] * 0, 1.0, 1)
     if len(used) == 1 and used[0][1] == 1.0:
         return _single(config, used[0][0], site.key, used[0][2])
     A = torch.cat([e.A for _, _, e in used])

@@ -19,6 +19,7 @@ from molora.tuner.api import find_context
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.lifecycle import add_expert
+from molora.tuner.placement import experts_at, frozen_at
 
 
 @dataclass(frozen=True)
@@ -103,20 +104,21 @@ def _replace(
     lora: LoraFolder,
     factors: Any,
 ) -> None:
-    assert config.expert_names is not None
-    index = config.expert_names.index(expert)
+    if config.share_A:
+        raise AdapterError(f"{lora.path} has factors of its own, but this mixture's experts share one A.")
     config.expert_specs[expert] = lora.spec
     for key, layer in layers.items():
-        if layer.sites[adapter].plain:
+        if layer.sites[adapter].plain or expert not in experts_at(config, key):
             continue
         bank: Any = layer.molora_experts[adapter]
+        index = experts_at(config, key).index(expert)
         experts = bank.experts()
         rank, old = lora.rank(key), experts[index]
         A = old.A.detach()[:rank]
         A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         fresh = Expert(A, old.B.new_zeros(old.B.shape[0], rank), lora.scaling(key))
         experts[index] = factors(key, fresh)
-        bank.assign(experts, config.frozen_flags())
+        bank.assign(experts, frozen_at(config, key))
 
 
 def _check_fit(lora: LoraFolder, config: MoLoraConfig, layers: dict[str, MoLoraLayer], adapter: str) -> None:

@@ -35,17 +35,23 @@ def routing(
     *,
     by: str | None = None,
     experts: Sequence[str] | Mapping[str, float] | None = None,
+    features: Tensor | None = None,
+    prompt_mask: Tensor | None = None,
 ) -> Iterator[None]:
-    """Set task ids, or force experts, for every forward and generate inside.
+    """Set task ids, force experts, or give features, for every forward and generate inside.
 
     Args:
         model: any model with a molora adapter.
         task_ids: a name or id for all samples, or one per sample (list or integer tensor); None or -1
-            inside a list, or -1 alone, means the base model only.
+            inside a list, or -1 alone, means the base model only. A list inside a list: a sample of several tasks,
+            in equal shares (task gates).
         by: "task" restricts a learned gate to the tasks' own experts, renormalised over them.
         experts: names (equal weights) or `{name: weight}` to use instead of the gate.
+        features: for gates of external scope: (batch, d) one vector per sample, or (batch, seq, d) per token.
+        prompt_mask: for gates of sequence scope: (batch, seq), true for the tokens to pool.
 
-    An inner context overrides an outer one field by field; `routing_task_ids=` in a call beats both.
+    An inner context overrides an outer one field by field; `routing_task_ids=`, `routing_features=` and
+    `routing_prompt_mask=` in a call beat both.
 
     Raises:
         RoutingError: unknown tasks or experts, or a batch that the ids do not fit.
@@ -55,7 +61,14 @@ def routing(
     if experts is not None and not isinstance(experts, Mapping):
         names = [experts] if isinstance(experts, str) else list(experts)
         experts = {name: 1 / len(names) for name in names}
-    request = RoutingRequest(task_ids=task_ids, by=by, experts=experts, given=task_ids is not None)
+    request = RoutingRequest(
+        task_ids=task_ids,
+        by=by,
+        experts=experts,
+        given=task_ids is not None,
+        features=features,
+        prompt_mask=prompt_mask,
+    )
     with find_context(model).use_request(request):
         yield
 

@@ -2,41 +2,91 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 from molora import losses
+from molora.config.kinds import AUX_LOSSES
+from molora.config.loss_rules import WITHOUT_GATE
+from molora.config.names import check_name
+from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.inputs import GateRecord
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.views import GateView
+
+GateLoss = Callable[[GateView, Mapping[str, Any]], Tensor]
+
+GATE_LOSSES: dict[str, GateLoss] = {
+    "balance": lambda v, o: losses.balance(v.probs, v.selected, v.mask),
+    "importance": lambda v, o: losses.importance(v.probs, v.mask),
+    "load": lambda v, o: losses.load(v.clean, v.logits, v.top_k, v.noise_std, v.mask),
+    "localized": lambda v, o: losses.localized(v.weights, v.own, o["alpha"], v.samples, v.batch, v.mask),
+    "z": lambda v, o: losses.z(v.logits, v.mask),
+    "entropy": lambda v, o: losses.entropy(v.probs, v.mask, o["index"]),
+    "mutual_information": lambda v, o: losses.mutual_information(v.probs, v.mask, o["free_bits"]),
+    "task_label": lambda v, o: losses.task_label(v.logits, v.own, v.mask),
+    "similarity": lambda v, o: losses.similarity(v.mean_probs, v.mean_inputs),
+    "l1": lambda v, o: losses.l1(v.weights, v.mask),
+}
+
+
+def register_loss(name: str, function: GateLoss, **settings: float) -> None:
+    """Make `aux_losses={name: coefficient}` mean a loss of your own on every gate, in Python and in recipes.
+
+    Args:
+        name: a new name.
+        function: (view, settings) -> scalar: a `GateView` of one gate's answer in one forward, and the settings of the
+            loss. It should not grow with the number of tokens, and ignore what `view.mask` leaves out.
+        settings: numbers a config may set beside the coefficient, with their defaults.
+
+    Raises:
+        ConfigError: the name is taken, or is no name.
+    """
+    check_name(name, "loss")
+    if name in AUX_LOSSES:
+        raise ConfigError(f"there is an auxiliary loss {name!r} already.")
+    AUX_LOSSES[name] = {"mask": ("padding", "response"), **settings}
+    GATE_LOSSES[name] = function
 
 
 def aux_losses_of(
     config: MoLoraConfig, adapter: str, layers: Sequence[MoLoraLayer], records: Sequence[GateRecord]
 ) -> dict[str, Tensor]:
     """Unweighted value of every configured loss: per gate (or layer), then the mean over them."""
-    values: dict[str, list[Tensor]] = {name: [] for name in config.aux_losses}
-    for record in records:
-        routing = record.routing
-        if routing.logits is None:
-            continue
-        mask = record.mask if record.mask is not None and len(record.mask) == len(routing.logits) else None
-        with torch.autocast(routing.logits.device.type, enabled=False):
-            if "balance" in values:
-                values["balance"].append(losses.balance(routing.probs, routing.selected, mask))
-            if "z" in values:
-                values["z"].append(losses.z(routing.logits, mask))
-    if "orthogonal" in values:
-        norm = config.aux_settings("orthogonal")["norm"]
-        banks = [layer.molora_experts[adapter] for layer in layers if adapter in layer.molora_experts]
-        values["orthogonal"] = [_overlap(bank, norm) for bank in banks if isinstance(bank, ExpertBank)]
     device = layers[0].weight.device
-    return {
-        name: torch.stack(v).mean() if v else torch.zeros((), device=device) for name, v in values.items()
-    }
+    found: dict[str, Tensor] = {}
+    for name in config.aux_losses:
+        settings = config.aux_settings(name)
+        with torch.autocast(device.type, enabled=False):
+            if name == "contrastive":
+                values = _contrastive(adapter, layers, settings)
+            elif name in WITHOUT_GATE:
+                values = _of_experts(name, adapter, layers, settings)
+            else:
+                views = [GateView(record, config, settings["mask"]) for record in records]
+                values = [GATE_LOSSES[name](view, settings) for view in views if view.learned]
+        found[name] = torch.stack(values).mean() if values else torch.zeros((), device=device)
+    for layer in layers:
+        layer.samples.pop(adapter, None)
+    return found
+
+
+def _of_experts(
+    name: str, adapter: str, layers: Sequence[MoLoraLayer], settings: Mapping[str, Any]
+) -> list[Tensor]:
+    banks = [
+        layer.molora_experts[adapter]
+        for layer in layers
+        if adapter in layer.molora_experts and not layer.sites[adapter].plain
+    ]
+    if name == "orthogonal":
+        return [_overlap(bank, settings["norm"]) for bank in banks]
+    return [_alike(bank, settings["factor"]) for bank in banks]
 
 
 def _overlap(bank: ExpertBank, norm: str) -> Tensor:
@@ -44,8 +94,59 @@ def _overlap(bank: ExpertBank, norm: str) -> Tensor:
         present = bank.lora_A if bank.lora_A is not None else bank.frozen_A
         assert present is not None
         return present.new_zeros((), dtype=torch.float32)
-    with torch.autocast(bank.lora_A.device.type, enabled=False):
-        return losses.orthogonal(bank.lora_A.flatten(0, 1).float(), bank.frozen_A.flatten(0, 1).float(), norm)
+    return losses.orthogonal(bank.lora_A.flatten(0, 1).float(), bank.frozen_A.flatten(0, 1).float(), norm)
+
+
+def _alike(bank: ExpertBank, factor: str) -> Tensor:
+    stacks = {"A": [bank.A], "B": [bank.B], "both": [bank.A, bank.B]}[factor]
+    values = [losses.expert_similarity(stack.flatten(1).float()) for stack in stacks if len(stack) > 1]
+    return torch.stack(values).mean() if values else bank.B.new_zeros((), dtype=torch.float32)
+
+
+def _contrastive(adapter: str, layers: Sequence[MoLoraLayer], settings: Mapping[str, Any]) -> list[Tensor]:
+    """Outputs of the experts that some tokens of each layer went to, told apart by expert."""
+    values = []
+    for layer in layers:
+        sample = layer.samples.get(adapter)
+        if sample is None:
+            continue
+        bank: ExpertBank = layer.molora_experts[adapter]
+        x, chosen = sample
+        outputs = []
+        for e, expert in enumerate(bank.experts()):
+            rows = x[chosen == e].to(torch.promote_types(x.dtype, torch.float32))
+            outputs.append(rows @ expert.A.to(rows.dtype).t() @ expert.B.to(rows.dtype).t())
+        order = torch.cat([torch.full((len(o),), e, device=x.device) for e, o in enumerate(outputs)])
+        values.append(losses.contrastive(torch.cat(outputs), order, settings["temperature"]))
+    return values
+
+
+@torch.no_grad()
+def balance_experts(
+    adapter: str, layers: Sequence[MoLoraLayer], records: Sequence[tuple[str, GateRecord]]
+) -> None:
+    """Move the balance of every gate by what it just did; processes of a group move theirs alike."""
+    gates = {
+        layer.sites[adapter].key: layer.molora_gate[adapter]
+        for layer in layers
+        if adapter in layer.molora_gate
+    }
+    counted = []
+    for key, record in records:
+        mask = (
+            record.mask
+            if record.mask is not None and len(record.mask) == len(record.routing.decided)
+            else None
+        )
+        counted.append((gates[key], losses.masked_mean(record.routing.selected, mask)))
+    if counted and distributed.is_available() and distributed.is_initialized():
+        together = torch.cat([share for _, share in counted])
+        distributed.all_reduce(together)
+        together /= distributed.get_world_size()
+        sizes = [len(share) for _, share in counted]
+        counted = [(g, part) for (g, _), part in zip(counted, together.split(sizes), strict=True)]
+    for gate, share in counted:
+        gate.move_balance(share)
 
 
 def weighted_sum(config: MoLoraConfig, values: dict[str, Tensor]) -> Tensor | None:

@@ -6,16 +6,17 @@ adapter integration all run the wrapped base model's `__call__`; the tuner's `fo
 
 from __future__ import annotations
 
-import inspect
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.context import CheckpointWithRouting, RoutingContext, RoutingRequest, RoutingState
-from molora.tuner.aux import aux_losses_of, weighted_sum
+from molora.tuner.aux import aux_losses_of, balance_experts, weighted_sum
+from molora.tuner.calls import attach, named_inputs, read_inputs
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.two_pass import first_pass, off, remember
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -29,28 +30,33 @@ class RootHooks:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook: task ids and masks in."""
         kwargs = dict(kwargs)
-        given = kwargs.pop("routing_task_ids", None)
+        request = _own_request(kwargs)
         context = self.context
-        if context.state.owner is not None:  # the encoder inside a running root forward
+        if context.state.owner is not None:  # the encoder inside a running root forward, or its first pass
             return args, kwargs
         layers = layers_of(context, module)
         outer = context.state
-        if given is not None:
-            state = context.resolve(RoutingRequest(task_ids=given, given=True).over(context.request))
-        elif context.request.given and set(outer.tasks) != set(
-            context.active
-        ):  # adapters were switched meanwhile
-            state = context.resolve(context.request)
+        if request is not None:
+            request = request.over(context.request)
+            state = context.resolve(request)
         else:
-            state = outer.fork(recompute=False)
-        state.owner, state.outer, state.masks, state.led = module, outer, _masks(module, args, kwargs), {}
+            request = context.request
+            # Adapters may have been switched since the request was resolved.
+            switched = request.given and set(outer.tasks) != set(context.active)
+            state = context.resolve(request) if switched else outer.fork(recompute=False)
+        state.owner, state.outer, state.led = module, outer, {}
+        inputs = named_inputs(module, args, kwargs)
+        read_inputs(context, state, request, module, inputs)
         learns = module.training and torch.is_grad_enabled()
         if learns:  # a batch for the base only still gives every expert a gradient (zero): DDP waits for it
             state.tasks = {name: ids.without_shortcut() for name, ids in state.tasks.items()}
+        configs = [context.adapters[a].config for a in context.active]
         state.recording = bool(context.recorders) or (
-            learns and any(context.adapters[a].aux_losses for a in context.active)
+            learns and any(c.aux_losses or c.gate.balance_rate for c in configs)
         )
         context.state = state
+        if any(config.gate.scope == "two_pass" for config in configs) and not off(layers):
+            args, kwargs = first_pass(context, state, module, args, kwargs)
         if module.training and layers:
             self._wrap_checkpoints(module)
         return args, kwargs
@@ -62,6 +68,10 @@ class RootHooks:
         if state.owner is not module:
             return None
         context.state = state.outer or RoutingState()
+        if output is not None:
+            attach(state, kwargs, output)
+            if state.base_cache is not None or "encoder" in state.features:
+                remember(context, state, kwargs, output)
         if not state.recording:
             return None
         layers = layers_of(context, module)
@@ -80,7 +90,10 @@ class RootHooks:
         context.aux = {}
         for adapter in context.active:
             config: MoLoraConfig = context.adapters[adapter].config
-            context.aux[adapter] = aux_losses_of(config, adapter, layers, [r for _, r in records[adapter]])
+            found = [record for _, record in records[adapter]]
+            context.aux[adapter] = aux_losses_of(config, adapter, layers, found)
+            if config.gate.balance_rate:
+                balance_experts(adapter, layers, records[adapter])
             total = weighted_sum(config, context.aux[adapter])
             if (
                 total is not None
@@ -154,17 +167,13 @@ def _checkpointing_modules(context: RoutingContext, root: nn.Module) -> list[nn.
     return found
 
 
-def _masks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-    if args:
-        kwargs = {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
-    mask = kwargs.get("attention_mask")
-    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        return {"decoder": mask} if isinstance(mask, Tensor) else {}
-    decoder = kwargs.get("decoder_attention_mask")
-    if decoder is None and isinstance(kwargs.get("labels"), Tensor):
-        decoder = kwargs["labels"] != -100
-    found = {"encoder": mask, "decoder": decoder}
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:
+    """What a call asks for by keywords of its own, taken out of them."""
+    ids, features = kwargs.pop("routing_task_ids", None), kwargs.pop("routing_features", None)
+    prompt = kwargs.pop("routing_prompt_mask", None)
+    if ids is None and features is None and prompt is None:
+        return None
+    return RoutingRequest(task_ids=ids, given=ids is not None, features=features, prompt_mask=prompt)
 
 
 def _collect(layers: list[tuple[str, MoLoraLayer]], adapter: str) -> list[tuple[str, Any]]:

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from molora.context import base_only
+from molora.context import RoutingState, base_only, spread
 from molora.errors import RoutingError
 from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
 from molora.gates.gate import Gate, Routing
 from molora.gates.route import decided, experts_in_use, route
 from molora.gates.scores import GateRows
+from molora.task_map import TaskMap
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
 
 _PLAIN = "plain"  # the slot of ordinary LoRAs, whose weight is 1
+_READ_X = ("similarity",)  # losses that look at what the gate read
 
 
 @dataclass
@@ -29,9 +31,18 @@ class GateRecord:
     """What one gate decided in one forward; kept only while losses or statistics need it."""
 
     routing: Routing
-    tokens: int
+    lead: tuple[int, ...]  # (batch, seq) of the layer's input
     mask: Tensor | None  # (tokens,) true where a token counts
+    response: Tensor | None  # (tokens,) true where a token counts and has a label
     task_ids: Tensor | None  # (tokens,)
+    task_map: TaskMap  # the layer's
+    top_k: int  # the gate's
+    x: Tensor | None = None  # (*lead, d_in) the layer's input without its graph, where a loss needs it
+
+    @property
+    def gated(self) -> tuple[int, ...] | None:
+        """The experts its columns stand for, where some are always on and not among them."""
+        return self.task_map.gated if self.routing.gated is not None else None
 
 
 @dataclass
@@ -39,6 +50,7 @@ class Operands:
     """What a plan multiplies by, for the experts in use."""
 
     A: list[Tensor]  # stacks (rank, d_in), those of the members below each other
+    tiles: list[tuple[int, int]] | None  # where some members share A: (columns of their product, copies)
     widths: list[int]  # columns of h that belong to each member
     B: dict[str, list[Tensor]]  # by site: stacks (rank, d_out)
     expansions: dict[str, Tensor]  # by site: (expert, rank)
@@ -50,6 +62,7 @@ class Plan:
     """The parts of the layers that compute together; looked up once, since modules are slow to search."""
 
     keys: list[str]
+    stream: str  # whose tokens they read
     banks: list[ExpertBank]
     slots: list[str]  # per layer, whose weights it uses: the site that owns the gate
     leaders: dict[str, MoLoraLayer]  # by slot
@@ -64,6 +77,7 @@ class Plan:
         leaders = {slot: site.group[0] for slot, site in zip(slots, sites, strict=True) if not site.plain}
         return cls(
             keys=[site.key for site in sites],
+            stream=sites[0].stream,
             banks=[member.molora_experts[adapter] for member in members],
             slots=slots,
             leaders=leaders,
@@ -115,14 +129,15 @@ class InputGroup:
 def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     """Compute h and the weights of a layer, and of the others of its group if it is their first."""
     context = layer.context
-    state, routing = context.state, context.adapters[adapter]
+    state, config = context.state, context.adapters[adapter].config
     group = layer.sites[adapter].inputs
     # Outside a root forward nobody says when x or the Parameters changed: compute for this layer alone.
     plan = group.plan(layer, adapter, alone=state.owner is None or group.layers[0] is not layer)
-    gate = routing.config.gate
-    experts = experts_in_use(routing.task_map, state.tasks.get(adapter), state, learned=gate.learned)
+    experts = experts_of(layer, adapter)
+    task_map = task_map_of(layer, adapter)
     operands = _operands(plan, experts, x)
-    h, products = _shrink(plan, x, operands.A, routed=decided(state, experts, alone_is_one=gate.alone_is_one))
+    routed = decided(task_map, state, experts, alone_is_one=config.gate.alone_is_one)
+    h, products = _shrink(plan, x, operands, routed=routed)
     weights = _weights(layer, plan, adapter, x, experts, products)
     by_site = None
     if operands.joint is None:
@@ -133,6 +148,31 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
         return Projection(x, {plan.keys[0]: h}, by_site, operands)
     columns = h.split(operands.widths, dim=-1)
     return Projection(x, dict(zip(plan.keys, columns, strict=True)), by_site, operands)
+
+
+def task_map_of(layer: MoLoraLayer, adapter: str) -> TaskMap:
+    """The tasks and experts of one layer."""
+    return layer.context.adapters[adapter].map_at(layer.sites[adapter].names)
+
+
+def experts_of(layer: MoLoraLayer, adapter: str) -> tuple[int, ...] | None:
+    """The experts of a layer that this call is limited to; None: any of them."""
+    state, gate = layer.context.state, layer.context.adapters[adapter].config.gate
+    tasks = state.tasks.get(adapter)
+    return experts_in_use(task_map_of(layer, adapter), tasks, state, scope=gate.scope, learned=gate.learned)
+
+
+def sample_routing(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
+    """The routing of a mixture of factors: rows are samples (or one for all), those for the base only zero."""
+    plan = layer.sites[adapter].inputs.plan(layer, adapter, alone=True)
+    routing = _recorded(layer, plan, plan.keys[0], adapter, x, experts, None)
+    tasks = layer.context.state.tasks.get(adapter)
+    if tasks is not None and tasks.single is None and tasks.has_base:
+        if tasks.ids.dim() != 1:
+            raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
+        asked = base_only(tasks.ids.to(x.device)).repeat_interleave(routing.splits, dim=0)
+        routing.weights = routing.weights * asked
+    return routing
 
 
 def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
@@ -162,11 +202,18 @@ def _for_one_row(B: Tensor) -> Tensor:
 
 def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
     own = [None if slot == _PLAIN else experts for slot in plan.slots]
-    A = [stack for bank, chosen in zip(plan.banks, own, strict=True) for stack in bank.stacks("A", chosen)]
+    parts = [bank.stacks("A", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
+    A = [stack for stacks in parts for stack in stacks]
+    tiles = None
+    if any(bank.share_A for bank in plan.banks):
+        columns = [sum(len(stack) for stack in stacks) for stacks in parts]
+        copies = [bank.copies(chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
+        tiles = list(zip(columns, copies, strict=True))
     B = [bank.stacks("B", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
     expansions = [bank.expansion(chosen, x) for bank, chosen in zip(plan.banks, own, strict=True)]
     return Operands(
         A,
+        tiles,
         [part.shape[1] for part in expansions],
         dict(zip(plan.keys, B, strict=True)),
         dict(zip(plan.keys, expansions, strict=True)),
@@ -194,9 +241,10 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _shrink(
-    plan: Plan, x: Tensor, A: Sequence[Tensor], *, routed: bool
+    plan: Plan, x: Tensor, operands: Operands, *, routed: bool
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
+    A = operands.A
     readers = {} if routed else {slot: rows for slot, (gate, rows) in plan.readers.items() if gate.scores_x}
     blocks = [block for rows in readers.values() for block in rows.blocks]
     bank = plan.banks[0]
@@ -205,11 +253,14 @@ def _shrink(
         products = scores(x, blocks) if blocks else None
     else:
         h, products = shrink(x, A, blocks)
+    if operands.tiles is not None:  # one A for all experts: its product stands once for each
+        parts = h.split([columns for columns, _ in operands.tiles], dim=-1)
+        h = torch.cat([p.repeat(1, n) for p, (_, n) in zip(parts, operands.tiles, strict=True)], dim=-1)
     if products is None:
         return h, {}
     sizes = [rows.num_experts for rows in readers.values()]
-    parts = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
-    return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), parts, strict=True)}
+    split = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
+    return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), split, strict=True)}
 
 
 def _weights(
@@ -220,26 +271,52 @@ def _weights(
     experts: tuple[int, ...] | None,
     products: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """Expert weights by slot; zero for tokens that ask for the base only."""
-    state, task_map = layer.context.state, layer.context.adapters[adapter].task_map
+    """Expert weights by slot, (tokens, expert) or (1, expert); zero for tokens that ask for the base only."""
+    state = layer.context.state
     tasks = state.tasks.get(adapter)
     found: dict[str, Tensor] = {}
+    gate = layer.context.adapters[adapter].config.gate
+    by_token = gate.scope == "token" or not gate.learned
     for key, slot in zip(plan.keys, plan.slots, strict=True):
         if slot == _PLAIN:
-            found[slot] = task_map.row((1.0,), x)
+            found[slot] = task_map_of(layer, adapter).row((1.0,), x)
         elif slot not in found:
-            leader = plan.leaders[slot]
-            routing = _routing(leader, plan, adapter, x, experts, products.get(slot))
-            found[slot] = routing.weights
-            if state.recording and slot == key:
-                lead = x.shape[:-1]
-                ids = None if tasks is None else tasks.expand(lead)
-                mask = state.mask(leader.sites[adapter].stream, lead)
-                leader.records[adapter] = GateRecord(routing, lead.numel(), mask, ids)
+            routing = _recorded(layer, plan, key, adapter, x, experts, products.get(slot))
+            # Comparing sizes would fix those of an exported model: not where rows are tokens anyway.
+            found[slot] = routing.weights if by_token else spread(routing.weights, x.shape[:-1])
     if tasks is not None and tasks.single is None and tasks.has_base:
         asked = base_only(tasks.expand(x.shape[:-1]).to(x.device))
         return {slot: weights * asked for slot, weights in found.items()}
     return found
+
+
+def _recorded(
+    layer: MoLoraLayer,
+    plan: Plan,
+    key: str,
+    adapter: str,
+    x: Tensor,
+    experts: tuple[int, ...] | None,
+    products: Tensor | None,
+) -> Routing:
+    """The routing of the site `key`, noted where it owns the gate and somebody looks."""
+    context, slot = layer.context, plan.slots[plan.keys.index(key)]
+    leader, state = plan.leaders[slot], context.state
+    routing = _routing(leader, plan, adapter, x, experts, products)
+    if state.recording and slot == key:
+        lead, stream, tasks = x.shape[:-1], plan.stream, state.tasks.get(adapter)
+        wanted = any(name in context.adapters[adapter].aux_losses for name in _READ_X)
+        leader.records[adapter] = GateRecord(
+            routing,
+            tuple(lead),
+            state.mask(stream, lead),
+            state.response(stream, lead),
+            None if tasks is None else tasks.expand(lead),
+            task_map_of(leader, adapter),
+            getattr(plan.gates[slot], "top_k", 1),
+            x.detach() if wanted else None,
+        )
+    return routing
 
 
 def _routing(
@@ -252,26 +329,58 @@ def _routing(
 ) -> Routing:
     """The leader's routing of x, or what it was where this plan's layers only follow.
 
-    That of a gate that reads nothing is computed once per forward and shape.
+    That of a gate that reads nothing of the layer is computed once per forward and shape.
     """
     site, context = leader.sites[adapter], leader.context
-    state, task_map, slot = context.state, context.adapters[adapter].task_map, site.key
-    tasks, gate = state.tasks.get(adapter), plan.gates[slot]
+    state, slot = context.state, site.key
+    if site.pools and state.kept is not None and state.experts is None:
+        return _of_prompt(state, adapter, slot)
     if site.reads_input and not site.spreads:
-        return route(x, gate, task_map, tasks, state, experts, products)
-    name, tokens = f"{adapter} {slot}", math.prod(x.shape[:-1])  # `numel` would fix an exported size
+        return _fresh(leader, plan, adapter, x, experts, products)
+    # One gate may serve encoder and decoder. `numel` would fix an exported size.
+    name, tokens = f"{adapter} {slot} {plan.stream}", math.prod(x.shape[:-1])
     if site.spreads and slot not in plan.readers:
         one = context.adapters[adapter].config.gate.alone_is_one
-        if not decided(state, experts, alone_is_one=one):
+        if not decided(task_map_of(leader, adapter), state, experts, alone_is_one=one):
             return _followed(state.led, name, slot, tokens)
     once = not site.reads_input and state.owner is not None
     if once and name in state.routings and state.routings[name][1] == tokens:
         return state.routings[name][0]
-    routing = route(x, gate, task_map, tasks, state, experts, products)
+    routing = _fresh(leader, plan, adapter, x, experts, products)
     if once:
         state.routings[name] = routing, tokens
     if site.spreads:
         state.led[name] = routing, tokens
+    return routing
+
+
+def _fresh(
+    leader: MoLoraLayer,
+    plan: Plan,
+    adapter: str,
+    x: Tensor,
+    experts: tuple[int, ...] | None,
+    products: Tensor | None,
+) -> Routing:
+    site, state = leader.sites[adapter], leader.context.state
+    routing = route(
+        x, plan.gates[site.key], task_map_of(leader, adapter), state.tasks.get(adapter), state, experts,
+        products=products, stream=plan.stream, by_sample=site.factors,
+    )  # fmt: skip
+    if site.pools and state.keep is not None:
+        state.keep[f"{adapter} {site.key}"] = replace(routing, weights=routing.weights.detach())
+    return routing
+
+
+def _of_prompt(state: RoutingState, adapter: str, slot: str) -> Routing:
+    """What a gate of sequence scope decided on the prompt that this call continues."""
+    assert state.kept is not None
+    routing = state.kept.get(f"{adapter} {slot}")
+    if routing is None:
+        raise RoutingError(
+            f"the gate at {slot} decides on the prompt, but this cache was not filled by a call of this adapter.",
+            hint="start the generation with the adapter on, and keep one cache from the prompt on.",
+        )
     return routing
 
 

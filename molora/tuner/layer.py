@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from molora.context import RoutingContext
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
+from molora.experts.factors import add_mixed, mixed_delta
 from molora.experts.kernel import expand
 from molora.gates.gate import Gate
 from molora.task_map import BASE_ONLY
-from molora.tuner.inputs import GateRecord, InputGroup, project
+from molora.tuner.inputs import GateRecord, InputGroup, experts_of, project, sample_routing
+
+_SAMPLED = 64  # tokens per layer whose expert outputs the contrastive loss compares
 
 
 @dataclass
@@ -27,7 +31,12 @@ class Site:
     key: str  # module name in the base model
     stream: str  # whose padding mask fits: "encoder" | "decoder"
     plain: bool = False  # one ordinary LoRA, no gate
+    names: tuple[str, ...] | None = None  # the experts this layer has, where that is not all of them
     reads_input: bool = True  # whether the gate's answer depends on x
+    pools: bool = False  # it reads the sequence, pooled
+    factors: bool = False  # experts are mixed by their factors, one LoRA per sample
+    feed_forward: str | None = None  # the name of the feed-forward whose outputs are mixed as a whole
+    leaves: bool = False  # the last linear of that feed-forward
     group: list[MoLoraLayer] = field(default_factory=list)  # share one gate; the first, the leader, owns it
     spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
     inputs: InputGroup = field(default_factory=InputGroup)  # the linears that read the same x
@@ -37,7 +46,7 @@ class MoLoraLayer(BaseTunerLayer):
     """Base of the adapted layers: holds each adapter's bank and gate, adds their output to the base's."""
 
     adapter_layer_names = ("molora_experts", "molora_gate")
-    other_param_names = ("sites", "records", "static_weights")
+    other_param_names = ("sites", "records", "samples", "static_weights")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         self.base_layer = base_layer
@@ -46,7 +55,8 @@ class MoLoraLayer(BaseTunerLayer):
         self.molora_gate: Any = nn.ModuleDict({})  # adapter -> Gate, where this layer leads its group
         self.sites: dict[str, Site] = {}
         self.records: dict[str, GateRecord] = {}
-        self.static_weights: dict[str, list[float]] = {}  # set by the model just before merging
+        self.samples: dict[str, tuple[Tensor, Tensor]] = {}  # (n, d_in) tokens and (n,) their experts
+        self.static_weights: dict[str, Tensor] = {}  # (splits, expert), set by the model just before merging
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: list[Tensor] = []
@@ -81,9 +91,17 @@ class MoLoraLayer(BaseTunerLayer):
         """Add one adapter's mixture to the base layer's output y (may overwrite it)."""
         state = self.context.state
         tasks = state.tasks.get(adapter)
-        if tasks is not None and tasks.single == BASE_ONLY:
+        if state.first_pass or (tasks is not None and tasks.single == BASE_ONLY):
             return y
-        key, shared = self.sites[adapter].key, state.shared.get(adapter)
+        site = self.sites[adapter]
+        if site.names is not None and experts_of(self, adapter) == ():  # a task none of whose experts is here
+            return y
+        if site.factors:
+            experts = experts_of(self, adapter)
+            routing = sample_routing(self, adapter, x, experts)
+            bank = self.molora_experts[adapter]
+            return add_mixed(bank, x, y, routing.weights, experts, routing.splits)
+        key, shared = site.key, state.shared.get(adapter)
         if shared is None or shared.x is not x or key not in shared.h:
             shared = project(self, adapter, x)
             if len(shared.h) > 1:
@@ -91,6 +109,8 @@ class MoLoraLayer(BaseTunerLayer):
         elif len(shared.h) == 1:  # nobody else waits for it
             del state.shared[adapter]
         operands, weights = shared.operands, shared.weights
+        if state.recording and weights is not None and "contrastive" in self._losses(adapter):
+            self._sample(adapter, x, weights[key])
         return expand(
             y,
             shared.h.pop(key),
@@ -98,6 +118,22 @@ class MoLoraLayer(BaseTunerLayer):
             operands.expansions[key],
             operands.B[key],
         )
+
+    def _losses(self, adapter: str) -> Any:
+        return self.context.adapters[adapter].aux_losses
+
+    @torch.no_grad()
+    def _sample(self, adapter: str, x: Tensor, weights: Tensor) -> None:
+        """Keep some tokens, evenly spread over those that count, and the expert each went to most."""
+        site, lead = self.sites[adapter], x.shape[:-1]
+        mask = self.context.state.mask(site.stream, lead)
+        rows = torch.arange(math.prod(lead), device=x.device) if mask is None else mask.nonzero().squeeze(-1)
+        rows = rows[:: max(1, len(rows) // _SAMPLED)][:_SAMPLED]
+        chosen = weights.argmax(dim=-1).expand(math.prod(lead))[rows]
+        experts = experts_of(self, adapter)
+        if experts is not None:
+            chosen = torch.tensor(experts, device=x.device)[chosen]
+        self.samples[adapter] = x.detach().reshape(-1, x.shape[-1])[rows], chosen
 
     def _forget_copies(self) -> None:
         for site in self.sites.values():
@@ -115,7 +151,9 @@ class MoLoraLayer(BaseTunerLayer):
                     f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised."
                 )
             weight = self.get_base_weight()
-            delta = self.molora_experts[adapter].delta(self.static_weights[adapter])
+            bank, weights = self.molora_experts[adapter], self.static_weights[adapter]
+            mixes = self.sites[adapter].factors
+            delta = mixed_delta(bank, weights) if mixes else bank.delta(weights[0].tolist())
             delta = (delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight.device)
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

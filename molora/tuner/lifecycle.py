@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
+from torch.nn import functional as F
 
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
-from molora.context import RoutingContext
+from molora.context import AdapterRouting, RoutingContext
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, mean_delta
 from molora.experts.init import low_rank
+from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.placement import blocks_at, experts_at, frozen_at, names_at, task_blocks, top_k_at
 from molora.tuner.specs import new_expert, scaling_of
 
 
@@ -59,32 +62,52 @@ def add_expert(
         raise ConfigError(
             f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}."
         )
+    _check_growable(model, config, adapter, spec)
     source = _source(config, init)
     if source is not None:
-        spec = config.expert_specs.get(config.expert_names[source])  # type: ignore[index]
+        spec = config.expert_specs.get(source)
     _grow_config(config, name, tasks, spec, freeze_others=freeze_others, isolate=isolate)
     for layer in _layers(model, adapter):
-        bank = layer.molora_experts[adapter]
-        key = layer.sites[adapter].key
-        if layer.sites[adapter].plain:
+        bank, site = layer.molora_experts[adapter], layer.sites[adapter]
+        if site.plain:
             bank.assign(bank.experts(), [config.frozen_extras])
             continue
-        grown = [*bank.experts(), _initial(config, bank, name, key, init, source)]
+        here = [n for n in experts_at(config, site.key) if n != name]
+        local = here.index(source) if source in here else None
+        grown = [*bank.experts(), _initial(config, bank, name, site.key, init, local)]
         if factors is not None:
-            grown[-1] = factors(key, grown[-1])
-        bank.assign(grown, config.frozen_flags())
+            grown[-1] = factors(site.key, grown[-1])
+        bank.assign(grown, frozen_at(config, site.key))
         if adapter in layer.molora_gate:
-            gate = layer.molora_gate[adapter]
-            for rows in gate.grown:
-                weight = rows.weight.detach()
-                row = weight[source] if source is not None else torch.zeros_like(weight[0])
-                grown_rows = torch.cat([weight, row.unsqueeze(0)])
-                rows.assign(grown_rows, config.block_indices(), config.frozen_flags())
-            gate.frozen_shared = config.frozen_extras
-            gate.apply_freeze()
+            _grow_gate(config, layer.molora_gate[adapter], site.key, local)
     if freeze_others:
         freeze_heads(model, adapter)
-    _refresh(context, adapter)
+    _refresh(model, context, adapter)
+
+
+def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
+    """A row for the new expert (zero, or copied), and one for each new task of a gate that learns from tasks."""
+    for rows in gate.grown:
+        weight = rows.weight.detach()
+        row = weight[source] if source is not None else torch.zeros_like(weight[0])
+        rows.assign(torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_at(config, key))
+    if gate.tasks is not None:
+        weight = gate.tasks.weight.detach()
+        if gate.settings.score == "table":  # one more column in each split
+            weight = F.pad(weight.unflatten(1, (gate.settings.splits, -1)), (0, 1))
+            if source is not None:
+                weight[..., -1] = weight[..., source]
+            weight = weight.flatten(1)
+        parts, frozen = task_blocks(config)
+        fresh = weight.new_zeros(len(frozen) - len(weight), weight.shape[1])
+        if gate.settings.score == "embedding":
+            fresh.normal_()
+        gate.tasks.assign(torch.cat([weight, fresh]), parts, frozen)
+    if gate.balance is not None:
+        gate.balance = F.pad(gate.balance, (0, 1))
+    gate.top_k = top_k_at(config, key)
+    gate.frozen_shared = config.frozen_extras
+    gate.apply_freeze()
 
 
 def remove_expert(
@@ -92,9 +115,14 @@ def remove_expert(
 ) -> None:
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
     config: MoLoraConfig = context.adapters[adapter].config
-    index = _index(config, name)
+    _index(config, name)
     if config.num_experts == 1:
         raise ConfigError(f"{name!r} is the only expert left; delete the adapter instead.")
+    for layer in _layers(model, adapter):
+        if not layer.sites[adapter].plain and experts_at(config, layer.sites[adapter].key) == [name]:
+            raise ConfigError(f"{name!r} is the only expert of {layer.sites[adapter].key}.")
+    _check_growable(model, config, adapter, None)
+    before = _experts_of_layers(model, adapter, config)
     orphans = [task for task, experts in config.tasks.items() if set(experts) == {name}]
     if orphans and not drop_tasks:
         raise ConfigError(
@@ -112,11 +140,12 @@ def remove_expert(
     config.frozen_experts = [n for n in config.frozen_experts if n != name]
     config.isolated_experts = [n for n in config.isolated_experts if n != name]
     config.expert_specs.pop(name, None)
+    config.always_on.pop(name, None)
     config.num_experts -= 1
-    config.gate.top_k = min(config.gate.top_k, config.num_experts)
-    remaining = [i for i in range(config.num_experts + 1) if i != index]
-    _reassign(model, adapter, config, remaining)
-    _refresh(context, adapter)
+    if isinstance(config.gate.top_k, int):
+        config.gate.top_k = min(config.gate.top_k, config.num_experts)
+    _reassign(model, adapter, config, before)
+    _refresh(model, context, adapter)
 
 
 def set_frozen(
@@ -133,8 +162,8 @@ def set_frozen(
     assert config.gate_blocks is not None
     parts = [[[n for n in b if n in after], [n for n in b if n not in after]] for b in config.gate_blocks]
     config.gate_blocks = [part for pair in parts for part in pair if part]
-    _reassign(model, adapter, config, list(range(config.num_experts)))
-    _refresh(context, adapter)
+    _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
+    _refresh(model, context, adapter)
 
 
 def freeze_heads(model: nn.Module, adapter: str) -> None:
@@ -148,8 +177,12 @@ def _layers(model: nn.Module, adapter: str) -> list[MoLoraLayer]:
     return [m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_experts]
 
 
-def _refresh(context: RoutingContext, adapter: str) -> None:
-    context.adapters[adapter].task_map = context.adapters[adapter].config.task_map()
+def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
+    config = context.adapters[adapter].config
+    context.adapters[adapter] = AdapterRouting(config.task_map(), config)
+    for layer in _layers(model, adapter):
+        site = layer.sites[adapter]
+        site.names = None if site.plain else names_at(config, site.key)
 
 
 def _index(config: MoLoraConfig, name: str) -> int:
@@ -159,13 +192,26 @@ def _index(config: MoLoraConfig, name: str) -> int:
     return names.index(name)
 
 
-def _source(config: MoLoraConfig, init: str) -> int | None:
+def _check_growable(model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None) -> None:
+    if config.share_A and spec is not None:
+        raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
+    for layer in _layers(model, adapter):
+        if adapter in layer.molora_gate and layer.molora_gate[adapter].custom is not None:
+            raise ConfigError(
+                f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert.",
+                hint="make a new mixture with molora.compose, or use a built-in score.",
+            )
+
+
+def _source(config: MoLoraConfig, init: str) -> str | None:
+    """The expert to copy, if any."""
     if init in ("new", "mean"):
         return None
     kind, _, source = init.partition(":")
     if kind != "copy" or not source:
         raise ConfigError(f"init={init!r} is not one of 'new', 'copy:<expert>', 'mean'.")
-    return _index(config, source)
+    _index(config, source)
+    return source
 
 
 def _initial(
@@ -178,6 +224,10 @@ def _initial(
     fresh = new_expert(
         config, name, key, like.A.shape[1], like.B.shape[0], dtype=like.A.dtype, device=like.A.device
     )
+    if bank.share_A:
+        fresh = fresh._replace(A=like.A.detach())
+    if init == "mean" and bank.share_A:
+        return fresh._replace(B=torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0))
     if init == "mean":
         with torch.no_grad():
             A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
@@ -210,7 +260,7 @@ def _grow_config(
         if task in config.tasks:
             config.tasks[task] = _with(config.tasks[task], name)
             continue
-        config.tasks[task] = [name] if config.gate.scope == "task" else list(config.expert_names)
+        config.tasks[task] = list(config.expert_names) if config.gate.learned else [name]
         config.task_ids[task] = config.next_task_id or 0
         config.next_task_id = config.task_ids[task] + 1
 
@@ -231,15 +281,35 @@ def _without(experts: Any, name: str) -> Any:
     return {expert: weight * scale for expert, weight in kept.items()}
 
 
-def _reassign(model: nn.Module, adapter: str, config: MoLoraConfig, kept: list[int]) -> None:
-    """Rebuild banks and gates from the kept experts under the config's present freezing."""
+def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:
+    keys = [layer.sites[adapter].key for layer in _layers(model, adapter) if not layer.sites[adapter].plain]
+    return {key: experts_at(config, key) for key in keys}
+
+
+def _reassign(
+    model: nn.Module, adapter: str, config: MoLoraConfig, before: Mapping[str, Sequence[str]]
+) -> None:
+    """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
     for layer in _layers(model, adapter):
-        if layer.sites[adapter].plain:
+        key = layer.sites[adapter].key
+        if key not in before:  # a plain LoRA
             continue
-        bank = layer.molora_experts[adapter]
+        bank, now = layer.molora_experts[adapter], experts_at(config, key)
+        kept = [i for i, name in enumerate(before[key]) if name in now]
         experts = bank.experts()
-        bank.assign([experts[i] for i in kept], config.frozen_flags())
+        bank.assign([experts[i] for i in kept], frozen_at(config, key))
         if adapter in layer.molora_gate:
-            for rows in layer.molora_gate[adapter].grown:
-                weight: Tensor = rows.weight.detach()
-                rows.assign(weight[kept], config.block_indices(), config.frozen_flags())
+            _shrink_gate(config, layer.molora_gate[adapter], key, kept)
+
+
+def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) -> None:
+    for rows in gate.grown:
+        rows.assign(rows.weight.detach()[kept], blocks_at(config, key), frozen_at(config, key))
+    if gate.tasks is not None:
+        weight = gate.tasks.weight.detach()
+        if gate.settings.score == "table":
+            weight = weight.unflatten(1, (gate.settings.splits, -1))[..., kept].flatten(1)
+        gate.tasks.assign(weight, *task_blocks(config))
+    if gate.balance is not None:
+        gate.balance = gate.balance[kept]
+    gate.top_k = top_k_at(config, key)

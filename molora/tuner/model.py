@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
@@ -22,6 +22,8 @@ from molora.tuner import hooks, lifecycle, specs
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
+from molora.tuner.placement import experts_at, frozen_at, names_at
+from molora.tuner.static import static_weights
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
 
@@ -44,6 +46,8 @@ class MoLoraModel(BaseTuner):
         check_targets(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             compare(config.base_fingerprint, base_fingerprint(model))
+        if config.gate.scope == "two_pass" and config.gate.feature_dim is None:
+            config.gate.feature_dim = _hidden_size(model)
         existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
         self.context = existing[0].context if existing else RoutingContext()
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
@@ -72,14 +76,19 @@ class MoLoraModel(BaseTuner):
     ) -> None:
         layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
         site = self._site(peft_config, adapter_name, current_key, layer)
-        d_in, d_out = _features(layer)
-        names = ["plain"] if site.plain else peft_config.expert_names
-        experts = [specs.new_expert(peft_config, name, current_key, d_in, d_out) for name in names]
-        frozen = [peft_config.frozen_extras] if site.plain else peft_config.frozen_flags()
-        bank = ExpertBank(experts, frozen, peft_config.lora_dropout)
+        config: MoLoraConfig = peft_config
+        if site.plain:
+            experts = specs.new_experts(config, ["plain"], current_key, layer.get_base_layer())
+            frozen = [config.frozen_extras]
+        else:
+            names = experts_at(config, current_key)
+            experts = specs.new_experts(config, names, current_key, layer.get_base_layer())
+            frozen = frozen_at(config, current_key)
+        shared = config.share_A and not site.plain
+        bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared)
         gate = None
-        if not site.plain and site.group[0] is layer and peft_config.gate.learned:
-            gate = specs.new_gate(peft_config, d_in)
+        if not site.plain and site.group[0] is layer and config.gate.learned:
+            gate = specs.new_gate(config, current_key, _features(layer)[0])
         layer.update_layer(adapter_name, site, bank, gate, active=adapter_name in self.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -99,19 +108,35 @@ class MoLoraModel(BaseTuner):
 
     def _site(self, config: MoLoraConfig, adapter: str, key: str, layer: MoLoraLayer) -> Site:
         encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
-        site = Site(key, stream_of(key, encoder_decoder), plain=matches(config.plain_targets, key))
-        readers = self._inputs.setdefault(group_key(key, "group", site.stream), site.inputs)
+        stream, plain = stream_of(key, encoder_decoder), matches(config.plain_targets, key)
+        names = None if plain else names_at(config, key)
+        site = Site(key, stream, plain=plain, names=names)
+        readers = self._inputs.setdefault(f"{group_key(key, 'group', stream)} {names}", site.inputs)
         if not readers.layers or _features(readers.layers[0])[0] == _features(layer)[0]:
             site.inputs = readers
         site.inputs.layers.append(layer)
-        if not site.plain:
-            site.reads_input = config.gate.scope == "token"
-            site.spreads = site.reads_input and config.gate.share not in ("linear", "group")
-            leader = self._leaders.setdefault(group_key(key, config.gate.share, site.stream), layer)
-            if site.reads_input and not site.spreads and _features(leader)[0] != _features(layer)[0]:
-                leader = layer
-            site.group = leader.sites[adapter].group if leader is not layer else []
-            site.group.append(layer)
+        if site.plain:
+            return site
+        gate = config.gate
+        site.reads_input = gate.scope in ("token", "sequence")
+        site.pools = gate.scope == "sequence"
+        site.factors = config.combine == "factors"
+        feed_forward = matches(config.ffn_targets, key)
+        share = "block" if feed_forward else gate.share
+        site.spreads = site.reads_input and share not in ("linear", "group")
+        group = f"{group_key(key, share, stream)} {feed_forward}"
+        if feed_forward:
+            site.feed_forward = group
+        leader = self._leaders.setdefault(group, layer)
+        if site.reads_input and not site.spreads and _features(leader)[0] != _features(layer)[0]:
+            leader = layer
+        if leader is not layer and leader.sites[adapter].names != names:
+            raise ConfigError(
+                f"{key} and {leader.sites[adapter].key} share a gate, but num_experts gives them different experts.",
+                hint="use gate.share='linear', or the same number for all of them.",
+            )
+        site.group = leader.sites[adapter].group if leader is not layer else []
+        site.group.append(layer)
         return site
 
     # -- PEFT's other entry points -----------------------------------------------------------------------
@@ -178,11 +203,16 @@ class MoLoraModel(BaseTuner):
         yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate; `routing_task_ids=` (or `task_ids=`), one per sample."""
+        """The base model's generate; `routing_task_ids=` (or `task_ids=`) and `routing_features=`, one per sample."""
         ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
-        request = RoutingRequest(task_ids=ids, given=True)
+        request = RoutingRequest(
+            task_ids=ids,
+            given=ids is not None,
+            features=kwargs.pop("routing_features", None),
+            prompt_length=_prompt_length(self.model, args, kwargs),
+        )
         hooks.layers_of(self.context, self.model)
-        with self.context.use_request(request) if ids is not None else nullcontext():
+        with self.context.use_request(request):
             return self.model.generate(*args, **kwargs)
 
     # -- merging ---------------------------------------------------------------------------------------
@@ -230,7 +260,7 @@ class MoLoraModel(BaseTuner):
         for adapter in adapter_names or self.active_adapters:
             for layer in layers:
                 if adapter in layer.molora_experts:
-                    layer.static_weights[adapter] = specs.static_weights(
+                    layer.static_weights[adapter] = static_weights(
                         self.context.adapters[adapter].config,
                         layer,
                         adapter,
@@ -319,6 +349,27 @@ class MoLoraModel(BaseTuner):
 
     def _config(self) -> MoLoraConfig:
         return self.peft_config[self._adapter()]  # type: ignore[return-value]
+
+
+def _prompt_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Positions of the decoder that a generation begins with."""
+    prompt: Any = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+    if getattr(model.config, "is_encoder_decoder", False):
+        prompt = kwargs.get("decoder_input_ids")
+    elif args:
+        prompt = args[0]
+    return 1 if prompt is None else prompt.shape[1]
+
+
+def _hidden_size(model: nn.Module) -> int:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(config, "hidden_size", None)
+    if size is None:
+        raise ConfigError(
+            "gate.scope='two_pass' needs a transformers model, whose config names its hidden_size."
+        )
+    return int(size)
 
 
 def _features(layer: MoLoraLayer) -> tuple[int, int]:

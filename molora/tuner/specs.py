@@ -1,22 +1,26 @@
-"""From config to parts: an expert's rank, scaling and factors, a gate's rows, a mixture's static weights."""
+"""From config to parts: an expert's rank, scaling and factors, a gate's rows."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import _get_in_out_features
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
-from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
-from molora.experts.init import expected_std, init_A
+from molora.experts.init import expected_std, init_A, svd_segments
 from molora.gates.gate import Gate
+from molora.gates.registry import SCORES
 from molora.gates.scores import GateRows
 from molora.tuner.config import ExpertSpec, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.targets import block_index, pattern_value
+from molora.tuner.placement import blocks_at, by_layer, experts_at, frozen_at, task_blocks, top_k_at
+from molora.tuner.targets import pattern_value
 
 
 def rank_of(config: MoLoraConfig, expert: str, key: str) -> int:
@@ -24,15 +28,9 @@ def rank_of(config: MoLoraConfig, expert: str, key: str) -> int:
     spec = config.expert_specs.get(expert)
     if spec is not None:
         return int(pattern_value(spec.rank_pattern, key, spec.r))
-    r: Any = config.r
-    if isinstance(r, list):
-        index = block_index(key)
-        if index is None or index >= len(r):
-            raise ConfigError(
-                f"r is a list of {len(r)} ranks, one per block, but {key!r} lies in block {index}."
-            )
-        return r[index]
-    return int(pattern_value(config.rank_pattern, key, r))
+    if isinstance(config.r, list):
+        return int(by_layer(config.r, key, "r"))
+    return int(pattern_value(config.rank_pattern, key, config.r))
 
 
 def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
@@ -63,82 +61,77 @@ def new_expert(
     return Expert(A, A.new_zeros(d_out, r), scaling_of(config, name, key))
 
 
-def new_gate(config: MoLoraConfig, d_in: int) -> Gate:
-    """A fresh gate: small random rows (a zero router never breaks ties), zeros for a table and biases."""
-    gate, blocks, frozen = config.gate, config.block_indices(), config.frozen_flags()
-    zeros = torch.zeros(config.num_experts)
-    if gate.score == "table":
-        return Gate(gate, GateRows(zeros, blocks, frozen))
+def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.Module) -> list[Expert]:
+    """Fresh experts for one layer, from its base layer's weight where `init` asks for that.
+
+    Raises:
+        ConfigError: svd_segments without a plain floating-point weight.
+    """
+    d_in, d_out = _get_in_out_features(base)
+    assert d_in is not None and d_out is not None  # only linear layers come here
+    experts = [new_expert(config, name, key, d_in, d_out) for name in names]
+    if (
+        config.init != "svd_segments" or config.base_fingerprint is not None
+    ):  # saved: tensors come from the file
+        return experts
+    weight = getattr(base, "weight", None)
+    if weight is None or not weight.is_floating_point():
+        raise ConfigError(
+            f"init='svd_segments' needs the weight of {key!r} in floating point, not quantised."
+        )
+    if weight.is_meta:
+        return experts
+    weight = weight.t() if isinstance(base, Conv1D) else weight
+    gated = [i for i, name in enumerate(names) if name not in config.always_on]
+    factors = svd_segments(weight, [experts[i].rank for i in gated], [experts[i].scaling for i in gated])
+    made = dict(zip(gated, factors, strict=True))
+    # Experts that are always on start as the gated ones do: with negative weights they cancel them.
+    made |= dict(zip((i for i in range(len(names)) if i not in gated), factors, strict=False))
+    return [e._replace(A=made[i][0], B=made[i][1]) if i in made else e for i, e in enumerate(experts)]
+
+
+def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
+    """A fresh gate: small random rows (a zero router never breaks ties), zeros for a constant table and biases."""
+    gate, blocks, frozen = config.gate, blocks_at(config, key), frozen_at(config, key)
+    experts = len(frozen)
+    options: dict[str, Any] = {"top_k": top_k_at(config, key), "num_experts": experts}
+    if gate.scope == "constant":
+        shape = (experts, gate.splits) if gate.splits > 1 else (experts,)
+        # With one A for all, experts under equal weights would stay equal for ever.
+        weight = torch.randn(shape) * gate.init_std if config.share_A else torch.zeros(shape)
+        return Gate(gate, GateRows(weight, blocks, frozen), **options)
+    if gate.scope == "task":
+        width = experts * gate.splits if gate.score == "table" else gate.embedding_dim
+        task_parts, task_frozen = task_blocks(config)
+        std = gate.init_std if gate.score == "table" else 1.0
+        options["tasks"] = GateRows(torch.randn(len(task_frozen), width) * std, task_parts, task_frozen)
+        if gate.score == "table":
+            return Gate(gate, None, **options)
+    d_in = _reads(config, d_in)
+    if gate.score in SCORES:
+        options["custom"] = SCORES[gate.score](d_in, experts)
     hidden = torch.nn.Linear(d_in, gate.hidden) if gate.score == "mlp" else None
     width = d_in if hidden is None else gate.hidden
+    rows = GateRows(torch.randn(experts, width) * gate.init_std, blocks, frozen)
     made = Gate(
         gate,
-        GateRows(torch.randn(config.num_experts, width) * gate.init_std, blocks, frozen),
-        bias=GateRows(zeros, blocks, frozen) if gate.bias else None,
+        None if "custom" in options else rows,
+        bias=GateRows(torch.zeros(experts), blocks, frozen) if gate.bias else None,
         hidden=hidden,
         threshold=torch.nn.Linear(d_in, 1) if gate.threshold_learned else None,
+        **options,
     )
     made.frozen_shared = config.frozen_extras
     made.apply_freeze()
     return made
 
 
-def named_weights(config: MoLoraConfig, given: Mapping[str, float] | Sequence[float]) -> list[float]:
-    """Weights in expert order from `{expert: weight}` (others 0) or a full list."""
-    names = config.expert_names or []
-    if isinstance(given, Mapping):
-        for name in given:
-            if name not in names:
-                raise ConfigError(
-                    f"unknown expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}."
-                )
-        return [float(given.get(name, 0.0)) for name in names]
-    if len(given) != len(names):
-        raise ConfigError(f"{len(given)} expert weights for {len(names)} experts ({', '.join(names)}).")
-    return [float(weight) for weight in given]
-
-
-def static_weights(
-    config: MoLoraConfig,
-    layer: MoLoraLayer,
-    adapter: str,
-    task: str | None = None,
-    expert_weights: Mapping[str, float] | Sequence[float] | None = None,
-) -> list[float]:
-    """One layer's expert weights where they do not depend on x.
-
-    Raises:
-        ConfigError: they do depend on x; the message says which calls are exact.
-    """
-    if layer.sites[adapter].plain:
-        return [1.0]
-    if expert_weights is not None:
-        return named_weights(config, expert_weights)
-    gate, task_map = layer.gate_of(adapter), config.task_map()
-    if gate is not None and task is None and (config.gate.scope == "constant" or config.num_experts == 1):
-        if config.num_experts == 1:
-            return [1.0]
-        with torch.no_grad():
-            training, gate.training = gate.training, False
-            weights = gate.static_weights().tolist()
-            gate.training = training
-        return weights
-    if gate is None:
-        if task is None and len(task_map.ids) == 1:
-            task = next(iter(task_map.ids))
-        if task is not None:
-            chosen = task_map.experts_of(task_map.resolve(task))
-            return [chosen.get(i, 0.0) for i in range(config.num_experts)]
-        raise ConfigError(
-            f"the weights depend on the task id; name one: merge_and_unload(task=...). Tasks: {', '.join(task_map.ids)}."
-        )
-    visible = None if task is None else task_map.visible(task_map.resolve(task), own_only=True)
-    if visible is not None and len(visible) == 1:  # a gate over one expert has nothing to decide
-        return [float(i == visible[0]) for i in range(config.num_experts)]
-    raise ConfigError(
-        f"the gate's weights depend on the input (gate.scope={config.gate.scope!r}), so no merged weight equals the mixture.",
-        hint="merge fixed weights with expert_weights={...}, or keep the adapter unmerged.",
-    )
+def _reads(config: MoLoraConfig, d_in: int) -> int:
+    """Width of what a gate reads."""
+    gate = config.gate
+    if gate.scope == "task":
+        return gate.embedding_dim
+    return gate.feature_dim if gate.scope in ("external", "two_pass") else d_in
 
 
 def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -152,7 +145,7 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
         for adapter, site in layer.sites.items():
             config: MoLoraConfig = layer.context.adapters[adapter].config
             bank = layer.molora_experts[adapter]
-            names = ["plain"] if site.plain else config.expert_names or []
+            names = ["plain"] if site.plain else experts_at(config, site.key)
             for name, expert in zip(names, bank.experts(), strict=True):
                 std = expert.A.detach().float().std(correction=0).item()
                 expected = expected_std(

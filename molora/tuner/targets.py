@@ -90,9 +90,9 @@ def matches(targets: Iterable[str] | str | None, key: str) -> bool:
 
 
 def is_target(config: MoLoraConfig, key: str) -> Any:
-    """PEFT's decision for target_modules, widened by plain_targets."""
+    """PEFT's decision for target_modules, widened by plain_targets and ffn_targets."""
     result = check_target_module_exists(config, key)
-    if result or not matches(config.plain_targets, key):
+    if result or not (matches(config.plain_targets, key) or matches(config.ffn_targets, key)):
         return result
     excluded = config.exclude_modules
     return not matches(excluded, key) if excluded else True
@@ -111,7 +111,7 @@ def linear_names(model: nn.Module) -> list[str]:
 def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
     """Raise ConfigError for the first listed target that matches no module, naming candidates."""
     keys = [key for key, _ in model.named_modules() if key]
-    for what in ("target_modules", "plain_targets"):
+    for what in ("target_modules", "plain_targets", "ffn_targets"):
         targets = getattr(config, what)
         if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
             continue

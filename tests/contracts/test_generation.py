@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import molora
-from tests.zoo import GATES, TASKS, batch_for, molora_model
+from tests.zoo import GATES, TASKS, batch_for, molora_model, routed
 
 MODES = {
     "greedy": {"use_cache": True},
@@ -46,10 +46,17 @@ def test_tasks_mixed_in_one_batch_equal_their_merged_models(architecture, mode):
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("architecture", GENERATIVE)
 def test_the_cache_changes_nothing(architecture, gate):
-    model, inputs = molora_model(architecture, gate), prompts(architecture)
-    ids = {"routing_task_ids": list(TASKS)} if gate.startswith("task") else {}
-    cached = generate(model, inputs, use_cache=True, **ids)
-    assert torch.equal(cached, generate(model, inputs, use_cache=False, **ids))
+    model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
+    cached = generate(model, inputs, use_cache=True, **extra)
+    assert torch.equal(cached, generate(model, inputs, use_cache=False, **extra))
+
+
+@pytest.mark.parametrize("gate", GATES)
+@pytest.mark.parametrize("architecture", GENERATIVE)
+def test_beams_change_nothing_but_the_search(architecture, gate):
+    model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
+    cached = generate(model, inputs, use_cache=True, num_beams=3, **extra)
+    assert torch.equal(cached, generate(model, inputs, use_cache=False, num_beams=3, **extra))
 
 
 @pytest.mark.parametrize("architecture", GENERATIVE)

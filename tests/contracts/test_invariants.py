@@ -16,7 +16,9 @@ from tests.zoo import (
     ARCHITECTURES,
     CAUSAL,
     GATES,
+    HARD,
     LEARNED,
+    SHARED,
     SUM_TO_ONE,
     TASK_TYPES,
     TASKS,
@@ -31,6 +33,10 @@ from tests.zoo import (
 )
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+
+
+def features_for(gate):
+    return routed(gate).get("routing_features")
 
 
 def layers(model):
@@ -100,8 +106,9 @@ def test_I4_permuting_experts_with_gate_rows_changes_nothing(architecture, gate)
     model, batch = molora_model(architecture, gate, dtype=torch.float64), batch_for(architecture)
     expected = model(**batch, **routed(gate)).logits
     order = [2, 0, 1]
-    renamed = config_for(architecture, gate, expert_names=[f"expert_{i}" for i in order],
-                         tasks={task: [f"expert_{i}"] for i, task in enumerate(TASKS)})  # fmt: skip
+    own = {task: [f"expert_{i}"] for i, task in enumerate(TASKS)}
+    tasks = SHARED if gate.startswith("task") and gate not in HARD else own
+    renamed = config_for(architecture, gate, expert_names=[f"expert_{i}" for i in order], tasks=tasks)
     permuted = get_peft_model(base_model(architecture, dtype=torch.float64), renamed).eval()
     for layer, other in zip(layers(model), layers(permuted), strict=True):
         experts = layer.molora_experts["default"].experts()
@@ -109,6 +116,9 @@ def test_I4_permuting_experts_with_gate_rows_changes_nothing(architecture, gate)
         if "default" in layer.molora_gate:
             gate_module, other_gate = layer.molora_gate["default"], other.molora_gate["default"]
             other_gate.load_state_dict(gate_module.state_dict())
+            if gate == "task-table":  # a row per task, a column per expert
+                table = gate_module.tasks.weight.detach()[:, order]
+                other_gate.tasks.assign(table, other_gate.tasks.order, [False] * 3)
             for rows, others in zip(gate_module.grown, other_gate.grown, strict=True):
                 others.assign(rows.weight.detach()[order], [[0, 1, 2]], [False] * 3)
     if architecture == "bert":
@@ -162,10 +172,9 @@ def test_I7_a_row_alone_is_the_row_in_a_batch(architecture, gate, padding):
     for row in range(3):
         keep = batch["attention_mask"][row].bool()
         alone = {key: batch[key][row : row + 1, keep] for key in ("input_ids", "attention_mask")}
-        if architecture == "t5":
-            alone["labels"] = batch["labels"][row : row + 1]
-        ids = {"routing_task_ids": [TASKS[row]]} if gate.startswith("task") else {}
-        logits = model(**alone, **ids).logits[0]
+        if architecture != "bert":
+            alone["labels"] = batch["labels"][row : row + 1, ... if architecture == "t5" else keep]
+        logits = model(**alone, **routed(gate, [row])).logits[0]
         expected = together[row] if architecture in ("bert", "t5") else together[row][keep]
         assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
@@ -175,8 +184,12 @@ def test_I7_a_row_alone_is_the_row_in_a_batch(architecture, gate, padding):
 def test_I7_a_prefix_does_not_see_the_future(architecture, gate):
     model, batch = molora_model(architecture, gate), batch_for(architecture)
     ids = batch["input_ids"]
-    whole = model(input_ids=ids, **routed(gate)).logits[:, :4]
-    assert_close(model(input_ids=ids[:, :4], **routed(gate)).logits, whole, atol=2e-5, rtol=1e-4)
+    prompt = torch.arange(7).expand(3, -1) < torch.tensor(
+        [[1], [2], [4]]
+    )  # what gates over sequences may pool
+    whole = model(input_ids=ids, routing_prompt_mask=prompt, **routed(gate)).logits[:, :4]
+    start = model(input_ids=ids[:, :4], routing_prompt_mask=prompt[:, :4], **routed(gate)).logits
+    assert_close(start, whole, atol=2e-5, rtol=1e-4)
 
 
 @architectures
@@ -190,22 +203,22 @@ def test_I8_train_mode_without_noise_is_eval(architecture, gate):
 @architectures
 @pytest.mark.parametrize("gate", GATES)
 def test_I10_adding_an_expert_keeps_task_routed_logits_bit_equal(architecture, gate):
-    model, batch = molora_model(architecture, gate), batch_for(architecture)
+    model, batch, features = molora_model(architecture, gate), batch_for(architecture), features_for(gate)
     before = {}
     for task in TASKS:
-        with molora.routing(model, task, by="task"):
+        with molora.routing(model, task, by="task", features=features):
             before[task] = model(**batch).logits
     experts = [bank.experts() for bank in banks(model)]
     model.add_expert("late", tasks=["delta"])
     randomise_new(model)
     for task in TASKS:
-        with molora.routing(model, task, by="task"):
+        with molora.routing(model, task, by="task", features=features):
             assert torch.equal(model(**batch).logits, before[task])
     for bank, old in zip(banks(model), experts, strict=True):
         for i, expert in enumerate(old):
             assert torch.equal(bank.expert(i).A, expert.A) and torch.equal(bank.expert(i).B, expert.B)
-    ids = ["delta"] * 3
-    model.train()(**batch, routing_task_ids=ids).loss.backward()
+    extra = {**routed(gate), "routing_task_ids": ["delta"] * 3}
+    model.train()(**batch, **extra).loss.backward()
     assert gradients(model)
     for name in gradients(model):
         assert "lora_A" in name or "lora_B" in name or "block_1" in name, name
@@ -234,14 +247,14 @@ def test_I10_old_router_logits_stay_bit_equal(architecture, gate):
 @architectures
 @pytest.mark.parametrize("gate", GATES)
 def test_I12_one_task_and_mixed_batches_agree(architecture, gate):
-    model, batch = molora_model(architecture, gate), batch_for(architecture)
+    batch, features = batch_for(architecture), features_for(gate)
     tasks = {
         "alpha": ["expert_0", "expert_2"],
         "beta": {"expert_1": 0.7, "expert_2": 0.3},
         "gamma": ["expert_1"],
     }
     model = molora_model(architecture, gate, tasks=tasks)
-    with molora.routing(model, by="task"):
+    with molora.routing(model, by="task", features=features):
         mixed = model(**batch, routing_task_ids=list(TASKS)).logits
         for row, task in enumerate(TASKS):
             single = model(**batch, routing_task_ids=task).logits
@@ -263,7 +276,7 @@ def test_I13_merging_a_static_mixture_is_the_mixture(architecture, gate):
 @architectures
 @pytest.mark.parametrize("gate", LEARNED)
 def test_I15_gate_stays_float32_under_autocast(architecture, gate):
-    aux = {"balance": 0.1} if gate.startswith("constant") else {"balance": 0.1, "z": 0.1}
+    aux = {"balance": 0.1} if gate.startswith(("constant", "task-table")) else {"balance": 0.1, "z": 0.1}
     model = molora_model(architecture, gate, aux_losses=aux).train()
     batch = batch_for(architecture)
     seen = []
@@ -271,7 +284,7 @@ def test_I15_gate_stays_float32_under_autocast(architecture, gate):
         if "default" in layer.molora_gate:
             layer.molora_gate["default"].register_forward_hook(lambda _m, _a, out: seen.append(out))
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(**batch)
+        out = model(**batch, **routed(gate))
         assert all(value.dtype == torch.float32 for value in molora.aux_losses(model).values())
     assert seen and all(r.weights.dtype == r.logits.dtype == torch.float32 for r in seen)
     out.loss.backward()
@@ -288,9 +301,10 @@ def test_base_only_rows_are_bit_equal_to_the_base(architecture, gate):
     base, batch = base_model(architecture), batch_for(architecture)
     expected = base(**batch).logits
     model = molora_model(architecture, gate)
-    mixed = model(**batch, routing_task_ids=["alpha", None, -1]).logits
+    mixed = model(**batch, **{**routed(gate), "routing_task_ids": ["alpha", None, -1]}).logits
     assert torch.equal(mixed[1:], expected[1:]) and not torch.equal(mixed[0], expected[0])
-    assert torch.equal(model(**batch, routing_task_ids=torch.tensor([-1, -1, -1])).logits, expected)
+    nobody = {**routed(gate), "routing_task_ids": torch.tensor([-1, -1, -1])}
+    assert torch.equal(model(**batch, **nobody).logits, expected)
 
 
 def test_every_config_field_is_documented_or_kept_by_the_verbs():

@@ -235,13 +235,14 @@ def test_a_forward_is_bit_equal_with_gradients_and_without(gate, dtype, autocast
 @pytest.mark.parametrize("gate", GATES)
 def test_nothing_of_a_forward_outlives_it(gate):
     model = molora_model("llama", gate).train()
+    features = {key: value for key, value in routed(gate).items() if key == "routing_features"}
     with molora.routing(model, task_ids=list(TASKS)):
-        model(**batch_for("llama"))
+        model(**batch_for("llama"), **features)
         state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
         assert not state.shared and not state.led and not state.routings and state.owner is None
     with pytest.raises(RuntimeError, match="stop"), molora.routing(model, task_ids=list(TASKS)):
         handle = model.base_model.model.model.layers[1].mlp.register_forward_pre_hook(stop)
-        model(**batch_for("llama"))
+        model(**batch_for("llama"), **features)
     handle.remove()
     state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
     assert not state.shared and not state.led and state.owner is None

@@ -68,7 +68,6 @@ def test_a_constant_gate_reads_nothing():
     table = torch.tensor([0.0, 1.0, 2.0])
     module = gate(table, scope="constant", select="dense")
     assert_close(module(torch.randn(5, 8)).weights, table.softmax(-1).unsqueeze(0))
-    assert_close(module.static_weights(), table.softmax(-1))
 
 
 def test_blocks_in_any_order_give_logits_in_expert_order():
@@ -113,7 +112,7 @@ def reading(score, **settings):
     config = MoLoraConfig(
         num_experts=4, gate=GateConfig(score=score, select="dense", init_std=1.0, **settings)
     )
-    module = new_gate(config, 8)
+    module = new_gate(config, "layers.0.q_proj", 8)
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.normal_()
@@ -137,7 +136,7 @@ def test_scores_against_their_formulas():
 def test_a_learned_threshold_lies_between_zero_and_the_largest():
     settings = GateConfig(select="threshold", threshold=0.3, threshold_learned=True, renorm="none")
     config = MoLoraConfig(num_experts=4, gate=settings)
-    module, x = new_gate(config, 8), torch.randn(64, 8)
+    module, x = new_gate(config, "layers.0.q_proj", 8), torch.randn(64, 8)
     probs = (x @ module.rows.weight.t()).softmax(-1)
     cut = 0.3 * (x @ module.threshold.weight.t() + module.threshold.bias).sigmoid()
     assert_close(module(x).weights, (probs - cut).relu())

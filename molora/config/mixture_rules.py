@@ -1,0 +1,80 @@
+"""What makes sense together in a whole mixture: gate, combination and experts. For recipes and Python, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from molora.config.gate_rules import BY_SAMPLE, is_hard_task
+from molora.config.section import Problem
+from molora.config.suggest import did_you_mean
+
+COMBINES = ("outputs", "factors")
+
+
+def combination_problems(
+    settings: Mapping[str, Any], gate: Mapping[str, Any], names: Sequence[str]
+) -> Iterator[Problem]:
+    """What is wrong between a gate and how the experts are combined.
+
+    Args:
+        settings: combine, always_on, share_A, ffn_targets and init of the adapter.
+        gate: the gate's long fields.
+        names: the experts'.
+    """
+    combine = settings["combine"]
+    if combine not in COMBINES:
+        yield (
+            ("combine",),
+            f"{combine!r} is not one of {', '.join(COMBINES)}.{did_you_mean(combine, COMBINES)}",
+        )
+    if combine == "factors":
+        if gate["scope"] not in BY_SAMPLE:
+            yield (
+                ("combine",),
+                f"'factors' would need a weight matrix per token with gate scope {gate['scope']}; mix outputs, or use "
+                f"a gate whose weights are one per sample: scope {', '.join(BY_SAMPLE)}.",
+            )
+        if settings["ffn_targets"] or settings["share_A"]:
+            yield ("combine",), "'factors' goes with neither ffn_targets nor share_A, which mix outputs."
+    elif gate["splits"] > 1:
+        yield ("gate", "splits"), "acts only with combine: factors."
+    yield from _always_on(settings["always_on"], names)
+    if settings["ffn_targets"]:
+        yield from _feed_forward(gate)
+    if settings["share_A"] and settings["init"] == "svd_segments":
+        yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
+    if gate["scope"] == "task" and not is_hard_task(gate) and not settings.get("tasks", True):
+        yield ("tasks",), "are what this gate learns from; name them: [task, ...]."
+
+
+def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
+    for name, weight in always_on.items():
+        if name not in names:
+            yield (
+                ("always_on", name),
+                f"unknown expert {name!r}.{did_you_mean(name, names)} Allowed: {', '.join(names)}.",
+            )
+        number = (
+            isinstance(weight, (int, float)) and not isinstance(weight, bool) and abs(weight) < float("inf")
+        )
+        if weight != "rest" and not number:
+            yield ("always_on", name), f"{weight!r} is not a number or 'rest' (1 minus the largest weight)."
+    if always_on and set(names) <= set(always_on):
+        yield ("always_on",), "leaves the gate no expert to decide over."
+
+
+def _feed_forward(gate: Mapping[str, Any]) -> Iterator[Problem]:
+    one = gate["select"] in ("dense", "hard") or gate["renorm"] in (None, "sum", "softmax")
+    if gate["transform"] == "identity" and not is_hard_task(gate):
+        one = False
+    if not one or (gate["renorm"] is None and gate["select"] in ("top_p", "entropy")):
+        yield (
+            ("gate", "renorm"),
+            "whole feed-forwards are averaged, the frozen one among them: weights must sum to 1; use renorm: sum.",
+        )
+    if gate["scope"] == "sequence":
+        yield (
+            ("gate", "scope"),
+            "'sequence' does not go with ffn_targets; use token, task, external or two_pass.",
+        )

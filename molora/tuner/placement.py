@@ -1,0 +1,75 @@
+"""What differs from layer to layer: how many experts there are, which, and how many a token uses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molora.errors import ConfigError
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.targets import block_index, pattern_value
+
+
+def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
+    """The value of a setting at the layer named `key`: a number, a list by block, or `{pattern: number}`."""
+    if isinstance(value, dict):
+        return pattern_value(value, key, default)
+    if not isinstance(value, list):
+        return value
+    index = block_index(key)
+    if index is None or index >= len(value):
+        raise ConfigError(
+            f"{what} is a list of {len(value)} numbers, one per block, but {key!r} lies in block {index}.",
+            hint=f"give one number for every block, or {what}={{pattern: number}}.",
+        )
+    return value[index]
+
+
+def experts_at(config: MoLoraConfig, key: str) -> list[str]:
+    """Names of the experts that exist in a layer, in expert order.
+
+    Of the experts an adapter was made with, a layer has the first so many; those added later are everywhere.
+    """
+    names = list(config.expert_names or [])
+    if config.experts_by_layer is None:
+        return names
+    first = config.first_experts or []
+    kept = set(first[: by_layer(config.experts_by_layer, key, "num_experts", len(first))])
+    return [name for name in names if name in kept or name not in first]
+
+
+def names_at(config: MoLoraConfig, key: str) -> tuple[str, ...] | None:
+    """`experts_at` where that is not all of them, else None."""
+    names = experts_at(config, key)
+    return None if len(names) == config.num_experts else tuple(names)
+
+
+def top_k_at(config: MoLoraConfig, key: str) -> int:
+    """Experts per token in a layer, at most as many as it has."""
+    smallest = 2  # the default of GateConfig, for layers that no pattern names
+    return min(by_layer(config.gate.top_k, key, "gate.top_k", smallest), len(experts_at(config, key)))
+
+
+def frozen_at(config: MoLoraConfig, key: str) -> list[bool]:
+    """Per expert of a layer, whether it is frozen."""
+    return [name in config.frozen_experts for name in experts_at(config, key)]
+
+
+def blocks_at(config: MoLoraConfig, key: str) -> list[list[int]]:
+    """The gate's blocks as indices of a layer's experts."""
+    names = experts_at(config, key)
+    blocks = [[names.index(n) for n in block if n in names] for block in config.gate_blocks or []]
+    return [block for block in blocks if block]
+
+
+def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
+    """Rows of a learned task gate, one per task id: frozen and trainable ones, and which are frozen.
+
+    A task learns as long as one of its experts does.
+    """
+    count = max(config.next_task_id or 0, 1)
+    ids = config.task_ids or {}
+    frozen = [True] * count
+    for task, i in ids.items():
+        frozen[i] = all(name in config.frozen_experts for name in config.tasks[task])
+    parts = [[i for i in range(count) if frozen[i] == state] for state in (True, False)]
+    return [part for part in parts if part], frozen

@@ -1,0 +1,123 @@
+"""Weights that do not depend on x: what merging and exporting need, layer by layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from molora.config.suggest import did_you_mean
+from molora.errors import ConfigError
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.layer import MoLoraLayer
+from molora.tuner.placement import experts_at
+
+
+def named_weights(
+    config: MoLoraConfig, given: Mapping[str, float] | Sequence[float], names: Sequence[str]
+) -> list[float]:
+    """Weights of the experts `names`, from `{expert: weight}` (others 0) or a full list over all experts."""
+    known = config.expert_names or []
+    if not isinstance(given, Mapping):
+        if len(given) != len(known):
+            raise ConfigError(f"{len(given)} expert weights for {len(known)} experts ({', '.join(known)}).")
+        given = dict(zip(known, given, strict=True))
+    for name in given:
+        if name not in known:
+            raise ConfigError(
+                f"unknown expert {name!r}.{did_you_mean(name, known)} Experts: {', '.join(known)}."
+            )
+    return [float(given.get(name, 0.0)) for name in names]
+
+
+def static_weights(
+    config: MoLoraConfig,
+    layer: MoLoraLayer,
+    adapter: str,
+    task: str | None = None,
+    expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+) -> Tensor:
+    """One layer's expert weights (splits, expert) where they do not depend on x, in float32 or better.
+
+    Raises:
+        ConfigError: they do depend on x; the message says which calls are exact.
+    """
+    site = layer.sites[adapter]
+    if site.plain:
+        return torch.ones(1, 1)
+    names = experts_at(config, site.key)
+    if expert_weights is not None:
+        weights = torch.tensor([named_weights(config, expert_weights, names)])
+    else:
+        weights = _decided(config, layer, adapter, task, names)
+    if site.feed_forward is not None and (weights != 0).sum() != 1:
+        raise ConfigError(
+            "experts of whole feed-forwards are mixed after a non-linearity, so a mixture of them is no weight matrix.",
+            hint="merge or export one expert at a time: expert_weights={name: 1.0}.",
+        )
+    return weights
+
+
+def _decided(
+    config: MoLoraConfig, layer: MoLoraLayer, adapter: str, task: str | None, names: Sequence[str]
+) -> Tensor:
+    gate, task_map = (
+        layer.gate_of(adapter),
+        layer.context.adapters[adapter].map_at(layer.sites[adapter].names),
+    )
+    if task is None and config.gate.scope == "task" and len(task_map.ids) == 1:
+        task = next(iter(task_map.ids))
+    task_id = None if task is None else task_map.resolve(task)
+    if gate is None:
+        if task_id is None:
+            raise ConfigError(
+                f"the weights depend on the task id; name one: merge_and_unload(task=...). Tasks: {', '.join(task_map.ids)}."
+            )
+        chosen = task_map.experts_of(task_id)
+        return torch.tensor([[chosen.get(i, 0.0) for i in range(len(names))]])
+    visible = None if task_id is None else task_map.visible(task_id, own_only=True)
+    alone = config.num_experts == 1 and config.gate.alone_is_one
+    if not task_map.always and (
+        alone or (visible is not None and len(visible) == 1 and config.gate.alone_is_one)
+    ):
+        only = 0 if visible is None else visible[0]
+        return torch.tensor([[float(i == only) for i in range(len(names))]])
+    if config.gate.scope == "constant" and task_id is None:
+        return _of_gate(layer, adapter, None, None)
+    if config.gate.scope == "task":
+        if task_id is None:
+            raise ConfigError(
+                f"the weights depend on the task; name one: task=... Tasks: {', '.join(task_map.ids)}."
+            )
+        return _of_gate(layer, adapter, task_id, visible)
+    raise ConfigError(
+        f"the gate's weights depend on the input (gate.scope={config.gate.scope!r}), so no merged weight equals the mixture.",
+        hint="merge fixed weights with expert_weights={...}, or keep the adapter unmerged.",
+    )
+
+
+@torch.no_grad()
+def _of_gate(
+    layer: MoLoraLayer, adapter: str, task_id: int | None, visible: tuple[int, ...] | None
+) -> Tensor:
+    """What a gate that reads nothing, or a task only, decides in eval mode, (splits, expert)."""
+    from molora.context import RoutingState, TaskIds
+    from molora.gates.route import route
+
+    gate, task_map = (
+        layer.gate_of(adapter),
+        layer.context.adapters[adapter].map_at(layer.sites[adapter].names),
+    )
+    assert gate is not None
+    training = gate.training
+    gate.eval()
+    tasks = None if task_id is None else TaskIds(torch.tensor([task_id]), task_id, has_base=False)
+    like = next(gate.parameters())
+    routing = route(like.new_zeros(1, 1), gate, task_map, tasks, RoutingState(), visible)
+    gate.train(training)
+    weights = routing.weights
+    if routing.experts is not None:
+        columns = torch.tensor(routing.experts, device=weights.device)
+        weights = weights.new_zeros(len(weights), len(task_map.experts)).index_copy(1, columns, weights)
+    return weights.cpu()
