@@ -111,8 +111,10 @@ def base_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.floa
     return model.to(dtype).requires_grad_(False).eval()
 
 
-def config_for(architecture: str, gate: str = "top2-group", **overrides: Any) -> MoLoraConfig:
-    """A MoLoraConfig on all linears with three experts, named tasks and the gate of that name."""
+def config_for(architecture: str, gate: Any = "top2-group", **overrides: Any) -> MoLoraConfig:
+    """A MoLoraConfig on all linears with three experts, named tasks and the gate of that name, or a GateConfig."""
+    if isinstance(gate, GateConfig):
+        overrides, gate = {"gate": gate, **overrides}, "top2-group"
     settings: dict[str, Any] = {
         "num_experts": 3, "r": 4, "lora_alpha": 8, "target_modules": "all-linear", "gate": GateConfig(**GATES[gate]),
         "tasks": list(TASKS) if gate in HARD or not gate.startswith("task") else SHARED, "task_type": TASK_TYPES[architecture],
@@ -122,7 +124,7 @@ def config_for(architecture: str, gate: str = "top2-group", **overrides: Any) ->
 
 def molora_model(
     architecture: str,
-    gate: str = "top2-group",
+    gate: Any = "top2-group",
     *,
     seed: int = 0,
     trained: bool = True,

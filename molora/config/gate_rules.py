@@ -29,6 +29,20 @@ def is_hard_task(gate: Mapping[str, Any]) -> bool:
     return bool(gate["scope"] == "task" and gate["score"] == "none")
 
 
+def default_renorm(gate: Mapping[str, Any]) -> str:
+    """What `renorm: None` stands for."""
+    several = gate["select"] == "threshold" or (gate["select"] == "top_k" and gate["top_k"] != 1)
+    return "sum" if several and gate["transform"] != "identity" else "none"
+
+
+def sums_to_one(gate: Mapping[str, Any]) -> bool:
+    """Whether a token's weights always sum to 1 (or 0, where nothing passes a threshold)."""
+    if gate["transform"] == "identity":
+        return is_hard_task(gate)
+    renorm = gate["renorm"] or default_renorm(gate)
+    return gate["select"] in ("dense", "hard") or renorm in ("sum", "softmax")
+
+
 def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Field and message of everything wrong with a gate's long fields, by itself."""
     unknown = [*_unknown_choices(gate)]

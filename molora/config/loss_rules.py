@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from molora.config.gate_rules import is_hard_task
+from molora.config.gate_rules import is_hard_task, sums_to_one
 from molora.config.kinds import AUX_LOSSES
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
@@ -80,23 +80,13 @@ def fit_problems(
             yield (name,), f"is meaningless on a table of logits: {_ONE_ANSWER[name]}."
         elif name == "load" and (gate["select"] != "top_k" or gate["noise"] != "gaussian"):
             yield (name,), "is smooth only through the noise: it needs select: top_k and noise: gaussian."
-        elif name == "l1" and _sums_to_one(gate):
+        elif name == "l1" and sums_to_one(gate):
             yield (
                 (name,),
                 "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm.",
             )
         elif name in ("localized", "task_label") and not _differ(tasks, num_experts):
             yield (name,), "goes by each task's own experts; give `tasks` whose experts differ."
-
-
-def _sums_to_one(gate: Mapping[str, Any]) -> bool:
-    if gate["transform"] == "identity":
-        return False
-    several = gate["top_k"] != 1
-    renorm = gate["renorm"] or (
-        "sum" if gate["select"] == "threshold" or (gate["select"] == "top_k" and several) else "none"
-    )
-    return gate["select"] in ("dense", "hard") or renorm in ("sum", "softmax")
 
 
 def _differ(tasks: Mapping[str, Any], num_experts: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from molora.config.gate_rules import BY_SAMPLE, is_hard_task
+from molora.config.gate_rules import BY_SAMPLE, is_hard_task, sums_to_one
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
 
@@ -65,13 +65,11 @@ def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
 
 
 def _feed_forward(gate: Mapping[str, Any]) -> Iterator[Problem]:
-    one = gate["select"] in ("dense", "hard") or gate["renorm"] in (None, "sum", "softmax")
-    if gate["transform"] == "identity" and not is_hard_task(gate):
-        one = False
-    if not one or (gate["renorm"] is None and gate["select"] in ("top_p", "entropy")):
+    if not sums_to_one(gate):
         yield (
             ("gate", "renorm"),
-            "whole feed-forwards are averaged, the frozen one among them: weights must sum to 1; use renorm: sum.",
+            "whole feed-forwards are averaged, the frozen one among them, so weights must sum to 1; use renorm: sum, "
+            "or select: hard for one expert.",
         )
     if gate["scope"] == "sequence":
         yield (

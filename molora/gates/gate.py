@@ -127,6 +127,7 @@ class Gate(nn.Module):
         self.tasks = tasks
         self.custom = custom
         self.frozen_shared = False
+        self.solo: int | None = None
         experts = num_experts or (rows.num_experts if rows is not None else 0)
         self.register_buffer("balance", torch.zeros(experts) if settings.balance_rate else None)
         plain = settings.score == "linear" or (settings.score == "cosine" and settings.norm == "unit")
@@ -170,6 +171,8 @@ class Gate(nn.Module):
                 at least one expert.
         """
         settings = self.settings
+        if self.solo is not None:
+            return self._alone(x, products)
         if (
             products is not None
             and settings.score == "linear"
@@ -206,6 +209,13 @@ class Gate(nn.Module):
             error = 1 / len(share) - share.to(self.balance)
             # Within a thousandth of even is even: the sign of rounding errors would only jitter.
             self.balance += self.settings.balance_rate * error.sign() * (error.abs() > 1e-3 / len(share))
+
+    def _alone(self, x: Tensor, products: Tensor | None) -> Routing:
+        """The expert `solo` alone, weighted by the sigmoid of its row's product with x: how PHATGOOSE trains rows."""
+        assert self.rows is not None
+        logits = self.rows.logits(x) if products is None else products
+        others = torch.arange(logits.shape[-1], device=logits.device).ne(self.solo)
+        return Routing(logits.sigmoid().masked_fill(others, 0.0))
 
     def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:
         settings = self.settings

@@ -54,6 +54,10 @@ class GateRows(nn.Module):
         """All rows in expert order, (expert, d_in) or (expert,)."""
         return self._in_order(torch.cat([*self.blocks]), dim=0)
 
+    def set_weight(self, weight: Tensor) -> None:
+        """Write all rows in place, given in expert order."""
+        self._load_rows(weight, replace=False)
+
     def logits(self, x: Tensor) -> Tensor:
         """Linear scores in float32 (float64 for float64 x): (tokens, d_in) -> (tokens, expert)."""
         return self.in_order(scores(x, self.blocks))

@@ -24,8 +24,7 @@ from molora.experts.factors import as_one
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.atomic import write_file, write_folder
 from molora.store.describe import WEIGHTS_FILE
-from molora.store.fingerprint import base_modules
-from molora.store.lora_folder import PREFIX
+from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import experts_at
@@ -105,7 +104,7 @@ def export_lora(
             rank = max(part.rank for part in parts.values())
             parts = {key: part.folded(rank) for key, part in parts.items()}
     conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers)
-    lora = _lora_config(config, parts, _targets(wrapped, parts), conv1d)
+    lora = _lora_config(config, parts, short_names(wrapped, parts), conv1d)
     named = (f"{kind} `{name}`" for kind, name in (("expert", expert), ("task", task)) if name is not None)
     card = _card(lora, next(named, "a fixed mixture"))
     return _write(Path(out), lora, parts, _heads(wrapped, adapter), card)
@@ -185,13 +184,6 @@ def _lora_config(
 
 def _number(value: float) -> Any:
     return int(value) if float(value).is_integer() else float(value)
-
-
-def _targets(model: nn.Module, parts: dict[str, _Part]) -> list[str]:
-    """Last names where they mean exactly these modules, else full names."""
-    last = {key.rpartition(".")[2] for key in parts}
-    meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in last}
-    return sorted(last if meant == set(parts) else parts)
 
 
 def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:

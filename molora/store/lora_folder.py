@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from molora.errors import AdapterError
 from molora.store.describe import CONFIG_FILE, WEIGHTS_FILE
+from molora.store.fingerprint import base_modules
 from molora.store.manifest import MANIFEST, read_json, verify_folder
 from molora.tuner.config import ExpertSpec
 from molora.tuner.targets import pattern_value
@@ -52,6 +54,7 @@ class LoraFolder:
     spec: ExpertSpec
     factors: dict[str, tuple[Tensor, Tensor]]
     skipped: tuple[str, ...]  # tensors of modules_to_save
+    task_type: str | None = None
 
     def rank(self, key: str) -> int:
         """The rank its config gives a module."""
@@ -83,7 +86,15 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
     )
-    return LoraFolder(folder, spec, factors, skipped)
+    return LoraFolder(folder, spec, factors, skipped, config.get("task_type"))
+
+
+def short_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
+    """Targets for these modules of a base: last names where they mean exactly these, else full names."""
+    keys = set(keys)
+    last = {key.rpartition(".")[2] for key in keys}
+    meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in last}
+    return sorted(last if meant == keys else keys)
 
 
 def _check_config(folder: Path, config: Any) -> None:

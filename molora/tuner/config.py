@@ -73,9 +73,10 @@ class MoLoraConfig(PeftConfig):
             segments of the base weight's singular vectors).
         init_std: σ of gaussian and rescaled.
         init_gain: factor on A's initial standard deviation.
-        The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and
-        heads), expert_specs, gate_blocks, isolated_experts, next_task_id, experts_by_layer and first_experts (a
-        num_experts that differs by layer); base_fingerprint and weights_sha256 by saving.
+        The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and heads),
+            free_rows (frozen experts whose gate rows learn), expert_specs, gate_blocks, isolated_experts,
+            next_task_id, experts_by_layer and first_experts (a num_experts that differs by layer); base_fingerprint
+            and weights_sha256 by saving.
 
     Raises:
         ConfigError: a value that cannot mean anything, with what is allowed.
@@ -108,6 +109,7 @@ class MoLoraConfig(PeftConfig):
     next_task_id: int | None = None
     frozen_experts: list[str] = field(default_factory=list)
     frozen_extras: bool = False
+    free_rows: list[str] = field(default_factory=list)
     isolated_experts: list[str] = field(default_factory=list)
     expert_specs: dict[str, Any] = field(default_factory=dict)
     gate_blocks: list[list[str]] | None = None

@@ -144,7 +144,7 @@ def _names(config: MoLoraConfig) -> None:
         raise ConfigError(
             f"expert_names has duplicates (upper and lower case count as one): {config.expert_names}."
         )
-    for what in ("frozen_experts", "isolated_experts", "expert_specs"):
+    for what in ("frozen_experts", "free_rows", "isolated_experts", "expert_specs"):
         for name in getattr(config, what):
             _require_expert(config, name, what)
     if config.gate_blocks is None:

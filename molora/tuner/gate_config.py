@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from molora.config.gate_rules import BY_SAMPLE, gate_problems, is_hard_task
+from molora.config.gate_rules import BY_SAMPLE, default_renorm, gate_problems, is_hard_task
 from molora.config.kinds import GATE_KINDS
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
@@ -109,8 +109,7 @@ class GateConfig:
 
     def default_renorm(self) -> str:
         """What `renorm=None` stands for."""
-        several = self.select == "threshold" or (self.select == "top_k" and self.top_k != 1)
-        return "sum" if several and self.transform != "identity" else "none"
+        return default_renorm(asdict(self))
 
 
 def gate_from_kind(kind: str, **settings: Any) -> GateConfig:

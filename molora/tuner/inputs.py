@@ -162,10 +162,15 @@ def experts_of(layer: MoLoraLayer, adapter: str) -> tuple[int, ...] | None:
     return experts_in_use(task_map_of(layer, adapter), tasks, state, scope=gate.scope, learned=gate.learned)
 
 
+def routing_of(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
+    """The routing of one layer by itself, recorded where somebody looks."""
+    plan = layer.sites[adapter].inputs.plan(layer, adapter, alone=True)
+    return _recorded(layer, plan, plan.keys[0], adapter, x, experts, None)
+
+
 def sample_routing(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
     """The routing of a mixture of factors: rows are samples (or one for all), those for the base only zero."""
-    plan = layer.sites[adapter].inputs.plan(layer, adapter, alone=True)
-    routing = _recorded(layer, plan, plan.keys[0], adapter, x, experts, None)
+    routing = routing_of(layer, adapter, x, experts)
     tasks = layer.context.state.tasks.get(adapter)
     if tasks is not None and tasks.single is None and tasks.has_base:
         if tasks.ids.dim() != 1:

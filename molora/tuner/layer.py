@@ -96,6 +96,8 @@ class MoLoraLayer(BaseTunerLayer):
         site = self.sites[adapter]
         if site.names is not None and experts_of(self, adapter) == ():  # a task none of whose experts is here
             return y
+        if site.feed_forward is not None:
+            return self._feed_forward(adapter, x, y)
         if site.factors:
             experts = experts_of(self, adapter)
             routing = sample_routing(self, adapter, x, experts)
@@ -118,6 +120,15 @@ class MoLoraLayer(BaseTunerLayer):
             operands.expansions[key],
             operands.B[key],
         )
+
+    def _feed_forward(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+        from molora.tuner.feed_forward import mix
+
+        if len([a for a in self.active_adapters if a in self.sites]) > 1:
+            raise ConfigError(
+                "a mixture over whole feed-forwards cannot be added to another adapter's; activate one of them."
+            )
+        return mix(self, adapter, x, y)
 
     def _losses(self, adapter: str) -> Any:
         return self.context.adapters[adapter].aux_losses

@@ -19,7 +19,15 @@ from molora.experts.init import low_rank
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.placement import blocks_at, experts_at, frozen_at, names_at, task_blocks, top_k_at
+from molora.tuner.placement import (
+    blocks_at,
+    experts_at,
+    frozen_at,
+    frozen_rows_at,
+    names_at,
+    task_blocks,
+    top_k_at,
+)
 from molora.tuner.specs import new_expert, scaling_of
 
 
@@ -90,7 +98,9 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
     for rows in gate.grown:
         weight = rows.weight.detach()
         row = weight[source] if source is not None else torch.zeros_like(weight[0])
-        rows.assign(torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_at(config, key))
+        rows.assign(
+            torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_rows_at(config, key)
+        )
     if gate.tasks is not None:
         weight = gate.tasks.weight.detach()
         if gate.settings.score == "table":  # one more column in each split
@@ -139,6 +149,7 @@ def remove_expert(
     config.gate_blocks = [kept for block in config.gate_blocks if (kept := [n for n in block if n != name])]
     config.frozen_experts = [n for n in config.frozen_experts if n != name]
     config.isolated_experts = [n for n in config.isolated_experts if n != name]
+    config.free_rows = [n for n in config.free_rows if n != name]
     config.expert_specs.pop(name, None)
     config.always_on.pop(name, None)
     config.num_experts -= 1
@@ -159,6 +170,7 @@ def set_frozen(
     before = set(config.frozen_experts)
     after = before | set(names) if frozen else before - set(names)
     config.frozen_experts = [name for name in config.expert_names or [] if name in after]
+    config.free_rows = [name for name in config.free_rows if name not in names]
     assert config.gate_blocks is not None
     parts = [[[n for n in b if n in after], [n for n in b if n not in after]] for b in config.gate_blocks]
     config.gate_blocks = [part for pair in parts for part in pair if part]
@@ -246,7 +258,7 @@ def _grow_config(
 ) -> None:
     assert config.expert_names is not None and config.gate_blocks is not None and config.task_ids is not None
     if freeze_others:
-        config.frozen_experts = list(config.expert_names)
+        config.frozen_experts, config.free_rows = list(config.expert_names), []
         config.frozen_extras = True
     config.expert_names.append(name)
     config.num_experts += 1
@@ -304,7 +316,7 @@ def _reassign(
 
 def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) -> None:
     for rows in gate.grown:
-        rows.assign(rows.weight.detach()[kept], blocks_at(config, key), frozen_at(config, key))
+        rows.assign(rows.weight.detach()[kept], blocks_at(config, key), frozen_rows_at(config, key))
     if gate.tasks is not None:
         weight = gate.tasks.weight.detach()
         if gate.settings.score == "table":

@@ -20,6 +20,7 @@ from molora.store.fingerprint import base_fingerprint, compare
 from molora.store.tensors import check_state_dict, digest
 from molora.tuner import hooks, lifecycle, specs
 from molora.tuner.config import MoLoraConfig
+from molora.tuner.feed_forward import check_feed_forwards
 from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
 from molora.tuner.placement import experts_at, frozen_at, names_at
@@ -56,6 +57,7 @@ class MoLoraModel(BaseTuner):
         self._inputs: dict[str, InputGroup] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._leaders, self._inputs
+        check_feed_forwards([m for m in model.modules() if isinstance(m, MoLoraLayer)], adapter_name)
         self.context.forget_modules()
         hooks.install(model, self.context)
         self._keep_heads_frozen()
@@ -137,6 +139,10 @@ class MoLoraModel(BaseTuner):
             )
         site.group = leader.sites[adapter].group if leader is not layer else []
         site.group.append(layer)
+        if feed_forward:  # the last one in the model's order leaves the block
+            for member in site.group[:-1]:
+                member.sites[adapter].leaves = False
+            site.leaves = True
         return site
 
     # -- PEFT's other entry points -----------------------------------------------------------------------

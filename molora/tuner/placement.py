@@ -54,6 +54,12 @@ def frozen_at(config: MoLoraConfig, key: str) -> list[bool]:
     return [name in config.frozen_experts for name in experts_at(config, key)]
 
 
+def frozen_rows_at(config: MoLoraConfig, key: str) -> list[bool]:
+    """Per expert of a layer, whether its gate row is frozen: with the expert, unless the config frees it."""
+    names = experts_at(config, key)
+    return [name in config.frozen_experts and name not in config.free_rows for name in names]
+
+
 def blocks_at(config: MoLoraConfig, key: str) -> list[list[int]]:
     """The gate's blocks as indices of a layer's experts."""
     names = experts_at(config, key)
@@ -70,6 +76,6 @@ def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
     ids = config.task_ids or {}
     frozen = [True] * count
     for task, i in ids.items():
-        frozen[i] = all(name in config.frozen_experts for name in config.tasks[task])
+        frozen[i] = all(n in config.frozen_experts and n not in config.free_rows for n in config.tasks[task])
     parts = [[i for i in range(count) if frozen[i] == state] for state in (True, False)]
     return [part for part in parts if part], frozen

@@ -19,7 +19,7 @@ from molora.gates.registry import SCORES
 from molora.gates.scores import GateRows
 from molora.tuner.config import ExpertSpec, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.placement import blocks_at, by_layer, experts_at, frozen_at, task_blocks, top_k_at
+from molora.tuner.placement import blocks_at, by_layer, experts_at, frozen_rows_at, task_blocks, top_k_at
 from molora.tuner.targets import pattern_value
 
 
@@ -92,7 +92,7 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
 
 def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
     """A fresh gate: small random rows (a zero router never breaks ties), zeros for a constant table and biases."""
-    gate, blocks, frozen = config.gate, blocks_at(config, key), frozen_at(config, key)
+    gate, blocks, frozen = config.gate, blocks_at(config, key), frozen_rows_at(config, key)
     experts = len(frozen)
     options: dict[str, Any] = {"top_k": top_k_at(config, key), "num_experts": experts}
     if gate.scope == "constant":

@@ -1,0 +1,232 @@
+"""Gates for experts that exist already, without training them together: Arrow, mean activations, PHATGOOSE, uniform."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config.suggest import did_you_mean
+from molora.context import RoutingContext
+from molora.errors import ConfigError
+from molora.gates.gate import Gate
+from molora.gates.prototypes import MeanActivation, arrow
+from molora.tuner.api import find_context, routing
+from molora.tuner.config import MoLoraConfig
+from molora.tuner.hooks import layers_of
+from molora.tuner.layer import MoLoraLayer
+from molora.tuner.placement import experts_at
+
+METHODS = ("arrow", "average", "phatgoose", "uniform")
+
+Batches = Mapping[str, Iterable[Mapping[str, Any]]]
+
+
+def fit_gate(
+    model: nn.Module,
+    method: str,
+    data: Batches | None = None,
+    *,
+    steps: int = 100,
+    lr: float = 1e-3,
+    adapter_name: str | None = None,
+) -> None:
+    """Set the gate rows of a mixture of existing experts; experts and base stay as they are.
+
+    Args:
+        model: any model with one active molora adapter whose gates read tokens, one per linear.
+        method: `arrow`: the top right singular vector of each expert's B A (arXiv:2405.11157);
+            `average`: the mean input of each expert's own data (mttl's average-activation router);
+            `phatgoose`: rows trained with `y = base(x) + sigmoid(row · x) · expert(x)`, one expert at a time
+            (arXiv:2402.05859); `uniform`: zero rows, so that a dense gate weights all experts alike.
+        data: expert -> batches (dicts of model inputs, with labels for phatgoose) of what it was trained on; for
+            average and phatgoose.
+        steps: of phatgoose, for each expert; batches are used again when they run out.
+        lr: of phatgoose, with a tenth of the steps as warm-up and no decay.
+        adapter_name: which adapter; may be left out where one is active.
+
+    Raises:
+        ConfigError: a gate that has no such rows, or data that is missing or names no expert.
+    """
+    context = find_context(model)
+    adapter = adapter_name or _only(context)
+    config: MoLoraConfig = context.adapters[adapter].config
+    leaders = [layer for _, layer in layers_of(context, model) if adapter in layer.molora_gate]
+    _check(config, method, leaders, adapter, data)
+    if method == "arrow":
+        for layer in leaders:
+            _set_rows(layer.molora_gate[adapter], arrow(layer.molora_experts[adapter].experts()))
+    elif method == "uniform":
+        for layer in leaders:
+            gate = layer.molora_gate[adapter]
+            _set_rows(gate, torch.zeros_like(gate.rows.weight))
+    elif method == "average":
+        _average(model, config, leaders, adapter, data or {})
+    else:
+        _phatgoose(model, config, leaders, adapter, data or {}, steps, lr)
+
+
+def _check(
+    config: MoLoraConfig, method: str, leaders: list[MoLoraLayer], adapter: str, data: Batches | None
+) -> None:
+    if method not in METHODS:
+        raise ConfigError(
+            f"method={method!r} is not one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
+        )
+    gate = config.gate
+    if gate.scope != "token" or gate.score not in ("linear", "cosine"):
+        raise ConfigError(
+            f"{method} sets a row per expert of gates that read tokens; this gate has scope {gate.scope} and score "
+            f"{gate.score}.",
+            hint="use GateConfig(scope='token', score='linear' or 'cosine', share='linear').",
+        )
+    if method == "arrow" and gate.share != "linear":
+        raise ConfigError(
+            f"arrow's rows belong to one linear each; use gate.share='linear', not {gate.share!r}."
+        )
+    if method in ("average", "phatgoose"):
+        names = config.expert_names or []
+        if not data:
+            raise ConfigError(f"{method} needs data: {{expert: batches}} for experts {', '.join(names)}.")
+        for name in data:
+            if name not in names:
+                raise ConfigError(
+                    f"data: no expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}."
+                )
+
+
+@torch.no_grad()
+def _average(
+    model: nn.Module, config: MoLoraConfig, leaders: list[MoLoraLayer], adapter: str, data: Batches
+) -> None:
+    means: dict[str, MeanActivation] = {}
+    with _eval_mode(model):
+        for name, batches in data.items():
+            with _seen(leaders, adapter, config, name, means), routing(model, experts=[name]):
+                for batch in batches:
+                    model(**batch)
+    for layer in leaders:
+        rows = means[layer.sites[adapter].key].rows()
+        _set_rows(layer.molora_gate[adapter], rows)
+
+
+@contextmanager
+def _seen(
+    leaders: list[MoLoraLayer],
+    adapter: str,
+    config: MoLoraConfig,
+    name: str,
+    means: dict[str, MeanActivation],
+) -> Iterator[None]:
+    """Count what the gates' layers read towards the expert `name`."""
+    handles = []
+    for layer in leaders:
+        key, gate = layer.sites[adapter].key, layer.molora_gate[adapter]
+        here = experts_at(config, key)
+        mean = means.setdefault(
+            key, MeanActivation(len(here), gate.rows.weight.shape[1], gate.rows.weight.device)
+        )
+        if name not in here:
+            continue
+
+        def count(
+            module: Any, args: tuple[Tensor, ...], mean: MeanActivation = mean, index: int = here.index(name)
+        ) -> None:
+            x = args[0]
+            mask = module.context.state.mask(module.sites[adapter].stream, x.shape[:-1])
+            mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
+
+        handles.append(layer.register_forward_pre_hook(count))  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _phatgoose(
+    model: nn.Module,
+    config: MoLoraConfig,
+    leaders: list[MoLoraLayer],
+    adapter: str,
+    data: Batches,
+    steps: int,
+    lr: float,
+) -> None:
+    gates: list[Gate] = [layer.molora_gate[adapter] for layer in leaders]
+    trained = {p: p.requires_grad for p in model.parameters()}
+    model.requires_grad_(False)
+    for gate in gates:
+        assert gate.rows is not None
+        _set_rows(gate, torch.zeros_like(gate.rows.weight))
+        gate.rows.requires_grad_(True)
+    try:
+        with _eval_mode(model):
+            for name, batches in data.items():
+                _train_rows(model, config, leaders, adapter, name, batches, steps, lr)
+    finally:
+        for gate in gates:
+            gate.solo = None
+        for parameter, requires_grad in trained.items():
+            parameter.requires_grad_(requires_grad)
+
+
+def _train_rows(
+    model: nn.Module,
+    config: MoLoraConfig,
+    leaders: list[MoLoraLayer],
+    adapter: str,
+    name: str,
+    batches: Iterable[Mapping[str, Any]],
+    steps: int,
+    lr: float,
+) -> None:
+    """The rows of one expert; those of the others get zero gradients, which move nothing without decay."""
+    rows = []
+    for layer in leaders:
+        gate, here = layer.molora_gate[adapter], experts_at(config, layer.sites[adapter].key)
+        gate.solo = here.index(name) if name in here else len(here)
+        rows += list(gate.rows.parameters())
+    optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=0.0)
+    warmup = max(1, steps // 10)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
+    stream = _repeated(batches)
+    for _ in range(steps):
+        loss = model(**next(stream)).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    optimizer.zero_grad()
+
+
+def _repeated(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+    kept = list(batches)
+    if not kept:
+        raise ConfigError("data: an expert has no batches.")
+    while True:
+        yield from kept
+
+
+def _set_rows(gate: Gate, rows: Tensor) -> None:
+    assert gate.rows is not None
+    gate.rows.set_weight(rows)
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _only(context: RoutingContext) -> str:
+    if len(context.active) != 1:
+        raise ConfigError(f"{len(context.active)} adapters are active; name one with adapter_name=.")
+    return context.active[0]
