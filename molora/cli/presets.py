@@ -13,7 +13,7 @@ from molora.config.presets import PRESETS, preset_settings, summary
 def show_list() -> None:
     """Name and method of every preset."""
     for name in sorted(PRESETS):
-        typer.echo(f"{name:10} {summary(name)}")
+        typer.echo(f"{name:20} {summary(name)}")
 
 
 def show(name: str) -> None:

@@ -120,6 +120,7 @@ class AdapterConfig(Section):
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
     gate: GateSection = Field(default_factory=GateSection)
     combine: Literal["outputs", "factors"] = "outputs"
+    frozen_experts: list[ExpertName] = Field(default_factory=list)
     always_on: dict[ExpertName, float | Literal["rest"]] = Field(default_factory=dict)
     share_A: bool = False
     ffn_targets: str | list[str] | None = None
@@ -141,9 +142,9 @@ class AdapterConfig(Section):
     def _expand(cls, data: Any) -> Any:
         """`preset: name` stands for a method's settings. One expert alone has a default gate that picks one."""
         if isinstance(data, dict) and "preset" in data:
-            name = data["preset"]
+            name = str(data["preset"]).replace("-", "_")
             if name not in PRESETS:
-                hint = did_you_mean(str(name), PRESETS)
+                hint = did_you_mean(name, PRESETS)
                 refuse([(("preset",), f"no preset {name!r}.{hint} Presets: {', '.join(PRESETS)}.")])
             given = {key: value for key, value in data.items() if key != "preset"}
             if isinstance(given.get("gate"), str):

@@ -13,6 +13,9 @@ from molora.config.suggest import did_you_mean
 WITHOUT_GATE = ("contrastive", "expert_similarity", "orthogonal")
 """Losses of the experts alone."""
 
+BY_TASK = ("localized", "task_label")
+"""Losses that go by each task's own experts."""
+
 _OF_PROBABILITIES = ("balance", "importance", "localized", "entropy", "mutual_information", "similarity")
 _ONE_ANSWER = {
     "z": "softmax ignores a common shift of its logits",
@@ -85,7 +88,7 @@ def fit_problems(
                 (name,),
                 "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm.",
             )
-        elif name in ("localized", "task_label") and not _differ(tasks, num_experts):
+        elif name in BY_TASK and tasks and not _differ(tasks, num_experts):
             yield (name,), "goes by each task's own experts; give `tasks` whose experts differ."
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from molora.config.gate_rules import BY_SAMPLE, is_hard_task, sums_to_one
+from molora.config.gate_rules import BY_SAMPLE, sums_to_one
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
 
@@ -44,8 +44,6 @@ def combination_problems(
         yield from _feed_forward(gate)
     if settings["share_A"] and settings["init"] == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
-    if gate["scope"] == "task" and not is_hard_task(gate) and not settings.get("tasks", True):
-        yield ("tasks",), "are what this gate learns from; name them: [task, ...]."
 
 
 def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

@@ -214,7 +214,7 @@ class Gate(nn.Module):
         """The expert `solo` alone, weighted by the sigmoid of its row's product with x: how PHATGOOSE trains rows."""
         assert self.rows is not None
         logits = self.rows.logits(x) if products is None else products
-        others = torch.arange(logits.shape[-1], device=logits.device).ne(self.solo)
+        others = torch.arange(logits.shape[-1], device=logits.device) != int(self.solo or 0)
         return Routing(logits.sigmoid().masked_fill(others, 0.0))
 
     def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:

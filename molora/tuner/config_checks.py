@@ -8,7 +8,7 @@ from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from molora.config.gate_rules import is_hard_task, mixture_problems
-from molora.config.loss_rules import aux_problems, fit_problems
+from molora.config.loss_rules import BY_TASK, aux_problems, fit_problems
 from molora.config.mixture_rules import combination_problems
 from molora.config.names import check_name
 from molora.config.section import Problem
@@ -35,7 +35,7 @@ def normalise(config: MoLoraConfig) -> None:
         name: getattr(config, name) for name in ("combine", "always_on", "share_A", "ffn_targets", "init")
     }
     gate = asdict(config.gate)
-    _refuse(combination_problems({**settings, "tasks": config.tasks}, gate, config.expert_names or []))
+    _refuse(combination_problems(settings, gate, config.expert_names or []))
     _refuse(((("aux_losses", *path), message) for path, message in aux_problems(config.aux_losses)))
     fits = fit_problems(config.aux_losses, gate, config.tasks, config.num_experts)
     _refuse(((("aux_losses", *path), message) for path, message in fits))
@@ -166,10 +166,12 @@ def _require_expert(config: MoLoraConfig, name: str, where: str) -> None:
 def _tasks(config: MoLoraConfig) -> None:
     names = config.expert_names or []
     hard = is_hard_task(asdict(config.gate))
-    if config.tasks is None:
-        config.tasks = {name: [name] for name in names} if hard and config.task_ids is None else {}
+    own = hard or any(name in config.aux_losses for name in BY_TASK)
+    if config.tasks is None:  # where tasks are needed, one for each expert, of the same name
+        needed = (own or config.gate.scope == "task") and config.task_ids is None
+        config.tasks = [name for name in names if name not in config.always_on] if needed else {}
     if not isinstance(config.tasks, dict):
-        config.tasks = _default_tasks(config, config.tasks, hard)
+        config.tasks = _default_tasks(config, config.tasks, own)
     # Copies: the verbs that change experts change these too.
     config.tasks = {t: dict(e) if isinstance(e, dict) else list(e) for t, e in config.tasks.items()}
     config.always_on = dict(config.always_on)
@@ -191,14 +193,14 @@ def _tasks(config: MoLoraConfig) -> None:
     config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
 
 
-def _default_tasks(config: MoLoraConfig, names: Iterable[str], hard: bool) -> dict[str, list[Any]]:
-    """Task i -> expert i under a hard task gate; every expert under a learned one."""
+def _default_tasks(config: MoLoraConfig, names: Iterable[str], own: bool) -> dict[str, list[Any]]:
+    """Task i -> expert i where each task has its own (hard task gates, losses that go by it); else every expert."""
     names, experts = list(names), [e for e in config.expert_names or [] if e not in config.always_on]
-    if not hard:
+    if not own:
         return {name: list(config.expert_names or []) for name in names}
     if len(names) > len(experts):
         raise ConfigError(
-            f"{len(names)} tasks, but num_experts={config.num_experts}: a task gate gives each task its own expert.",
+            f"{len(names)} tasks, but num_experts={config.num_experts}: each task gets an expert of its own.",
             hint="raise num_experts, or map tasks to experts with tasks={task: [expert, ...]}.",
         )
     return {name: [experts[i]] for i, name in enumerate(names)}

@@ -23,7 +23,7 @@ from molora.tuner.config import MoLoraConfig
 from molora.tuner.feed_forward import check_feed_forwards
 from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
-from molora.tuner.placement import experts_at, frozen_at, names_at
+from molora.tuner.placement import experts_at, frozen_at, names_at, stretch_lists
 from molora.tuner.static import static_weights
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
@@ -45,6 +45,7 @@ class MoLoraModel(BaseTuner):
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
         config: MoLoraConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
         check_targets(config, model)
+        stretch_lists(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             compare(config.base_fingerprint, base_fingerprint(model))
         if config.gate.scope == "two_pass" and config.gate.feature_dim is None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
 from molora.errors import ConfigError
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.targets import block_index, pattern_value
@@ -22,6 +25,23 @@ def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
             hint=f"give one number for every block, or {what}={{pattern: number}}.",
         )
     return value[index]
+
+
+def stretch_lists(config: MoLoraConfig, model: nn.Module) -> None:
+    """Lists by block that name fewer entries than the model has blocks cover as many blocks each, where that works out.
+
+    So `[2, 4, 6, 8]` gives a model of 32 blocks 2 experts in its first 8, and so on.
+    """
+    linears = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
+    blocks = 1 + max((i for i in map(block_index, linears) if i is not None), default=-1)
+
+    def stretched(value: Any) -> Any:
+        if not isinstance(value, list) or len(value) >= blocks or blocks % len(value):
+            return value
+        return [entry for entry in value for _ in range(blocks // len(value))]
+
+    config.experts_by_layer = stretched(config.experts_by_layer)
+    config.r, config.gate.top_k = stretched(config.r), stretched(config.gate.top_k)
 
 
 def experts_at(config: MoLoraConfig, key: str) -> list[str]:

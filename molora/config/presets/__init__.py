@@ -1,0 +1,41 @@
+"""Published methods as adapter settings: one function per method. Pure data, no torch.
+
+`token.py` has the gates that read tokens, `sample.py` those that read a sample, its task or nothing, `existing.py`
+those over experts that exist already. A docstring's first line says what a method is; the rest what the paper
+gives, what was converted and where we deviate.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from molora.config.presets import existing, sample, token
+from molora.config.suggest import did_you_mean
+from molora.errors import ConfigError
+
+PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
+    method.__name__: method for module in (token, sample, existing) for method in module.METHODS
+}
+
+
+def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A method's settings with some replaced; a `gate` map without `kind` replaces single fields of the gate.
+
+    Raises:
+        ConfigError: no preset of that name; the message lists those that exist.
+    """
+    key = name.replace("-", "_")
+    if key not in PRESETS:
+        raise ConfigError(f"no preset {name!r}.{did_you_mean(key, PRESETS)} Presets: {', '.join(PRESETS)}.")
+    settings = PRESETS[key]()
+    gate = overrides.get("gate")
+    if isinstance(gate, Mapping) and "kind" not in gate:
+        overrides = {**overrides, "gate": {**settings["gate"], **gate}}
+    return {**settings, **overrides}
+
+
+def summary(name: str) -> str:
+    """What a preset is, in the first line of its description."""
+    return (inspect.getdoc(PRESETS[name]) or "").splitlines()[0]

@@ -1,0 +1,66 @@
+"""Methods whose gate reads a sample as a whole: its task, or features given with it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def moelora() -> dict[str, Any]:
+    """MOELoRA: one gate for the model, reading the task's embedding. Liu et al., arXiv:2310.18339.
+
+    `g = softmax(G u_task)`, `y = W x + s Σ_e g_e B_e A_e x`; u has 64 dimensions, one gate for all linears; 8 experts of
+    rank 2 (the paper's r=16, split over them) with the scaling of the total rank, 32/16 = 2; A is N(0, 0.01²),
+    dropout 0.1. A sample of several tasks has the mean of their embeddings, as there. Weights depend on the task only,
+    so merging per task is exact. Task ids are required.
+    """
+    gate = {"kind": "task_embedding", "embedding_dim": 64, "share": "global"}
+    return {
+        "num_experts": 8, "r": 2, "lora_alpha": 32, "scaling": 2.0, "lora_dropout": 0.1, "init": "gaussian",
+        "init_std": 0.01, "gate": gate,
+    }  # fmt: skip
+
+
+def mocle() -> dict[str, Any]:
+    """MoCLE: the cluster of the instruction picks an expert, a universal expert does the rest. Gou et al., arXiv:2312.12379.
+
+    The prompt's cluster, one of 64, comes in as a one-hot feature (`molora.data.clusters`); `p = softmax((G c + b +
+    noise) / 0.05)`, the best of 4 experts with weight p, the universal expert with 1 - p; r=8, alpha=32, dropout 0.1;
+    noise N(0, 0.1²) in training; one gate per linear. Deviations: the gate weights its expert once (the release squares
+    the weight), in float32; embedding and linear layer of the cluster are one matrix, which is the same set of
+    functions.
+    """
+    gate = {
+        "kind": "external", "feature_dim": 64, "share": "linear", "bias": True, "select": "top_k", "top_k": 1,
+        "renorm": "none", "temperature": 0.05, "noise": "gaussian", "noise_std": 0.1,
+    }  # fmt: skip
+    return {
+        "num_experts": 5, "expert_names": ["cluster_0", "cluster_1", "cluster_2", "cluster_3", "universal"],
+        "always_on": {"universal": "rest"}, "r": 8, "lora_alpha": 32, "lora_dropout": 0.1, "gate": gate,
+    }  # fmt: skip
+
+
+def poly() -> dict[str, Any]:
+    """Polytropon: each task has a learned share of every skill, mixed by factors. Ponti et al., arXiv:2202.13914.
+
+    `w = sigmoid(Z_task)` over its sum, `y = W x + (1/r) (Σ w B)(Σ w A) x`, Z drawn near 0; in training the sigmoid is a
+    relaxed Bernoulli of temperature 1, as in PEFT; one table per linear; 4 skills, r=8. Task ids are required. A task
+    that is added gets a new row, old rows stay as they are (in mttl all are drawn anew).
+    """
+    gate = {
+        "kind": "task_table", "transform": "sigmoid", "noise": "logistic", "noise_std": 1.0, "share": "linear",
+        "init_std": 0.001,
+    }  # fmt: skip
+    return {"num_experts": 4, "r": 8, "scaling": 0.125, "combine": "factors", "gate": gate}
+
+
+def mhr() -> dict[str, Any]:
+    """MHR: Polytropon with several heads. Caccia et al., arXiv:2211.03831.
+
+    As `poly`, but inputs and outputs of a linear are cut into 4 parts, each with shares of its own; widths must be
+    multiples of 4.
+    """
+    settings = poly()
+    return {**settings, "gate": {**settings["gate"], "splits": 4}}
+
+
+METHODS = (moelora, mocle, poly, mhr)
