@@ -130,6 +130,9 @@ class RoutingState:
     prompt: Tensor | None = None  # (batch, seq) of the decoder: what gates of sequence scope pool
     kept: dict[str, Any] | None = None  # sequence routings of the prompt this call continues
     keep: dict[str, Any] | None = None  # those of this call's prompt, for calls that will continue it
+    balances: dict[int, Tensor] = field(
+        default_factory=dict
+    )  # by gate: as the forward began, for recomputing
     first_pass: bool = False  # the base runs alone, for features
     base_cache: Any = None  # the base's own key-value cache of this call's first pass
     owner: Any = (

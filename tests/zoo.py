@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from molora import GateConfig, MoLoraConfig
+from molora.config.presets import places
 
 VOCAB = 50
 TASKS = ("alpha", "beta", "gamma")
@@ -183,3 +184,55 @@ def routed(gate: str, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
 def gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients by name of every parameter that has one."""
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+FEED_FORWARD = places.FEED_FORWARD
+_TABLE = {"scope": "task", "score": "table", "select": "dense"}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "factors-table": {"combine": "factors", "gate": GateConfig(**_TABLE, transform="sigmoid", share="linear")},
+    "factors-splits": {"combine": "factors", "gate": GateConfig(**_TABLE, splits=2)},
+    "factors-task": {"combine": "factors", "gate": GateConfig(scope="task")},
+    "factors-constant": {
+        "combine": "factors", "gate": GateConfig(scope="constant", select="dense", splits=2, share="global"),
+    },
+    "factors-sequence": {"combine": "factors", "gate": GateConfig(scope="sequence", select="dense")},
+    "shared-A-soft": {"share_A": True, "gate": GateConfig(select="dense", share="linear")},
+    "shared-A-top2": {"share_A": True, "gate": GateConfig(top_k=2)},
+    "shared-A-task": {"share_A": True, "gate": GateConfig(scope="task")},
+    "universal-top1": {"always_on": {"expert_2": "rest"}, "gate": GateConfig(top_k=1)},
+    "universal-task": {"always_on": {"expert_1": 0.5}, "tasks": ["alpha", "beta"], "gate": GateConfig(scope="task")},
+    "by-layer-top2": {"num_experts": [2, 3], "gate": GateConfig(top_k=[1, 2], share="linear")},
+    "by-layer-task": {"num_experts": [2, 3], "gate": GateConfig(scope="task")},
+    "by-pattern-soft": {
+        "num_experts": {".*(q_proj|query|q|c_attn)": 2, ".*": 3}, "gate": GateConfig(select="dense", share="linear"),
+    },
+    "ffn-top2": {"ffn_targets": FEED_FORWARD, "gate": GateConfig(top_k=2)},
+    "ffn-hard": {"ffn_targets": FEED_FORWARD, "gate": GateConfig(select="hard")},
+    "ffn-task": {"ffn_targets": FEED_FORWARD, "gate": GateConfig(scope="task")},
+    "balanced-top2": {"gate": GateConfig(top_k=2, balance_rate=0.01)},
+    "layernorm-top1": {"gate": GateConfig(score="cosine", norm="layer", absolute=True, top_k=1, share="linear")},
+    "identity-external": {
+        "gate": GateConfig(scope="external", feature_dim=6, transform="identity", select="dense", share="linear"),
+    },
+}  # fmt: skip
+
+
+def mixture(architecture: str, name: str, **options: Any) -> Any:
+    """A model with the mixture of that name."""
+    settings = dict(MIXTURES[name])
+    gate = settings.pop("gate")
+    if "tasks" not in settings and gate.learned:
+        settings["tasks"] = SHARED if gate.scope == "task" else list(TASKS)
+    if architecture == "bert" and isinstance(settings.get("num_experts"), list):
+        settings["exclude_modules"] = ["pooler.dense"]  # lies in no block
+    return molora_model(architecture, gate, **{**settings, **options})
+
+
+def given(name: str, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
+    """What that mixture's gate needs beside the batch."""
+    settings = MIXTURES[name]
+    scope = settings["gate"].scope
+    if scope == "task":
+        known = settings.get("tasks", TASKS)
+        return {"routing_task_ids": [known[i % len(known)] for i in rows]}
+    return routed("external", rows) if scope == "external" else {}

@@ -159,6 +159,7 @@ class Gate(nn.Module):
         products: Tensor | None = None,
         experts: tuple[int, ...] | None = None,
         allowed: Tensor | None = None,
+        balance: Tensor | None = None,
     ) -> Routing:
         """Route what the gate reads.
 
@@ -169,6 +170,7 @@ class Gate(nn.Module):
             experts: restrict the gate to these expert indices for every token, renormalised over them.
             allowed: (tokens, expert) bool, the same per token over the columns of `experts`; rows must allow
                 at least one expert.
+            balance: (expert,) the balance to choose by, where it is not the present one.
         """
         settings = self.settings
         if self.solo is not None:
@@ -193,7 +195,7 @@ class Gate(nn.Module):
         scores = logits if settings.temperature == 1.0 else logits / settings.temperature
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self._select(x, scores, experts)
+        weights = self._select(x, scores, experts, self.balance if balance is None else balance)
         return Routing(
             weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
         )  # fmt: skip
@@ -265,10 +267,11 @@ class Gate(nn.Module):
             return logits - (-uniform.log()).log() * std
         return logits + torch.logit(uniform) * std
 
-    def _select(self, x: Tensor, scores: Tensor, experts: tuple[int, ...] | None) -> Tensor:
+    def _select(
+        self, x: Tensor, scores: Tensor, experts: tuple[int, ...] | None, balance: Tensor | None
+    ) -> Tensor:
         settings = self.settings
         if settings.select == "top_k":
-            balance = self.balance
             if balance is not None and experts is not None:
                 balance = balance[list(experts)]
             return selection.top_k_weights(scores, self.top_k, settings.renorm, settings.transform, balance)

@@ -85,9 +85,10 @@ def route(
     own_only = state.by_task or gate.settings.scope == "task"
     if tasks is not None and experts is None and (own_only or task_map.isolated):
         allowed = _allowed(task_map, tasks, x.shape[:-1], read, own_only=own_only)
+    options = {"products": products, "balance": state.balances.get(id(gate))}
     if task_map.always:
-        return _with_always(gate, task_map, read, products, experts, allowed)
-    return _gated(gate, read, products, experts, allowed)
+        return _with_always(gate, task_map, read, experts, allowed, options)
+    return _gated(gate, read, experts, allowed, options)
 
 
 def gate_input(
@@ -132,15 +133,15 @@ def _allowed(task_map: TaskMap, tasks: TaskIds, lead: torch.Size, read: Tensor, 
 def _gated(
     gate: Gate,
     read: Tensor,
-    products: Tensor | None,
     experts: tuple[int, ...] | None,
     allowed: Tensor | None,
+    options: dict[str, Tensor | None],
 ) -> Routing:
     """The gate's answer; weight 0 for rows whose task has no expert in this layer."""
     if allowed is None:
-        return gate(read, products=products, experts=experts)
+        return gate(read, experts=experts, **options)
     nobody = ~allowed.any(dim=-1, keepdim=True)
-    routing: Routing = gate(read, products=products, experts=experts, allowed=allowed | nobody)
+    routing: Routing = gate(read, experts=experts, allowed=allowed | nobody, **options)
     nobody = nobody.repeat_interleave(routing.splits, dim=0)
     routing.weights = routing.weights.masked_fill(nobody, 0.0)
     return routing
@@ -150,9 +151,9 @@ def _with_always(
     gate: Gate,
     task_map: TaskMap,
     read: Tensor,
-    products: Tensor | None,
     experts: tuple[int, ...] | None,
     allowed: Tensor | None,
+    options: dict[str, Tensor | None],
 ) -> Routing:
     """The gate's weights over the experts it decides over, and those of the experts that are always on."""
     columns = tuple(range(len(task_map.experts))) if experts is None else experts
@@ -162,7 +163,7 @@ def _with_always(
         return Routing(task_map.row(tuple(1.0 if w == "rest" else float(w) for w in weights), read), experts)
     if allowed is not None:
         allowed = allowed[:, list(gated)]
-    routing = _gated(gate, read, products, gated, allowed)
+    routing = _gated(gate, read, gated, allowed, options)
     decided_weights = routing.weights
     parts = []
     for i in columns:

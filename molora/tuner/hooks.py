@@ -54,6 +54,8 @@ class RootHooks:
         state.recording = bool(context.recorders) or (
             learns and any(c.aux_losses or c.gate.balance_rate for c in configs)
         )
+        if learns and any(config.gate.balance_rate for config in configs):
+            state.balances = _balances(layers)
         context.state = state
         if any(config.gate.scope == "two_pass" for config in configs) and not off(layers):
             args, kwargs = first_pass(context, state, module, args, kwargs)
@@ -165,6 +167,12 @@ def _checkpointing_modules(context: RoutingContext, root: nn.Module) -> list[nn.
     if not torch.compiler.is_compiling():
         context.checkpointed = found
     return found
+
+
+def _balances(layers: list[tuple[str, MoLoraLayer]]) -> dict[int, Tensor]:
+    """The balance of every gate now: it moves after the forward, and checkpoints are computed again after that."""
+    gates = [gate for _, layer in layers for gate in layer.molora_gate.values()]
+    return {id(gate): gate.balance.clone() for gate in gates if gate.balance is not None}
 
 
 def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:

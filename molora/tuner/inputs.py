@@ -176,7 +176,9 @@ def sample_routing(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[i
         if tasks.ids.dim() != 1:
             raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
         asked = base_only(tasks.ids.to(x.device)).repeat_interleave(routing.splits, dim=0)
-        routing.weights = routing.weights * asked
+        if len(routing.weights) == routing.splits:  # one mixture for all: now it is not
+            routing = replace(routing, weights=routing.weights.repeat(len(tasks.ids), 1))
+        routing = replace(routing, weights=routing.weights * asked)
     return routing
 
 
