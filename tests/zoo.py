@@ -19,7 +19,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from molora import GateConfig, MoLoraConfig
+from molora import GateConfig, MoLoraConfig, preset
 from molora.config.presets import places
 
 VOCAB = 50
@@ -236,3 +236,20 @@ def given(name: str, rows: Sequence[int] = (0, 1, 2)) -> dict[str, Any]:
         known = settings.get("tasks", TASKS)
         return {"routing_task_ids": [known[i % len(known)] for i in rows]}
     return routed("external", rows) if scope == "external" else {}
+
+
+def preset_model(architecture: str, name: str, **overrides: Any) -> Any:
+    """A published method on a tiny model, small where its own sizes would not fit."""
+    small: dict[str, Any] = {"task_type": TASK_TYPES[architecture]}
+    if name == "mocle":
+        small["gate"] = {"feature_dim": 6}
+    torch.manual_seed(3)
+    return get_peft_model(base_model(architecture), preset(name, **{**small, **overrides}))
+
+
+def preset_inputs(model: Any, name: str) -> dict[str, Any]:
+    """What a method needs beside a batch of three."""
+    config = model.peft_config["default"]
+    if name == "mocle":
+        return routed("external")
+    return {"routing_task_ids": list(config.task_ids)[:3]} if config.task_ids else {}
