@@ -169,6 +169,54 @@ def add_expert(
     )  # fmt: skip
 
 
+@app.command()
+def compose(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model the LoRAs were trained on.")],
+    loras: Annotated[
+        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Experts, each a LoRA folder.")
+    ],
+    out: Annotated[Path, typer.Option("--out", help="Where the adapter goes.")],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A method for the gate: xlora, arrow, ...")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="Set the gate without training: arrow or uniform.")
+    ] = None,
+    task_type: Annotated[
+        str, typer.Option("--task-type", help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")
+    ] = "CAUSAL_LM",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16, of the base.")
+    ] = "float32",
+) -> None:
+    """Make a mixture of LoRAs that PEFT saved, of any ranks and targets; they stay exactly as they are.
+
+    Example: molora compose Qwen/Qwen2.5-0.5B math=loras/math code=loras/code --preset arrow --fit arrow --out mix
+    """
+    from molora.cli.compose import run
+
+    run(base, loras, out, preset=preset, fit=fit, task_type=task_type, dtype=dtype)
+
+
+@app.command()
+def export(
+    run: RunFolder,
+    out: Annotated[Path, typer.Option("--out", help="Where the LoRA goes.")],
+    expert: Annotated[str | None, typer.Option("--expert", help="This expert alone.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The experts of this task.")] = None,
+    fold_scaling: Annotated[
+        bool, typer.Option("--fold-scaling", help="For engines that read only r and lora_alpha.")
+    ] = False,
+) -> None:
+    """Write an expert as an ordinary LoRA that PEFT loads without molora.
+
+    Example: molora export runs/task_routed --expert capitals --out loras/capitals
+    """
+    from molora.cli.compose import export as write
+
+    write(run, out, expert=expert, task=task, fold_scaling=fold_scaling)
+
+
 recipes_app = typer.Typer(help="List, show or copy the recipes that come with molora.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
 

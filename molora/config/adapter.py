@@ -116,6 +116,7 @@ class AdapterConfig(Section):
     layers_pattern: str | list[str] | None = None
     plain_targets: str | list[str] | None = None
     modules_to_save: list[str] | None = None
+    from_loras: dict[ExpertName, str] | None = None
     expert_names: list[ExpertName] | None = None
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
     gate: GateSection = Field(default_factory=GateSection)
@@ -141,6 +142,8 @@ class AdapterConfig(Section):
     @classmethod
     def _expand(cls, data: Any) -> Any:
         """`preset: name` stands for a method's settings. One expert alone has a default gate that picks one."""
+        if isinstance(data, dict) and isinstance(data.get("from_loras"), dict):
+            data = _of_loras(data)
         if isinstance(data, dict) and "preset" in data:
             name = str(data["preset"]).replace("-", "_")
             if name not in PRESETS:
@@ -162,6 +165,8 @@ class AdapterConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.from_loras is not None and not self.from_loras:
+            refuse([(("from_loras",), "names no LoRA; give {name: folder}, or leave it out.")])
         refuse([*self._gate_problems(), *self._expert_problems(), *self._layer_problems()])
         return self
 
@@ -230,3 +235,26 @@ class AdapterConfig(Section):
                 (("scaling",), "use_rslora: true already means alpha_over_sqrt_r; write only one of the two.")
             )
         return problems
+
+
+_LORAS_DECIDE = (
+    "r",
+    "rank_pattern",
+    "target_modules",
+    "lora_alpha",
+    "use_rslora",
+    "scaling",
+    "share_A",
+    "init",
+)
+
+
+def _of_loras(data: dict[str, Any]) -> dict[str, Any]:
+    """Experts read from LoRA folders: their number and names follow; refuses what the LoRAs decide."""
+    names = list(data["from_loras"])
+    follow = {"num_experts": len(names), "expert_names": names}
+    decided = [key for key, value in follow.items() if data.get(key, value) != value]
+    if "expert_names" not in data:  # as written, not a resolved recipe, which has every field
+        decided += [key for key in _LORAS_DECIDE if key in data]
+    refuse([((key,), "is decided by the LoRAs in from_loras; leave it out.") for key in decided])
+    return {**data, **follow}

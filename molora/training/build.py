@@ -26,6 +26,7 @@ from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig
 from molora.errors import AdapterError, ConfigError, MoLoraError
 from molora.store.adapter import load, read_config
+from molora.store.compose import compose
 from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
 from molora.tuner.config import MoLoraConfig
@@ -85,7 +86,7 @@ def build_skeleton(config: RunConfig, task_ids: dict[str, int], num_labels: int 
         )
     with torch.device("meta"):
         base = _AUTO_CLASSES[config.base.task_type].from_config(described)
-        return get_peft_model(base, adapter_config(config, task_ids))
+        return _mixture(base, config, task_ids)
 
 
 def _source(base: BaseConfig) -> str:
@@ -149,14 +150,28 @@ def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 def adapter_config(config: RunConfig, task_ids: dict[str, int]) -> MoLoraConfig:
     """The PEFT config of a recipe's `adapter` section for these tasks."""
-    settings = config.adapter.model_dump(exclude_none=True)
-    tasks = settings.pop("tasks", None)
-    return MoLoraConfig(
-        **settings,
-        tasks=tasks if tasks is not None else list(task_ids),
-        task_ids=dict(task_ids),
-        task_type=config.base.task_type,
-    )
+    settings = config.adapter.model_dump(exclude_none=True, exclude={"tasks"})
+    settings.pop("from_loras", None)
+    return MoLoraConfig(**settings, **_tasks(config, task_ids))
+
+
+def _tasks(config: RunConfig, task_ids: dict[str, int]) -> dict[str, Any]:
+    tasks: Any = config.adapter.tasks
+    return {
+        "tasks": tasks if tasks is not None else list(task_ids),
+        "task_ids": dict(task_ids),
+        "task_type": config.base.task_type,
+    }
+
+
+def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int]) -> PeftModel:
+    """A new adapter on the base: of fresh experts, or of the LoRAs the recipe names."""
+    loras = config.adapter.from_loras
+    if loras is None:
+        return get_peft_model(base, adapter_config(config, task_ids))
+    kept = ("gate", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save")
+    settings = config.adapter.model_dump(include=set(kept), exclude_none=True)
+    return compose(base, loras, **settings, **_tasks(config, task_ids))
 
 
 def build_model(
@@ -176,8 +191,7 @@ def build_model(
         )
     if config.train.gradient_checkpointing:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    model = get_peft_model(base, adapter_config(config, task_ids))
-    return model, tokenizer
+    return _mixture(base, config, task_ids), tokenizer
 
 
 def load_trained(

@@ -118,6 +118,7 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     section["expert_names"] = [*(adapter.expert_names or []), expert]
     section["num_experts"] = len(section["expert_names"])
     section["aux_losses"] = dict(grow.aux_losses)
+    section["from_loras"] = None  # they are in the adapter that grows
     if section["tasks"] is not None:
         section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
     return RunConfig.model_validate(plain)

@@ -30,6 +30,7 @@ def test_adapter_settings_have_the_same_defaults() -> None:
     ours = {
         name: field.get_default(call_default_factory=True)
         for name, field in AdapterConfig.model_fields.items()
+        if name != "from_loras"  # of a recipe: molora.compose in Python
     }
     theirs = {name: value for name, value in defaults(MoLoraConfig).items() if name in ours}
     assert theirs.keys() == ours.keys()

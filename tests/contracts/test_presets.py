@@ -112,7 +112,9 @@ def test_every_trainable_parameter_gets_a_gradient(name):
     assert sorted(found) == sorted(trainable)
     # A gate over one expert has nothing to learn.
     learning = {key: gradient for key, gradient in found.items() if name != "lora" or ".rows." not in key}
-    assert not [key for key, gradient in learning.items() if not gradient.any() or not gradient.isfinite().all()]
+    assert not [
+        key for key, gradient in learning.items() if not gradient.any() or not gradient.isfinite().all()
+    ]
 
 
 @presets

@@ -1,0 +1,148 @@
+"""Each auxiliary loss on each gate it is allowed on: a gradient where it should be, none elsewhere, no padding."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import molora
+from molora import ConfigError, GateConfig
+from molora.config.kinds import AUX_LOSSES
+from molora.config.loss_rules import WITHOUT_GATE
+from molora.tuner.layer import MoLoraLayer
+from tests.zoo import GATES, HARD, SHARED, TASKS, batch_for, gradients, molora_model, routed
+
+GATE_LOSSES = [name for name in AUX_LOSSES if name not in WITHOUT_GATE and name != "load"]
+# Gates given so that most losses are allowed on them.
+MORE = {
+    "noisy-top1": GateConfig(top_k=1, noise="gaussian", noise_std=0.5, share="linear"),
+    "raw-constant": GateConfig(scope="constant", transform="identity", select="dense"),
+    "raw-token": GateConfig(transform="identity", select="dense", share="linear"),
+}
+OPTIONS = {"tasks": SHARED}
+
+
+def build(gate, loss, **options):
+    chosen = MORE.get(gate, gate)
+    tasks = list(TASKS) if gate in HARD else SHARED
+    return molora_model("llama", chosen, aux_losses={loss: 1.0}, tasks=tasks, **options)
+
+
+def inputs(gate):
+    return {**routed(gate), "routing_task_ids": list(TASKS)}
+
+
+@pytest.mark.parametrize("gate", [*GATES, *MORE])
+@pytest.mark.parametrize("loss", [*GATE_LOSSES, "load"])
+def test_every_loss_that_is_allowed_reaches_every_gate(gate, loss):
+    try:
+        model = build(gate, loss)
+    except ConfigError as error:
+        assert f"aux_losses.{loss}" in str(error)
+        assert gate not in ("top2-group", "soft-linear") or loss in ("l1", "load")
+        return
+    torch.manual_seed(0)
+    model.train()(**batch_for("llama"), **inputs(gate))
+    value = molora.aux_losses(model)[loss]
+    assert value.isfinite()
+    value.backward()
+    parts = {"task-table": ".tasks."}.get(gate, ".rows.")
+    found = {name: g for name, g in gradients(model).items() if parts in name}
+    gates = [m for m in model.modules() if isinstance(m, MoLoraLayer) and "default" in m.molora_gate]
+    assert len(found) == len(gates)
+    assert all(g.isfinite().all() and g.any() for g in found.values())
+    # Experts get a gradient only through what later gates read.
+    assert not any(
+        ".default.lora_" in n and ".1.mlp.down_proj" in n and g.any() for n, g in gradients(model).items()
+    )
+
+
+@pytest.mark.parametrize("loss", GATE_LOSSES)
+def test_padding_changes_no_loss(loss):
+    gate = "raw-token" if loss == "l1" else "soft-group"
+    model = build(gate, loss).train()
+    batch = batch_for("llama")
+    pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
+    longer = {key: torch.nn.functional.pad(value, (0, 4), value=pad[key]) for key, value in batch.items()}
+    model(**batch, **inputs(gate))
+    expected = molora.aux_losses(model)[loss]
+    model(**longer, **inputs(gate))
+    assert_close(molora.aux_losses(model)[loss], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "loss", [name for name in GATE_LOSSES if name not in ("similarity", "localized", "l1")]
+)
+def test_a_response_mask_leaves_the_prompt_out(loss):
+    batch = batch_for("llama")
+    batch["labels"][:, :4] = -100
+    model = molora_model(
+        "llama", "soft-linear", tasks=SHARED, aux_losses={loss: {"coefficient": 1.0, "mask": "response"}}
+    ).train()
+    model(**batch, routing_task_ids=list(TASKS))
+    value = molora.aux_losses(model)[loss]
+    key = "model.layers.0.self_attn.q_proj"
+    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and m.sites["default"].key == key)
+    assert layer is not None
+    everything = molora_model("llama", "soft-linear", tasks=SHARED, aux_losses={loss: 1.0}).train()
+    everything(**batch, routing_task_ids=list(TASKS))
+    assert not torch.isclose(molora.aux_losses(everything)[loss], value)
+
+
+def test_contrastive_reaches_the_experts_and_not_the_gate():
+    model = molora_model("llama", "top2-group", aux_losses={"contrastive": 1.0}).train()
+    model(**batch_for("llama"))
+    molora.aux_losses(model)["contrastive"].backward()
+    found = gradients(model)
+    assert found and all(".default.lora_" in name for name in found)
+    assert not [layer for layer in model.modules() if isinstance(layer, MoLoraLayer) and layer.samples]
+
+
+def test_expert_similarity_is_one_for_equal_experts_and_falls_as_they_turn_away():
+    model = molora_model(
+        "llama", "top2-group", aux_losses={"expert_similarity": {"coefficient": 1.0, "factor": "both"}}
+    )
+    banks = [m.molora_experts["default"] for m in model.modules() if isinstance(m, MoLoraLayer)]
+    for bank in banks:
+        bank.assign([bank.expert(0)] * 3, [False] * 3)
+    model.train()(**batch_for("llama"))
+    assert_close(molora.aux_losses(model)["expert_similarity"], torch.tensor(1.0))
+
+
+def test_similarity_compares_samples():
+    model = molora_model("llama", "soft-linear", aux_losses={"similarity": 1.0}).train()
+    batch = {key: value[:1].expand(3, -1).clone() for key, value in batch_for("llama").items()}
+    model(**batch)
+    assert molora.aux_losses(model)["similarity"] < 1e-8, "equal samples route alike and look alike"
+
+
+def test_loss_free_balance_moves_towards_what_is_used_less():
+    gate = GateConfig(top_k=1, bias=True, balance_rate=0.1, share="linear")
+    model = molora_model("llama", gate).train()
+    layers = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
+    with torch.no_grad():
+        for layer in layers:  # everything goes to the first expert
+            layer.molora_gate["default"].bias.set_weight(torch.tensor([30.0, 0.0, 0.0]))
+    batch = batch_for("llama")
+    for step in range(1, 4):
+        model(**batch)
+        balance = layers[0].molora_gate["default"].balance
+        assert balance[0] < 0 < balance[1], f"step {step}"
+    kept = balance.clone()
+    model.eval()(**batch)
+    with torch.no_grad():
+        model.train()(**batch)
+    assert torch.equal(layers[0].molora_gate["default"].balance, kept), "only training forwards move it"
+
+
+def test_loss_free_balance_chooses_but_does_not_weight():
+    from molora.gates.selection import top_k_weights
+
+    scores = torch.tensor([[2.0, 1.0, 0.0]])
+    probs = scores.softmax(-1)
+    weights = top_k_weights(scores, 1, "none", "softmax", torch.tensor([-1.0, 0.0, 0.0]))
+    assert_close(weights, torch.tensor([[0.0, probs[0, 1].item(), 0.0]]))
+    for k in (1, 2, 3):
+        plain = top_k_weights(scores, k, "sum" if k > 1 else "none", "softmax", torch.zeros(3))
+        assert_close(plain, top_k_weights(scores, k, "sum" if k > 1 else "none", "softmax"))
