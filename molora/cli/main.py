@@ -182,6 +182,9 @@ def compose(
     fit: Annotated[
         str | None, typer.Option("--fit", help="Set the gate without training: arrow or uniform.")
     ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME=EXPERT,...", help="A task and its experts.")
+    ] = None,
     task_type: Annotated[
         str, typer.Option("--task-type", help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")
     ] = "CAUSAL_LM",
@@ -195,7 +198,7 @@ def compose(
     """
     from molora.cli.compose import run
 
-    run(base, loras, out, preset=preset, fit=fit, task_type=task_type, dtype=dtype)
+    run(base, loras, out, preset=preset, fit=fit, task_type=task_type, dtype=dtype, tasks=task or [])
 
 
 @app.command()
