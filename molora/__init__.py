@@ -23,6 +23,7 @@ _PUBLIC = {
     "routing": "molora.tuner.api",
     "record_routing": "molora.tuner.api",
     "fit_gate": "molora.tuner.posthoc",
+    "set_feature_source": "molora.tuner.api",
     "register_score": "molora.gates.registry",
     "register_loss": "molora.tuner.aux",
     "expert_allocation": "molora.tuner.allocation",

@@ -133,6 +133,7 @@ class RoutingState:
     balances: dict[int, Tensor] = field(
         default_factory=dict
     )  # by gate: as the forward began, for recomputing
+    worked_out: Tensor | None = None  # features that the context's source made of this call's prompt
     first_pass: bool = False  # the base runs alone, for features
     base_cache: Any = None  # the base's own key-value cache of this call's first pass
     owner: Any = (
@@ -248,6 +249,7 @@ class RoutingContext:
         self.recorders: list[Any] = []
         self.layers: list[tuple[str, Any]] | None = None  # cache of the root hook
         self.checkpointed: list[Any] | None = None
+        self.source: Any = None  # prompts (lists of token ids) -> features (sample, feature)
         self.encoded: Any = None  # the last lone encoder call: its output, and the base's (two-pass gates)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:
@@ -255,7 +257,7 @@ class RoutingContext:
         memo[id(self)] = copy
         # Deep, through memo: the configs the copied tuner has, not those of the original.
         copy.adapters = deepcopy(self.adapters, memo)
-        copy.active, copy.aux_in_loss = list(self.active), self.aux_in_loss
+        copy.active, copy.aux_in_loss, copy.source = list(self.active), self.aux_in_loss, self.source
         return copy
 
     def __getstate__(self) -> dict[str, Any]:

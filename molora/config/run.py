@@ -40,6 +40,15 @@ class EvalConfig(Section):
     modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
 
 
+class FeaturesConfig(Section):
+    """Where a gate of external scope gets its features from: the cluster of each prompt, one-hot."""
+
+    kind: Literal["clusters"] = "clusters"
+    encoder: str = Field(min_length=1)
+    revision: str | None = None
+    num_clusters: PositiveInt = 64
+
+
 class RunConfig(Section):
     """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
 
@@ -47,6 +56,7 @@ class RunConfig(Section):
     seed: int = Field(default=0, ge=0, lt=2**32)
     base: BaseConfig
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    features: FeaturesConfig | None = None
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
@@ -72,8 +82,22 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse([*self._task_problems(), *self._kind_problems()])
+        refuse([*self._task_problems(), *self._kind_problems(), *self._feature_problems()])
         return self
+
+    def _feature_problems(self) -> list[Problem]:
+        gate, features = self.adapter.gate, self.features
+        if (gate.scope == "external") != (features is not None):
+            what = "says where the features come from" if features is None else "acts only"
+            return [(("features",), f"{what} with a gate of scope external: give both, or neither.")]
+        if features is not None and gate.feature_dim != features.num_clusters:
+            text = f"must be features.num_clusters = {features.num_clusters}: a cluster is a one-hot feature."
+            return [(("adapter", "gate", "feature_dim"), text)]
+        if features is not None and self.base.task_type == "SEQ_2_SEQ_LM":
+            return [
+                (("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM.")
+            ]
+        return []
 
     def _task_problems(self) -> list[Problem]:
         known, mapped = list(self.data.tasks), self.adapter.tasks

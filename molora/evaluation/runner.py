@@ -75,7 +75,7 @@ def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]
     if len(set(modes)) != len(modes):
         raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
     notes = []
-    if "gate" in modes and not model.active_peft_config.gate.learned:
+    if "gate" in modes and model.active_peft_config.gate.scope == "task":
         notes.append(
             "mode `gate` skipped: this adapter routes by task id, so it gives no answer without one."
         )

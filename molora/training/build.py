@@ -29,6 +29,7 @@ from molora.store.adapter import load, read_config
 from molora.store.compose import compose
 from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
+from molora.training.features import load_features
 from molora.tuner.config import MoLoraConfig
 
 TINY = "molora/tiny"
@@ -216,6 +217,8 @@ def load_trained(
         base_config, num_labels = config.base, num_labels_of(config)
     base, tokenizer = load_base(base_config, num_labels)
     model = load(base, folder, is_trainable=trainable)
+    if config is not None:
+        load_features(config, run.path, model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config
 
 

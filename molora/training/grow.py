@@ -130,7 +130,9 @@ def _scores_before(
     """Old tasks in every mode; the new one in the modes that need no id of it."""
     scores = score(config, model, tokenizer, known).scores
     modes = [
-        m for m in config.eval.modes if m != "task" and (m != "gate" or model.active_peft_config.gate.learned)
+        m
+        for m in config.eval.modes
+        if m != "task" and (m != "gate" or model.active_peft_config.gate.scope != "task")
     ]
     if modes and len(new.eval):
         scores += score(config, model, tokenizer, [new], modes).scores

@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, dump_recipe, load_recipe
+from molora.data.clusters import TextClusters
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.errors import ConfigError
@@ -24,6 +25,7 @@ from molora.training.build import build_model, load_trained
 from molora.training.checkpoint import checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
+from molora.training.features import CLUSTERS_FILE, fit_features, load_features
 from molora.training.module import MoLoraModule
 from molora.training.trainer import build_trainer, check_device, total_steps
 
@@ -89,11 +91,14 @@ def fit(
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
+    clusters = _features(config, model, data, tokenizer, run)
     steps = total_steps(settings, len(data.train_dataloader()))
     validation = _validation(config, data)
     first = _is_first_process()
     if run is None and first:
         run = start_run(config)
+        if clusters is not None:
+            clusters.save(run.path / CLUSTERS_FILE)
     # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
     folder = run.path if run is not None else Path(config.output)
     with run.lock() if run is not None and first else nullcontext():
@@ -118,6 +123,20 @@ def fit(
                 ]  # a sharded one answers only where all processes ask together
             (conclude or finish)(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
     return run
+
+
+def _features(
+    config: RunConfig,
+    model: PeftModel,
+    data: MoLoraDataModule,
+    tokenizer: PreTrainedTokenizerBase,
+    run: Run | None,
+) -> TextClusters | None:
+    """The clusters of a new run; those of a resumed one are read, so that they stay what they were."""
+    if run is None:
+        return fit_features(config, model, data, tokenizer)
+    load_features(config, run.path, model, tokenizer)
+    return None
 
 
 def _is_first_process() -> bool:

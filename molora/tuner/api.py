@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,6 +72,18 @@ def routing(
     )
     with find_context(model).use_request(request):
         yield
+
+
+def set_feature_source(model: nn.Module, source: Any) -> None:
+    """Work out the features of gates of external scope from each call's prompt, unless a call gives them.
+
+    Args:
+        model: any model with a molora adapter: decoder-only (a generation's features are those of its prompt), or
+            an encoder.
+        source: prompts, a list of token ids for each sample, -> features (sample, feature); None takes it away.
+            `molora.data.cluster_source.ClusterSource` is one.
+    """
+    find_context(model).source = source
 
 
 @contextmanager

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from molora.context import RoutingContext, RoutingRequest, RoutingState
+from molora.errors import RoutingError
 
-_KEPT = (
-    "_molora_prompt"  # attribute of a key-value cache: what the gates decided on the prompt it begins with
-)
+# Attributes of a key-value cache: what was decided on, and worked out from, the prompt it begins with.
+_KEPT, _FEATURES = "_molora_prompt", "_molora_features"
 
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -35,25 +35,47 @@ def read_inputs(
     labels = inputs.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2:
         state.targets = labels != -100
-    if not any(context.adapters[a].config.gate.scope == "sequence" for a in context.active):
+    scopes = {context.adapters[a].config.gate.scope for a in context.active}
+    wanted = context.source is not None and "external" in scopes and "external" not in state.features
+    if "sequence" not in scopes and not wanted:
         return
     cache = inputs.get("past_key_values")
     if past_length(cache) > 0:
         state.kept = getattr(cache, _KEPT, {})
-    else:
-        state.keep = {}
-        state.prompt = _prompt(module, state, request, inputs)
+        if wanted and hasattr(cache, _FEATURES):
+            state.features["external"] = getattr(cache, _FEATURES)
+        return
+    state.keep = {}
+    state.prompt = _prompt(module, state, request, inputs)
+    if wanted:
+        state.features["external"] = state.worked_out = _work_out(context, state, inputs)
+
+
+def _work_out(context: RoutingContext, state: RoutingState, inputs: Mapping[str, Any]) -> Tensor:
+    """Features (batch, feature) of each sample's prompt, from the source that was set."""
+    tokens = inputs.get("input_ids")
+    if tokens is None or "decoder_input_ids" in inputs:
+        raise RoutingError(
+            "the feature source reads the prompt's tokens, which this call does not give.",
+            hint="pass routing_features=..., or call a decoder-only model or an encoder with input_ids.",
+        )
+    mask = state.prompt if state.prompt is not None else state.masks.get("decoder")
+    kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
+    prompts = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
+    return context.source(prompts).to(tokens.device)
 
 
 def attach(state: RoutingState, kwargs: Mapping[str, Any], output: Any) -> None:
     """Let the call's cache remember what the gates decided on its prompt."""
-    if not state.keep:
+    if not state.keep and state.worked_out is None:
         return
     cache = kwargs.get("past_key_values")
     if cache is None and hasattr(output, "get"):
         cache = output.get("past_key_values")
     if cache is not None and not isinstance(cache, tuple):
         setattr(cache, _KEPT, state.keep)
+        if state.worked_out is not None:
+            setattr(cache, _FEATURES, state.worked_out)
 
 
 def past_length(cache: Any) -> int:

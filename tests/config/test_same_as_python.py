@@ -62,7 +62,10 @@ def test_choices_are_the_same() -> None:
 @pytest.mark.parametrize("kind", GATE_KINDS)
 def test_a_kind_means_the_same_gate(kind: str) -> None:
     more = {"feature_dim": 5} if kind == "external" else {}
-    section = load_recipe(small(adapter={"num_experts": 4, "gate": {"kind": kind, **more}})).adapter.gate
+    recipe = small(adapter={"num_experts": 4, "gate": {"kind": kind, **more}})
+    if kind == "external":
+        recipe["features"] = {"encoder": "some/encoder", "num_clusters": 5}
+    section = load_recipe(recipe).adapter.gate
     assert section.model_dump() == asdict(gate_from_kind(kind, **more))
 
 

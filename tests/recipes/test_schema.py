@@ -23,8 +23,12 @@ def test_none_is_missing() -> None:
     assert [path.stem for path in RECIPES] == [
         "add_expert",
         "classification",
+        "composed",
+        "feed_forward",
+        "instruction_clusters",
         "quickstart",
         "soft_mixture",
+        "task_embedding",
         "task_routed",
         "topk_instruct",
     ]
@@ -63,9 +67,8 @@ def test_what_needs_no_download_says_so(path: Path) -> None:
     config = load(path)
     if isinstance(config, GrowConfig):
         return
-    remote = config.base.model != "molora/tiny" or any(
-        task.source == "hub" for task in config.data.tasks.values()
-    )
+    of_hub = any(task.source == "hub" for task in config.data.tasks.values())
+    remote = config.base.model != "molora/tiny" or of_hub or config.features is not None
     purpose = path.read_text(encoding="utf-8").splitlines()[1]
     assert ("Downloads" in purpose) == remote
     assert ("No download" in purpose) != remote

@@ -1,0 +1,51 @@
+"""ClusterSource: features for gates of external scope, worked out from each call's prompt (MoCLE)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.data.clusters import TextClusters, encode
+
+
+class ClusterSource:
+    """Prompt tokens -> the prompt's cluster as a one-hot feature (sample, cluster).
+
+    Attach it with `molora.set_feature_source(model, source)`; from then on no call needs `routing_features`. Prompts
+    seen before are not encoded again.
+
+    Args:
+        clusters: of the texts' embeddings.
+        encoder: any Hugging Face encoder, the one the clusters were fitted with; frozen, not part of the adapter.
+        encoder_tokenizer: the encoder's.
+        tokenizer: the base model's, to read its prompts.
+    """
+
+    def __init__(
+        self,
+        clusters: TextClusters,
+        encoder: nn.Module,
+        encoder_tokenizer: Callable[..., Mapping[str, Any]],
+        tokenizer: Any,
+    ) -> None:
+        self.clusters = clusters
+        self.encoder = encoder
+        self.encoder_tokenizer = encoder_tokenizer
+        self.tokenizer = tokenizer
+        self._known: dict[str, int] = {}
+
+    def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
+        """Features (sample, cluster) float32, on the CPU, of prompts given as token ids."""
+        texts = [self.tokenizer.decode(list(prompt), skip_special_tokens=True) for prompt in prompts]
+        fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
+        if fresh:
+            found = self.clusters.assign(encode(fresh, self.encoder, self.encoder_tokenizer))
+            self._known.update(zip(fresh, found.tolist(), strict=True))
+        index = torch.tensor([self._known[text] for text in texts])
+        return torch.nn.functional.one_hot(index, self.clusters.num_clusters).float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ClusterSource:
+        return self  # nothing in it changes but what it remembers
