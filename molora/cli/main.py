@@ -266,6 +266,14 @@ def presets_list() -> None:
     show_list()
 
 
+@presets_app.command("table")
+def presets_table() -> None:
+    """Every preset on the axes of a mixture, as a Markdown table."""
+    from molora.cli.presets import show_table
+
+    show_table()
+
+
 @presets_app.command("show")
 def presets_show(name: Annotated[str, typer.Argument(metavar="NAME")]) -> None:
     """Print what a preset sets, its paper, and where it deviates."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import typer
 import yaml
 
 from molora.config.presets import PRESETS, preset_settings, summary
+from molora.config.presets.places import ATTENTION, FEED_FORWARD, QUERY_VALUE
 
 
 def show_list() -> None:
@@ -16,8 +18,52 @@ def show_list() -> None:
         typer.echo(f"{name:20} {summary(name)}")
 
 
+def table() -> str:
+    """Every preset on the axes, as a Markdown table."""
+    head = ("preset", "gate reads", "one per", "score", "select", "experts", "on", "combined as", "losses")
+    rows = [head, ("---",) * len(head), *(_row(name) for name in sorted(PRESETS))]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def show_table() -> None:
+    """Print the table."""
+    typer.echo(table())
+
+
+def _row(name: str) -> tuple[str, ...]:
+    from molora.config import AdapterConfig
+
+    adapter = AdapterConfig.model_validate({"preset": name})
+    gate = adapter.gate
+    score = gate.score + (f" ({gate.norm})" if gate.score == "cosine" else "")
+    score += " + bias" if gate.bias else ""
+    score = f"absolute {score}" if gate.absolute else score
+    select = f"{gate.transform}, {gate.select}"
+    select += {"top_k": f" {gate.top_k}", "top_p": f" {gate.top_p}"}.get(gate.select, "")
+    select += f", renorm {gate.renorm}" if gate.renorm not in (None, "none") else ""
+    select += f", noise {gate.noise}" if gate.noise else ""
+    combined = adapter.combine + (f" in {gate.splits} parts" if gate.splits > 1 else "")
+    combined = "whole feed-forwards" if adapter.ffn_targets else combined
+    combined += ", one A" if adapter.share_A else ""
+    combined += "".join(
+        f", {expert} always on" for expert in adapter.always_on if adapter.always_on[expert] == "rest"
+    )
+    combined += ", starts subtracted" if adapter.init == "svd_segments" else ""
+    return (
+        f"`{name}`", gate.scope, gate.share, score, select, f"{adapter.num_experts} x r={adapter.r}", _where(adapter),
+        combined, ", ".join(adapter.aux_losses) or "none",
+    )  # fmt: skip
+
+
+def _where(adapter: Any) -> str:
+    names = {FEED_FORWARD: "feed-forward", QUERY_VALUE: "query, value", "all-linear": "all linears"}
+    found = names.get(adapter.target_modules, str(adapter.target_modules))
+    return f"{found}; plain LoRA on attention" if adapter.plain_targets == ATTENTION else found
+
+
 def show(name: str) -> None:
     """What a preset sets, as a recipe's `adapter` section, under its description."""
     settings = preset_settings(name, {})
-    typer.echo("\n".join(f"# {line}".rstrip() for line in (inspect.getdoc(PRESETS[name]) or "").splitlines()))
+    text = inspect.getdoc(PRESETS[name.replace("-", "_")]) or ""
+    typer.echo("\n".join(f"# {line}".rstrip() for line in text.splitlines()))
     typer.echo(yaml.safe_dump({"adapter": settings}, sort_keys=False), nl=False)

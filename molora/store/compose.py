@@ -9,6 +9,7 @@ from typing import Any
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from molora.config.presets import preset_settings
 from molora.config.suggest import did_you_mean
 from molora.errors import AdapterError, ConfigError
 from molora.store.fingerprint import base_modules
@@ -16,7 +17,6 @@ from molora.store.lora_folder import read_lora, short_names
 from molora.store.lora_import import import_lora
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.posthoc import METHODS, Batches, fit_gate
-from molora.tuner.presets import preset as preset_config
 
 
 def compose(
@@ -79,7 +79,12 @@ def compose(
         "r": 1,
         "expert_specs": {name: folder.spec for name, folder in folders.items()},
     }
-    config = MoLoraConfig(**given) if preset is None else preset_config(preset, **given)
+    if preset is not None:
+        given = preset_settings(preset, given)
+        chosen = given["gate"].get("top_k") if isinstance(given["gate"], Mapping) else None
+        if isinstance(chosen, int) and "gate" not in settings:  # a method's 3 of two LoRAs are both
+            given["gate"] = {**given["gate"], "top_k": min(chosen, len(loras))}
+    config = MoLoraConfig(**given)
     model = get_peft_model(base, config)
     for name, path in loras.items():
         import_lora(model, path, expert=name)
