@@ -38,7 +38,7 @@ def test_the_commands_exist():
 
 
 def test_recipes_and_places_named_exist():
-    for name in re.findall(r"^\| `(\w+)` \|", TEXT.split("## Gates")[0], flags=re.MULTILINE):
+    for name in re.findall(r"^\| `(\w+)` \|", TEXT.split("## Gates and methods")[0], flags=re.MULTILINE):
         assert (ROOT / "recipes" / f"{name}.yaml").is_file(), name
     for place in re.findall(r"`(molora/[\w/.]+)` \|$", TEXT, flags=re.MULTILINE):
         assert (ROOT / place).exists(), place
