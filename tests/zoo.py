@@ -146,7 +146,7 @@ def randomise(model: nn.Module, seed: int = 0, std: float = 0.3) -> None:
     """Give every expert's B and every gate row a random value."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if "lora_B" in name or "frozen_B" in name or "molora_gate" in name:
+        if "lora_B" in name or "frozen_B" in name or "molora_gate" in name or ".cores." in name:
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * std)
 
 
@@ -199,6 +199,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "shared-A-soft": {"share_A": True, "gate": GateConfig(select="dense", share="linear")},
     "shared-A-top2": {"share_A": True, "gate": GateConfig(top_k=2)},
     "shared-A-task": {"share_A": True, "gate": GateConfig(scope="task")},
+    "cores-table": {
+        "share_A": True, "task_cores": True, "gate": GateConfig(**_TABLE, share="linear"),
+    },
     "universal-top1": {"always_on": {"expert_2": "rest"}, "gate": GateConfig(top_k=1)},
     "universal-task": {"always_on": {"expert_1": 0.5}, "tasks": ["alpha", "beta"], "gate": GateConfig(scope="task")},
     "by-layer-top2": {"num_experts": [2, 3], "gate": GateConfig(top_k=[1, 2], share="linear")},

@@ -124,6 +124,7 @@ class AdapterConfig(Section):
     frozen_experts: list[ExpertName] = Field(default_factory=list)
     always_on: dict[ExpertName, float | Literal["rest"]] = Field(default_factory=dict)
     share_A: bool = False
+    task_cores: bool = False
     ffn_targets: str | list[str] | None = None
     aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
 
@@ -172,7 +173,9 @@ class AdapterConfig(Section):
 
     def _gate_problems(self) -> list[Problem]:
         gate = self.gate.model_dump()
-        settings = self.model_dump(include={"combine", "always_on", "share_A", "ffn_targets", "init"})
+        settings = self.model_dump(
+            include={"combine", "always_on", "share_A", "task_cores", "ffn_targets", "init"}
+        )
         problems: list[Problem] = [
             (("gate", field), message) for field, message in mixture_problems(gate, self.most_experts)
         ]

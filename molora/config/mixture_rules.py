@@ -18,7 +18,7 @@ def combination_problems(
     """What is wrong between a gate and how the experts are combined.
 
     Args:
-        settings: combine, always_on, share_A, ffn_targets and init of the adapter.
+        settings: combine, always_on, share_A, task_cores, ffn_targets and init of the adapter.
         gate: the gate's long fields.
         names: the experts'.
     """
@@ -42,6 +42,13 @@ def combination_problems(
     yield from _always_on(settings["always_on"], names)
     if settings["ffn_targets"]:
         yield from _feed_forward(gate)
+    if settings["task_cores"] and not (settings["share_A"] and gate["scope"] == "task"):
+        yield (
+            ("task_cores",),
+            "stand between a shared A and the experts of a task: they need share_A and scope: task.",
+        )
+    if settings["task_cores"] and settings["ffn_targets"]:
+        yield ("task_cores",), "do not go with ffn_targets."
     if settings["share_A"] and settings["init"] == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
 

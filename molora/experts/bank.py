@@ -53,10 +53,12 @@ class ExpertBank(nn.Module):
         dropout: float = 0.0,
         *,
         share_A: bool = False,
+        cores: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self._replaced = 0
         self.share_A = share_A
+        self.cores: Any = cores  # TaskCores between A and B, where tasks have them
         self.dropout_p = dropout
         self.dropout = nn.Dropout(dropout)
         self.assign(experts, frozen)
@@ -107,16 +109,25 @@ class ExpertBank(nn.Module):
         """Every expert's factors, in expert order."""
         return [self.expert(i) for i in range(self.num_experts)]
 
+    def at_task(self, shares: Tensor | None) -> list[Expert]:
+        """`experts` with the core of one sample's tasks (1, task) multiplied into A."""
+        if self.cores is None or shares is None:
+            return self.experts()
+        core = self.cores.matrices(shares)[0]
+        return [e._replace(A=core.to(e.A.dtype) @ e.A) for e in self.experts()]
+
     def apply_freeze(self) -> None:
         """Frozen stacks stay frozen, whatever marked the adapter as trainable."""
         for parameter in (self.frozen_A, self.frozen_B):
             if parameter is not None:
                 parameter.requires_grad_(False)
+        if self.cores is not None:
+            self.cores.apply_freeze()
 
-    def delta(self, weights: Sequence[float] | Tensor) -> Tensor:
-        """Weight update (d_out, d_in) of a static mixture, in float32 or better."""
+    def delta(self, weights: Sequence[float] | Tensor, shares: Tensor | None = None) -> Tensor:
+        """Weight update (d_out, d_in) of a static mixture, at a task (1, task) where it has cores; float32 or better."""
         total = None
-        for weight, expert in zip(weights, self.experts(), strict=True):
+        for weight, expert in zip(weights, self.at_task(shares), strict=True):
             compute = torch.promote_types(expert.A.dtype, torch.float32)
             part = weight * expert._replace(A=expert.A.to(compute), B=expert.B.to(compute)).delta()
             total = part if total is None else total + part

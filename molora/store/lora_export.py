@@ -28,7 +28,7 @@ from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import experts_at
-from molora.tuner.static import static_weights
+from molora.tuner.static import static_shares, static_weights
 from molora.tuner.targets import pattern_value
 
 
@@ -135,10 +135,11 @@ def _part(
     site = layer.sites[adapter]
     weights = static_weights(config, layer, adapter, task, chosen)
     names = ["plain"] if site.plain else experts_at(config, site.key)
+    experts = bank.at_task(static_shares(layer, adapter, task))
     if site.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
         mixed = as_one(bank, weights)
         return _Part(mixed.A, mixed.B, 1.0, mixed.rank)
-    used = [(n, w, e) for n, w, e in zip(names, weights[0].tolist(), bank.experts(), strict=True) if w]
+    used = [(n, w, e) for n, w, e in zip(names, weights[0].tolist(), experts, strict=True) if w]
     if not used:  # an expert that is not in this layer
         like = bank.expert(0)
         return _Part(like.A[:1] * 0, like.B[:, :1] * 0, 1.0, 1)

@@ -13,6 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from molora.config import StageConfig, TrainConfig
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
+from molora.experts.cores import TaskCores
 from molora.gates.scores import GateRows
 
 ROLES = ("experts_A", "experts_B", "gates", "heads")
@@ -22,7 +23,7 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable parameter under exactly one of ROLES.
 
     Roles follow the module that owns a parameter, not its name: `experts_A` and `experts_B` are an
-    ExpertBank's factors (plain LoRA targets are banks of one), `gates` are GateRows, and everything else
+    ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A), `gates` are GateRows, and everything else
     that trains (`modules_to_save`) is a head.
     """
     roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
@@ -38,6 +39,8 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
 def _role(owner: nn.Module, name: str) -> str:
     if isinstance(owner, ExpertBank):
         return "experts_B" if name == "lora_B" else "experts_A"
+    if isinstance(owner, TaskCores):
+        return "experts_A"
     return "gates" if isinstance(owner, GateRows) else "heads"
 
 

@@ -15,8 +15,8 @@ from molora.config.names import check_name
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.inputs import GateRecord
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.routed import GateRecord
 from molora.tuner.views import GateView
 
 GateLoss = Callable[[GateView, Mapping[str, Any]], Tensor]

@@ -63,6 +63,7 @@ class MoLoraConfig(PeftConfig):
         always_on: `{expert: weight}` of experts that the gate does not decide over; "rest" means 1 minus the
             largest weight it gave.
         share_A: all experts of a layer have one A (HydraLoRA).
+        task_cores: each task has a matrix (rank, rank) of its own between the shared A and the experts (MTL-LoRA).
         ffn_targets: suffixes or a regex of the linears of a whole feed-forward block: experts are mixed after the
             block's last linear, over whole non-linear feed-forwards (MixLoRA). Targets all the same.
         aux_losses: `{name: coefficient}`, or `{name: {"coefficient": c, ...settings}}`.
@@ -100,6 +101,7 @@ class MoLoraConfig(PeftConfig):
     combine: str = "outputs"
     always_on: dict[str, Any] = field(default_factory=dict)
     share_A: bool = False
+    task_cores: bool = False
     ffn_targets: list[str] | str | None = None
     aux_losses: dict[str, Any] = field(default_factory=dict)
     add_aux_to_loss: bool = True

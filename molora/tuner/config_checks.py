@@ -32,7 +32,8 @@ def normalise(config: MoLoraConfig) -> None:
     _names(config)
     _tasks(config)
     settings = {
-        name: getattr(config, name) for name in ("combine", "always_on", "share_A", "ffn_targets", "init")
+        name: getattr(config, name)
+        for name in ("combine", "always_on", "share_A", "task_cores", "ffn_targets", "init")
     }
     gate = asdict(config.gate)
     _refuse(combination_problems(settings, gate, config.expert_names or []))

@@ -21,7 +21,7 @@ from torch import Tensor
 from molora.context import base_only, spread
 from molora.errors import ConfigError, RoutingError
 from molora.experts.kernel import expand, shrink
-from molora.tuner.inputs import experts_of, routing_of
+from molora.tuner.routed import experts_of, routing_of
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer

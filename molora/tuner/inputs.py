@@ -2,47 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from molora.context import RoutingState, base_only, spread
-from molora.errors import RoutingError
+from molora.context import TaskIds, base_only, spread
 from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
-from molora.gates.gate import Gate, Routing
-from molora.gates.route import decided, experts_in_use, route
+from molora.gates.gate import Gate
+from molora.gates.route import decided
 from molora.gates.scores import GateRows
-from molora.task_map import TaskMap
+from molora.tuner.routed import experts_of, recorded, task_map_of
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
 
 _PLAIN = "plain"  # the slot of ordinary LoRAs, whose weight is 1
-_READ_X = ("similarity",)  # losses that look at what the gate read
-
-
-@dataclass
-class GateRecord:
-    """What one gate decided in one forward; kept only while losses or statistics need it."""
-
-    routing: Routing
-    lead: tuple[int, ...]  # (batch, seq) of the layer's input
-    mask: Tensor | None  # (tokens,) true where a token counts
-    response: Tensor | None  # (tokens,) true where a token counts and has a label
-    task_ids: Tensor | None  # (tokens,)
-    task_map: TaskMap  # the layer's
-    top_k: int  # the gate's
-    x: Tensor | None = None  # (*lead, d_in) the layer's input without its graph, where a loss needs it
-
-    @property
-    def gated(self) -> tuple[int, ...] | None:
-        """The experts its columns stand for, where some are always on and not among them."""
-        return self.task_map.gated if self.routing.gated is not None else None
 
 
 @dataclass
@@ -137,7 +115,7 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     task_map = task_map_of(layer, adapter)
     operands = _operands(plan, experts, x)
     routed = decided(task_map, state, experts, alone_is_one=config.gate.alone_is_one)
-    h, products = _shrink(plan, x, operands, routed=routed)
+    h, products = _shrink(plan, x, operands, routed=routed, shares=_shares(plan, state.tasks.get(adapter), x))
     weights = _weights(layer, plan, adapter, x, experts, products)
     by_site = None
     if operands.joint is None:
@@ -150,36 +128,13 @@ def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
     return Projection(x, dict(zip(plan.keys, columns, strict=True)), by_site, operands)
 
 
-def task_map_of(layer: MoLoraLayer, adapter: str) -> TaskMap:
-    """The tasks and experts of one layer."""
-    return layer.context.adapters[adapter].map_at(layer.sites[adapter].names)
-
-
-def experts_of(layer: MoLoraLayer, adapter: str) -> tuple[int, ...] | None:
-    """The experts of a layer that this call is limited to; None: any of them."""
-    state, gate = layer.context.state, layer.context.adapters[adapter].config.gate
-    tasks = state.tasks.get(adapter)
-    return experts_in_use(task_map_of(layer, adapter), tasks, state, scope=gate.scope, learned=gate.learned)
-
-
-def routing_of(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
-    """The routing of one layer by itself, recorded where somebody looks."""
-    plan = layer.sites[adapter].inputs.plan(layer, adapter, alone=True)
-    return _recorded(layer, plan, plan.keys[0], adapter, x, experts, None)
-
-
-def sample_routing(layer: MoLoraLayer, adapter: str, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
-    """The routing of a mixture of factors: rows are samples (or one for all), those for the base only zero."""
-    routing = routing_of(layer, adapter, x, experts)
-    tasks = layer.context.state.tasks.get(adapter)
-    if tasks is not None and tasks.single is None and tasks.has_base:
-        if tasks.ids.dim() != 1:
-            raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
-        asked = base_only(tasks.ids.to(x.device)).repeat_interleave(routing.splits, dim=0)
-        if len(routing.weights) == routing.splits:  # one mixture for all: now it is not
-            routing = replace(routing, weights=routing.weights.repeat(len(tasks.ids), 1))
-        routing = replace(routing, weights=routing.weights * asked)
-    return routing
+def _shares(plan: Plan, tasks: TaskIds | None, x: Tensor) -> Tensor | None:
+    """Each sample's share of each task, (sample, task), where some members have a core for each task."""
+    if tasks is None or all(bank.cores is None for bank in plan.banks):
+        return None
+    size = next(bank.cores.num_experts for bank in plan.banks if bank.cores is not None)
+    shares = tasks.shares(size, x.device)
+    return shares if len(shares) == 1 else shares.repeat_interleave(x.shape[0] // len(shares), dim=0)
 
 
 def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
@@ -248,7 +203,7 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _shrink(
-    plan: Plan, x: Tensor, operands: Operands, *, routed: bool
+    plan: Plan, x: Tensor, operands: Operands, *, routed: bool, shares: Tensor | None
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
     A = operands.A
@@ -261,7 +216,12 @@ def _shrink(
     else:
         h, products = shrink(x, A, blocks)
     if operands.tiles is not None:  # one A for all experts: its product stands once for each
-        parts = h.split([columns for columns, _ in operands.tiles], dim=-1)
+        parts = list(h.split([columns for columns, _ in operands.tiles], dim=-1))
+        if shares is not None:
+            parts = [
+                p if bank.cores is None else bank.cores(p, shares)
+                for p, bank in zip(parts, plan.banks, strict=True)
+            ]
         h = torch.cat([p.repeat(1, n) for p, (_, n) in zip(parts, operands.tiles, strict=True)], dim=-1)
     if products is None:
         return h, {}
@@ -288,116 +248,10 @@ def _weights(
         if slot == _PLAIN:
             found[slot] = task_map_of(layer, adapter).row((1.0,), x)
         elif slot not in found:
-            routing = _recorded(layer, plan, key, adapter, x, experts, products.get(slot))
+            routing = recorded(layer, plan, key, adapter, x, experts, products.get(slot))
             # Comparing sizes would fix those of an exported model: not where rows are tokens anyway.
             found[slot] = routing.weights if by_token else spread(routing.weights, x.shape[:-1])
     if tasks is not None and tasks.single is None and tasks.has_base:
         asked = base_only(tasks.expand(x.shape[:-1]).to(x.device))
         return {slot: weights * asked for slot, weights in found.items()}
     return found
-
-
-def _recorded(
-    layer: MoLoraLayer,
-    plan: Plan,
-    key: str,
-    adapter: str,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
-) -> Routing:
-    """The routing of the site `key`, noted where it owns the gate and somebody looks."""
-    context, slot = layer.context, plan.slots[plan.keys.index(key)]
-    leader, state = plan.leaders[slot], context.state
-    routing = _routing(leader, plan, adapter, x, experts, products)
-    if state.recording and slot == key:
-        lead, stream, tasks = x.shape[:-1], plan.stream, state.tasks.get(adapter)
-        wanted = any(name in context.adapters[adapter].aux_losses for name in _READ_X)
-        leader.records[adapter] = GateRecord(
-            routing,
-            tuple(lead),
-            state.mask(stream, lead),
-            state.response(stream, lead),
-            None if tasks is None else tasks.expand(lead),
-            task_map_of(leader, adapter),
-            getattr(plan.gates[slot], "top_k", 1),
-            x.detach() if wanted else None,
-        )
-    return routing
-
-
-def _routing(
-    leader: MoLoraLayer,
-    plan: Plan,
-    adapter: str,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
-) -> Routing:
-    """The leader's routing of x, or what it was where this plan's layers only follow.
-
-    That of a gate that reads nothing of the layer is computed once per forward and shape.
-    """
-    site, context = leader.sites[adapter], leader.context
-    state, slot = context.state, site.key
-    if site.pools and state.kept is not None and state.experts is None:
-        return _of_prompt(state, adapter, slot)
-    if site.reads_input and not site.spreads:
-        return _fresh(leader, plan, adapter, x, experts, products)
-    # One gate may serve encoder and decoder. `numel` would fix an exported size.
-    name, tokens = f"{adapter} {slot} {plan.stream}", math.prod(x.shape[:-1])
-    if site.spreads and slot not in plan.readers:
-        one = context.adapters[adapter].config.gate.alone_is_one
-        if not decided(task_map_of(leader, adapter), state, experts, alone_is_one=one):
-            return _followed(state.led, name, slot, tokens)
-    once = not site.reads_input and state.owner is not None
-    if once and name in state.routings and state.routings[name][1] == tokens:
-        return state.routings[name][0]
-    routing = _fresh(leader, plan, adapter, x, experts, products)
-    if once:
-        state.routings[name] = routing, tokens
-    if site.spreads:
-        state.led[name] = routing, tokens
-    return routing
-
-
-def _fresh(
-    leader: MoLoraLayer,
-    plan: Plan,
-    adapter: str,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
-) -> Routing:
-    site, state = leader.sites[adapter], leader.context.state
-    routing = route(
-        x, plan.gates[site.key], task_map_of(leader, adapter), state.tasks.get(adapter), state, experts,
-        products=products, stream=plan.stream, by_sample=site.factors,
-    )  # fmt: skip
-    if site.pools and state.keep is not None:
-        state.keep[f"{adapter} {site.key}"] = replace(routing, weights=routing.weights.detach())
-    return routing
-
-
-def _of_prompt(state: RoutingState, adapter: str, slot: str) -> Routing:
-    """What a gate of sequence scope decided on the prompt that this call continues."""
-    assert state.kept is not None
-    routing = state.kept.get(f"{adapter} {slot}")
-    if routing is None:
-        raise RoutingError(
-            f"the gate at {slot} decides on the prompt, but this cache was not filled by a call of this adapter.",
-            hint="start the generation with the adapter on, and keep one cache from the prompt on.",
-        )
-    return routing
-
-
-def _followed(led: Mapping[str, tuple[Routing, int]], name: str, key: str, tokens: int) -> Routing:
-    """What the gate at `key` decided earlier in this forward, for layers that do not read its input."""
-    routing, seen = led.get(name, (None, None))
-    if routing is None or seen != tokens:
-        what = "has not run yet" if routing is None else f"read {seen} tokens, not {tokens}"
-        raise RoutingError(
-            f"layers share the gate at {key}, which {what} in this forward.",
-            hint="use gate.share='group', or call the model as a whole.",
-        )
-    return routing

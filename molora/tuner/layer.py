@@ -19,7 +19,8 @@ from molora.experts.factors import add_mixed, mixed_delta
 from molora.experts.kernel import expand
 from molora.gates.gate import Gate
 from molora.task_map import BASE_ONLY
-from molora.tuner.inputs import GateRecord, InputGroup, experts_of, project, sample_routing
+from molora.tuner.inputs import InputGroup, project
+from molora.tuner.routed import GateRecord, experts_of, sample_routing
 
 _SAMPLED = 64  # tokens per layer whose expert outputs the contrastive loss compares
 
@@ -46,7 +47,7 @@ class MoLoraLayer(BaseTunerLayer):
     """Base of the adapted layers: holds each adapter's bank and gate, adds their output to the base's."""
 
     adapter_layer_names = ("molora_experts", "molora_gate")
-    other_param_names = ("sites", "records", "samples", "static_weights")
+    other_param_names = ("sites", "records", "samples", "static_weights", "static_shares")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
         self.base_layer = base_layer
@@ -57,6 +58,7 @@ class MoLoraLayer(BaseTunerLayer):
         self.records: dict[str, GateRecord] = {}
         self.samples: dict[str, tuple[Tensor, Tensor]] = {}  # (n, d_in) tokens and (n,) their experts
         self.static_weights: dict[str, Tensor] = {}  # (splits, expert), set by the model just before merging
+        self.static_shares: dict[str, Tensor | None] = {}  # (1, task), the same
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self._unmerged: list[Tensor] = []
@@ -164,7 +166,8 @@ class MoLoraLayer(BaseTunerLayer):
             weight = self.get_base_weight()
             bank, weights = self.molora_experts[adapter], self.static_weights[adapter]
             mixes = self.sites[adapter].factors
-            delta = mixed_delta(bank, weights) if mixes else bank.delta(weights[0].tolist())
+            shares = self.static_shares.get(adapter)
+            delta = mixed_delta(bank, weights) if mixes else bank.delta(weights[0].tolist(), shares)
             delta = (delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight.device)
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():

@@ -15,6 +15,7 @@ from molora.config.suggest import did_you_mean
 from molora.context import AdapterRouting, RoutingContext
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, mean_delta
+from molora.experts.cores import TaskCores
 from molora.experts.init import low_rank
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
@@ -86,11 +87,20 @@ def add_expert(
         if factors is not None:
             grown[-1] = factors(site.key, grown[-1])
         bank.assign(grown, frozen_at(config, site.key))
+        if bank.cores is not None:
+            _grow_cores(config, bank.cores)
         if adapter in layer.molora_gate:
             _grow_gate(config, layer.molora_gate[adapter], site.key, local)
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(model, context, adapter)
+
+
+def _grow_cores(config: MoLoraConfig, cores: TaskCores) -> None:
+    """The identity for each new task."""
+    weight, (parts, frozen) = cores.weight.detach(), task_blocks(config)
+    eye = torch.eye(int(weight.shape[1] ** 0.5), dtype=weight.dtype, device=weight.device).flatten()
+    cores.assign(torch.cat([weight, eye.expand(len(frozen) - len(weight), -1)]), parts, frozen)
 
 
 def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
@@ -310,6 +320,8 @@ def _reassign(
         kept = [i for i, name in enumerate(before[key]) if name in now]
         experts = bank.experts()
         bank.assign([experts[i] for i in kept], frozen_at(config, key))
+        if bank.cores is not None:
+            bank.cores.assign(bank.cores.weight.detach(), *task_blocks(config))
         if adapter in layer.molora_gate:
             _shrink_gate(config, layer.molora_gate[adapter], key, kept)
 

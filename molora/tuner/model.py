@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.context import AdapterRouting, RoutingContext, RoutingRequest
 from molora.errors import ConfigError, RoutingError
 from molora.experts.bank import ExpertBank
+from molora.experts.cores import TaskCores
 from molora.store.fingerprint import base_fingerprint, compare
 from molora.store.tensors import check_state_dict, digest
 from molora.tuner import hooks, lifecycle, specs
@@ -23,8 +24,8 @@ from molora.tuner.config import MoLoraConfig
 from molora.tuner.feed_forward import check_feed_forwards
 from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
-from molora.tuner.placement import experts_at, frozen_at, names_at, stretch_lists
-from molora.tuner.static import static_weights
+from molora.tuner.placement import experts_at, frozen_at, names_at, stretch_lists, task_blocks
+from molora.tuner.static import static_shares, static_weights
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
 
@@ -87,8 +88,10 @@ class MoLoraModel(BaseTuner):
             names = experts_at(config, current_key)
             experts = specs.new_experts(config, names, current_key, layer.get_base_layer())
             frozen = frozen_at(config, current_key)
-        shared = config.share_A and not site.plain
-        bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared)
+        shared, cores = config.share_A and not site.plain, None
+        if config.task_cores and not site.plain:
+            cores = TaskCores.identity(experts[0].rank, *task_blocks(config))
+        bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared, cores=cores)
         gate = None
         if not site.plain and site.group[0] is layer and config.gate.learned:
             gate = specs.new_gate(config, current_key, _features(layer)[0])
@@ -274,9 +277,11 @@ class MoLoraModel(BaseTuner):
                         task,
                         expert_weights,
                     )
+                    layer.static_shares[adapter] = static_shares(layer, adapter, task)
         yield
         for layer in layers:
             layer.static_weights.clear()
+            layer.static_shares.clear()
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)

@@ -59,6 +59,26 @@ def static_weights(
     return weights
 
 
+def static_shares(layer: MoLoraLayer, adapter: str, task: str | None) -> Tensor | None:
+    """A task's share of each task (1, task), where the layer has a core for each of them.
+
+    Raises:
+        ConfigError: it has, and no task is named.
+    """
+    cores = layer.molora_experts[adapter].cores
+    if cores is None:
+        return None
+    task_map = layer.context.adapters[adapter].task_map
+    if task is None and len(task_map.ids) == 1:
+        task = next(iter(task_map.ids))
+    if task is None:
+        raise ConfigError(
+            f"each task has a core of its own; name one: task=... Tasks: {', '.join(task_map.ids)}."
+        )
+    ids = torch.arange(cores.num_experts)
+    return (ids == task_map.resolve(task)).float().unsqueeze(0)
+
+
 def _decided(
     config: MoLoraConfig, layer: MoLoraLayer, adapter: str, task: str | None, names: Sequence[str]
 ) -> Tensor:

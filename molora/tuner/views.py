@@ -11,7 +11,7 @@ from torch import Tensor
 
 from molora.context import spread
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.inputs import GateRecord
+from molora.tuner.routed import GateRecord
 
 
 class GateView:

@@ -63,4 +63,15 @@ def mhr() -> dict[str, Any]:
     return {**settings, "gate": {**settings["gate"], "splits": 4}}
 
 
-METHODS = (moelora, mocle, poly, mhr)
+def mtl_lora() -> dict[str, Any]:
+    """MTL-LoRA: one A, a small matrix per task, several B mixed per task. Yang et al., arXiv:2410.09437.
+
+    `y = W x + (alpha/r) Σ_e softmax(w_task / 0.1)_e B_e Λ_task A x`, Λ the identity at first; 3 B's, r=8, alpha=16, one
+    table per linear. Task ids are required; per task the mixture merges exactly. The table starts at N(0, 0.02²)
+    (uniform in the release); rank and alpha are ours where the paper varies them.
+    """
+    gate = {"kind": "task_table", "temperature": 0.1, "share": "linear"}
+    return {"num_experts": 3, "r": 8, "lora_alpha": 16, "share_A": True, "task_cores": True, "gate": gate}
+
+
+METHODS = (moelora, mocle, poly, mhr, mtl_lora)
