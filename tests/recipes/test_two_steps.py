@@ -124,9 +124,7 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     assert isinstance(config, RunConfig)
     # What the recipe is about is what is trained; only the folders are this test's.
     same = {"from_loras"}
-    assert config.adapter.model_dump(exclude=same) == original.adapter.model_dump(
-        exclude=same
-    )
+    assert config.adapter.model_dump(exclude=same) == original.adapter.model_dump(exclude=same)
     assert config.data.tasks.keys() == original.data.tasks.keys()
 
     run = train(recipe)
