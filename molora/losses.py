@@ -94,7 +94,7 @@ def localized(
     Reference: LoRAMoE, arXiv:2312.09979, with two task types and halves of the experts; here a sample's mean instead
     of its sum, so that length does not matter.
     """
-    lean = torch.where(own, 1 + alpha, 1 - alpha).to(weights.dtype)
+    lean = 1 + alpha * (2 * own.to(weights.dtype) - 1)
     kept = weights.new_ones(len(weights)) if mask is None else mask.to(weights.dtype)
     total = weights.new_zeros(batch, weights.shape[-1])
     total = total.index_add(0, samples, weights * lean * kept.unsqueeze(-1))
@@ -124,7 +124,7 @@ def mutual_information(probs: Tensor, mask: Tensor | None = None, free_bits: flo
     if experts == 1:
         return probs.sum() * 0
     safe = probs.clamp_min(_tiny(probs))
-    together = torch.special.entr(masked_mean(safe, mask)).sum()
+    together = torch.special.entr(masked_mean(safe, mask).clamp_min(_tiny(probs))).sum()
     single = masked_mean(torch.special.entr(safe).sum(dim=-1), mask)
     bits = math.log(experts) if free_bits is None else free_bits
     lost = (bits - (together - single)).relu() / math.log(experts)
