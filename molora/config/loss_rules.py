@@ -88,7 +88,7 @@ def fit_problems(
                 (name,),
                 "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm.",
             )
-        elif name in BY_TASK and tasks and not _differ(tasks, num_experts):
+        elif name in BY_TASK and (num_experts == 1 or (tasks and not _differ(tasks, num_experts))):
             yield (name,), "goes by each task's own experts; give `tasks` whose experts differ."
 
 

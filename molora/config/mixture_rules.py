@@ -41,7 +41,7 @@ def combination_problems(
         yield ("gate", "splits"), "acts only with combine: factors."
     yield from _always_on(settings["always_on"], names)
     if settings["ffn_targets"]:
-        yield from _feed_forward(gate)
+        yield from _feed_forward(gate, settings["always_on"])
     if settings["task_cores"] and not (settings["share_A"] and gate["scope"] == "task"):
         yield (
             ("task_cores",),
@@ -69,7 +69,13 @@ def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
         yield ("always_on",), "leaves the gate no expert to decide over."
 
 
-def _feed_forward(gate: Mapping[str, Any]) -> Iterator[Problem]:
+def _feed_forward(gate: Mapping[str, Any], always_on: Mapping[str, Any]) -> Iterator[Problem]:
+    for name, weight in always_on.items():
+        if isinstance(weight, (int, float)) and weight < 0:
+            yield (
+                ("always_on", name),
+                f"{weight} does not go with ffn_targets, whose experts are averaged; it must not be negative.",
+            )
     if not sums_to_one(gate):
         yield (
             ("gate", "renorm"),

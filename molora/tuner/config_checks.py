@@ -104,7 +104,7 @@ def _gate(config: MoLoraConfig) -> None:
         raise ConfigError(f"gate.{field_name}={getattr(gate, field_name)!r}: {message}")
     gate.renorm = gate.renorm or gate.default_renorm()
     if gate.select == "threshold" and gate.threshold is None:  # a number: it stays when experts are added
-        gate.threshold = 1 / config.num_experts
+        gate.threshold = 1 / max(2, config.num_experts)
 
 
 def _ranks(config: MoLoraConfig) -> None:

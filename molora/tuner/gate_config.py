@@ -40,7 +40,7 @@ class GateConfig:
         top_k: experts per token under `top_k`: a number, a list by block, or `{pattern: number}`.
         top_p: share of the probability that `top_p` and `entropy` keep.
         min_k: experts that `top_p` and `entropy` keep at least.
-        threshold: of `threshold`; None means 1 / num_experts of the config as first made.
+        threshold: of `threshold`; None means 1 / num_experts of the config as first made (1/2 for one expert).
         threshold_learned: the threshold is `sigmoid(w x + b)` times that.
         entropy_threshold: relative entropy above which `entropy` keeps all experts.
         entropy_index: Tsallis index of that entropy; 1 is Shannon's.
