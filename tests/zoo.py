@@ -213,6 +213,8 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "ffn-hard": {"ffn_targets": FEED_FORWARD, "gate": GateConfig(select="hard")},
     "ffn-task": {"ffn_targets": FEED_FORWARD, "gate": GateConfig(scope="task")},
     "balanced-top2": {"gate": GateConfig(top_k=2, balance_rate=0.01)},
+    "blend-top2": {"gate": GateConfig(top_k=2, blend="sequence")},
+    "blend-soft": {"gate": GateConfig(select="dense", score="mlp", blend="sequence", pool="last", share="block")},
     "layernorm-top1": {"gate": GateConfig(score="cosine", norm="layer", absolute=True, top_k=1, share="linear")},
     "identity-external": {
         "gate": GateConfig(scope="external", feature_dim=6, transform="identity", select="dense", share="linear"),

@@ -38,6 +38,7 @@ def _row(name: str) -> tuple[str, ...]:
     score = gate.score + (f" ({gate.norm})" if gate.score == "cosine" else "")
     score += " + bias" if gate.bias else ""
     score = f"absolute {score}" if gate.absolute else score
+    reads = gate.scope + (f" + {gate.blend}" if gate.blend != "none" else "")
     select = f"{gate.transform}, {gate.select}"
     select += {"top_k": f" {gate.top_k}", "top_p": f" {gate.top_p}"}.get(gate.select, "")
     select += f", renorm {gate.renorm}" if gate.renorm not in (None, "none") else ""
@@ -50,7 +51,7 @@ def _row(name: str) -> tuple[str, ...]:
     )
     combined += ", starts subtracted" if adapter.init == "svd_segments" else ""
     return (
-        f"`{name}`", gate.scope, gate.share, score, select, f"{adapter.num_experts} x r={adapter.r}", _where(adapter),
+        f"`{name}`", reads, gate.share, score, select, f"{adapter.num_experts} x r={adapter.r}", _where(adapter),
         combined, ", ".join(adapter.aux_losses) or "none",
     )  # fmt: skip
 

@@ -32,6 +32,8 @@ class GateSection(Section):
 
     scope: Literal["token", "sequence", "task", "external", "two_pass", "constant"] = "token"
     pool: Literal["mean", "last", "first"] = "mean"
+    blend: Literal["none", "sequence"] = "none"
+    blend_spread: NonNegative = 2.0
     feature_dim: PositiveInt | None = None
     share: str = "group"
     score: str = "linear"  # one of GATE_CHOICES, or a registered one

@@ -102,7 +102,7 @@ def _numbers(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "top_k", "must be at least 1 everywhere: a number, a list by block, or a map of name patterns."
     if gate["temperature"] <= 0:
         yield "temperature", "must be positive."
-    for name in ("noise_std", "init_std", "balance_rate"):
+    for name in ("noise_std", "init_std", "balance_rate", "blend_spread"):
         if gate[name] < 0:
             yield name, "must not be negative."
     if not 0 < gate["top_p"] <= 1:
@@ -130,6 +130,8 @@ def _scope(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "feature_dim", "is needed with scope: external: the width of the features you will give."
     if gate["feature_dim"] is not None and scope not in ("external", "two_pass"):
         yield "feature_dim", "acts only with scope: external."
+    if gate["blend"] != "none" and (scope != "token" or gate["transform"] != "softmax"):
+        yield "blend", "mixes the probabilities of two gates: it needs scope: token and transform: softmax."
     if gate["splits"] > 1 and gate["score"] != "table":
         yield "splits", "needs score: table: every split has weights of its own for a task."
 

@@ -21,14 +21,15 @@ GATE_KINDS: dict[str, dict[str, object]] = {
 
 _COMMON = ("share", "temperature", "noise", "noise_std", "init_std")
 _READING = (*_COMMON, "score", "bias", "hidden", "norm", "absolute")
+_BLENDING = ("blend", "blend_spread", "pool")
 _CHOOSING = ("transform", "select", "top_k", "top_p", "min_k", "threshold", "renorm", "balance_rate")
 
 # What a user may set beside `kind`; everything else is decided by the kind.
 GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
-    "soft": _READING,
-    "top_k": (*_READING, "top_k", "renorm", "balance_rate"),
-    "top_p": (*_READING, "top_p", "min_k", "renorm"),
-    "threshold": (*_READING, "threshold", "threshold_learned", "renorm"),
+    "soft": (*_READING, *_BLENDING),
+    "top_k": (*_READING, *_BLENDING, "top_k", "renorm", "balance_rate"),
+    "top_p": (*_READING, *_BLENDING, "top_p", "min_k", "renorm"),
+    "threshold": (*_READING, *_BLENDING, "threshold", "threshold_learned", "renorm"),
     "sequence": (*_READING, *_CHOOSING, "pool"),
     "task": ("share",),
     "task_table": (*_COMMON, *_CHOOSING, "splits"),
@@ -42,6 +43,7 @@ GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
 GATE_CHOICES: dict[str, tuple[str, ...]] = {
     "scope": ("token", "sequence", "task", "external", "two_pass", "constant"),
     "pool": ("mean", "last", "first"),
+    "blend": ("none", "sequence"),
     "score": ("linear", "mlp", "cosine", "table", "embedding", "none"),
     "norm": ("unit", "layer"),
     "transform": ("softmax", "sigmoid", "identity"),

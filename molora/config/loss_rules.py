@@ -81,6 +81,11 @@ def fit_problems(
             yield (name,), f"is meaningless on a constant gate: {_ONE_ANSWER[name]}."
         elif name == "z" and gate["score"] == "table":
             yield (name,), f"is meaningless on a table of logits: {_ONE_ANSWER[name]}."
+        elif name == "z" and gate["blend"] != "none":
+            yield (
+                (name,),
+                "is meaningless on blended gates: the logarithms of their probabilities have no size.",
+            )
         elif name == "load" and (gate["select"] != "top_k" or gate["noise"] != "gaussian"):
             yield (name,), "is smooth only through the noise: it needs select: top_k and noise: gaussian."
         elif name == "l1" and sums_to_one(gate):

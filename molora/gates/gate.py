@@ -59,6 +59,7 @@ class GateSettings(Protocol):
 
     scope: str
     pool: str
+    blend: str
     score: str
     norm: str
     absolute: bool
@@ -97,6 +98,8 @@ class Gate(nn.Module):
         bias: one number per expert.
         hidden: of score "mlp"; serves all experts, and is frozen once experts are. So is `threshold`, a learned one.
         tasks: one row per task id: its logits (score "table") or its vector ("embedding").
+        second: one row per expert of the gate that is blended in, which reads the pooled sequence.
+        blend: logit of the second gate's part, where there is one.
         custom: a registered score: (n, d_in) -> (n, expert).
         num_experts: how many there are.
     """
@@ -113,6 +116,8 @@ class Gate(nn.Module):
         hidden: nn.Linear | None = None,
         threshold: nn.Linear | None = None,
         tasks: GateRows | None = None,
+        second: GateRows | None = None,
+        blend: float = 0.0,
         custom: nn.Module | None = None,
         num_experts: int | None = None,
     ) -> None:
@@ -125,6 +130,8 @@ class Gate(nn.Module):
         self.hidden = hidden
         self.threshold = threshold
         self.tasks = tasks
+        self.second = second
+        self.blend = None if second is None else nn.Parameter(torch.tensor(float(blend)))
         self.custom = custom
         self.frozen_shared = False
         self.solo: int | None = None
@@ -136,7 +143,7 @@ class Gate(nn.Module):
     @property
     def grown(self) -> list[GateRows]:
         """Everything that has one row per expert."""
-        return [rows for rows in (self.rows, self.bias) if rows is not None]
+        return [rows for rows in (self.rows, self.bias, self.second) if rows is not None]
 
     @property
     def scores_x(self) -> bool:
@@ -151,6 +158,8 @@ class Gate(nn.Module):
             for part in (self.hidden, self.threshold, self.custom):
                 if part is not None:
                     part.requires_grad_(False)
+            if self.blend is not None:
+                self.blend.requires_grad_(False)
 
     def forward(
         self,
@@ -160,6 +169,7 @@ class Gate(nn.Module):
         experts: tuple[int, ...] | None = None,
         allowed: Tensor | None = None,
         balance: Tensor | None = None,
+        beside: Tensor | None = None,
     ) -> Routing:
         """Route what the gate reads.
 
@@ -171,6 +181,7 @@ class Gate(nn.Module):
             allowed: (tokens, expert) bool, the same per token over the columns of `experts`; rows must allow
                 at least one expert.
             balance: (expert,) the balance to choose by, where it is not the present one.
+            beside: (tokens, expert) or (1, expert) logits of the second gate, where one is blended in.
         """
         settings = self.settings
         if self.solo is not None:
@@ -189,10 +200,13 @@ class Gate(nn.Module):
             allowed = None if allowed is None else allowed.repeat_interleave(settings.splits, dim=0)
         if experts is not None and len(experts) < logits.shape[-1]:
             logits = logits[:, list(experts)]
+            beside = None if beside is None else beside[:, list(experts)]
         clean = None
         if settings.noise is not None and self.training:
             clean, logits = logits, self._noisy(logits)
         scores = logits if settings.temperature == 1.0 else logits / settings.temperature
+        if beside is not None:
+            logits = scores = self._blended(scores, beside / settings.temperature)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights = self._select(x, scores, experts, self.balance if balance is None else balance)
@@ -255,6 +269,14 @@ class Gate(nn.Module):
             rows = torch.linalg.vector_norm(self.rows.weight, dim=-1, dtype=products.dtype)
             products = products / (lengths * rows).clamp_min(torch.finfo(products.dtype).tiny)
         return products
+
+    def _blended(self, own: Tensor, beside: Tensor) -> Tensor:
+        """Logarithms of the mixed probabilities of both gates: their softmax is the mixture again."""
+        assert self.blend is not None
+        part = F.logsigmoid(self.blend.to(own.dtype)), F.logsigmoid(-self.blend.to(own.dtype))
+        return torch.logaddexp(
+            own.log_softmax(dim=-1) + part[1], beside.to(own.dtype).log_softmax(dim=-1) + part[0]
+        )
 
     def _noisy(self, logits: Tensor) -> Tensor:
         noise, std = self.settings.noise, self.settings.noise_std

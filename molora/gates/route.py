@@ -57,6 +57,7 @@ def route(
     products: Tensor | None = None,
     stream: str = "decoder",
     by_sample: bool = False,
+    beside: Tensor | None = None,
 ) -> Routing:
     """Route an input x (..., d_in) among the `experts_in_use`. Rows are tokens, samples, or one for all.
 
@@ -70,6 +71,7 @@ def route(
         products: (tokens, expert) of x and the gate's rows, where they are known already.
         stream: whose tokens x holds.
         by_sample: give the weights of task ids one row per sample, not per token.
+        beside: (batch, expert) logits of the gate that is blended in.
     """
     if state.experts is not None:
         assert experts is not None
@@ -85,7 +87,8 @@ def route(
     own_only = state.by_task or gate.settings.scope == "task"
     if tasks is not None and experts is None and (own_only or task_map.isolated):
         allowed = _allowed(task_map, tasks, x.shape[:-1], read, own_only=own_only)
-    options = {"products": products, "balance": state.balances.get(id(gate))}
+    beside = None if beside is None else spread(beside, x.shape[:-1])
+    options = {"products": products, "balance": state.balances.get(id(gate)), "beside": beside}
     if task_map.always:
         return _with_always(gate, task_map, read, experts, allowed, options)
     return _gated(gate, read, experts, allowed, options)

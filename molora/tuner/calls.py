@@ -35,7 +35,8 @@ def read_inputs(
     labels = inputs.get("labels")
     if isinstance(labels, Tensor) and labels.dim() == 2:
         state.targets = labels != -100
-    scopes = {context.adapters[a].config.gate.scope for a in context.active}
+    gates = [context.adapters[a].config.gate for a in context.active]
+    scopes = {gate.scope for gate in gates} | {gate.blend for gate in gates}
     wanted = context.source is not None and "external" in scopes and "external" not in state.features
     if "sequence" not in scopes and not wanted:
         return

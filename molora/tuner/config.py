@@ -76,7 +76,8 @@ class MoLoraConfig(PeftConfig):
         init_gain: factor on A's initial standard deviation.
         The rest is kept by the expert verbs: task_ids, frozen_experts, frozen_extras (plain LoRAs and heads),
             free_rows (frozen experts whose gate rows learn), expert_specs, gate_blocks, isolated_experts,
-            next_task_id, experts_by_layer and first_experts (a num_experts that differs by layer); base_fingerprint
+            next_task_id, experts_by_layer and first_experts (a num_experts that differs by layer); depth
+            (the base's blocks) by wrapping; base_fingerprint
             and weights_sha256 by saving.
 
     Raises:
@@ -117,6 +118,7 @@ class MoLoraConfig(PeftConfig):
     gate_blocks: list[list[str]] | None = None
     experts_by_layer: list[int] | dict[str, int] | None = None
     first_experts: list[str] | None = None
+    depth: int = 0
     init: str = "kaiming"
     init_std: float = 0.02
     init_gain: float = 1.0

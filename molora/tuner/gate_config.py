@@ -20,6 +20,9 @@ class GateConfig:
             `task` (the id: hard, or learned with score table or embedding); `external` (features given with the
             call); `two_pass` (last hidden states of the base itself, run first); `constant` (nothing; learned).
         pool: of `sequence`: `mean`, `last` or `first` attended token.
+        blend: of scope token: `sequence` mixes in a second gate that reads the sequence, pooled; the probabilities are
+            `(1 - α)` times the token's and `α` times the sequence's, α one learned number per gate (HMoRA).
+        blend_spread: logits of α start evenly between minus this in the first block and plus this in the last.
         feature_dim: of `external`: width of the features.
         share: one gate per `linear`, per `group` of linears that read the same input, per `block` of the
             transformer (its first adapted linear's input decides for all), `global` (task, external, two_pass and
@@ -58,6 +61,8 @@ class GateConfig:
 
     scope: str = "token"
     pool: str = "mean"
+    blend: str = "none"
+    blend_spread: float = 2.0
     feature_dim: int | None = None
     share: str = "group"
     score: str = "linear"

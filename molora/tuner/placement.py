@@ -40,6 +40,7 @@ def stretch_lists(config: MoLoraConfig, model: nn.Module) -> None:
             return value
         return [entry for entry in value for _ in range(blocks // len(value))]
 
+    config.depth = blocks
     config.experts_by_layer = stretched(config.experts_by_layer)
     config.r, config.gate.top_k = stretched(config.r), stretched(config.gate.top_k)
 
@@ -67,6 +68,14 @@ def top_k_at(config: MoLoraConfig, key: str) -> int:
     """Experts per token in a layer, at most as many as it has."""
     smallest = 2  # the default of GateConfig, for layers that no pattern names
     return min(by_layer(config.gate.top_k, key, "gate.top_k", smallest), len(experts_at(config, key)))
+
+
+def blend_at(config: MoLoraConfig, key: str) -> float:
+    """Where the blend of a layer's gate starts: its logit rises from block to block; 0 outside of blocks."""
+    index, last = block_index(key), config.depth - 1
+    if index is None or last < 1:
+        return 0.0
+    return config.gate.blend_spread * float(2 * index / last - 1)
 
 
 def frozen_at(config: MoLoraConfig, key: str) -> list[bool]:

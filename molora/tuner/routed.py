@@ -11,7 +11,8 @@ from torch import Tensor
 
 from molora.context import RoutingState, base_only
 from molora.errors import RoutingError
-from molora.gates.gate import Routing
+from molora.gates.gate import Gate, Routing
+from molora.gates.pooling import pool
 from molora.gates.route import decided, experts_in_use, route
 from molora.task_map import TaskMap
 
@@ -146,13 +147,37 @@ def _fresh(
     products: Tensor | None,
 ) -> Routing:
     site, state = leader.sites[adapter], leader.context.state
+    beside = _beside(leader, adapter, x, plan.gates[site.key], plan.stream)
     routing = route(
         x, plan.gates[site.key], task_map_of(leader, adapter), state.tasks.get(adapter), state, experts,
-        products=products, stream=plan.stream, by_sample=site.factors,
+        products=products, stream=plan.stream, by_sample=site.factors, beside=beside,
     )  # fmt: skip
     if site.pools and state.keep is not None:
         state.keep[f"{adapter} {site.key}"] = replace(routing, weights=routing.weights.detach())
     return routing
+
+
+def _beside(leader: MoLoraLayer, adapter: str, x: Tensor, gate: Gate | None, stream: str) -> Tensor | None:
+    """Logits (batch, expert) of the gate that is blended in: of the sequence, or of the prompt that is continued."""
+    if gate is None or gate.second is None or leader.context.state.experts is not None:
+        return None
+    state, name = leader.context.state, f"{adapter} {leader.sites[adapter].key}"
+    if state.kept is not None:
+        logits = state.kept.get(name)
+        if logits is None:
+            raise _foreign_cache(leader.sites[adapter].key)
+        return logits
+    logits = gate.second.logits(pool(x, state.pooled(stream, x.shape[:-1]), gate.settings.pool))
+    if state.keep is not None:
+        state.keep[name] = logits.detach()
+    return logits
+
+
+def _foreign_cache(slot: str) -> RoutingError:
+    return RoutingError(
+        f"the gate at {slot} decides on the prompt, but this cache was not filled by a call of this adapter.",
+        hint="start the generation with the adapter on, and keep one cache from the prompt on.",
+    )
 
 
 def _of_prompt(state: RoutingState, adapter: str, slot: str) -> Routing:
@@ -160,10 +185,7 @@ def _of_prompt(state: RoutingState, adapter: str, slot: str) -> Routing:
     assert state.kept is not None
     routing = state.kept.get(f"{adapter} {slot}")
     if routing is None:
-        raise RoutingError(
-            f"the gate at {slot} decides on the prompt, but this cache was not filled by a call of this adapter.",
-            hint="start the generation with the adapter on, and keep one cache from the prompt on.",
-        )
+        raise _foreign_cache(slot)
     return routing
 
 

@@ -19,7 +19,15 @@ from molora.gates.registry import SCORES
 from molora.gates.scores import GateRows
 from molora.tuner.config import ExpertSpec, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.placement import blocks_at, by_layer, experts_at, frozen_rows_at, task_blocks, top_k_at
+from molora.tuner.placement import (
+    blend_at,
+    blocks_at,
+    by_layer,
+    experts_at,
+    frozen_rows_at,
+    task_blocks,
+    top_k_at,
+)
 from molora.tuner.targets import pattern_value
 
 
@@ -107,7 +115,7 @@ def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
         options["tasks"] = GateRows(torch.randn(len(task_frozen), width) * std, task_parts, task_frozen)
         if gate.score == "table":
             return Gate(gate, None, **options)
-    d_in = _reads(config, d_in)
+    d_in, blends = _reads(config, d_in), gate.blend == "sequence"
     if gate.score in SCORES:
         options["custom"] = SCORES[gate.score](d_in, experts)
     hidden = torch.nn.Linear(d_in, gate.hidden) if gate.score == "mlp" else None
@@ -119,6 +127,8 @@ def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
         bias=GateRows(torch.zeros(experts), blocks, frozen) if gate.bias else None,
         hidden=hidden,
         threshold=torch.nn.Linear(d_in, 1) if gate.threshold_learned else None,
+        second=GateRows(torch.randn(experts, d_in) * gate.init_std, blocks, frozen) if blends else None,
+        blend=blend_at(config, key) if blends else 0.0,
         **options,
     )
     made.frozen_shared = config.frozen_extras

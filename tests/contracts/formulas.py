@@ -96,6 +96,16 @@ def goat(gate, x, sample):
     return [*over_sum(only(probs, best(probs, 2))), *[torch.tensor(-1 / 8)] * 8]
 
 
+def hmora(gate, x, sample):
+    """(1 - α) of the token's probabilities, α of those by the mean of the prompt."""
+    inner = torch.clamp(gate.hidden_w @ x + gate.hidden_b, min=0)
+    token = softmax([row @ inner for row in gate.rows])
+    task = softmax([row @ sample.prompt for row in gate.second])
+    alpha = 1 / (1 + (-gate.blend).exp())
+    probs = [(1 - alpha) * a + alpha * b for a, b in zip(token, task, strict=True)]
+    return over_sum(only(probs, best(probs, 2)))
+
+
 def moelora(gate, x, sample):
     return softmax([row @ gate.tasks[sample.task] for row in gate.rows])
 
@@ -149,6 +159,7 @@ FORMULAS: dict[str, Callable[..., Any]] = {
     "molora": dense, "loramoe": dense, "hydralora": dense, "coin": dense,
     "mixlora": top_2_over_sum, "mola": top_2_over_sum, "moelora_contrastive": top_2_over_sum, "moral": top_2_over_sum,
     "mixlora_top_p": mixlora_top_p, "llava_mole": llava_mole, "adamole": adamole, "dynmole": dynmole, "goat": goat,
+    "hmora": hmora,
     "moelora": moelora, "mocle": mocle, "poly": poly, "mhr": poly, "mtl_lora": mtl_lora, "xlora": xlora,
     "arrow": arrow, "phatgoose": phatgoose, "lorahub": lorahub, "meteora": meteora,
 }  # fmt: skip
@@ -191,9 +202,12 @@ def read(module: Any) -> Any:
         plain=module.sites["default"].plain, gate=SimpleNamespace(),
     )  # fmt: skip
     if gate is not None:
-        for name in ("rows", "bias", "tasks"):
+        for name in ("rows", "bias", "tasks", "second"):
             part = getattr(gate, name)
             setattr(found.gate, name, None if part is None else part.weight)
+        found.gate.blend = gate.blend
+        if gate.hidden is not None:
+            found.gate.hidden_w, found.gate.hidden_b = gate.hidden.weight, gate.hidden.bias
         if gate.threshold is not None:
             found.gate.threshold_w, found.gate.threshold_b = gate.threshold.weight[0], gate.threshold.bias[0]
     return found
@@ -218,6 +232,7 @@ def reference_logits(model: Any, base: Any, name: str, batch: Any, tasks: list[i
             for row in range(len(x)):
                 for token in range(seq):
                     own, at = x[row, token], sample(row, token)
+                    at.prompt = sum(x[row]) / seq  # without targets, all of it
                     gate_reads = module.reads[row, token] if hasattr(module, "reads") else own
                     if layer.plain:
                         added = combined(layer, [own.new_ones(())], own, at)

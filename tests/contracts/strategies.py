@@ -48,7 +48,7 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
         "top_k": st.integers(1, 3), "top_p": st.floats(0.1, 1.0), "min_k": st.integers(1, 2), "bias": st.booleans(),
         "absolute": st.booleans(), "norm": st.sampled_from(GATE_CHOICES["norm"]), "splits": st.sampled_from([1, 2]),
         "balance_rate": st.sampled_from([0.0, 0.01]), "threshold_learned": st.booleans(),
-        "pool": st.sampled_from(GATE_CHOICES["pool"]), "entropy_threshold": st.floats(0.1, 1.0),
+        "blend": st.just("sequence"), "pool": st.sampled_from(GATE_CHOICES["pool"]), "entropy_threshold": st.floats(0.1, 1.0),
     }  # fmt: skip
     for name in draw(st.lists(st.sampled_from(sorted(extra)), unique=True, max_size=3)):
         gate[name] = draw(extra[name])

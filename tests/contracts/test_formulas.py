@@ -21,15 +21,16 @@ def test_is_the_formula(name):
     randomise(model, std=0.5)
     batch, inputs = batch_for("llama", seq=5), preset_inputs(model, name)
     learned = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    ids = {key: batch[key] for key in ("input_ids", "attention_mask")}
     direction = torch.randn(3, 5, 50, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
 
-    ids = list(model.peft_config["default"].task_ids or [])
-    tasks = [ids.index(task) for task in inputs.get("routing_task_ids", [])] or [0, 0, 0]
+    known = list(model.peft_config["default"].task_ids or [])
+    tasks = [known.index(task) for task in inputs.get("routing_task_ids", [])] or [0, 0, 0]
     features = inputs["routing_features"].double() if "routing_features" in inputs else None
     plain = base_model("llama").double()
     expected = reference_logits(model, plain, name, batch, tasks, features)
     wanted = torch.autograd.grad((expected * direction).sum(), list(learned.values()), allow_unused=True)
-    actual = model(**batch, **inputs).logits
+    actual = model(**ids, **inputs).logits
     found = torch.autograd.grad((actual * direction).sum(), list(learned.values()), allow_unused=True)
 
     assert (actual - base_model("llama").double()(**batch).logits).norm() > 0.1  # the experts do something

@@ -76,6 +76,47 @@ def test_I3_one_expert_forced_is_that_expert_merged(architecture, name):
 
 
 @architectures
+@pytest.mark.parametrize("name", [name for name in MIXTURES if not name.startswith("by-")])
+def test_I4_permuting_experts_with_their_rows_changes_nothing(architecture, name):
+    model, batch = mixture(architecture, name, dtype=torch.float64), batch_for(architecture)
+    expected, order = model(**batch, **given(name)).logits, [2, 0, 1]
+    names = model.peft_config["default"].expert_names
+    permuted = mixture(
+        architecture, name, dtype=torch.float64, expert_names=[names[i] for i in order],
+        tasks=model.peft_config["default"].tasks,
+    )  # fmt: skip
+    permuted.base_model.model.load_state_dict(
+        {k: v for k, v in model.base_model.model.state_dict().items() if "molora" not in k}, strict=False
+    )
+    for layer, other in zip(layers(model), layers(permuted), strict=True):
+        bank, twin = layer.molora_experts["default"], other.molora_experts["default"]
+        twin.assign([bank.expert(i) for i in order], [False] * 3)
+        if bank.cores is not None:
+            twin.cores.load_state_dict(bank.cores.state_dict())
+        if "default" not in layer.molora_gate:
+            continue
+        gate, its = layer.molora_gate["default"], other.molora_gate["default"]
+        its.load_state_dict(gate.state_dict())
+        for rows, others in zip(gate.grown, its.grown, strict=True):
+            others.set_weight(rows.weight.detach()[order])
+        if gate.tasks is not None:  # a row per task, columns of experts in each split
+            table = gate.tasks.weight.detach().unflatten(1, (-1, 3))[..., order].flatten(1)
+            its.tasks.set_weight(table)
+    assert_close(permuted(**batch, **given(name)).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("architecture", CAUSAL)
+@pytest.mark.parametrize("name", ["blend-top2", "blend-soft"])
+def test_I7_a_prefix_does_not_see_the_future(architecture, name):
+    model, batch = mixture(architecture, name), batch_for(architecture)
+    ids = batch["input_ids"]
+    prompt = torch.arange(7).expand(3, -1) < torch.tensor([[1], [2], [4]])
+    whole = model(input_ids=ids, routing_prompt_mask=prompt).logits[:, :4]
+    start = model(input_ids=ids[:, :4], routing_prompt_mask=prompt[:, :4]).logits
+    assert_close(start, whole, atol=2e-5, rtol=1e-4)
+
+
+@architectures
 @mixtures
 def test_I7_a_row_alone_is_the_row_in_a_batch(architecture, name):
     padding = None if architecture == "bert" else "right"

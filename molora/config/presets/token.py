@@ -195,7 +195,26 @@ def coin() -> dict[str, Any]:
     }  # fmt: skip
 
 
+def hmora() -> dict[str, Any]:
+    """HMoRA: a gate per token and a gate per task, mixed differently in every layer. Liao et al., ICLR 2025.
+
+    `p = (1 - α) p_token + α p_task`, α a learned number per gate that starts near 0 in the first block and near 1 in the
+    last (logits -2 to 2); top-2 over their sum; one gate for linears of the same input, an mlp of 32 for tokens;
+    8 experts, r=8, alpha=16 with rank-stabilised scaling, dropout 0.1; loss 0.01 on the mutual information of tokens
+    and experts (the paper is at OpenReview: lTkHiXeuDl). Deviations: the task gate reads the prompt's mean at its layer, where
+    theirs is a transformer encoder over the prompt's embeddings; both gates learn from one loss; weights are
+    probabilities over their sum (there the softmax of probabilities); B learns as fast as A.
+    """
+    gate = {
+        "kind": "top_k", "top_k": 2, "renorm": "sum", "score": "mlp", "hidden": 32, "blend": "sequence", "share": "group",
+    }  # fmt: skip
+    return {
+        "num_experts": 8, "r": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.1, "gate": gate,
+        "aux_losses": {"mutual_information": 0.01},
+    }  # fmt: skip
+
+
 METHODS = (
     lora, molora, mixlora, mixlora_top_p, mola, loramoe, hydralora, moelora_contrastive, llava_mole, moral, adamole,
-    dynmole, goat, coin,
+    dynmole, goat, hmora, coin,
 )  # fmt: skip
