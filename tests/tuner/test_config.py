@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 
 import molora
 from molora import ConfigError, GateConfig, MoLoraConfig
-from molora.config import AdapterConfig
 from molora.tuner.layer import MoLoraLayer
-from tests.zoo import base_model, batch_for, config_for, molora_model
+from tests.zoo import base_model, config_for, molora_model
 
 
 @pytest.mark.parametrize(
@@ -103,40 +101,3 @@ def test_presets_fill_a_config_and_take_overrides():
     assert molora.preset("mola", gate={"kind": "soft"}).gate.share == "group"  # another gate altogether
     with pytest.raises(ConfigError, match="Did you mean 'mola'"):
         molora.preset("molla")
-
-
-@pytest.mark.parametrize("name", molora.list_presets())
-def test_every_preset_trains_generates_and_reloads_bit_equal(name, tmp_path):
-    base = base_model("llama")
-    model = get_peft_model(base, molora.preset(name, task_type="CAUSAL_LM", target_modules="all-linear"))
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    batch = batch_for("llama")
-    for _ in range(3):
-        model.train()
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base_model("llama"), tmp_path).eval()
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
-    assert model.generate(input_ids=batch["input_ids"], max_new_tokens=3).shape[1] == 10
-
-
-@pytest.mark.parametrize("name", molora.list_presets())
-def test_a_preset_means_the_same_in_a_recipe(name):
-    section = AdapterConfig.model_validate({"preset": name, "lora_alpha": 5})
-    config = molora.preset(name, lora_alpha=5)
-    for field in (
-        "num_experts",
-        "r",
-        "lora_alpha",
-        "lora_dropout",
-        "scaling",
-        "init",
-        "init_std",
-        "aux_losses",
-    ):
-        assert getattr(section, field) == getattr(config, field), field
-    theirs = MoLoraConfig(num_experts=section.num_experts, gate=section.gate.model_dump()).gate
-    assert theirs == config.gate
