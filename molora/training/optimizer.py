@@ -14,7 +14,7 @@ from molora.config import StageConfig, TrainConfig
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
 from molora.experts.cores import TaskCores
-from molora.gates.scores import GateRows
+from molora.gates.gate import Gate
 
 ROLES = ("experts_A", "experts_B", "gates", "heads")
 
@@ -23,16 +23,18 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable parameter under exactly one of ROLES.
 
     Roles follow the module that owns a parameter, not its name: `experts_A` and `experts_B` are an
-    ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A), `gates` are GateRows, and everything else
-    that trains (`modules_to_save`) is a head.
+    ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A), `gates` is all that a Gate
+    holds, and everything else that trains (`modules_to_save`) is a head.
     """
     roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     seen: set[int] = set()
+    inside = {id(module) for gate in model.modules() if isinstance(gate, Gate) for module in gate.modules()}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                roles[_role(module, name)].append(parameter)
+                role = "gates" if id(module) in inside else _role(module, name)
+                roles[role].append(parameter)
     return roles
 
 
@@ -41,7 +43,7 @@ def _role(owner: nn.Module, name: str) -> str:
         return "experts_B" if name == "lora_B" else "experts_A"
     if isinstance(owner, TaskCores):
         return "experts_A"
-    return "gates" if isinstance(owner, GateRows) else "heads"
+    return "heads"
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:

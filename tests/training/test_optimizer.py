@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 import torch
 
+from molora import GateConfig
 from molora.config import StageConfig, TrainConfig
 from molora.errors import ConfigError
+from molora.gates.gate import Gate
 from molora.training.optimizer import (
     SCHEDULES,
     build_optimizer,
     build_scheduler,
     lr_factor,
     parameter_groups,
+    parameters_by_role,
     trained_parts,
     warmup_steps,
 )
@@ -127,3 +130,12 @@ def test_stages_follow_one_another_and_the_last_goes_on() -> None:
     seen = [sorted(trained_parts(stages, step)) for step in range(7)]
     assert seen == [["experts"]] * 3 + [["gates"]] * 2 + [["heads"]] * 2
     assert trained_parts([], 5) == {"experts", "gates", "heads"}
+
+
+def test_everything_a_gate_holds_learns_at_the_gates_rate():
+    gate = GateConfig(score="mlp", bias=True, select="threshold", threshold_learned=True, blend="sequence")
+    model = molora_model("llama", gate)
+    roles = parameters_by_role(model)
+    assert not roles["heads"]
+    held = [p for m in model.modules() if isinstance(m, Gate) for p in m.parameters()]
+    assert {id(p) for p in roles["gates"]} == {id(p) for p in held}
