@@ -38,6 +38,7 @@ _PUBLIC = {
     "export_lora": "molora.store.lora_export",
     "load_run": "molora.store.runs",
     "train": "molora.training.train",
+    "train_sequence": "molora.continual.sequence",
     "evaluate": "molora.training.evaluate",
     "MoLoraError": "molora.errors",
     "ConfigError": "molora.errors",

@@ -73,6 +73,24 @@ def train(
 
 
 @app.command()
+def continual(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the recipe's latest run.")] = False,
+    resume_from: Annotated[
+        Path | None, typer.Option("--resume-from", metavar="RUN", help="Go on with this run.")
+    ] = None,
+) -> None:
+    """Train on tasks one after another and measure what is forgotten.
+
+    Example: molora continual recipes/continual_quickstart.yaml continual.strategy=o_lora
+    """
+    from molora.cli.continual import run
+
+    run(recipe, overrides or [], resume_from or resume)
+
+
+@app.command()
 def validate(
     recipe: RecipeFile,
     overrides: Overrides = None,

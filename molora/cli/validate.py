@@ -47,6 +47,7 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
     from molora.data.tasks import TaskSet
 
     tasks = TaskSet.from_config(data, task_type=config.base.task_type if config else None)
+    tasks = tasks.joined() if config and config.base.head == "match" else tasks
     sizes = ", ".join(f"{task.name} {len(task.train)}+{len(task.eval)}" for task in tasks)
     console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}", markup=False)
     if config is None:
@@ -57,7 +58,7 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
-    from molora.training.build import build_skeleton, load_tokenizer
+    from molora.training.build import build_skeleton, labels_of_tasks, load_tokenizer
     from molora.training.environment import quiet_libraries
 
     try:
@@ -74,7 +75,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     )
     _show_records(console, config, tasks, tokenizer)
     with quiet_libraries():
-        model = build_skeleton(config, tasks.ids, tasks.num_labels or None)
+        model = build_skeleton(config, tasks.ids, labels_of_tasks(config.base, tasks))
     tuner: Any = model.base_model
     console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers")
     _show_parameters(console, model)

@@ -43,7 +43,7 @@ class GateSection(Section):
     absolute: bool = False
     embedding_dim: PositiveInt = 64
     splits: PositiveInt = 1
-    transform: Literal["softmax", "sigmoid", "identity"] = "softmax"
+    transform: Literal["softmax", "sigmoid", "identity", "gain"] = "softmax"
     select: Literal["dense", "top_k", "top_p", "threshold", "entropy", "hard"] = "top_k"
     top_k: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = 2
     top_p: Positive = 0.8
@@ -58,6 +58,7 @@ class GateSection(Section):
     noise: Literal["gaussian", "jitter", "gumbel", "logistic"] | None = None
     noise_std: NonNegative = 1.0
     init_std: NonNegative = 0.02
+    start: float = 0.0
 
     @model_validator(mode="before")
     @classmethod

@@ -20,6 +20,9 @@ SCORES: dict[str, tuple[str, ...]] = {
 }
 """The scores that go with each scope. Scores that users register go with every scope that reads something."""
 
+UNNORMALISED = ("identity", "gain")
+"""Transforms that give no probabilities."""
+
 BY_SAMPLE = ("sequence", "task", "external", "constant")
 """Scopes whose weights are the same for all tokens of a sample."""
 
@@ -32,12 +35,12 @@ def is_hard_task(gate: Mapping[str, Any]) -> bool:
 def default_renorm(gate: Mapping[str, Any]) -> str:
     """What `renorm: None` stands for."""
     several = gate["select"] == "threshold" or (gate["select"] == "top_k" and gate["top_k"] != 1)
-    return "sum" if several and gate["transform"] != "identity" else "none"
+    return "sum" if several and gate["transform"] not in UNNORMALISED else "none"
 
 
 def sums_to_one(gate: Mapping[str, Any]) -> bool:
     """Whether a token's weights always sum to 1 (or 0, where nothing passes a threshold)."""
-    if gate["transform"] == "identity":
+    if gate["transform"] in UNNORMALISED:
         return is_hard_task(gate)
     renorm = gate["renorm"] or default_renorm(gate)
     return gate["select"] in ("dense", "hard") or renorm in ("sum", "softmax")
@@ -130,6 +133,8 @@ def _scope(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "feature_dim", "is needed with scope: external: the width of the features you will give."
     if gate["feature_dim"] is not None and scope not in ("external", "two_pass"):
         yield "feature_dim", "acts only with scope: external."
+    if gate["start"] and scope != "constant":
+        yield "start", "acts only with scope: constant."
     if gate["blend"] != "none" and (scope != "token" or gate["transform"] != "softmax"):
         yield "blend", "mixes the probabilities of two gates: it needs scope: token and transform: softmax."
     if gate["splits"] > 1 and gate["score"] != "table":
@@ -174,7 +179,7 @@ def _selection(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         yield "threshold_learned", "acts only with select: threshold."
     if gate["threshold_learned"] and gate["scope"] in ("task", "constant"):
         yield "threshold_learned", "is a function of what the gate reads; this gate reads nothing."
-    if gate["transform"] == "identity" and select in ("top_p", "threshold"):
+    if gate["transform"] in UNNORMALISED and select in ("top_p", "threshold"):
         yield "transform", f"select: {select} needs probabilities: transform: softmax or sigmoid."
     if select == "entropy" and gate["transform"] != "softmax":
         yield "transform", "select: entropy needs probabilities: transform: softmax."

@@ -36,7 +36,7 @@ GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
     "task_embedding": (*_COMMON, *_CHOOSING, "bias", "embedding_dim"),
     "external": (*_READING, *_CHOOSING, "feature_dim"),
     "two_pass": (*_READING, *_CHOOSING),
-    "constant": (*_COMMON, *_CHOOSING, "splits"),
+    "constant": (*_COMMON, *_CHOOSING, "splits", "start"),
 }
 
 # The values each long field may take, where it is a choice. `share` may be a regex with one group as well.
@@ -46,7 +46,7 @@ GATE_CHOICES: dict[str, tuple[str, ...]] = {
     "blend": ("none", "sequence"),
     "score": ("linear", "mlp", "cosine", "table", "embedding", "none"),
     "norm": ("unit", "layer"),
-    "transform": ("softmax", "sigmoid", "identity"),
+    "transform": ("softmax", "sigmoid", "identity", "gain"),
     "select": ("dense", "top_k", "top_p", "threshold", "entropy", "hard"),
     "renorm": ("none", "sum", "softmax"),
     "noise": ("gaussian", "jitter", "gumbel", "logistic"),

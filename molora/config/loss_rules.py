@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from molora.config.gate_rules import is_hard_task, sums_to_one
+from molora.config.gate_rules import UNNORMALISED, is_hard_task, sums_to_one
 from molora.config.kinds import AUX_LOSSES
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
@@ -75,8 +75,11 @@ def fit_problems(
             continue
         if is_hard_task(gate):
             yield (name,), "needs a gate that learns; a task gate without a score has nothing to learn."
-        elif name in _OF_PROBABILITIES and gate["transform"] == "identity":
-            yield (name,), "is of probabilities, and transform: identity gives none; use softmax or sigmoid."
+        elif name in _OF_PROBABILITIES and gate["transform"] in UNNORMALISED:
+            text = (
+                f"is of probabilities, and transform: {gate['transform']} gives none; use softmax or sigmoid."
+            )
+            yield (name,), text
         elif name in _ONE_ANSWER and constant:
             yield (name,), f"is meaningless on a constant gate: {_ONE_ANSWER[name]}."
         elif name == "z" and gate["score"] == "table":

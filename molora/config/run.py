@@ -7,6 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from molora.config.adapter import AdapterConfig
+from molora.config.continual import GATES as STRATEGY_GATES
+from molora.config.continual import ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
@@ -24,11 +26,18 @@ class BaseConfig(Section):
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     quantization: Literal["none", "int8", "nf4"] = "none"
     revision: str | None = None
+    head: Literal["own", "match"] = "own"
 
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
         return expand_shorthand(data, "model")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.head == "match" and self.task_type != "SEQ_CLS":
+            refuse([(("head",), "'match' (the nearest label text) goes with task_type: SEQ_CLS.")])
+        return self
 
 
 class EvalConfig(Section):
@@ -60,7 +69,23 @@ class RunConfig(Section):
     data: DataConfig
     train: TrainConfig
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    continual: ContinualConfig | None = None
     output: str = Field(default="runs", min_length=1)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _adapter_of_the_strategy(cls, data: Any) -> Any:
+        """Tasks one after another start with one expert, under the strategy's own gate unless the recipe has one."""
+        if not isinstance(data, dict) or not data.get("continual"):
+            return data
+        adapter = data.get("adapter") or {}
+        if not isinstance(adapter, dict) or "preset" in adapter:
+            return data
+        kind = strategy_kind(data["continual"])
+        if kind not in STRATEGIES:  # its own check reports it
+            return data
+        gate, experts = STRATEGY_GATES[kind], adapter.get("num_experts") or 1
+        return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
 
     @model_validator(mode="before")
     @classmethod
@@ -82,8 +107,40 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse([*self._task_problems(), *self._kind_problems(), *self._feature_problems()])
+        refuse(
+            [
+                *self._sequence_problems(),
+                *self._task_problems(),
+                *self._kind_problems(),
+                *self._feature_problems(),
+            ]
+        )
         return self
+
+    def _sequence_problems(self) -> list[Problem]:
+        if self.continual is None:
+            return []
+        problems: list[Problem] = []
+        order, known = self.continual.order, list(self.data.tasks)
+        if order is not None and sorted(order) != sorted(known):
+            problems.append(
+                (("continual", "order"), f"must name every task of data.tasks once: {', '.join(known)}.")
+            )
+        kind = self.continual.strategy.kind
+        if kind not in ONE_EXPERT and self.adapter.num_experts != 1:
+            text = f"strategy {kind} starts with one expert and adds one for each task; leave it out."
+            problems.append((("adapter", "num_experts"), text))
+        if self.adapter.tasks is not None:
+            problems.append((("adapter", "tasks"), "is the strategy's to say; leave it out."))
+        if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
+            text = "a head that is trained task by task forgets; use `match`, the nearest label text."
+            problems.append((("base", "head"), text))
+        for name, task in self.data.tasks.items():
+            if task.metric == "loss":
+                problems.append(
+                    (("data", "tasks", name, "metric"), "must be a share of right answers, not a loss.")
+                )
+        return problems
 
     def _feature_problems(self) -> list[Problem]:
         gate, features = self.adapter.gate, self.features
@@ -102,7 +159,11 @@ class RunConfig(Section):
     def _task_problems(self) -> list[Problem]:
         known, mapped = list(self.data.tasks), self.adapter.tasks
         if mapped is None:
-            if self.adapter.gate.score == "none" and len(known) > self.adapter.most_experts:
+            if (
+                self.continual is None
+                and self.adapter.gate.score == "none"
+                and len(known) > self.adapter.most_experts
+            ):
                 text = f"{len(known)} tasks but {self.adapter.most_experts} experts: a task gate gives each task its own."
                 return [
                     (

@@ -156,7 +156,9 @@ def _encode_classified(
     full = len(ids)
     if full > max_length:  # the tokenizer's own truncation keeps its special tokens
         ids = tokenizer(text, truncation=True, max_length=max_length)["input_ids"]
-    return Example(ids, label_index(task, record), len(ids), task.id, full - len(ids))
+    label = label_index(task, record)
+    label = task.classes[label] if task.classes else label
+    return Example(ids, label, len(ids), task.id, full - len(ids))
 
 
 def _encode_seq2seq(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from molora.config import DataConfig, TaskConfig
@@ -24,6 +24,7 @@ class Task:
     kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`;
     classification renders `text`, and `label` names the field with one of `labels` (or its index).
     task_type: what the base is; a classification on a language model learns to write the label's name.
+    classes: of each label, its place in a head that serves the labels of all tasks; empty: its own index.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Task:
     text: str = "{text}"
     label: str = "label"
     labels: tuple[str, ...] = ()
+    classes: tuple[int, ...] = ()
     weight: float = 1.0
     task_type: str = ""
 
@@ -160,6 +162,17 @@ class TaskSet:
     def ids(self) -> dict[str, int]:
         """Name -> id of the tasks here."""
         return {task.name: task.id for task in self.tasks}
+
+    @property
+    def label_texts(self) -> list[str]:
+        """Every label of any task once, in order of appearance."""
+        return list(dict.fromkeys(label for task in self.tasks for label in task.labels))
+
+    def joined(self) -> TaskSet:
+        """The same tasks over one head for all their labels: a label two tasks share is one class."""
+        place = {label: i for i, label in enumerate(self.label_texts)}
+        tasks = tuple(replace(task, classes=tuple(place[label] for label in task.labels)) for task in self)
+        return TaskSet(tasks, self.known_ids)
 
     @property
     def num_labels(self) -> int:

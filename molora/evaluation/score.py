@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
@@ -78,10 +79,17 @@ def _classified(
     right, loss = 0, 0.0
     for batch in _batches(model, tokenizer, examples, limits):
         labels = batch.pop("labels")
-        logits = model(**batch).logits[:, : len(task.labels)].float()
+        logits = only_classes(model(**batch).logits, task.classes or range(len(task.labels)))
         right += int((logits.argmax(dim=-1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return (loss if task.metric == "loss" else right) / len(examples)
+
+
+def only_classes(logits: Tensor, classes: Sequence[int]) -> Tensor:
+    """Logits (batch, class) in float32 with -inf for every class but these."""
+    kept = torch.full_like(logits, float("-inf"), dtype=torch.float32)
+    kept[:, list(classes)] = logits[:, list(classes)].float()
+    return kept
 
 
 def _token_loss(

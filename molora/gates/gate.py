@@ -11,6 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.config.gate_rules import UNNORMALISED
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
 from molora.gates.scores import GateRows
@@ -48,7 +49,7 @@ class Routing:
     @property
     def selected(self) -> Tensor:
         """Share (tokens, expert) of the token's slots given to each expert; rows sum to 1, no gradient."""
-        if self.dense and self.transform != "identity":
+        if self.dense and self.transform not in UNNORMALISED:
             return self.decided.detach()
         chosen = (self.decided.detach() != 0).to(self.weights.dtype)
         return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
@@ -77,6 +78,7 @@ class GateSettings(Protocol):
     temperature: float
     noise: str | None
     noise_std: float
+    start: float
 
     @property
     def alone_is_one(self) -> bool: ...

@@ -9,7 +9,9 @@ from torch import Tensor
 
 
 def probabilities(scores: Tensor, transform: str) -> Tensor:
-    """Scores to weights of all experts: "softmax", "sigmoid" (divided by its sum) or "identity".
+    """Scores to weights of all experts: "softmax", "sigmoid" (divided by its sum), "identity", or "gain".
+
+    Gain is `|2 sigmoid(4 score) - 1|` (GainLoRA, arXiv:2505.15424): 0 for a score of 0, near 1 for one of ±1.
 
     A score of -inf forbids an expert: its weight is 0.
     """
@@ -18,6 +20,8 @@ def probabilities(scores: Tensor, transform: str) -> Tensor:
     if transform == "sigmoid":
         gates = scores.sigmoid()
         return gates / gates.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
+    if transform == "gain":
+        return (2 * (4 * scores).sigmoid() - 1).abs().masked_fill(scores == float("-inf"), 0.0)
     return scores
 
 

@@ -10,6 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
 from molora.evaluation.routing import Matrix, RoutingSummary, advice
 
@@ -35,6 +36,19 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
         to.print(f"{name}: {_fact(value)}", markup=False)
     for note in report.notes:
         to.print(f"note: {note}", markup=False)
+
+
+def accuracy_table(matrix: AccuracyMatrix, title: str) -> Table:
+    """An accuracy matrix in percent: stages from top to bottom, tasks from left to right."""
+    table = _table(f"accuracy, {title}")
+    table.add_column("after")
+    for task in matrix.tasks:
+        table.add_column(task, justify="right")
+    stages = [*([("base", matrix.base)] if matrix.base else [])]
+    stages += zip(matrix.stage_names, matrix.rows, strict=True)
+    for name, row in stages:
+        table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in row))
+    return table
 
 
 def report_tables(report: Report) -> list[Table]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import safe_open
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
@@ -24,12 +25,14 @@ from transformers import (
 
 from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig
+from molora.data.tasks import TaskSet
 from molora.errors import AdapterError, ConfigError, MoLoraError
 from molora.store.adapter import load, read_config
 from molora.store.compose import compose
 from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
 from molora.training.features import load_features
+from molora.training.label_match import LabelMatcher, match_labels
 from molora.tuner.config import MoLoraConfig
 
 TINY = "molora/tiny"
@@ -41,24 +44,28 @@ _AUTO_CLASSES: dict[str, Any] = {
 }
 
 
-def load_base(
-    base: BaseConfig, num_labels: int | None = None
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+Labels = int | Sequence[str] | None
+"""What a SEQ_CLS head needs: how many classes, or their texts where the head matches texts."""
+
+
+def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model and its tokenizer, in eval mode, with a pad token.
 
     Args:
         base: the recipe's `base` section.
-        num_labels: classes of a SEQ_CLS head.
+        labels: classes of a SEQ_CLS head, or with `head: match` their texts.
 
     Raises:
         ConfigError: no such model, a model of another kind, or an extra that is not installed.
     """
-    settings = {"dtype": getattr(torch, base.dtype), **_quantization(base), **_head(base, num_labels)}
+    settings = {"dtype": getattr(torch, base.dtype), **_quantization(base), **_head(base, labels)}
     if "num_labels" in settings:
         settings["ignore_mismatched_sizes"] = True  # the head is trained anew
     tokenizer = load_tokenizer(base)
     with _explained(base):
-        model = _AUTO_CLASSES[base.task_type].from_pretrained(_source(base), **_options(base), **settings)
+        model = _auto_class(base).from_pretrained(_source(base), **_options(base), **settings)
+    if base.head == "match":
+        model = match_labels(model.eval(), tokenizer, _texts(labels))
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine
     _set_pad_token(model, tokenizer)
     if base.quantization == "nf4":
@@ -79,14 +86,16 @@ def load_tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def build_skeleton(config: RunConfig, task_ids: dict[str, int], num_labels: int | None = None) -> PeftModel:
+def build_skeleton(config: RunConfig, task_ids: dict[str, int], labels: Labels = None) -> PeftModel:
     """The model of a recipe without its weights: enough to check targets and count parameters."""
     with _explained(config.base):
         described = AutoConfig.from_pretrained(
-            _source(config.base), **_options(config.base), **_head(config.base, num_labels)
+            _source(config.base), **_options(config.base), **_head(config.base, labels)
         )
     with torch.device("meta"):
-        base = _AUTO_CLASSES[config.base.task_type].from_config(described)
+        base = _auto_class(config.base).from_config(described)
+        if config.base.head == "match":
+            base = LabelMatcher(base, torch.empty(len(_texts(labels)), described.hidden_size))
         return _mixture(base, config, task_ids)
 
 
@@ -98,8 +107,29 @@ def _options(base: BaseConfig) -> dict[str, Any]:
     return {"revision": base.revision, "trust_remote_code": False}
 
 
-def _head(base: BaseConfig, num_labels: int | None) -> dict[str, Any]:
-    return {"num_labels": num_labels} if base.task_type == "SEQ_CLS" and num_labels is not None else {}
+def _auto_class(base: BaseConfig) -> Any:
+    return AutoModel if base.head == "match" else _AUTO_CLASSES[base.task_type]
+
+
+def _head(base: BaseConfig, labels: Labels) -> dict[str, Any]:
+    return {"num_labels": labels} if base.task_type == "SEQ_CLS" and isinstance(labels, int) else {}
+
+
+def _texts(labels: Labels) -> Sequence[str]:
+    if labels is None or isinstance(labels, int):
+        raise ConfigError("base.head: match needs the texts of the labels.", hint="give every task `labels`.")
+    return labels
+
+
+def labels_of_tasks(base: BaseConfig, tasks: TaskSet) -> Labels:
+    """What the head of this base needs to know of these tasks."""
+    return tasks.label_texts if base.head == "match" else (tasks.num_labels or None)
+
+
+def tasks_of(config: RunConfig, known_ids: Mapping[str, int] | None = None) -> TaskSet:
+    """A recipe's tasks, over one head for all labels where the base has such a head."""
+    tasks = TaskSet.from_config(config.data, known_ids=known_ids, task_type=config.base.task_type)
+    return tasks.joined() if config.base.head == "match" else tasks
 
 
 @contextmanager
@@ -176,16 +206,16 @@ def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int])
 
 
 def build_model(
-    config: RunConfig, task_ids: dict[str, int], num_labels: int | None = None
+    config: RunConfig, task_ids: dict[str, int], labels: Labels = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
     """A new mixture on the recipe's base, ready to train.
 
     Args:
         config: the recipe.
         task_ids: ids of its tasks by name.
-        num_labels: classes of a SEQ_CLS head.
+        labels: see `labels_of_tasks`.
     """
-    base, tokenizer = load_base(config.base, num_labels)
+    base, tokenizer = load_base(config.base, labels)
     if getattr(base.config, "use_cache", False):
         base.config.use_cache = (
             False  # generate() asks for the cache itself; a training forward only pays for it
@@ -210,25 +240,29 @@ def load_trained(
     path = Path(path)
     if (path / "adapter_config.json").is_file():
         folder, config = path, None
-        base_config, num_labels = _base_of_adapter(path)
+        base_config, labels = _base_of_adapter(path)
     else:
         run = Run.find(path)
         folder, config = run.adapter, run.config
-        base_config, num_labels = config.base, num_labels_of(config)
-    base, tokenizer = load_base(base_config, num_labels)
+        base_config, labels = config.base, labels_of(config)
+    base, tokenizer = load_base(base_config, labels)
     model = load(base, folder, is_trainable=trainable)
     if config is not None:
         load_features(config, run.path, model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config
 
 
-def num_labels_of(config: RunConfig) -> int | None:
-    """Classes a SEQ_CLS head of this (resolved) recipe has: the largest label set of its tasks."""
+def labels_of(config: RunConfig) -> Labels:
+    """What the head of this (resolved) recipe needs: texts of all labels, or the size of the largest label set."""
+    if config.base.head == "match":
+        return list(
+            dict.fromkeys(label for task in config.data.tasks.values() for label in task.labels or ())
+        )
     sizes = [len(task.labels) for task in config.data.tasks.values() if task.labels]
     return max(sizes) if config.base.task_type == "SEQ_CLS" and sizes else None
 
 
-def _base_of_adapter(folder: Path) -> tuple[BaseConfig, int | None]:
+def _base_of_adapter(folder: Path) -> tuple[BaseConfig, Labels]:
     stored = read_config(folder)
     if not stored.base_model_name_or_path:
         raise AdapterError(

@@ -21,7 +21,7 @@ from molora.report.tables import routing_title
 from molora.store.adapter import read_config
 from molora.store.atomic import write_file
 from molora.store.runs import CONFIG_FILE, Run
-from molora.training.build import load_trained
+from molora.training.build import load_trained, tasks_of
 from molora.training.environment import describe_environment, quiet_libraries
 
 Source = str | os.PathLike[str] | Run
@@ -166,7 +166,7 @@ def _known_tasks(config: RunConfig, adapter: Path) -> TaskSet:
             hint="molora train --resume",
         )
     known = read_config(adapter).task_ids or {}
-    return TaskSet.from_config(config.data, known_ids=known, task_type=config.base.task_type)
+    return tasks_of(config, known_ids=known)
 
 
 def _folder(run: Run | None, whole: bool) -> Path | None:

@@ -21,9 +21,10 @@ from molora.evaluation.report import Score
 from molora.evaluation.runner import inference
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
-from molora.training.build import load_trained
+from molora.training.build import load_trained, tasks_of
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
+from molora.training.label_match import add_labels
 from molora.training.train import find_run, fit, with_labels
 from molora.training.trainer import check_device
 from molora.tuner.api import routing
@@ -62,8 +63,10 @@ def add_expert(
         old = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
-        tasks = TaskSet.from_config(config.data, known_ids=old.task_ids, task_type=config.base.task_type)
+        tasks = tasks_of(config, known_ids=old.task_ids)
         config = with_labels(config, tasks)
+        if config.base.head == "match":
+            add_labels(model, tokenizer, tasks.label_texts)
         target = find_run(config, resume)
         new = tasks[grow.task.name]
         known = [task for task in tasks if task is not new and len(task.eval)]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, Protocol
 
 import lightning as L
 import torch
@@ -18,17 +19,26 @@ from molora.training.optimizer import build_optimizer, build_scheduler, trained_
 from molora.training.sharded import average_gradients, shard_base
 
 
+class Companion(Protocol):
+    """What accompanies a training: terms of the loss, and a look at the model after every batch."""
+
+    def loss(self, model: Any) -> Mapping[str, Tensor]: ...
+
+    def after_step(self, model: Any) -> None: ...
+
+
 class MoLoraModule(L.LightningModule):
     """Trains the adapter of a PEFT model; its state dict is the adapter and nothing else.
 
     Batches are dicts of model inputs with `labels` and, where the gate or a loss needs them,
     `routing_task_ids`. The loss is `task loss + Σ coefficient · auxiliary loss`, averaged over the
-    accumulated batches.
+    accumulated batches. A companion, such as a continual strategy, adds terms of its own.
     """
 
-    def __init__(self, model: PeftModel, settings: TrainConfig) -> None:
+    def __init__(self, model: PeftModel, settings: TrainConfig, companion: Companion | None = None) -> None:
         super().__init__()
         self.model = model
+        self.companion = companion
         self.settings = settings
         self.meter = Meter()
         self._logged_step = 0
@@ -48,7 +58,17 @@ class MoLoraModule(L.LightningModule):
         aux = {f"aux/{name}": value for name, value in molora.aux_losses(self.model).items()}
         self.meter.add(loss=task_loss, **aux)
         self.meter.count_tokens(batch["attention_mask"].sum())
-        return (task_loss + molora.aux_loss(self.model)) * self._window_correction(batch_idx)
+        return (task_loss + molora.aux_loss(self.model) + self._companions()) * self._window_correction(
+            batch_idx
+        )
+
+    def _companions(self) -> Tensor | float:
+        """What the companion adds to the loss; noted under its names."""
+        if self.companion is None:
+            return 0.0
+        terms = self.companion.loss(self.model)
+        self.meter.add(**{f"continual/{name}": value for name, value in terms.items()})
+        return sum(terms.values(), start=torch.zeros((), device=self.device))
 
     def _window_correction(self, batch_idx: int) -> float:
         """Lightning divides by `accumulate_grad_batches`; an epoch's last window may hold fewer batches."""
@@ -116,6 +136,8 @@ class MoLoraModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report the means since the last report, every `log_every` optimiser steps."""
         step = self.global_step
+        if self.companion is not None:
+            self.companion.after_step(self.model)
         if step == self._logged_step or (step % self.settings.log_every and step != self.trainer.max_steps):
             return
         self._logged_step = step

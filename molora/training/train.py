@@ -21,12 +21,12 @@ from molora.report.plots import plot_loss
 from molora.store.adapter import save
 from molora.store.atomic import write_json
 from molora.store.runs import Run
-from molora.training.build import build_model, load_trained
+from molora.training.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.training.checkpoint import checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
 from molora.training.features import CLUSTERS_FILE, fit_features, load_features
-from molora.training.module import MoLoraModule
+from molora.training.module import Companion, MoLoraModule
 from molora.training.trainer import build_trainer, check_device, total_steps
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
@@ -66,12 +66,12 @@ def train(
     config = load_recipe(recipe, overrides)
     check_device(config.train)
     check_output(Path(config.output))
-    tasks = TaskSet.from_config(config.data, task_type=config.base.task_type)
+    tasks = tasks_of(config)
     config = with_labels(config, tasks)
     run = find_run(config, resume)
     prepare_process(config.seed)
     with quiet_libraries():
-        model, tokenizer = build_model(config, tasks.ids, tasks.num_labels or None)
+        model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
         return fit(config, model, tokenizer, tasks, run)
 
 
@@ -82,11 +82,13 @@ def fit(
     tasks: TaskSet,
     run: Run | None = None,
     conclude: Conclude | None = None,
+    companion: Companion | None = None,
 ) -> Run:
     """Train a model that is already built, in a new run folder or going on in `run`.
 
     All data are read and encoded before the folder is made, so bad data leave nothing behind. `conclude`
-    scores the trained model, in the first process, once the adapter is saved; default: `finish`.
+    scores the trained model, in the first process, once the adapter is saved; default: `finish`. `companion`: see
+    MoLoraModule.
     """
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
@@ -109,7 +111,7 @@ def fit(
         trainer = build_trainer(settings, folder, steps, resume_step=step, validation=validation)
         model.train()
         trainer.fit(
-            MoLoraModule(model, settings),
+            MoLoraModule(model, settings, companion),
             datamodule=data,
             ckpt_path=checkpoint,
             weights_only=True if checkpoint else None,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from molora.config.gate_rules import BY_SAMPLE, default_renorm, gate_problems, is_hard_task
+from molora.config.gate_rules import BY_SAMPLE, UNNORMALISED, default_renorm, gate_problems, is_hard_task
 from molora.config.kinds import GATE_KINDS
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
@@ -37,7 +37,8 @@ class GateConfig:
         embedding_dim: width of a task's vector.
         splits: of a table with combine="factors": inputs and outputs are cut into so many parts, each with
             weights of its own.
-        transform: `softmax`, `sigmoid` (divided by its sum), or `identity`.
+        transform: `softmax`, `sigmoid` (divided by its sum), `identity`, or `gain`: |2 sigmoid(4 score) - 1|, which is 0
+            where the score is (GainLoRA).
         select: `dense`; `top_k`; `top_p` (until they make up top_p); `threshold` (what is above it); `entropy`
             (top_p, or all experts where the gate is unsure); `hard` (the best one, weight 1, straight-through).
         top_k: experts per token under `top_k`: a number, a list by block, or `{pattern: number}`.
@@ -57,6 +58,7 @@ class GateConfig:
             multiplies what the gate reads by U(1 - noise_std, 1 + noise_std).
         noise_std: its strength.
         init_std: standard deviation of the initial rows.
+        start: what the numbers of a constant gate start at; 1 with transform `identity` adds experts up.
     """
 
     scope: str = "token"
@@ -87,6 +89,7 @@ class GateConfig:
     noise: str | None = None
     noise_std: float = 1.0
     init_std: float = 0.02
+    start: float = 0.0
 
     def __post_init__(self) -> None:
         if self.scope == "task" and self.score in ("linear", "none"):
@@ -110,7 +113,7 @@ class GateConfig:
     @property
     def alone_is_one(self) -> bool:
         """Whether one expert alone always has weight 1."""
-        return self.transform != "identity" and (self.select != "threshold" or self.renorm == "sum")
+        return self.transform not in UNNORMALISED and (self.select != "threshold" or self.renorm == "sum")
 
     def default_renorm(self) -> str:
         """What `renorm=None` stands for."""

@@ -107,7 +107,7 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
     """A row for the new expert (zero, or copied), and one for each new task of a gate that learns from tasks."""
     for rows in gate.grown:
         weight = rows.weight.detach()
-        row = weight[source] if source is not None else torch.zeros_like(weight[0])
+        row = weight[source] if source is not None else torch.full_like(weight[0], gate.settings.start)
         rows.assign(
             torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_rows_at(config, key)
         )

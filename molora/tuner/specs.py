@@ -106,7 +106,7 @@ def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
     if gate.scope == "constant":
         shape = (experts, gate.splits) if gate.splits > 1 else (experts,)
         # With one A for all, experts under equal weights would stay equal for ever.
-        weight = torch.randn(shape) * gate.init_std if config.share_A else torch.zeros(shape)
+        weight = gate.start + (torch.randn(shape) * gate.init_std if config.share_A else torch.zeros(shape))
         return Gate(gate, GateRows(weight, blocks, frozen), **options)
     if gate.scope == "task":
         width = experts * gate.splits if gate.score == "table" else gate.embedding_dim

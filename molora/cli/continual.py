@@ -1,0 +1,48 @@
+"""`molora continual`: tasks one after another, with the accuracy matrix at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+
+def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
+    """Train the sequence, print the matrices and say where they are."""
+    from molora.config import load_recipe
+
+    config = load_recipe(recipe, overrides)
+
+    from molora.continual.sequence import train_sequence
+    from molora.report.tables import console
+    from molora.store.manifest import read_json
+
+    done = train_sequence(config, resume=resume or None)
+    to = console()
+    _print(to, read_json(done.path / "matrix.json"))
+    to.print(f"run: {done.path}\nmatrix: {done.path / 'matrix.png'}", markup=False)
+
+
+def _print(to: Any, found: dict[str, Any]) -> None:
+    from molora.continual.tables import VIEWS
+    from molora.evaluation.continual import AccuracyMatrix
+    from molora.report.tables import accuracy_table
+
+    for view, plain in found["matrices"].items():
+        matrix = AccuracyMatrix.from_dict(plain)
+        to.print(accuracy_table(matrix, VIEWS[view]))
+        summary = matrix.summary()
+        to.print(
+            ", ".join(f"{name} {100 * v:.1f} %" for name, v in summary.items() if v is not None), markup=False
+        )
+    if found["task_inference"] is not None:
+        to.print(f"task named rightly: {100 * found['task_inference']:.1f} %", markup=False)
+    if found["overlap"]["mean"] is not None:
+        to.print(f"overlap of the experts' subspaces: {found['overlap']['mean']:.3f}", markup=False)
+    changed = [task for task, same in found["unchanged"].items() if not same]
+    to.print(
+        f"logits changed since, with task ids given: {', '.join(changed)}"
+        if changed
+        else "logits of every earlier task bit-equal with task ids given",
+        markup=False,
+    )

@@ -1,0 +1,87 @@
+"""Gated experts: each has a gate that is silent on the inputs of earlier tasks (after GainLoRA)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config.continual import StrategyConfig
+from molora.continual.inf_lora import in_eval_mode
+from molora.continual.strategy import Batches, Stage, Strategy
+from molora.continual.subspace import grown_basis, without
+from molora.gates.gate import Gate
+
+
+class Gated(Strategy):
+    """`y = W x + Σ_e |2σ(4 cos(k_e, z)) - 1| s B_e A_e x`, z the mean of the layer's inputs over the sample.
+
+    The key k of a new expert starts as the mean z of its task and is kept orthogonal to the directions that hold
+    `energy` of the old tasks' z, so the new expert stays silent there; old keys are frozen. No task id is needed.
+    Reference: GainLoRA, arXiv:2505.15424. Deviations: a key and a gate for each group of linears, z being what they
+    read, where theirs is one MLP of token embeddings for all.
+    """
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
+        self.bases: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_task(self, model: nn.Module, stage: Stage) -> None:
+        means = {key: (total / count) for key, (total, count, _) in read_by(model, stage.batches).items()}
+        for key, gate in gates(model):
+            assert gate.rows is not None
+            row = without(means[key].unsqueeze(0), self.bases.get(key))
+            gate.rows.blocks[-1].copy_(row)
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module) -> None:
+        for key, gate in gates(model):
+            if key in self.bases:
+                assert gate.rows is not None
+                newest = gate.rows.blocks[-1]
+                newest.copy_(without(newest, self.bases[key].to(newest)))
+
+    def after_task(self, model: nn.Module, stage: Stage) -> None:
+        for key, (_, _, covariance) in read_by(model, stage.batches).items():
+            self.bases[key] = grown_basis(
+                self.bases.get(key), covariance, self.settings.energy or 0.995
+            ).float().cpu()  # fmt: skip
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
+
+
+def gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:
+    """Every gate with its name in the model."""
+    for name, module in model.named_modules():
+        if isinstance(module, Gate):
+            yield name, module
+
+
+def read_by(model: nn.Module, batches: Batches) -> dict[str, tuple[Tensor, int, Tensor]]:
+    """What each gate reads over a pass: sum (d,), count and `Σ z zᵀ` (d, d), float64."""
+    found: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    def note(key: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            z = args[0].detach().double()
+            total, count, covariance = found.get(key, (0, 0, 0))
+            found[key] = total + z.sum(dim=0), count + len(z), covariance + z.t() @ z
+
+        return hook
+
+    hooks = [gate.register_forward_pre_hook(note(key)) for key, gate in gates(model)]
+    try:
+        with in_eval_mode(model):
+            for batch in batches():
+                model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

@@ -1,0 +1,90 @@
+"""InfLoRA: the new expert reads only directions that old tasks do not use, so it is silent on their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config.continual import StrategyConfig
+from molora.continual.strategy import Batches, Stage, Strategy, expert_layers
+from molora.continual.subspace import grown_basis, leading, residual
+
+
+class InfLoRA(Strategy):
+    """A of the new expert is designed and frozen, only B learns; experts add up.
+
+    Before a task: the covariance of each layer's inputs on its data, without the directions of old tasks, gives
+    A = its first r directions / √3. After it: the old directions grow until they hold a share of the new inputs' energy
+    that rises over the sequence from `energy` to `energy_end`. Reference: InfLoRA, CVPR 2024.
+    """
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
+        self.bases: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_task(self, model: nn.Module, stage: Stage) -> None:
+        seen = covariances(model, stage.batches)
+        for key, _, bank in expert_layers(model):
+            assert bank.lora_A is not None
+            (new,) = bank.trainable
+            rows = leading(residual(self.bases.get(key), seen[key]), bank.ranks[new]) / 3**0.5
+            bank.lora_A[0, : len(rows)].copy_(rows)
+            bank.lora_A.requires_grad_(False)
+
+    def after_task(self, model: nn.Module, stage: Stage) -> None:
+        start, end = self.settings.energy or 0.98, self.settings.energy_end or 1.0
+        energy = start + (end - start) * stage.index / max(1, len(stage.tasks))
+        for key, covariance in covariances(model, stage.batches).items():
+            self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
+
+
+def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
+    """`Σ x xᵀ` (d_in, d_in), float64, of every adapted linear's inputs over a pass, padding left out."""
+    found: dict[str, Tensor] = {}
+    mask: list[Tensor | None] = [None]
+
+    def note(key: str) -> Any:
+        def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0].detach()
+            kept = mask[0]
+            if kept is not None and x.dim() == 3 and kept.shape == x.shape[:2]:
+                x = x[kept]
+            x = x.reshape(-1, x.shape[-1]).double()
+            found[key] = found.get(key, 0) + x.t() @ x
+
+        return hook
+
+    hooks = [layer.register_forward_pre_hook(note(key)) for key, layer, _ in expert_layers(model)]  # type: ignore[attr-defined]
+    try:
+        with in_eval_mode(model):
+            for batch in batches():
+                mask[0] = batch["attention_mask"].bool()
+                model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+@contextmanager
+def in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Without dropout and gradients; training flags are restored."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module in training:
+            module.training = True

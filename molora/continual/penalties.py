@@ -1,0 +1,93 @@
+"""Strategies that add a term to the loss: O-LoRA, N-LoRA and ELLA. Experts add up; only the newest learns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from molora.continual.strategy import Stage, Strategy, expert_layers
+from molora.experts.bank import ExpertBank
+from molora.losses import orthogonal
+
+
+class OLoRA(Strategy):
+    """The new expert's subspace is kept orthogonal to those of all earlier ones.
+
+    `coefficient · Σ_layers |A_old A_newᵀ|` (norm l1, what the authors run) or its squares (what the paper prints), on `A`,
+    on `B` or on both; `l2 · Σ ‖p‖₂` over the new factors. Under a learned gate the coefficient is divided by the number
+    of old experts, so that it does not grow with the sequence. Reference: O-LoRA, arXiv:2310.14152; of the
+    published code the term is independent of gradient accumulation here, and A is what the code calls lora_A.
+    """
+
+    def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
+        settings, terms, sizes = self.settings, [], []
+        for _, layer, bank in expert_layers(model):
+            norm = settings.norm or "l1"
+            if bank.frozen_A is not None and bank.lora_A is not None:
+                learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"
+                share = 1 / len(bank.frozen) if learned else 1.0
+                terms += [share * orthogonal(new, old, norm) for new, old in self._rows(bank)]
+            sizes += [p.norm() for p in (bank.lora_A, bank.lora_B) if p is not None and p.requires_grad]
+        found = {}
+        if terms and settings.coefficient:
+            found["orthogonal"] = settings.coefficient * torch.stack(terms).sum()
+        if sizes and settings.l2:
+            found["l2"] = settings.l2 * torch.stack(sizes).sum()
+        return found
+
+    def _rows(self, bank: ExpertBank) -> list[tuple[Tensor, Tensor]]:
+        pairs = {"A": (bank.lora_A, bank.frozen_A), "B": (bank.lora_B, bank.frozen_B)}
+        factor = self.settings.factor or "A"
+        return [
+            (new.flatten(0, 1).float(), old.flatten(0, 1).float())
+            for name in (("A", "B") if factor == "both" else (factor,))
+            for new, old in [pairs[name]]
+            if new is not None and old is not None
+        ]
+
+
+class NLoRA(Strategy):
+    """The new expert's update is kept sparse, so that it seldom meets the old ones': `coefficient · Σ_layers ‖B A‖₁`.
+
+    The mean over the update's entries times the rank stands for the sum, so that the coefficient means the same at any
+    width: the published code takes the r·r product of the factors in the other order, whose sum is of that size.
+    Reference: N-LoRA, COLING 2025.
+    """
+
+    def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
+        terms = []
+        for _, _, bank in expert_layers(model):
+            for e in bank.trainable:
+                expert = bank.expert(e)
+                terms.append(expert.rank**2 * (expert.B.float() @ expert.A.float()).abs().mean())
+        return {"sparse": (self.settings.coefficient or 0.0) * torch.stack(terms).sum()} if terms else {}
+
+
+class Ella(Strategy):
+    """The new update is kept away from the entries that old updates use: `coefficient · Σ_layers ‖ΔW ⊙ W_past‖²`.
+
+    W_past is the sum of the frozen experts' updates. Reference: ELLA, arXiv:2601.02232; the coefficient, 5e6, is that
+    of a third party's scripts.
+    """
+
+    def __init__(self, settings: object) -> None:
+        super().__init__(settings)  # type: ignore[arg-type]
+        self._past: dict[str, Tensor] = {}
+
+    def before_task(self, model: nn.Module, stage: Stage) -> None:
+        self._past = {
+            key: torch.stack([bank.expert(e).delta().detach().float() for e in bank.frozen]).sum(dim=0)
+            for key, _, bank in expert_layers(model)
+            if bank.frozen
+        }
+
+    def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
+        terms = []
+        for key, _, bank in expert_layers(model):
+            if key not in self._past:
+                continue
+            past = self._past[key].to(bank.B.device)
+            terms += [(bank.expert(e).delta().float() * past).square().sum() for e in bank.trainable]
+        return {"ella": (self.settings.coefficient or 0.0) * torch.stack(terms).sum()} if terms else {}

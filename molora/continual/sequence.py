@@ -1,0 +1,253 @@
+"""The sequence runner: each task in turn is trained, then every task is scored; resumable between and inside tasks.
+
+A sequence is a run folder with one run folder per task in `stages/`. A stage is complete once its `row.json` is
+there, which is written last; what a stage needs of earlier ones it reads from their folders, so a resumed sequence
+does what an uninterrupted one would have done.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molora.config import RunConfig, load_recipe
+from molora.continual.answers import inputs_of
+from molora.continual.memory import Memory
+from molora.continual.registry import build_strategy
+from molora.continual.scoring import score_base, score_stage
+from molora.continual.strategy import Stage
+from molora.continual.tables import write_tables
+from molora.data.prompts import Example, encode
+from molora.data.tasks import Task, TaskSet
+from molora.errors import ConfigError
+from molora.store.adapter import load, save
+from molora.store.atomic import write_folder, write_json
+from molora.store.manifest import read_json
+from molora.store.runs import Run
+from molora.training.build import build_model, labels_of_tasks, load_base, tasks_of
+from molora.training.environment import prepare_process, quiet_libraries
+from molora.training.label_match import LabelMatcher
+from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
+from molora.training.trainer import check_device
+
+ROW_FILE = "row.json"
+SHARED = "shared"  # the expert's name where one serves all tasks
+PASS_RECORDS = (
+    2000  # of a task's training data that strategies and the router look at before and after training
+)
+
+
+def train_sequence(
+    recipe: Any, overrides: Sequence[str] = (), resume: bool | str | os.PathLike[str] | None = None
+) -> Run:
+    """Train on a recipe's tasks one after another and measure what is forgotten.
+
+    Args:
+        recipe: path of a YAML file with a `continual` section, the same as a mapping, or a RunConfig.
+        overrides: `section.key=value` texts applied on top.
+        resume: True continues the recipe's latest run, a path the run in that folder.
+
+    Returns:
+        The run: `matrix.json`, `matrix.csv` and `matrix.png`, `stages/NN-task` with a run folder each, and
+        `adapter`, that of the last stage.
+
+    Raises:
+        ConfigError, DataError: before anything is written. DivergedError, InterruptedRun: as `molora.train`.
+    """
+    config = load_recipe(recipe, overrides)
+    _check(config)
+    check_device(config.train)
+    check_output(Path(config.output))
+    tasks = tasks_of(config)
+    for task in tasks:
+        if not len(task.eval):
+            raise ConfigError(
+                f"data.tasks.{task.name}: has no held-out records, so nothing can be said of forgetting.",
+                hint="give it `eval` (files), `eval_split` or `eval_size`.",
+            )
+    config = with_labels(config, tasks)
+    run = find_run(config, resume)
+    _check_length(config, run)
+    with quiet_libraries():
+        run = start_run(config) if run is None else run
+        with run.lock():
+            return SequenceRun(config, tasks, run).play()
+
+
+def _check(config: RunConfig) -> None:
+    if config.continual is None:
+        raise ConfigError(
+            "the recipe has no `continual` section.",
+            hint="add `continual: {strategy: ...}`, or use `molora train`.",
+        )
+    if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
+        raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
+    if config.continual.router is not None:
+        from importlib.util import find_spec
+
+        if find_spec("sklearn") is None:
+            raise ConfigError(
+                "continual.router: prototypes need scikit-learn, which is not installed.",
+                hint="pip install 'molora[cluster]'",
+            )
+
+
+def _check_length(config: RunConfig, run: Run | None) -> None:
+    """The length of the tasks' training cannot change on resume: finished stages would have another."""
+    if run is None:
+        return
+    for name in ("max_steps", "epochs"):
+        old, new = getattr(run.config.train, name), getattr(config.train, name)
+        if old != new:
+            raise ConfigError(f"train.{name} is {new}, but {run.path} was started with {old}.")
+
+
+class SequenceRun:
+    """One sequence run: its tasks in order, its folder, its strategy and what is remembered."""
+
+    def __init__(self, config: RunConfig, tasks: TaskSet, run: Run) -> None:
+        assert config.continual is not None
+        self.config, self.settings, self.run = config, config.continual, run
+        order = self.settings.order or list(tasks.ids)
+        self.tasks = [tasks[name] for name in order]
+        self.known_ids = tasks.known_ids
+        self.all_tasks = tasks
+        self.strategy = build_strategy(self.settings.strategy)
+        self.memory = Memory(self.strategy, self.settings.router)
+
+    @property
+    def stages(self) -> list[Path]:
+        """The stages' folders."""
+        turns = [self.tasks[-1]] if self.joint else self.tasks
+        names = ["all"] if self.joint else [task.name for task in turns]
+        return [self.run.path / "stages" / f"{i + 1:02d}-{name}" for i, name in enumerate(names)]
+
+    @property
+    def joint(self) -> bool:
+        return self.settings.strategy.kind == "joint"
+
+    def play(self) -> Run:
+        """Every stage that is not complete, then the tables; returns the run."""
+        for index, folder in enumerate(self.stages):
+            if not (folder / ROW_FILE).is_file():
+                self._play_stage(index, folder)
+            write_tables(
+                self.run.path, self.tasks, [read_json(f / ROW_FILE) for f in self.stages[: index + 1]]
+            )
+        self._publish(self.stages[-1])
+        return self.run
+
+    def _play_stage(self, index: int, folder: Path) -> None:
+        seed = (self.config.seed + index) % 2**32
+        prepare_process(seed)
+        model, tokenizer = self._model(index)
+        turn = len(self.tasks) - 1 if self.joint else index
+        stage = Stage(turn, self.tasks, lambda: self._passes(model, tokenizer, turn), seed)
+        if index:
+            self.memory.load(self.stages[index - 1] / "memory", self.tasks)
+        prepare_process(seed)
+        self._admit(model, stage, index)
+        self.strategy.before_task(model, stage)
+        config = self._stage_config(seed)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(Run(folder), config)
+        trained = TaskSet(tuple(self.strategy.training_tasks(stage)), self.known_ids)
+
+        def conclude(done: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
+            self._conclude(done, model.eval(), tokenizer, stage)
+
+        fit(config, model, tokenizer, trained, Run(folder), conclude, self.strategy)
+
+    def _model(self, index: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
+        """The model as the stage before left it; before the first, a new one with the first task's expert."""
+        config, labels = self.config, labels_of_tasks(self.config.base, self.all_tasks)
+        if index:
+            base, tokenizer = load_base(config.base, labels)
+            if config.train.gradient_checkpointing:
+                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model = load(base, self.stages[index - 1] / "adapter", is_trainable=True)
+        else:
+            names = [task.name for task in self.tasks]
+            many = config.adapter.most_experts
+            shared = config.adapter.expert_names or (
+                [SHARED] if many == 1 else [f"{SHARED}_{i}" for i in range(many)]
+            )
+            section = config.adapter.model_dump(mode="json")
+            section["expert_names"] = shared if self.strategy.one_expert else names[:1]
+            section["tasks"] = (
+                dict.fromkeys(names, shared) if self.strategy.one_expert else {names[0]: names[:1]}
+            )
+            known = names if self.strategy.one_expert else names[:1]
+            plain = config.model_dump(mode="json")
+            plain["continual"], plain["adapter"] = None, section
+            plain["data"]["tasks"] = {name: plain["data"]["tasks"][name] for name in known}
+            ids = {name: self.known_ids[name] for name in known}
+            model, tokenizer = build_model(RunConfig.model_validate(plain), ids, labels)
+        device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
+        return model.to(device), tokenizer
+
+    def _admit(self, model: Any, stage: Stage, index: int) -> None:
+        """Give the stage's task its expert, and a classifier the classes that compete in its loss."""
+        if index and not self.strategy.one_expert:
+            model.add_expert(stage.task.name, tasks=[stage.task.name], freeze_others=True)
+        matcher = model.get_base_model()
+        if isinstance(matcher, LabelMatcher):
+            softmax = self.settings.softmax or self.strategy.softmax
+            used = {"own": [stage.task], "seen": stage.seen, "all": stage.tasks}[softmax]
+            matcher.classes = sorted({c for task in used for c in task.classes})
+
+    def _stage_config(self, seed: int) -> RunConfig:
+        """The recipe with the stage's seed; all tasks at once get as many steps as they get one by one."""
+        train, many = self.config.train, len(self.tasks) if self.joint else 1
+        if train.max_steps is not None:
+            train = train.model_copy(update={"max_steps": train.max_steps * many})
+        return self.config.model_copy(update={"seed": seed, "train": train, "continual": None})
+
+    def _passes(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, turn: int
+    ) -> Iterator[dict[str, Tensor]]:
+        """A pass over (the first records of) a task's training data, with its id where the gate wants one."""
+        task, size = self.tasks[turn], self.config.train.batch_size
+        examples = self._encoded(task, tokenizer)
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
+            batch = inputs_of(part, model, tokenizer)
+            if model.active_peft_config.gate.scope == "task":
+                batch["routing_task_ids"] = torch.full((len(part),), task.id)
+            yield batch
+
+    def _encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
+        first = list(task.train)[:PASS_RECORDS]
+        return [encode(task, record, tokenizer, self.config.data.max_length) for record in first]
+
+    def _conclude(self, done: Run, model: Any, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
+        """After training: what the strategy does, what must be remembered, every task's score; the row comes last."""
+        self.strategy.after_task(model, stage)
+        if self.strategy.changes_weights:
+            save(model, done.adapter)
+        learned = self.tasks if self.joint else [stage.task]
+        for task in learned:
+            self.memory.learn(model, tokenizer, task, self._encoded(task, tokenizer), stage.seed)
+        base_file = self.run.path / "base.json"
+        if not base_file.is_file():
+            write_json(base_file, score_base(self.config, model, tokenizer, self.tasks))
+        row = score_stage(self.config, model, tokenizer, stage, self.memory, read_json(base_file))
+        self.memory.save(done.path / "memory")
+        write_json(done.path / ROW_FILE, row)
+
+    def _publish(self, last: Path) -> None:
+        """The last stage's adapter as the run's own, so that every verb that takes a run takes this one."""
+        if self.run.adapter.is_dir():
+            return
+        with write_folder(self.run.adapter) as folder:
+            for file in (last / "adapter").iterdir():
+                if file.name != "MANIFEST.json":
+                    shutil.copy2(file, folder / file.name)

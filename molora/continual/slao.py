@@ -1,0 +1,50 @@
+"""SLAO: one LoRA; each task starts from an orthogonal basis of the last A, and is merged into what was before."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from molora.config.continual import StrategyConfig
+from molora.continual.strategy import Stage, Strategy, expert_layers
+
+
+class Slao(Strategy):
+    """Constant memory: after task t, `A = A_t` and `B = B_old + (B_t - B_old)/√t`; before it, A gets orthonormal rows.
+
+    Training starts from the merged B (the paper's text leaves the start open).
+    Reference: SLAO, arXiv:2512.23017.
+    """
+
+    changes_weights = True
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
+        self._merged: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def before_task(self, model: nn.Module, stage: Stage) -> None:
+        self._merged = {}
+        for key, _, bank in expert_layers(model):
+            assert bank.lora_A is not None and bank.lora_B is not None
+            self._merged[key] = bank.lora_B.detach().clone()
+            if stage.index:
+                for A in bank.lora_A:
+                    A.copy_(torch.linalg.qr(A.float().t()).Q.t())
+
+    @torch.no_grad()
+    def after_task(self, model: nn.Module, stage: Stage) -> None:
+        for key, _, bank in expert_layers(model):
+            assert bank.lora_B is not None
+            bank.lora_B.copy_(merged(self._merged[key].to(bank.lora_B), bank.lora_B, stage.index + 1))
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self._merged = {}
+
+
+def merged(old: Tensor, new: Tensor, count: int) -> Tensor:
+    """What B becomes after the `count`-th task."""
+    return old + (new - old) / count**0.5

@@ -1,0 +1,95 @@
+"""Strategy: what a way of learning tasks one after another does before, during and after each of them.
+
+The base class does nothing, which is `sequential` (with one expert for all tasks) and, with an expert per task,
+`inc_lora` and `independent`: those differ in who uses the experts, which is the gate's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from molora.config.continual import ONE_EXPERT, StrategyConfig
+from molora.data.tasks import Task
+from molora.experts.bank import ExpertBank
+from molora.tuner.layer import MoLoraLayer
+
+Batches = Callable[[], Iterator[dict[str, Tensor]]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One task's turn. `batches()` is a pass over its training data without labels, on the model's device."""
+
+    index: int
+    tasks: Sequence[Task]  # of the whole sequence, in order
+    batches: Batches = field(repr=False, default=lambda: iter(()))
+    seed: int = 0
+
+    @property
+    def task(self) -> Task:
+        return self.tasks[self.index]
+
+    @property
+    def seen(self) -> Sequence[Task]:
+        """The tasks up to this one."""
+        return self.tasks[: self.index + 1]
+
+
+class Strategy:
+    """The interface; every hook may be left out.
+
+    A strategy is told of the model only in its hooks, so that it can be kept apart from it on disk: `tensors` and
+    `plain` are all it knows after a task, `restore` brings that back.
+    """
+
+    softmax = "own"  # whose labels compete while a classifier trains: the task's own, all seen so far, or all
+    changes_weights = False  # whether after_task changes the adapter
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        self.settings = settings
+
+    @property
+    def one_expert(self) -> bool:
+        """Whether all tasks train the same experts; else each task adds one, and the others are frozen."""
+        return self.settings.kind in ONE_EXPERT
+
+    def training_tasks(self, stage: Stage) -> Sequence[Task]:
+        """What is trained on in this stage."""
+        return [stage.task]
+
+    def before_task(self, model: nn.Module, stage: Stage) -> None:
+        """Called with the task's expert in place, before the optimiser is built."""
+
+    def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
+        """Weighted terms to add to the training loss, by name."""
+        return {}
+
+    def after_step(self, model: nn.Module) -> None:
+        """Called after every optimiser step."""
+
+    def after_task(self, model: nn.Module, stage: Stage) -> None:
+        """Called with the trained model, before it is scored."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What must be remembered of the tasks so far, as tensors."""
+        return {}
+
+    def plain(self) -> dict[str, Any]:
+        """The same, as JSON types."""
+        return {}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Undo `tensors` and `plain`."""
+
+
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBank]]:
+    """Name, layer and bank of every adapted linear with experts, under the one active adapter."""
+    for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
+        for adapter in layer.active_adapters:
+            site = layer.sites.get(adapter)
+            if site is not None and not site.plain:
+                yield site.key, layer, layer.molora_experts[adapter]

@@ -1,0 +1,72 @@
+"""Subspaces of what layers read: streaming covariances, the span that holds most of their energy, overlaps. Pure maths."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def grown_basis(basis: Tensor | None, covariance: Tensor, energy: float) -> Tensor:
+    """The smallest extension of a basis that holds a share `energy` of a covariance's trace.
+
+    Args:
+        basis: (d, k) orthonormal columns, or None for none; they are kept as the first ones.
+        covariance: (d, d), the sum of x xᵀ.
+        energy: between 0 and 1.
+
+    Returns:
+        (d, k'), orthonormal, k' >= k.
+
+    Reference: the gradient projection memory that InfLoRA (CVPR 2024) uses, with energies of inputs (eigenvalues)
+    where its code squares them. Its dual form only changes what is stored.
+    """
+    covariance = covariance.double()
+    d = len(covariance)
+    old = covariance.new_zeros(d, 0) if basis is None else basis.double()
+    total = covariance.trace()
+    held = (old * (covariance @ old)).sum()
+    rest = residual(old, covariance)
+    values, vectors = torch.linalg.eigh(rest)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    reached = held + values.cumsum(0)
+    room = d - old.shape[1]
+    if held >= energy * total or room == 0:
+        return old
+    count = min(int((reached < energy * total - 1e-12 * total).sum()) + 1, room)
+    added = torch.linalg.qr(without(vectors[:, :count].t(), old).t()).Q
+    return torch.cat([old, added], dim=1)
+
+
+def residual(basis: Tensor | None, covariance: Tensor) -> Tensor:
+    """A covariance (d, d) without what lies in a basis (d, k): `P C P` with `P = I - M Mᵀ`."""
+    covariance = covariance.double()
+    if basis is None or basis.shape[1] == 0:
+        return covariance
+    M = basis.double()
+    left = covariance - M @ (M.t() @ covariance)
+    both = left - (left @ M) @ M.t()
+    return (both + both.t()) / 2
+
+
+def leading(covariance: Tensor, count: int) -> Tensor:
+    """The `count` directions (count, d) of most energy, orthonormal rows."""
+    vectors = torch.linalg.eigh(covariance.double()).eigenvectors
+    return vectors.flip(1)[:, :count].t().contiguous()
+
+
+def without(rows: Tensor, basis: Tensor | None) -> Tensor:
+    """Rows (n, d) without their part in the basis (d, k)."""
+    if basis is None or basis.shape[1] == 0:
+        return rows
+    M = basis.to(rows.dtype)
+    return rows - (rows @ M) @ M.t()
+
+
+def overlap(A: Tensor, B: Tensor) -> float:
+    """How much of the smaller row space lies in the other: mean squared cosine of principal angles, 0 to 1.
+
+    Args:
+        A, B: (rank, d); rows need not be orthogonal.
+    """
+    first, second = (torch.linalg.qr(rows.detach().double().t()).Q for rows in (A, B))
+    return float((first.t() @ second).square().sum() / min(first.shape[1], second.shape[1]))

@@ -1,0 +1,61 @@
+"""The matrices of a sequence as files: JSON, CSV and a picture, rewritten after every stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from molora.data.tasks import Task
+from molora.evaluation.continual import AccuracyMatrix
+from molora.evaluation.routing import Matrix
+from molora.report.plots import plot_heatmap
+from molora.store.atomic import write_file, write_json
+from molora.store.manifest import read_json
+
+VIEWS = {"shown": "task ids given", "hidden": "task ids hidden"}
+
+
+def matrices(
+    tasks: Sequence[str], base: Mapping[str, float], rows: Sequence[Mapping[str, Any]]
+) -> dict[str, AccuracyMatrix]:
+    """The accuracy matrix with task ids and, where anything was measured, the one without."""
+    found = {}
+    for view in VIEWS:
+        values = [[row[view].get(task) for task in tasks] for row in rows]
+        if any(value is not None for row in values for value in row):
+            start = [base.get(task) for task in tasks] if view == "shown" else []
+            found[view] = AccuracyMatrix(list(tasks), start, values, joint=bool(rows[0]["joint"]))
+    return found
+
+
+def write_tables(folder: Path, tasks: Sequence[Task], rows: Sequence[Mapping[str, Any]]) -> None:
+    """matrix.json with everything, matrix.csv and matrix.png for each view."""
+    names = [task.name for task in tasks]
+    found = matrices(names, read_json(folder / "base.json"), rows)
+    last = rows[-1]
+    plain = {
+        "matrices": {view: matrix.to_dict() for view, matrix in found.items()},
+        "inferred": last["inferred"],
+        "task_inference": sum(last["inferred"].values()) / len(last["inferred"])
+        if last["inferred"]
+        else None,
+        "unchanged": last["unchanged"],
+        "overlap": last["overlap"],
+    }
+    write_json(folder / "matrix.json", plain)
+    for view, matrix in found.items():
+        name = "matrix" if view == "shown" else f"matrix_{view}"
+        write_file(folder / f"{name}.csv", matrix.to_csv().encode())
+        draw(matrix, folder / f"{name}.png", VIEWS[view])
+
+
+def draw(matrix: AccuracyMatrix, out: Path, view: str) -> Path:
+    """The matrix as coloured cells: tasks from left to right, stages from top to bottom."""
+    stages = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.stage_names]
+    values = [
+        [0.0 if v is None else v for v in row]
+        for row in [*([matrix.base] if matrix.base else []), *matrix.rows]
+    ]
+    shown = Matrix(stages, list(matrix.tasks), values)
+    return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="stage")

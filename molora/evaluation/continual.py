@@ -1,0 +1,121 @@
+"""The accuracy matrix of tasks learned one after another, and what it says: average accuracy, forgetting, transfer.
+
+`a[i, j]` is the accuracy on task j after the i-th task was learned, i = 0 is the base before any. Of T tasks.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+
+@dataclass
+class AccuracyMatrix:
+    """Rows are stages (the base, then after each task), columns tasks in the order they are learned.
+
+    base: accuracies of the base alone, None where they were not measured.
+    rows: one per task learned so far; None in a row: not measured, as for a task that is still unknown.
+    joint: all tasks were learned at once, so there is one row, and nothing to forget.
+    """
+
+    tasks: list[str]
+    base: list[float | None] = field(default_factory=list)
+    rows: list[list[float | None]] = field(default_factory=list)
+    joint: bool = False
+
+    @property
+    def stage_names(self) -> list[str]:
+        """What was learned in each stage."""
+        return ["all tasks"] if self.joint else self.tasks[: len(self.rows)]
+
+    @property
+    def complete(self) -> bool:
+        """Whether all tasks have been learned."""
+        return self.joint or len(self.rows) == len(self.tasks)
+
+    def average_accuracy(self) -> float:
+        """AA: mean accuracy on the tasks seen, after the last stage."""
+        seen = len(self.tasks) if self.joint else len(self.rows)
+        return fmean(self._known(self.rows[-1][:seen]))
+
+    def learning_accuracy(self) -> float:
+        """LA: mean accuracy on each task right after it was learned, `mean a[i, i]`."""
+        return fmean(self._known([row[i] for i, row in enumerate(self.rows)]))
+
+    def forgetting(self) -> float:
+        """Mean over old tasks of the best accuracy they ever had before the last stage minus the last; 0 for one task."""
+        last = len(self.rows) - 1
+        drops = [
+            max(self._known([row[j] for row in self.rows[j:last]])) - self._at(last, j) for j in range(last)
+        ]
+        return fmean(drops) if drops else 0.0
+
+    def backward_transfer(self, over_all: bool = False) -> float:
+        """BWT: sum of `a[T, i] - a[i, i]` over old tasks, divided by T - 1 (SLAO) or with `over_all` by T (SAPT)."""
+        last = len(self.rows) - 1
+        if last == 0:
+            return 0.0
+        changes = [self._at(last, j) - self._at(j, j) for j in range(last)]
+        return sum(changes) / (last + 1 if over_all else last)
+
+    def forward_transfer(self) -> float | None:
+        """FWT: mean of `a[i-1, i] - a[0, i]`: what earlier tasks did for one before it was learned; None if unmeasured."""
+        gains = [
+            now - before
+            for j in range(1, len(self.rows))
+            if (now := self.rows[j - 1][j]) is not None and self.base and (before := self.base[j]) is not None
+        ]
+        return fmean(gains) if gains else None
+
+    def summary(self) -> dict[str, float | None]:
+        """Every number above by its short name; of joint training only AA."""
+        if self.joint:
+            return {"AA": self.average_accuracy()}
+        return {
+            "AA": self.average_accuracy(),
+            "LA": self.learning_accuracy(),
+            "forgetting": self.forgetting(),
+            "BWT (T-1)": self.backward_transfer(),
+            "BWT (T)": self.backward_transfer(over_all=True),
+            "FWT": self.forward_transfer(),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the summary once there is a row."""
+        plain: dict[str, Any] = {
+            "tasks": list(self.tasks),
+            "base": list(self.base),
+            "rows": [list(row) for row in self.rows],
+        }
+        plain["joint"] = self.joint
+        return {**plain, "summary": self.summary()} if self.rows else plain
+
+    @classmethod
+    def from_dict(cls, plain: dict[str, Any]) -> AccuracyMatrix:
+        """The inverse of `to_dict`."""
+        return cls(
+            list(plain["tasks"]), list(plain["base"]), [list(row) for row in plain["rows"]], plain["joint"]
+        )
+
+    def to_csv(self) -> str:
+        """One line per stage; an accuracy that was not measured is empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["after", *self.tasks])
+        stages = [*([["base", *self.base]] if self.base else [])]
+        stages += [[name, *row] for name, row in zip(self.stage_names, self.rows, strict=True)]
+        writer.writerows([["" if value is None else value for value in row] for row in stages])
+        return out.getvalue()
+
+    def _at(self, stage: int, task: int) -> float:
+        value = self.rows[stage][task]
+        return math.nan if value is None else value
+
+    @staticmethod
+    def _known(values: Sequence[float | None]) -> list[float]:
+        return [value for value in values if value is not None]

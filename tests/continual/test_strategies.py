@@ -1,0 +1,389 @@
+"""What each strategy promises, held on small models against closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch.testing import assert_close
+
+from molora import MoLoraConfig
+from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyConfig
+from molora.continual.inf_lora import covariances
+from molora.continual.registry import KINDS, build_strategy
+from molora.continual.router import PrototypeRouter
+from molora.continual.slao import merged
+from molora.continual.strategy import Stage, expert_layers
+from molora.continual.subspace import grown_basis, leading, overlap, residual, without
+from molora.data.tasks import Task
+from tests.zoo import base_model, batch_for, gradients, randomise
+
+TASKS = tuple(
+    Task(name, i, [{"prompt": f"{name}{n}", "target": "x"} for n in range(40)])
+    for i, name in enumerate("abc")
+)
+
+
+def strategy(kind, **settings):
+    return build_strategy(StrategyConfig(kind=kind, **settings))
+
+
+def model_of(gate, dtype=torch.float64):
+    torch.manual_seed(0)
+    config = MoLoraConfig(
+        num_experts=1, r=3, lora_alpha=6, target_modules="all-linear", gate=dict(gate), task_type="CAUSAL_LM",
+        expert_names=["a"], tasks={"a": ["a"]},
+    )  # fmt: skip
+    return get_peft_model(base_model("llama", dtype=dtype), config).to(dtype)
+
+
+def grown(gate, dtype=torch.float64, experts=("b",)):
+    model = model_of(gate, dtype)
+    randomise(model)
+    for name in experts:
+        model.add_expert(name, tasks=[name])
+    return model
+
+
+def stage(index, batches=lambda: iter(()), seed=0):
+    return Stage(index, TASKS, batches, seed)
+
+
+def data(seed, rows=None):
+    """Batches over a part of the vocabulary, so that tasks differ in what layers read."""
+    ids = batch_for("llama", batch=8, seq=6, seed=seed)["input_ids"]
+    if rows is not None:
+        ids = rows[ids % len(rows)]
+    return lambda: iter([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
+
+
+def test_every_kind_has_a_class_and_settings():
+    assert set(KINDS) == set(STRATEGIES)
+
+
+# -- experts that add up -----------------------------------------------------------------------------------
+
+
+def test_a_sum_of_experts_is_the_sum_of_their_updates_and_grows_by_ones():
+    model = model_of(SUM)
+    for name in ("b", "c"):
+        model.add_expert(name, tasks=[name])
+    randomise_factors(model)
+    batch = batch_for("llama")
+    expected = model(**batch).logits
+    base = base_model("llama", dtype=torch.float64)
+    linears = dict(base.named_modules())
+    for key, _, bank in expert_layers(model):
+        linears[key].weight.data += sum(expert.delta() for expert in bank.experts())
+    assert_close(base(**batch).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+def randomise_factors(model):
+    generator = torch.Generator().manual_seed(4)
+    for name, p in model.named_parameters():
+        if name.endswith(("lora_B", "frozen_B")):
+            p.data = torch.randn(p.shape, generator=generator, dtype=torch.float64).to(p.dtype) * 0.3
+
+
+def test_an_untrained_new_expert_changes_nothing_and_alone_gets_gradients():
+    model, batch = model_of(SUM), batch_for("llama")
+    randomise_factors(model)
+    before = model(**batch).logits
+    model.add_expert("b", tasks=["b"])
+    assert_close(model(**batch).logits, before, atol=1e-12, rtol=1e-12)
+    model(**batch).loss.backward()
+    names = [name for name in gradients(model) if ".block_" not in name]
+    assert names and all(name.endswith(("lora_A", "lora_B")) for name in names)
+
+
+# -- penalties ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("norm", ["l1", "squared"])
+@pytest.mark.parametrize("factor", ["A", "B", "both"])
+def test_o_lora_is_the_double_loop(norm, factor):
+    model, own = (
+        grown(SUM, experts=("b", "c")),
+        strategy("o_lora", coefficient=0.7, norm=norm, factor=factor, l2=0.3),
+    )
+    randomise_factors(model)
+    expected, sizes = 0.0, 0.0
+    for _, _, bank in expert_layers(model):
+        *old, new = bank.experts()
+        for side in ("A", "B") if factor == "both" else (factor,):
+            rows = [e.A if side == "A" else e.B.t() for e in (*old, new)]
+            for other in rows[:-1]:
+                for u in other:
+                    for v in rows[-1]:
+                        expected += abs(u @ v) if norm == "l1" else (u @ v) ** 2
+        sizes += new.A.norm() + new.B.norm()
+    found = own.loss(model)
+    assert_close(found["orthogonal"].double(), 0.7 * expected, rtol=1e-5, atol=1e-6)
+    assert_close(found["l2"].double(), 0.3 * sizes, rtol=1e-5, atol=1e-6)
+
+
+def test_o_lora_is_zero_in_the_complement_and_leaves_old_experts_alone():
+    model, own = grown(SUM), strategy("o_lora")
+    for _, _, bank in expert_layers(model):
+        old = bank.frozen_A[0]
+        basis = torch.linalg.qr(old.t()).Q
+        free = without(torch.randn(3, old.shape[1], dtype=torch.float64), basis)
+        bank.lora_A.data[0] = free
+    assert own.loss(model)["orthogonal"] < 1e-4
+    for _, _, bank in expert_layers(model):
+        bank.lora_A.data += 0.1
+    own.loss(model)["orthogonal"].backward()
+    for _, _, bank in expert_layers(model):
+        assert bank.frozen_A.grad is None and bank.lora_A.grad.abs().sum() > 0
+        span = torch.linalg.qr(bank.frozen_A[0].t()).Q  # the gradient lies in the span of the old rows
+        assert without(bank.lora_A.grad[0], span).norm() < 1e-4 * bank.lora_A.grad[0].norm()
+
+
+def test_o_lora_is_divided_by_the_old_experts_under_a_learned_gate():
+    few, many = (grown({"kind": "soft"}, experts=e) for e in (("b",), ("b", "c")))
+    for model in (few, many):
+        for _, _, bank in expert_layers(model):
+            for stack in (bank.frozen_A, bank.lora_A):
+                stack.data[:] = 0.1
+    own = strategy("o_lora")
+    assert_close(own.loss(few)["orthogonal"], own.loss(many)["orthogonal"])
+    assert not strategy("o_lora").loss(model_of(SUM))  # the first task has nothing to be orthogonal to
+
+
+def test_n_lora_is_the_mean_entry_times_the_rank_squared():
+    model, own = grown(SUM), strategy("n_lora", coefficient=2.0)
+    randomise_factors(model)
+    expected = sum(9 * (b.expert(1).B @ b.expert(1).A).abs().mean() for _, _, b in expert_layers(model))
+    assert_close(own.loss(model)["sparse"].double(), 2 * expected, rtol=1e-5, atol=1e-6)
+
+
+def test_ella_is_the_squared_overlap_with_all_past_updates():
+    model, own = grown(SUM, experts=("b", "c")), strategy("ella", coefficient=3.0)
+    randomise_factors(model)
+    own.before_task(model, stage(2))
+    expected = 0.0
+    for _, _, bank in expert_layers(model):
+        *old, new = (expert.delta() for expert in bank.experts())
+        expected += ((sum(old) * new) ** 2).sum()
+    assert_close(own.loss(model)["ella"].double(), 3 * expected, rtol=1e-5, atol=1e-6)
+
+
+# -- subspaces ---------------------------------------------------------------------------------------------
+
+
+def covariance(*rows):
+    x = torch.tensor(rows, dtype=torch.float64)
+    return x.t() @ x
+
+
+def test_a_basis_is_orthonormal_grows_and_holds_the_energy():
+    torch.manual_seed(0)
+    basis = None
+    for energy in (0.5, 0.9, 0.99, 1.0):
+        x = torch.randn(50, 12, dtype=torch.float64) * torch.logspace(0, -2, 12, dtype=torch.float64)
+        seen = x.t() @ x
+        old, basis = basis, grown_basis(basis, seen, energy)
+        assert_close(basis.t() @ basis, torch.eye(basis.shape[1], dtype=torch.float64), atol=1e-9, rtol=0)
+        assert (basis * (seen @ basis)).sum() >= energy * seen.trace() * (1 - 1e-9)
+        if old is not None:
+            assert torch.equal(basis[:, : old.shape[1]], old)
+    assert basis.shape[1] <= 12
+
+
+def test_a_basis_is_the_smallest_one():
+    seen = covariance([2.0, 0, 0], [0, 1.0, 0], [0, 0, 0.1])
+    assert grown_basis(None, seen, 0.7).shape[1] == 1
+    assert grown_basis(None, seen, 0.9).shape[1] == 2
+    axis = torch.tensor([[1.0, 0, 0]], dtype=torch.float64).t()
+    assert grown_basis(axis, seen, 0.7).shape[1] == 1
+    assert_close(residual(axis, seen), covariance([0, 1.0, 0], [0, 0, 0.1]))
+    assert_close(leading(seen, 1).abs(), torch.tensor([[1.0, 0, 0]], dtype=torch.float64))
+
+
+def test_overlap_of_row_spaces():
+    one = torch.eye(4)
+    assert overlap(one[:2], one[2:]) == pytest.approx(0)
+    assert overlap(one[:2], torch.tensor([[1.0, 1, 0, 0], [1, -1, 0, 0]])) == pytest.approx(1)
+    assert overlap(one[:1], torch.tensor([[1.0, 1, 0, 0]])) == pytest.approx(0.5)
+
+
+def test_covariances_leave_padding_out():
+    model = model_of(SUM)
+    batch = batch_for("llama", padding="right")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    found = covariances(model, lambda: iter([inputs]))
+    rows = [
+        {
+            key: value[row : row + 1, : int(batch["attention_mask"][row].sum())]
+            for key, value in inputs.items()
+        }
+        for row in range(3)
+    ]
+    alone = covariances(model, lambda: iter(rows))
+    for key in found:
+        assert_close(found[key], alone[key], atol=1e-8, rtol=1e-8)
+
+
+# -- InfLoRA -----------------------------------------------------------------------------------------------
+
+
+def test_inf_lora_reads_only_what_old_tasks_do_not():
+    low, high = torch.arange(1, 6), torch.arange(30, 36)
+    old_data, new_data = data(1, low), data(2, high)
+    model, own = model_of(SUM), strategy("inf_lora", energy=1.0)
+    own.before_task(model, stage(0, old_data))
+    for _, _, bank in expert_layers(model):
+        A = bank.lora_A[0]
+        assert not bank.lora_A.requires_grad and bank.lora_B.requires_grad
+        assert_close(A @ A.t() * 3, torch.eye(3, dtype=torch.float64), atol=1e-8, rtol=0)
+    own.after_task(model, stage(0, old_data))
+    model.add_expert("b", tasks=["b"])
+    own.before_task(model, stage(1, new_data))
+    before = {key: bank.lora_A.detach().clone() for key, _, bank in expert_layers(model)}
+    model.train()(**batch_for("llama")).loss.backward()
+    old, new = covariances(model, old_data), covariances(model, new_data)
+    room = 0
+    for key, _, bank in expert_layers(model):
+        assert bank.lora_A.grad is None and torch.equal(bank.lora_A, before[key])
+        A = bank.lora_A[0]
+        if own.bases[key].shape[1] > A.shape[1] - 3:
+            continue  # old inputs fill the layer: nothing is left to read
+        room += 1
+        response = lambda seen, A=A: float((A @ seen @ A.t()).trace().clamp(min=0).sqrt())  # noqa: E731
+        assert response(old[key]) <= 1e-5 * max(1.0, math.sqrt(float(old[key].trace())))
+        assert response(new[key]) > 1e-3
+    assert room >= 3
+
+
+def test_inf_lora_remembers_its_bases():
+    model, own = model_of(SUM), strategy("inf_lora")
+    own.before_task(model, stage(0, data(1)))
+    own.after_task(model, stage(0, data(1)))
+    again = strategy("inf_lora")
+    again.restore(own.tensors(), own.plain())
+    assert again.bases.keys() == own.bases.keys()
+    assert all(torch.equal(again.bases[key], own.bases[key]) for key in own.bases)
+
+
+# -- SLAO --------------------------------------------------------------------------------------------------
+
+
+def test_slao_keeps_one_lora_and_averages_B():
+    model, own = model_of(SUM), strategy("slao")
+    randomise_factors(model)
+    own.before_task(model, stage(0))
+    trained = {key: bank.lora_B.detach().clone() + 1 for key, _, bank in expert_layers(model)}
+    for _, _, bank in expert_layers(model):
+        bank.lora_B.data += 1
+    own.after_task(model, stage(0))
+    assert all(
+        torch.equal(bank.lora_B, trained[key]) for key, _, bank in expert_layers(model)
+    )  # the first is kept
+    own.before_task(model, stage(1))
+    start = {key: bank.lora_B.detach().clone() for key, _, bank in expert_layers(model)}
+    for _, _, bank in expert_layers(model):
+        A = bank.lora_A[0].float()
+        assert_close(A @ A.t(), torch.eye(3), atol=1e-5, rtol=0)
+        bank.lora_B.data += 2
+    own.after_task(model, stage(1))
+    for key, _, bank in expert_layers(model):
+        assert_close(bank.lora_B, start[key] + 2 / math.sqrt(2))
+    assert_close(merged(torch.zeros(1), torch.ones(1), 4), torch.full((1,), 0.5))
+
+
+# -- gates that are silent on old inputs -------------------------------------------------------------------
+
+
+def test_a_gated_expert_is_silent_on_old_inputs_and_stays_so():
+    old_data, new_data = data(1, torch.arange(1, 4)), data(2, torch.arange(30, 40))
+    model, own = model_of(GATED), strategy("gated", energy=1.0)
+    own.before_task(model, stage(0, old_data))
+    own.after_task(model, stage(0, old_data))
+    (batch,) = old_data()
+    before = model(**batch).logits
+    model.add_expert("b", tasks=["b"])
+    own.before_task(model, stage(1, new_data))
+    rows = {name: p for name, p in model.named_parameters() if p.requires_grad and ".rows." in name}
+    assert rows
+    for p in rows.values():
+        p.data += torch.randn_like(p)
+    for _, _, bank in expert_layers(model):
+        bank.lora_B.data.normal_()
+    assert (model(**batch).logits - before).abs().max() > 1e-3  # without the step's projection it speaks
+    own.after_step(model)
+    full = [key for key, basis in own.bases.items() if basis.shape[0] == basis.shape[1]]
+    assert not full
+    assert_close(model(**batch).logits, before, atol=1e-5, rtol=1e-5)
+    (other,) = new_data()
+    silent = model(**other).logits
+    with model.disable_adapter():
+        assert (model(**other).logits - silent).abs().max() > 1e-3
+
+
+# -- replay and prototypes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({"ratio": 0.25}, 10), ({"count": 7}, 7), ({"count": 99}, 40)]
+)
+def test_replay_keeps_a_part_and_trains_on_it_again(settings, count):
+    own = strategy("replay", **settings)
+    assert [task.name for task in own.training_tasks(stage(0))] == ["a"]
+    own.after_task(torch.nn.Identity(), stage(0, seed=3))
+    again = strategy("replay", **settings)
+    again.restore({}, own.plain())
+    new, old = again.training_tasks(stage(1))
+    assert (new.name, old.name, len(old.train), old.id) == ("b", "a", count, 0)
+    assert all(record in TASKS[0].train for record in old.train)
+
+
+@pytest.mark.parametrize("metric", ["covariance", "euclidean"])
+def test_prototypes_name_separable_tasks_and_do_not_depend_on_order(metric):
+    torch.manual_seed(0)
+    blobs = {name: torch.randn(60, 8) * 0.1 + 3 * torch.eye(8)[i] for i, name in enumerate("abc")}
+    router, shuffled = PrototypeRouter(4, metric), PrototypeRouter(4, metric)
+    for name, rows in blobs.items():
+        router.fit(name, rows)
+        shuffled.fit(name, rows[torch.randperm(60)])
+        assert torch.equal(router.centres[name], shuffled.centres[name])
+    for name, rows in blobs.items():
+        assert router.predict(rows) == [name] * 60
+    assert set(router.predict(blobs["c"], among=["a", "b"])) <= {"a", "b"}
+
+
+def test_the_covariance_metric_ignores_directions_in_which_tasks_vary_by_themselves():
+    torch.manual_seed(0)
+    noise = torch.tensor([3.0, 0.05])
+    rows = {name: torch.randn(300, 2) * noise + torch.tensor([0.0, float(i)]) for i, name in enumerate("ab")}
+    right = {}
+    for metric in ("covariance", "euclidean"):
+        router = PrototypeRouter(2, metric)
+        for name, values in rows.items():
+            router.fit(name, values)
+        right[metric] = sum(name == "a" for name in router.predict(rows["a"])) / 300
+    assert right["covariance"] > 0.99 > right["euclidean"]
+
+
+def test_a_new_task_never_changes_answers_nearer_to_an_old_one():
+    torch.manual_seed(0)
+    router, points = PrototypeRouter(2, "euclidean"), torch.randn(200, 4)
+    router.fit("a", torch.randn(40, 4))
+    router.fit("b", torch.randn(40, 4) + 1)
+    before = router.predict(points)
+    router.fit("c", torch.randn(40, 4) - 1)
+    after = router.predict(points)
+    assert all(new == old or new == "c" for old, new in zip(before, after, strict=True))
+    again = PrototypeRouter(2, "euclidean")
+    again.restore(router.tensors(), ["a", "b", "c"])
+    assert again.predict(points) == after
+
+
+def test_task_routing_is_bit_equal_after_growing():
+    model = model_of(BY_TASK, torch.float32)
+    randomise(model)
+    batch = batch_for("llama")
+    before = model(**batch, routing_task_ids=["a"] * 3).logits
+    model.add_expert("b", tasks=["b"])
+    assert torch.equal(model(**batch, routing_task_ids=["a"] * 3).logits, before)
