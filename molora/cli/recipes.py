@@ -34,9 +34,10 @@ def find(name: str) -> Traversable:
 
 def show_list() -> None:
     """Name and purpose of every recipe; the purpose is its second line."""
+    width = max(map(len, available()))
     for name, entry in available().items():
         purpose = entry.read_text(encoding="utf-8").splitlines()[1].lstrip("# ")
-        typer.echo(f"{name:16} {purpose}")
+        typer.echo(f"{name:{width}} {purpose}")
 
 
 def show(name: str) -> None:

@@ -74,8 +74,13 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
         markup=False,
     )
     _show_records(console, config, tasks, tokenizer)
+    first, ids = config, tasks.ids
+    if config.continual is not None:
+        from molora.continual.stage_recipe import stage_recipe
+
+        first, ids = stage_recipe(config, tasks.ids)
     with quiet_libraries():
-        model = build_skeleton(config, tasks.ids, labels_of_tasks(config.base, tasks))
+        model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     tuner: Any = model.base_model
     console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers")
     _show_parameters(console, model)

@@ -23,6 +23,7 @@ from molora.continual.answers import inputs_of
 from molora.continual.memory import Memory
 from molora.continual.registry import build_strategy
 from molora.continual.scoring import score_base, score_stage
+from molora.continual.stage_recipe import stage_recipe
 from molora.continual.strategy import Stage
 from molora.continual.tables import write_tables
 from molora.data.prompts import Example, encode
@@ -39,7 +40,6 @@ from molora.training.train import check_output, find_run, fit, start_run, with_l
 from molora.training.trainer import check_device
 
 ROW_FILE = "row.json"
-SHARED = "shared"  # the expert's name where one serves all tasks
 PASS_RECORDS = (
     2000  # of a task's training data that strategies and the router look at before and after training
 )
@@ -156,7 +156,7 @@ class SequenceRun:
         prepare_process(seed)
         self._admit(model, stage, index)
         self.strategy.before_task(model, stage)
-        config = self._stage_config(seed)
+        config = self._stage_config(seed, turn)
         folder.mkdir(parents=True, exist_ok=True)
         write_config(Run(folder), config)
         trained = TaskSet(tuple(self.strategy.training_tasks(stage)), self.known_ids)
@@ -175,22 +175,8 @@ class SequenceRun:
                 base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             model = load(base, self.stages[index - 1] / "adapter", is_trainable=True)
         else:
-            names = [task.name for task in self.tasks]
-            many = config.adapter.most_experts
-            shared = config.adapter.expert_names or (
-                [SHARED] if many == 1 else [f"{SHARED}_{i}" for i in range(many)]
-            )
-            section = config.adapter.model_dump(mode="json")
-            section["expert_names"] = shared if self.strategy.one_expert else names[:1]
-            section["tasks"] = (
-                dict.fromkeys(names, shared) if self.strategy.one_expert else {names[0]: names[:1]}
-            )
-            known = names if self.strategy.one_expert else names[:1]
-            plain = config.model_dump(mode="json")
-            plain["continual"], plain["adapter"] = None, section
-            plain["data"]["tasks"] = {name: plain["data"]["tasks"][name] for name in known}
-            ids = {name: self.known_ids[name] for name in known}
-            model, tokenizer = build_model(RunConfig.model_validate(plain), ids, labels)
+            first, ids = stage_recipe(config, self.known_ids)
+            model, tokenizer = build_model(first, ids, labels)
         device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
         return model.to(device), tokenizer
 
@@ -204,12 +190,13 @@ class SequenceRun:
             used = {"own": [stage.task], "seen": stage.seen, "all": stage.tasks}[softmax]
             matcher.classes = sorted({c for task in used for c in task.classes})
 
-    def _stage_config(self, seed: int) -> RunConfig:
+    def _stage_config(self, seed: int, turn: int) -> RunConfig:
         """The recipe with the stage's seed; all tasks at once get as many steps as they get one by one."""
         train, many = self.config.train, len(self.tasks) if self.joint else 1
         if train.max_steps is not None:
             train = train.model_copy(update={"max_steps": train.max_steps * many})
-        return self.config.model_copy(update={"seed": seed, "train": train, "continual": None})
+        recipe, _ = stage_recipe(self.config, self.known_ids, turn)
+        return recipe.model_copy(update={"seed": seed, "train": train})
 
     def _passes(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, turn: int

@@ -64,6 +64,11 @@ def train(
         InterruptedRun: a signal came; a checkpoint was saved.
     """
     config = load_recipe(recipe, overrides)
+    if config.continual is not None:
+        raise ConfigError(
+            "the recipe trains on tasks one after another.",
+            hint="molora continual RECIPE (in Python: molora.train_sequence), or take out its `continual` section.",
+        )
     check_device(config.train)
     check_output(Path(config.output))
     tasks = tasks_of(config)

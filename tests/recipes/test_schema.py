@@ -24,6 +24,9 @@ def test_none_is_missing() -> None:
         "add_expert",
         "classification",
         "composed",
+        "continual_coin",
+        "continual_learned_gate",
+        "continual_quickstart",
         "feed_forward",
         "instruction_clusters",
         "quickstart",
@@ -45,11 +48,10 @@ def test_it_is_valid(path: Path) -> None:
 def test_the_first_line_is_its_command(path: Path) -> None:
     first, second, *_ = path.read_text(encoding="utf-8").splitlines()
     relative = path.relative_to(ROOT)
-    expected = (
-        f"# molora add-expert runs/quickstart --recipe {relative}"
-        if is_grow(path)
-        else f"# molora train {relative}"
-    )
+    verb = "continual" if path.stem.startswith("continual") else "train"
+    expected = f"# molora {verb} {relative}"
+    if is_grow(path):
+        expected = f"# molora add-expert runs/quickstart --recipe {relative}"
     assert first == expected
     assert second.startswith("# ")
 

@@ -16,6 +16,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from molora.assets import tiny_path
 from molora.config import RunConfig, load_recipe
 from molora.config.strict_yaml import parse
+from molora.continual.sequence import train_sequence
+from molora.store.runs import Run
 from molora.training.grow import add_expert
 from molora.training.train import train
 from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
@@ -127,6 +129,9 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     assert config.adapter.model_dump(exclude=same) == original.adapter.model_dump(exclude=same)
     assert config.data.tasks.keys() == original.data.tasks.keys()
 
+    if config.continual is not None:
+        check_sequence(train_sequence(recipe), list(config.data.tasks))
+        return
     run = train(recipe)
 
     losses = [float(row["loss"]) for row in metrics(run.path / "metrics.csv") if row["loss"]]
@@ -137,6 +142,20 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
     scored = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     assert all(task in json.dumps(scored) for task in config.data.tasks)
+
+
+def check_sequence(run: Run, tasks: list[str]) -> None:
+    """Every stage trained two finite steps, and the matrix is whole."""
+    matrix = json.loads((run.path / "matrix.json").read_text(encoding="utf-8"))["matrices"]["shown"]
+    assert matrix["tasks"] == tasks
+    assert [len(row) for row in matrix["rows"]] == [len(tasks)] * len(tasks)
+    for stage in sorted((run.path / "stages").iterdir()):
+        losses = [float(row["loss"]) for row in metrics(stage / "metrics.csv") if row["loss"]]
+        assert len(losses) == 2
+        assert all(map(isfinite, losses))
+    assert (run.path / "matrix.png").stat().st_size > 0
+    weights = adapter_weights(run.adapter)
+    assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
 def test_two_steps_of_a_new_expert(tmp_path: Path) -> None:

@@ -1,0 +1,37 @@
+"""A stage of a sequence as a recipe of its own: the tasks and experts there are by then."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from molora.config import RunConfig
+from molora.config.continual import ONE_EXPERT
+
+SHARED = "shared"  # the expert's name where one serves all tasks
+
+
+def stage_recipe(
+    config: RunConfig, known_ids: Mapping[str, int], turn: int = 0
+) -> tuple[RunConfig, dict[str, int]]:
+    """The recipe after the task number `turn` has come, and the ids of the tasks the adapter knows by then.
+
+    Where one expert (or mixture) serves all tasks, it knows all of them from the start; else the tasks so far, each
+    with an expert of its name.
+    """
+    assert config.continual is not None
+    names = config.continual.order or list(config.data.tasks)
+    plain = config.model_dump(mode="json")
+    adapter = plain["adapter"]
+    if config.continual.strategy.kind in ONE_EXPERT:
+        many = config.adapter.most_experts
+        shared = [SHARED] if many == 1 else [f"{SHARED}_{i}" for i in range(many)]
+        adapter["expert_names"] = adapter["expert_names"] or shared
+        adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
+    else:
+        names = names[: turn + 1]
+        alone = config.adapter.gate.score == "none"  # the task id decides; a learned gate may use the older ones too
+        adapter["num_experts"], adapter["expert_names"] = len(names), names
+        adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
+    plain["continual"] = None
+    plain["data"]["tasks"] = {name: plain["data"]["tasks"][name] for name in names}
+    return RunConfig.model_validate(plain), {name: known_ids[name] for name in names}

@@ -1,0 +1,194 @@
+"""The sequence runner: what a stage leaves, what a crash loses (nothing), what it refuses."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import molora
+from molora.config import load_recipe
+from molora.continual import sequence
+from molora.continual.strategy import Strategy
+from molora.errors import ConfigError
+from tests.training.runs import write_encoder
+
+NAMES = ("pig", "mirror", "zigzag")
+
+
+def recipe(output, strategy="color", **changes):
+    tasks = {
+        name: {"source": "synthetic", "generator": name, "train_size": 24, "eval_size": 4} for name in NAMES
+    }
+    whole = {
+        "name": "seq", "base": "molora/tiny", "output": str(output), "adapter": {"r": 2, "lora_alpha": 4},
+        "data": {"max_length": 48, "tasks": tasks}, "continual": {"strategy": strategy},
+        "train": {"max_steps": 3, "batch_size": 8, "lr": 1e-2, "save_every": 2},
+        "eval": {"batch_size": 8, "max_new_tokens": 4},
+    }  # fmt: skip
+    return {**whole, **changes}
+
+
+def matrix(run):
+    return json.loads((run.path / "matrix.json").read_text())
+
+
+def weights(folder):
+    return load_file(folder / "adapter_model.safetensors")
+
+
+class Stop(Exception):
+    """A crash at a chosen moment."""
+
+
+def crash_at_step(monkeypatch, count):
+    calls = []
+
+    def after_step(self, model):
+        calls.append(1)
+        if len(calls) == count:
+            raise Stop
+
+    monkeypatch.setattr(Strategy, "after_step", after_step)
+
+
+def crash_while_scoring(monkeypatch, count):
+    calls, real = [], sequence.score_stage
+
+    def score(*arguments):
+        calls.append(1)
+        if len(calls) == count:
+            raise Stop
+        return real(*arguments)
+
+    monkeypatch.setattr(sequence, "score_stage", score)
+
+
+CRASHES = {"in the second task": (crash_at_step, 6), "before a row": (crash_while_scoring, 2)}
+KINDS = ("color", "slao", "replay", "inf_lora", "o_lora")
+
+
+@pytest.mark.parametrize("crash", CRASHES)
+@pytest.mark.parametrize(
+    "kind", [*KINDS[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:])]
+)
+def test_a_resumed_sequence_is_the_uninterrupted_one(kind, crash, tmp_path, monkeypatch):
+    whole = molora.train_sequence(recipe(tmp_path / "whole", kind))
+    break_off, count = CRASHES[crash]
+    with monkeypatch.context() as patched:
+        break_off(patched, count)
+        with pytest.raises(Stop):
+            molora.train_sequence(recipe(tmp_path / "broken", kind))
+    resumed = molora.train_sequence(recipe(tmp_path / "broken", kind), resume=True)
+    assert matrix(resumed) == matrix(whole)
+    ours, theirs = weights(resumed.adapter), weights(whole.adapter)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert (resumed.path / "matrix.csv").read_bytes() == (whole.path / "matrix.csv").read_bytes()
+
+
+def test_stages_are_runs_and_earlier_adapters_are_never_touched(tmp_path, monkeypatch):
+    seen = {}
+    real = sequence.SequenceRun._play_stage
+
+    def play(self, index, folder):
+        real(self, index, folder)
+        for stage in self.stages[: index + 1]:
+            content = (stage / "adapter" / "adapter_model.safetensors").read_bytes()
+            assert seen.setdefault(stage.name, content) == content
+
+    monkeypatch.setattr(sequence.SequenceRun, "_play_stage", play)
+    run = molora.train_sequence(recipe(tmp_path))
+    assert sorted(seen) == ["01-pig", "02-mirror", "03-zigzag"]
+    found = matrix(run)
+    assert all(found["unchanged"].values()) and set(found["unchanged"]) == set(NAMES)
+    assert found["matrices"]["shown"]["summary"]["forgetting"] == 0
+    assert found["matrices"]["hidden"]["rows"][0][1:] == [None, None]
+    assert set(found["inferred"]) == set(NAMES)
+    for stage in sorted((run.path / "stages").iterdir()):
+        assert molora.load_run(stage).config.continual is None
+    for name in ("matrix.png", "matrix_hidden.png", "matrix_hidden.csv"):
+        assert (run.path / name).stat().st_size > 0
+
+
+def test_the_finished_sequence_is_a_run_like_any_other(tmp_path):
+    run = molora.train_sequence(recipe(tmp_path))
+    report = molora.evaluate(run, modes=["task"])
+    last = matrix(run)["matrices"]["shown"]["rows"][-1]
+    assert [report.score(task, "task").value for task in NAMES] == last
+
+
+@pytest.mark.parametrize("kind", ["joint", "sequential", "independent", "n_lora", "ella", "gated"])
+def test_every_other_strategy_runs(kind, tmp_path):
+    run = molora.train_sequence(recipe(tmp_path, kind))
+    shown = matrix(run)["matrices"]["shown"]
+    assert len(shown["rows"]) == (1 if kind == "joint" else 3)
+    assert ("hidden" in matrix(run)["matrices"]) == (kind != "independent")
+    if kind == "joint":
+        assert set(shown["summary"]) == {"AA"}
+
+
+def test_classification_by_the_nearest_label(tmp_path):
+    base = str(write_encoder(tmp_path / "base"))
+    tasks = {}
+    for name, labels in (("first", ["low", "high"]), ("second", ["high", "odd"])):
+        file = tmp_path / f"{name}.jsonl"
+        rows = [{"text": f"{name} text {i}", "label": labels[i % 2]} for i in range(20)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        tasks[name] = {
+            "source": "jsonl",
+            "train": str(file),
+            "eval": str(file),
+            "labels": labels,
+            "eval_size": 10,
+        }
+    whole = recipe(tmp_path / "runs") | {
+        "base": {"model": base, "task_type": "SEQ_CLS", "head": "match"}, "data": {"max_length": 16, "tasks": tasks},
+    }  # fmt: skip
+    run = molora.train_sequence(whole)
+    found = matrix(run)
+    assert all(found["unchanged"].values())
+    assert found["matrices"]["shown"]["summary"]["forgetting"] == 0
+    report = molora.evaluate(run, modes=["task"])
+    assert [score.value for score in report.scores] == found["matrices"]["shown"]["rows"][-1]
+
+
+def refused(tmp_path, pattern, **changes):
+    with pytest.raises(ConfigError, match=pattern):
+        molora.train_sequence(recipe(tmp_path, **changes))
+    assert not tmp_path.exists() or not any(tmp_path.iterdir())
+
+
+def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
+    out = tmp_path / "runs"
+    refused(out, "Did you mean 'o_lora'", strategy="o_lore")
+    refused(out, "not a setting of strategy 'color'", strategy={"kind": "color", "coefficient": 1.0})
+    refused(out, "must name every task", continual={"strategy": "color", "order": ["pig"]})
+    refused(out, "starts with one expert", adapter={"r": 2, "num_experts": 3})
+    refused(out, "one device", train={"max_steps": 2, "devices": 2})
+    refused(out, "ratio is given too", strategy={"kind": "replay", "ratio": 0.1, "count": 3})
+    with pytest.raises(ConfigError, match="molora continual"):
+        molora.train(recipe(out))
+    with pytest.raises(ConfigError, match="no `continual` section"):
+        molora.train_sequence({key: value for key, value in recipe(out).items() if key != "continual"})
+
+
+def test_a_finished_stage_fixes_the_length_of_training(tmp_path):
+    molora.train_sequence(recipe(tmp_path))
+    longer = recipe(tmp_path, train={"max_steps": 4, "batch_size": 8, "lr": 1e-2, "save_every": 2})
+    with pytest.raises(ConfigError, match=r"train\.max_steps is 4"):
+        molora.train_sequence(longer, resume=True)
+
+
+def test_the_gate_follows_the_strategy_unless_the_recipe_has_one(tmp_path):
+    gates = {kind: load_recipe(recipe(tmp_path, kind)).adapter.gate for kind in ("o_lora", "color", "gated")}
+    assert (gates["o_lora"].scope, gates["o_lora"].transform, gates["o_lora"].start) == (
+        "constant",
+        "identity",
+        1.0,
+    )
+    assert (gates["color"].scope, gates["gated"].transform) == ("task", "gain")
+    own = load_recipe(recipe(tmp_path, "o_lora", adapter={"r": 2, "gate": "soft"}))
+    assert (own.adapter.gate.scope, own.adapter.num_experts) == ("token", 1)
