@@ -17,6 +17,7 @@ LAYERS: dict[str, int] = {
     **dict.fromkeys(("tuner", "store"), 2),
     **dict.fromkeys(("data", "evaluation", "report"), 3),
     **dict.fromkeys(("assets", "training", "hf"), 4),
+    "continual": 5,
     "cli": 6,
 }
 HEAVY = {

@@ -25,9 +25,9 @@ def run(
     """Grow, then print every task before and after."""
     source = _source(recipe, task, data, eval_data, synthetic)
 
+    from molora.continual.grow import add_expert
     from molora.evaluation.report import Report
     from molora.report.tables import console, print_report
-    from molora.training.grow import add_expert
 
     grown = add_expert(path, source, overrides, resume=resume or None)
     to = console()

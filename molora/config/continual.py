@@ -45,6 +45,10 @@ GATES: dict[str, dict[str, Any]] = {
 }
 
 
+WITHOUT_MEMORY = ("inc_lora", "o_lora", "n_lora", "ella")
+"""Strategies that need nothing of earlier tasks but their experts, so that any trained run can go on with them."""
+
+
 class StrategyConfig(Section):
     """A strategy by name, with its own settings. `strategy: name` is short for `strategy: {kind: name}`."""
 

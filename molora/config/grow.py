@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from molora.config.continual import WITHOUT_MEMORY, StrategyConfig
 from molora.config.data import TaskConfig
 from molora.config.load import Recipe, load_section, read_text
 from molora.config.loss_rules import aux_problems
@@ -59,6 +60,15 @@ class GrowConfig(Section):
     expert: NewExpert = Field(default_factory=NewExpert)
     train: TrainConfig = Field(default_factory=TrainConfig)
     aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
+    strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="inc_lora"))
+
+    @field_validator("strategy")
+    @classmethod
+    def _check_strategy(cls, value: StrategyConfig) -> StrategyConfig:
+        if value.kind not in WITHOUT_MEMORY:
+            why = f"needs what a sequence keeps of earlier tasks (molora continual). Allowed: {', '.join(WITHOUT_MEMORY)}."
+            refuse([(("kind",), f"{value.kind} {why}")])
+        return value
 
     @field_validator("aux_losses", mode="before")
     @classmethod

@@ -29,7 +29,9 @@ def stage_recipe(
         adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
     else:
         names = names[: turn + 1]
-        alone = config.adapter.gate.score == "none"  # the task id decides; a learned gate may use the older ones too
+        alone = (
+            config.adapter.gate.score == "none"
+        )  # the task id decides; a learned gate may use the older ones too
         adapter["num_experts"], adapter["expert_names"] = len(names), names
         adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
     plain["continual"] = None

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 import molora
 from molora import ConfigError
 from molora.cli.main import _run, app
+from molora.continual.grow import UNCHANGED, add_expert
 from molora.store.adapter import read_config
 from molora.store.manifest import sha256
 from molora.training.build import load_trained
-from molora.training.grow import UNCHANGED, add_expert
 from tests.training.runs import recipe_for, write_base
 
 TASK = {"name": "upper", "source": "synthetic", "generator": "upper", "train_size": 12, "eval_size": 4}
@@ -123,3 +123,13 @@ def test_help_of_every_verb_gives_an_example():
     for verb in ("train", "eval", "inspect", "add-expert", "validate"):
         result = CliRunner().invoke(app, [verb, "--help"])
         assert result.exit_code == 0 and f"Example: molora {verb}" in result.output
+
+
+def test_a_strategy_accompanies_the_new_expert(trained):
+    grow = {"task": TASK, "train": {"max_steps": 2, "log_every": 1}}
+    run = add_expert(trained, {**grow, "strategy": {"kind": "o_lora", "coefficient": 0.7}})
+    head, *rows = (run.path / "metrics.csv").read_text(encoding="utf-8").splitlines()
+    values = [float(row.split(",")[head.split(",").index("continual/orthogonal")]) for row in rows if row]
+    assert len(values) == 2 and all(value > 0 for value in values)
+    with pytest.raises(ConfigError, match="needs what a sequence keeps"):
+        add_expert(trained, {**grow, "strategy": "inf_lora"})

@@ -13,6 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import GrowConfig, RunConfig, load_grow
+from molora.continual.registry import build_strategy
+from molora.continual.strategy import Stage
 from molora.data.collate import collate, pad_token
 from molora.data.prompts import encode
 from molora.data.tasks import Task, TaskSet
@@ -42,7 +44,8 @@ def add_expert(
 ) -> Run:
     """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
 
-    Only the new expert and its gate row are trained, on the new task's data alone. All tasks are scored
+    One step of a sequence of tasks, under a strategy that needs no memory of earlier ones. Only the new expert and
+    its gate row are trained, on the new task's data alone. All tasks are scored
     before and after; the report says whether the old tasks' logits are bit-equal where task ids are given.
 
     Args:
@@ -82,6 +85,10 @@ def add_expert(
             isolate=grow.expert.isolate,
         )
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
+        strategy = build_strategy(grow.strategy)
+        strategy.before_task(
+            model, Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
+        )
 
         def conclude(done: Run, grown: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
             plot_loss(done.path / "metrics.csv", done.path / "loss.png", ["loss", "val_loss"])
@@ -91,7 +98,7 @@ def add_expert(
             report.facts = {"parent": str(parent.path), UNCHANGED: all(same)}
             write_report(report, done.path, config)
 
-        return fit(config, model, tokenizer, TaskSet((new,), tasks.known_ids), target, conclude)
+        return fit(config, model, tokenizer, TaskSet((new,), tasks.known_ids), target, conclude, strategy)
 
 
 def expert_name(grow: GrowConfig) -> str:
