@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -54,8 +55,8 @@ def draw(matrix: AccuracyMatrix, out: Path, view: str) -> Path:
     """The matrix as coloured cells: tasks from left to right, stages from top to bottom."""
     stages = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.stage_names]
     values = [
-        [0.0 if v is None else v for v in row]
+        [math.nan if v is None else v for v in row]
         for row in [*([matrix.base] if matrix.base else []), *matrix.rows]
     ]
     shown = Matrix(stages, list(matrix.tasks), values)
-    return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="stage")
+    return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="", unit="accuracy")

@@ -66,13 +66,18 @@ def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
     return smoothed
 
 
-def plot_heatmap(matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: str) -> Path:
-    """A matrix of weights in 0..1 as coloured cells, with numbers while they are readable. Returns `out`."""
+def plot_heatmap(
+    matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: str, unit: str = "mean gate weight"
+) -> Path:
+    """A matrix of values in 0..1 as coloured cells, with numbers while they are readable; NaN stays empty.
+
+    Returns `out`.
+    """
     rows, columns = len(matrix.rows), len(matrix.columns)
     if not rows or not columns:
         raise DataError(f"nothing to draw for {title!r}: no routing was recorded")
     figure, axes = _figure(2.5 + 0.75 * min(columns, 24), 1.6 + 0.42 * min(rows, 40))
-    peak = max(max(row) for row in matrix.values)
+    peak = max((value for row in matrix.values for value in row if not math.isnan(value)), default=0.0)
     image = axes.imshow(matrix.values, cmap="Blues", vmin=0.0, vmax=peak or 1.0, aspect="auto")
     crowded = columns > 8 or any(len(name) > 10 for name in matrix.columns)
     axes.set_xticks(
@@ -85,9 +90,11 @@ def plot_heatmap(matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: 
     if rows * columns <= ANNOTATE_UP_TO:
         for y, values in enumerate(matrix.values):
             for x, value in enumerate(values):
+                if math.isnan(value):
+                    continue
                 ink = "white" if value > 0.6 * peak else "#333333"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
-    figure.colorbar(image, ax=axes, label="mean gate weight")
+    figure.colorbar(image, ax=axes, label=unit)
     return _save(figure, out)
 
 
