@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from molora.continual.scoring import score_base, score_stage
 from molora.continual.stage_recipe import stage_recipe
 from molora.continual.strategy import Stage
 from molora.continual.tables import write_tables
+from molora.data.module import MoLoraDataModule
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
 from molora.errors import ConfigError
@@ -33,7 +35,7 @@ from molora.store.adapter import load, save
 from molora.store.atomic import write_folder, write_json
 from molora.store.manifest import read_json
 from molora.store.runs import Run
-from molora.training.build import build_model, labels_of_tasks, load_base, tasks_of
+from molora.training.build import build_model, labels_of_tasks, load_base, load_tokenizer, tasks_of
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.label_match import LabelMatcher
 from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
@@ -75,8 +77,9 @@ def train_sequence(
             )
     config = with_labels(config, tasks)
     run = find_run(config, resume)
-    _check_length(config, run)
+    _check_same(config, run)
     with quiet_libraries():
+        _check_data(config, tasks)
         run = start_run(config) if run is None else run
         with run.lock():
             return SequenceRun(config, tasks, run).play()
@@ -91,8 +94,6 @@ def _check(config: RunConfig) -> None:
     if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
         raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
     if config.continual.router is not None:
-        from importlib.util import find_spec
-
         if find_spec("sklearn") is None:
             raise ConfigError(
                 "continual.router: prototypes need scikit-learn, which is not installed.",
@@ -100,14 +101,24 @@ def _check(config: RunConfig) -> None:
             )
 
 
-def _check_length(config: RunConfig, run: Run | None) -> None:
-    """The length of the tasks' training cannot change on resume: finished stages would have another."""
+def _check_same(config: RunConfig, run: Run | None) -> None:
+    """What may change when a single run is resumed would make this one's stages differ from each other."""
     if run is None:
         return
-    for name in ("max_steps", "epochs"):
-        old, new = getattr(run.config.train, name), getattr(config.train, name)
-        if old != new:
-            raise ConfigError(f"train.{name} is {new}, but {run.path} was started with {old}.")
+    for section, names in (
+        ("train", ("max_steps", "epochs")),
+        ("eval", tuple(type(config.eval).model_fields)),
+    ):
+        for name in names:
+            old, new = (getattr(getattr(one, section), name) for one in (run.config, config))
+            if old != new:
+                raise ConfigError(f"{section}.{name} is {new}, but {run.path} was started with {old}.")
+
+
+def _check_data(config: RunConfig, tasks: TaskSet) -> None:
+    """Encode every task's records once: a faulty one of the last task must not show after hours."""
+    tokenizer = load_tokenizer(config.base)
+    MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed).setup("fit")
 
 
 class SequenceRun:

@@ -79,7 +79,9 @@ class MoLoraDataModule(L.LightningDataModule):
                 examples, counts = encode_all(task, split, records, self.tokenizer, self.config.max_length)
                 self._encoded[task.name, split] = examples
                 summary.append(counts)
-                _warn(counts, self.config.max_length)
+                whole = task.task_type == "SEQ_CLS"
+                lost = "texts lose their end" if whole else "prompts lose their beginning"
+                _warn(counts, self.config.max_length, lost)
         self._summary = summary
 
     def train_dataloader(self) -> ResumableLoader:
@@ -151,10 +153,10 @@ def encode_all(
     return kept, counts
 
 
-def _warn(counts: SplitSummary, max_length: int) -> None:
+def _warn(counts: SplitSummary, max_length: int, lost: str) -> None:
     where = f"task {counts.task!r}, {counts.split}"
     for number, what in (
-        (counts.cut_prompts, "prompts lose their beginning"),
+        (counts.cut_prompts, lost),
         (counts.cut_targets, "targets lose their end"),
     ):
         if number >= CUT_WARNING * counts.records and number:

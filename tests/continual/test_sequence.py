@@ -12,7 +12,7 @@ import molora
 from molora.config import load_recipe
 from molora.continual import sequence
 from molora.continual.strategy import Strategy
-from molora.errors import ConfigError
+from molora.errors import ConfigError, DataError
 from tests.training.runs import write_encoder
 
 NAMES = ("pig", "mirror", "zigzag")
@@ -175,8 +175,21 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
         molora.train_sequence({key: value for key, value in recipe(out).items() if key != "continual"})
 
 
+def test_a_faulty_record_of_the_last_task_shows_before_the_first_is_trained(tmp_path):
+    file = tmp_path / "bad.jsonl"
+    file.write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a"}\n')
+    tasks = recipe(tmp_path)["data"]["tasks"] | {
+        "bad": {"source": "jsonl", "train": str(file), "eval": str(file)}
+    }
+    with pytest.raises(DataError, match="target"):
+        molora.train_sequence(recipe(tmp_path / "runs", data={"max_length": 48, "tasks": tasks}))
+    assert not (tmp_path / "runs").exists()
+
+
 def test_a_finished_stage_fixes_the_length_of_training(tmp_path):
     molora.train_sequence(recipe(tmp_path))
+    with pytest.raises(ConfigError, match=r"eval\.max_new_tokens is 5"):
+        molora.train_sequence(recipe(tmp_path, eval={"batch_size": 8, "max_new_tokens": 5}), resume=True)
     longer = recipe(tmp_path, train={"max_steps": 4, "batch_size": 8, "lr": 1e-2, "save_every": 2})
     with pytest.raises(ConfigError, match=r"train\.max_steps is 4"):
         molora.train_sequence(longer, resume=True)
