@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.continual.inf_lora import in_eval_mode
+from molora.data.clusters import mean_vector
 from molora.data.collate import collate, pad_token
 from molora.data.prompts import Example, encode, render
 from molora.data.tasks import Task
 from molora.evaluation.generate import batches_by_length, generate_answers
 from molora.evaluation.metrics import match_label
+from molora.evaluation.runner import inference
 from molora.evaluation.score import Limits, only_classes
-from molora.training.label_match import mean_vector
 from molora.tuner.api import routing
 
 BASE = None  # the route of the base without experts
@@ -123,7 +123,7 @@ def features(
     prompts = [list(prompt(example)) for example in examples]
     base = model.get_base_model()
     reader = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
-    with in_eval_mode(model), model.disable_adapter():
+    with inference(model), model.disable_adapter():
         for part in batches_by_length([len(p) for p in prompts], batch_size):
             longest = max(len(prompts[i]) for i in part)
             ids = torch.tensor(

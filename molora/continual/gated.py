@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.inf_lora import in_eval_mode
 from molora.continual.strategy import Batches, Stage, Strategy
 from molora.continual.subspace import grown_basis, without
+from molora.evaluation.runner import inference
 from molora.gates.gate import Gate
 
 
@@ -78,7 +78,7 @@ def read_by(model: nn.Module, batches: Batches) -> dict[str, tuple[Tensor, int, 
 
     hooks = [gate.register_forward_pre_hook(note(key)) for key, gate in gates(model)]
     try:
-        with in_eval_mode(model):
+        with inference(model):
             for batch in batches():
                 model(**batch)
     finally:

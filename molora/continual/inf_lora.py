@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from molora.config.continual import StrategyConfig
 from molora.continual.strategy import Batches, Stage, Strategy, expert_layers
 from molora.continual.subspace import grown_basis, leading, residual
+from molora.evaluation.runner import inference
 
 
 class InfLoRA(Strategy):
@@ -67,7 +67,7 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
 
     hooks = [layer.register_forward_pre_hook(note(key)) for key, layer, _ in expert_layers(model)]  # type: ignore[attr-defined]
     try:
-        with in_eval_mode(model):
+        with inference(model):
             for batch in batches():
                 mask[0] = batch["attention_mask"].bool()
                 model(**batch)
@@ -75,16 +75,3 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
         for hook in hooks:
             hook.remove()
     return found
-
-
-@contextmanager
-def in_eval_mode(model: nn.Module) -> Iterator[None]:
-    """Without dropout and gradients; training flags are restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

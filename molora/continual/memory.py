@@ -15,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config.continual import RouterConfig
 from molora.continual.answers import OPEN, features, inputs_of, on_route
-from molora.continual.inf_lora import in_eval_mode
 from molora.continual.router import PrototypeRouter
 from molora.continual.strategy import Strategy
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task
+from molora.evaluation.runner import inference
 from molora.store.atomic import write_folder
 from molora.store.manifest import read_json, verify_folder
 
@@ -76,7 +76,7 @@ class Memory:
         for task, route in zip(tasks, routes, strict=True):
             records = list(task.eval)[:PROBE]
             batch = inputs_of([encode(task, r, tokenizer, length) for r in records], model, tokenizer)
-            with in_eval_mode(model), on_route(model, route):
+            with inference(model), on_route(model, route):
                 logits = model(**batch, **_decoder(model, batch)).logits.float().cpu().contiguous()
             digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
             found[task.name] = self.digests.setdefault(task.name, digest) == digest

@@ -10,11 +10,11 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
 from molora.continual.answers import BASE, OPEN, Answers
-from molora.continual.inf_lora import in_eval_mode
 from molora.continual.memory import Memory, shown_route
 from molora.continual.strategy import Stage, expert_layers
 from molora.continual.subspace import overlap
 from molora.data.tasks import Task
+from molora.evaluation.runner import inference
 from molora.evaluation.score import Limits
 
 
@@ -23,7 +23,7 @@ def score_base(
 ) -> dict[str, float]:
     """Accuracy of the base alone on each task, over the task's own classes."""
     found = {}
-    with in_eval_mode(model):
+    with inference(model):
         for task in tasks:
             answers = Answers(model, tokenizer, task, _limits(config))
             found[task.name] = _share(answers.right([BASE] * len(answers), [task.classes] * len(answers)))
@@ -51,7 +51,7 @@ def score_stage(
     seen = {task.name: task for task in stage.seen}
     open_classes = sorted({c for task in stage.seen for c in task.classes})
     routes: dict[str, str | None] = {}
-    with in_eval_mode(model):
+    with inference(model):
         for task in stage.tasks:
             known = task.name in seen
             route = routes[task.name] = shown_route(model, task, known)

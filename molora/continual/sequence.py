@@ -93,12 +93,11 @@ def _check(config: RunConfig) -> None:
         )
     if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
         raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
-    if config.continual.router is not None:
-        if find_spec("sklearn") is None:
-            raise ConfigError(
-                "continual.router: prototypes need scikit-learn, which is not installed.",
-                hint="pip install 'molora[cluster]'",
-            )
+    if config.continual.router is not None and find_spec("sklearn") is None:
+        raise ConfigError(
+            "continual.router: prototypes need scikit-learn, which is not installed.",
+            hint="pip install 'molora[cluster]'",
+        )
 
 
 def _check_same(config: RunConfig, run: Run | None) -> None:

@@ -129,12 +129,14 @@ def encode(
             part = list(texts[start : start + batch_size])
             tokens = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
             inputs = {name: tensor.to(device) for name, tensor in tokens.items()}
-            rows.append(_pool(model(**inputs).last_hidden_state, inputs["attention_mask"]).cpu())
+            rows.append(mean_vector(model(**inputs).last_hidden_state, inputs["attention_mask"]).cpu())
     return torch.cat(rows)
 
 
-def _pool(hidden: Tensor, mask: Tensor) -> Tensor:
-    """Mean of `hidden` (text, seq, d) where `mask` (text, seq) is set, of unit length: (text, d)."""
+def mean_vector(hidden: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean of `hidden` (text, seq, d) where `mask` (text, seq) is set, of unit length: (text, d) float32."""
+    if mask is None:
+        mask = torch.ones(hidden.shape[:2], device=hidden.device)
     kept = hidden.float().masked_fill(~mask.bool().unsqueeze(-1), 0)
     mean = einsum(kept, "text seq d -> text d") / mask.bool().sum(1, keepdim=True).clamp(min=1)
     return F.normalize(mean, dim=-1)

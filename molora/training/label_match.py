@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from molora.data.clusters import encode
+from molora.data.clusters import encode, mean_vector
 
 SCALE = 20.0  # of the cosine: what sentence encoders are trained with
 
@@ -63,15 +63,6 @@ class LabelMatcher(PreTrainedModel):
         others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         others[self.classes] = False
         return logits.masked_fill(others, float("-inf"))
-
-
-def mean_vector(hidden: Tensor, mask: Tensor | None) -> Tensor:
-    """Unit vectors (batch, d), float32: the mean of `hidden` (batch, seq, d) where `mask` (batch, seq) is set."""
-    hidden = hidden.float()
-    if mask is None:
-        return F.normalize(hidden.mean(dim=1), dim=-1)
-    kept = mask.unsqueeze(-1).to(hidden.dtype)
-    return F.normalize((hidden * kept).sum(dim=1) / kept.sum(dim=1).clamp(min=1), dim=-1)
 
 
 def match_labels(
