@@ -39,6 +39,7 @@ _PUBLIC = {
     "load_run": "molora.store.runs",
     "train": "molora.training.train",
     "train_sequence": "molora.continual.sequence",
+    "load_router": "molora.continual.inference",
     "evaluate": "molora.training.evaluate",
     "MoLoraError": "molora.errors",
     "ConfigError": "molora.errors",

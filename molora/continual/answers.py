@@ -109,29 +109,27 @@ def inputs_of(
 def features(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
     batch_size: int,
     depth: float = 1.0,
 ) -> Tensor:
-    """Frozen features (sample, d) of prompts: mean hidden states of the base without experts, of unit length.
+    """Frozen features (sample, d) of prompts (token ids): mean hidden states of the base without experts, of unit length.
 
     `depth`: 0 are the embeddings, 1 the last layer's output, 0.5 that of the middle layer.
     """
     rows: dict[int, Tensor] = {}
     pad = pad_token(tokenizer)
     device = next(model.parameters()).device
-    prompts = [list(prompt(example)) for example in examples]
+    given = [list(tokens) for tokens in prompts]
     base = model.get_base_model()
     reader = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
     with inference(model), model.disable_adapter():
-        for part in batches_by_length([len(p) for p in prompts], batch_size):
-            longest = max(len(prompts[i]) for i in part)
-            ids = torch.tensor(
-                [prompts[i] + [pad] * (longest - len(prompts[i])) for i in part], device=device
-            )
-            lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+        for part in batches_by_length([len(p) for p in given], batch_size):
+            longest = max(len(given[i]) for i in part)
+            ids = torch.tensor([given[i] + [pad] * (longest - len(given[i])) for i in part], device=device)
+            lengths = torch.tensor([len(given[i]) for i in part], device=device)
             mask = torch.arange(longest, device=device) < lengths.unsqueeze(1)
             out = reader(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
             layer = round(depth * (len(out.hidden_states) - 1))
             rows.update(zip(part, mean_vector(out.hidden_states[layer], mask).cpu(), strict=True))
-    return torch.stack([rows[i] for i in range(len(prompts))])
+    return torch.stack([rows[i] for i in range(len(given))])

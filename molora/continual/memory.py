@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.continual import RouterConfig
-from molora.continual.answers import OPEN, features, inputs_of, on_route
+from molora.continual.answers import OPEN, features, inputs_of, on_route, prompt
 from molora.continual.router import PrototypeRouter
 from molora.continual.strategy import Strategy
 from molora.data.prompts import Example, encode
@@ -47,7 +47,7 @@ class Memory:
     ) -> None:
         """Prototypes of a task from its training examples."""
         if self.router is not None and self.settings is not None:
-            first = examples[: self.settings.records]
+            first = [prompt(example) for example in examples[: self.settings.records]]
             found = features(model, tokenizer, first, FEATURE_BATCH, self.settings.depth)
             self.router.fit(task.name, found, seed)
 
@@ -59,7 +59,7 @@ class Memory:
             return None
         if task.name not in self._features:
             self._features[task.name] = features(
-                model, tokenizer, examples, FEATURE_BATCH, self.settings.depth
+                model, tokenizer, [prompt(e) for e in examples], FEATURE_BATCH, self.settings.depth
             )
         return self.router.predict(self._features[task.name])
 

@@ -139,7 +139,7 @@ def encode(
         prompt, target = _chat_tokens(task, record, tokenizer)
     else:
         prompt_text, target_text = render(task, record)
-        prompt, target = _prompt_tokens(tokenizer, prompt_text), _tokens(tokenizer, target_text)
+        prompt, target = prompt_tokens(tokenizer, prompt_text), _tokens(tokenizer, target_text)
         target = [*target, _end_token(tokenizer)]
     cut_target = max(0, len(target) - max(1, max_length - min(1, len(prompt))))
     target = target[: len(target) - cut_target]
@@ -177,7 +177,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
 
 
-def _prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     """The prompt with the special tokens its tokenizer starts a text with, but not the one it ends it with."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id and _tokens(tokenizer, text)[-1:] != ids[-1:]:

@@ -29,3 +29,4 @@ def test_the_python_runs(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "after,pig,mirror" in done.stdout
+    assert "['pig', 'spell']" in done.stdout

@@ -1,0 +1,75 @@
+"""Use a finished sequence: the prototypes of a run name the task of prompts that come without an id."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from molora.continual.answers import features
+from molora.continual.router import PrototypeRouter
+from molora.data.prompts import prompt_tokens
+from molora.errors import ConfigError
+from molora.store.manifest import verify_folder
+from molora.store.runs import Run
+
+
+@dataclass(frozen=True)
+class TaskNamer:
+    """Names tasks by the prototypes of a sequence run; see `load_router`."""
+
+    router: PrototypeRouter
+    depth: float
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks it knows, in the order they were learned."""
+        return list(self.router.centres)
+
+    def __call__(
+        self, model: Any, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], batch_size: int = 32
+    ) -> list[str]:
+        """The task of each prompt, to be given as `routing_task_ids`, or to `molora.routing(model, task_ids=...)`.
+
+        Args:
+            model: the run's model (a PEFT model), as `molora.load` gives it.
+            tokenizer: its tokenizer.
+            prompts: texts as the model is given them, after the task's template.
+            batch_size: prompts a forward pass of the base.
+        """
+        generates = bool(getattr(model.get_base_model(), "can_generate", lambda: False)())
+        encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        if generates and not encoder_decoder:
+            tokens = [prompt_tokens(tokenizer, text) for text in prompts]
+        else:
+            tokens = [list(tokenizer(text)["input_ids"]) for text in prompts]
+        return self.router.predict(features(model, tokenizer, tokens, batch_size, self.depth))
+
+
+def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
+    """The prototypes that a sequence run ended with.
+
+    Raises:
+        ConfigError: not a finished sequence with a router. AdapterError: a damaged folder.
+    """
+    run = run if isinstance(run, Run) else Run.find(run)
+    section = run.config.continual
+    memories = sorted((run.path / "stages").glob("*/memory"), key=lambda m: int(m.parent.name.split("-")[0]))
+    if section is None or section.router is None or not memories:
+        raise ConfigError(
+            f"{run.path} has no prototypes to name tasks by.",
+            hint="train with `molora continual` and `continual.router: prototypes`, which strategy color has anyway.",
+        )
+    verify_folder(memories[-1])
+    stored = {
+        name.removeprefix("router/"): tensor
+        for name, tensor in load_file(memories[-1] / "memory.safetensors").items()
+        if name.startswith("router/")
+    }
+    router = PrototypeRouter(section.router.clusters, section.router.metric)
+    router.restore(stored, section.order or list(run.config.data.tasks))
+    return TaskNamer(router, section.router.depth)
