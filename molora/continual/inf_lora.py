@@ -12,6 +12,7 @@ from molora.config.continual import StrategyConfig
 from molora.continual.strategy import Batches, Stage, Strategy, expert_layers
 from molora.continual.subspace import grown_basis, leading, residual
 from molora.evaluation.runner import inference
+from molora.tuner.layer import MoLoraLayer
 
 
 class InfLoRA(Strategy):
@@ -52,24 +53,23 @@ class InfLoRA(Strategy):
 def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """`Σ x xᵀ` (d_in, d_in), float64, of every adapted linear's inputs over a pass, padding left out."""
     found: dict[str, Tensor] = {}
-    mask: list[Tensor | None] = [None]
 
-    def note(key: str) -> Any:
+    def note(key: str, layer: MoLoraLayer) -> Any:
+        stream = layer.sites[layer.active_adapters[0]].stream
+
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            kept = mask[0]
-            if kept is not None and x.dim() == 3 and kept.shape == x.shape[:2]:
-                x = x[kept]
-            x = x.reshape(-1, x.shape[-1]).double()
+            kept = layer.context.state.mask(stream, x.shape[:-1])
+            x = x.reshape(-1, x.shape[-1])
+            x = (x if kept is None else x[kept]).double()
             found[key] = found.get(key, 0) + x.t() @ x
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(note(key)) for key, layer, _ in expert_layers(model)]  # type: ignore[attr-defined]
+    hooks = [layer.register_forward_pre_hook(note(key, layer)) for key, layer, _ in expert_layers(model)]  # type: ignore[attr-defined]
     try:
         with inference(model):
             for batch in batches():
-                mask[0] = batch["attention_mask"].bool()
                 model(**batch)
     finally:
         for hook in hooks:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -77,7 +76,7 @@ class Memory:
             records = list(task.eval)[:PROBE]
             batch = inputs_of([encode(task, r, tokenizer, length) for r in records], model, tokenizer)
             with inference(model), on_route(model, route):
-                logits = model(**batch, **_decoder(model, batch)).logits.float().cpu().contiguous()
+                logits = model(**batch).logits.float().cpu().contiguous()
             digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
             found[task.name] = self.digests.setdefault(task.name, digest) == digest
         return found
@@ -109,14 +108,6 @@ class Memory:
                 name.removeprefix("router/"): t for name, t in tensors.items() if name.startswith("router/")
             }
             self.router.restore(centres, [task.name for task in tasks])
-
-
-def _decoder(model: Any, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What an encoder-decoder model needs to give logits at all: the decoder's start token."""
-    if not getattr(model.config, "is_encoder_decoder", False):
-        return {}
-    start = model.config.decoder_start_token_id
-    return {"decoder_input_ids": torch.full_like(batch["input_ids"][:, :1], start)}
 
 
 def shown_route(model: Any, task: Task, known: bool) -> str | None:

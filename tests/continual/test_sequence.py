@@ -14,6 +14,7 @@ from molora.continual import sequence
 from molora.continual.strategy import Strategy
 from molora.errors import ConfigError, DataError
 from tests.training.runs import write_encoder
+from tests.training.test_seq2seq import write_t5
 
 NAMES = ("pig", "mirror", "zigzag")
 
@@ -205,3 +206,11 @@ def test_the_gate_follows_the_strategy_unless_the_recipe_has_one(tmp_path):
     assert (gates["color"].scope, gates["gated"].transform) == ("task", "gain")
     own = load_recipe(recipe(tmp_path, "o_lora", adapter={"r": 2, "gate": "soft"}))
     assert (own.adapter.gate.scope, own.adapter.num_experts) == ("token", 1)
+
+
+@pytest.mark.parametrize("kind", ["color", "inf_lora", "gated"])
+def test_encoder_decoder_models(kind, tmp_path):
+    base = {"model": str(write_t5(tmp_path / "base")), "task_type": "SEQ_2_SEQ_LM"}
+    found = matrix(molora.train_sequence(recipe(tmp_path / "runs", kind, base=base)))
+    assert len(found["matrices"]["hidden"]["rows"]) == 3
+    assert all(found["unchanged"].values()) or kind != "color"
