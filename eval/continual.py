@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"strategy": "sequential"},
     "inc_lora": {"strategy": "inc_lora"},
     "o_lora": {"strategy": "o_lora"},
+    "o_lora, weak": {"strategy": {"kind": "o_lora", "coefficient": 0.01}},
     "n_lora": {"strategy": "n_lora"},
     "inf_lora": {"strategy": "inf_lora"},
     "slao": {"strategy": "slao"},
@@ -85,6 +86,7 @@ def grid() -> list[Cell]:
     main = ("color", "joint", "sequential", "inc_lora", "o_lora")
     once = (
         "color, as published",
+        "o_lora, weak",
         "inf_lora",
         "n_lora",
         "gated",
