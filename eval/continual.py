@@ -235,7 +235,10 @@ def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
 
 
 def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
-    values = [cell["matrices"][view]["summary"].get(name) for cell in cells if view in cell["matrices"]]
+    from molora.evaluation.continual import AccuracyMatrix
+
+    found = [AccuracyMatrix.from_dict(cell["matrices"][view]) for cell in cells if view in cell["matrices"]]
+    values = [matrix.summary().get(name) for matrix in found]
     known = [value for value in values if value is not None]
     return interval(known) if known else ""
 

@@ -49,6 +49,16 @@ WITHOUT_MEMORY = ("inc_lora", "o_lora", "n_lora", "ella")
 """Strategies that need nothing of earlier tasks but their experts, so that any trained run can go on with them."""
 
 
+# What a strategy cannot do without in a gate that the recipe gives instead of its own.
+NEEDED_GATE: dict[str, dict[str, Any]] = {
+    "independent": {"scope": "task"},
+    "color": {"scope": "task"},
+    "gated": {"scope": "sequence", "score": "cosine", "transform": "gain"},
+    "inf_lora": {"scope": "constant", "transform": "identity"},
+    "slao": {"scope": "constant", "transform": "identity"},
+}
+
+
 class StrategyConfig(Section):
     """A strategy by name, with its own settings. `strategy: name` is short for `strategy: {kind: name}`."""
 
@@ -69,7 +79,7 @@ class StrategyConfig(Section):
         if not isinstance(data, dict) or "kind" not in data:
             return data
         kind = data["kind"]
-        if kind not in STRATEGIES:
+        if not isinstance(kind, str) or kind not in STRATEGIES:
             allowed = ", ".join(STRATEGIES)
             refuse(
                 [
@@ -140,4 +150,5 @@ class ContinualConfig(Section):
 def strategy_kind(section: Any) -> str | None:
     """The strategy that a `continual` section as written names; None where it is malformed."""
     strategy = section.get("strategy", "color") if isinstance(section, dict) else None
-    return strategy.get("kind") if isinstance(strategy, dict) else strategy
+    kind = strategy.get("kind") if isinstance(strategy, dict) else strategy
+    return kind if isinstance(kind, str) else None

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from molora.config.adapter import AdapterConfig
 from molora.config.continual import GATES as STRATEGY_GATES
-from molora.config.continual import ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
+from molora.config.continual import NEEDED_GATE, ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
@@ -135,11 +135,36 @@ class RunConfig(Section):
         if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
             text = "a head that is trained task by task forgets; use `match`, the nearest label text."
             problems.append((("base", "head"), text))
+        problems += self._strategy_problems(kind)
         for name, task in self.data.tasks.items():
             if task.metric == "loss":
                 problems.append(
                     (("data", "tasks", name, "metric"), "must be a share of right answers, not a loss.")
                 )
+        return problems
+
+    def _strategy_problems(self, kind: str) -> list[Problem]:
+        """What the rest of the recipe must be for a strategy to keep its promise."""
+        assert self.continual is not None
+        problems: list[Problem] = []
+        gate, strategy = self.adapter.gate.model_dump(), self.continual.strategy
+        wrong = [f"{key} {value}" for key, value in NEEDED_GATE.get(kind, {}).items() if gate[key] != value]
+        if wrong:
+            text = f"strategy {kind} needs a gate of {', '.join(wrong)}; leave the gate out to get it."
+            problems.append((("adapter", "gate"), text))
+        if self.adapter.share_A and (kind == "inf_lora" or (kind == "o_lora" and strategy.factor != "B")):
+            text = f"does not go with strategy {kind}, which gives each expert an A of its own."
+            problems.append((("adapter", "share_A"), text))
+        if self.adapter.frozen_experts:
+            problems.append((("adapter", "frozen_experts"), "is the strategy's to say; leave it out."))
+        if self.features is not None:
+            problems.append((("features",), "does not go with tasks one after another."))
+        softmax = self.continual.softmax
+        if softmax is not None and self.base.head != "match":
+            problems.append((("continual", "softmax"), "acts only with base.head: match."))
+        elif softmax == "own" and kind in ("replay", "joint"):
+            text = f"'own' leaves out the labels of other tasks, which {kind} trains on; leave it out."
+            problems.append((("continual", "softmax"), text))
         return problems
 
     def _feature_problems(self) -> list[Problem]:

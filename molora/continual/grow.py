@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import GrowConfig, RunConfig, load_grow
 from molora.continual.registry import build_strategy
-from molora.continual.strategy import Stage
+from molora.continual.strategy import Stage, hold_sum
 from molora.data.collate import collate, pad_token
 from molora.data.prompts import encode
 from molora.data.tasks import Task, TaskSet
@@ -86,6 +86,7 @@ def add_expert(
         )
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
         strategy = build_strategy(grow.strategy)
+        hold_sum(model)
         strategy.before_task(
             model, Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
         )
@@ -124,11 +125,14 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
+    plain["continual"] = None  # a sequence that grows by hand is a run like any other from here on
     section = plain["adapter"]
     section["expert_names"] = [*(adapter.expert_names or []), expert]
     section["num_experts"] = len(section["expert_names"])
     section["aux_losses"] = dict(grow.aux_losses)
     section["from_loras"] = None  # they are in the adapter that grows
+    if config.continual is not None:
+        section["tasks"] = {task: list(experts) for task, experts in adapter.tasks.items()}
     if section["tasks"] is not None:
         section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
     return RunConfig.model_validate(plain)

@@ -14,13 +14,18 @@ from molora.continual.subspace import grown_basis, leading, residual
 from molora.evaluation.runner import inference
 from molora.tuner.layer import MoLoraLayer
 
+_NOTHING = (
+    1e-9  # share of a task's energy below which a direction is only rounding: it may be one of an old task
+)
+
 
 class InfLoRA(Strategy):
     """A of the new expert is designed and frozen, only B learns; experts add up.
 
     Before a task: the covariance of each layer's inputs on its data, without the directions of old tasks, gives
-    A = its first r directions / √3. After it: the old directions grow until they hold a share of the new inputs' energy
-    that rises over the sequence from `energy` to `energy_end`. Reference: InfLoRA, CVPR 2024.
+    A = its first r directions / √3, zero where no direction is left. After it: the old directions grow until they hold a
+    share of the new inputs' energy that rises over the sequence from `energy` to `energy_end`. Reference: InfLoRA,
+    CVPR 2024.
     """
 
     def __init__(self, settings: StrategyConfig) -> None:
@@ -33,7 +38,8 @@ class InfLoRA(Strategy):
         for key, _, bank in expert_layers(model):
             assert bank.lora_A is not None
             (new,) = bank.trainable
-            rows = leading(residual(self.bases.get(key), seen[key]), bank.ranks[new]) / 3**0.5
+            left, floor = residual(self.bases.get(key), seen[key]), _NOTHING * float(seen[key].trace())
+            rows = leading(left, bank.ranks[new], floor) / 3**0.5
             bank.lora_A[0, : len(rows)].copy_(rows)
             bank.lora_A.requires_grad_(False)
 

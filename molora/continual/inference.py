@@ -24,6 +24,7 @@ class TaskNamer:
 
     router: PrototypeRouter
     depth: float
+    max_length: int
 
     @property
     def tasks(self) -> list[str]:
@@ -38,15 +39,18 @@ class TaskNamer:
         Args:
             model: the run's model (a PEFT model), as `molora.load` gives it.
             tokenizer: its tokenizer.
-            prompts: texts as the model is given them, after the task's template.
+            prompts: texts as the model is given them, after the task's template; cut as in training.
             batch_size: prompts a forward pass of the base.
         """
         generates = bool(getattr(model.get_base_model(), "can_generate", lambda: False)())
         encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+        limit = self.max_length
         if generates and not encoder_decoder:
-            tokens = [prompt_tokens(tokenizer, text) for text in prompts]
+            tokens = [prompt_tokens(tokenizer, text)[-limit:] for text in prompts]
         else:
-            tokens = [list(tokenizer(text)["input_ids"]) for text in prompts]
+            tokens = [
+                list(tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in prompts
+            ]
         return self.router.predict(features(model, tokenizer, tokens, batch_size, self.depth))
 
 
@@ -59,9 +63,10 @@ def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
     run = run if isinstance(run, Run) else Run.find(run)
     section = run.config.continual
     memories = sorted((run.path / "stages").glob("*/memory"), key=lambda m: int(m.parent.name.split("-")[0]))
-    if section is None or section.router is None or not memories:
+    unfinished = not run.adapter.is_dir()  # it is published last
+    if section is None or section.router is None or not memories or unfinished:
         raise ConfigError(
-            f"{run.path} has no prototypes to name tasks by.",
+            f"{run.path} is no finished sequence with prototypes to name tasks by.",
             hint="train with `molora continual` and `continual.router: prototypes`, which strategy color has anyway.",
         )
     verify_folder(memories[-1])
@@ -72,4 +77,4 @@ def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
     }
     router = PrototypeRouter(section.router.clusters, section.router.metric)
     router.restore(stored, section.order or list(run.config.data.tasks))
-    return TaskNamer(router, section.router.depth)
+    return TaskNamer(router, section.router.depth, run.config.data.max_length)

@@ -46,7 +46,7 @@ class Memory:
     ) -> None:
         """Prototypes of a task from its training examples."""
         if self.router is not None and self.settings is not None:
-            first = [prompt(example) for example in examples[: self.settings.records]]
+            first = [prompt(example) for example in examples]
             found = features(model, tokenizer, first, FEATURE_BATCH, self.settings.depth)
             self.router.fit(task.name, found, seed)
 

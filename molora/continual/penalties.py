@@ -25,7 +25,7 @@ class OLoRA(Strategy):
         settings, terms, sizes = self.settings, [], []
         for _, layer, bank in expert_layers(model):
             norm = settings.norm or "l1"
-            if bank.frozen_A is not None and bank.lora_A is not None:
+            if bank.frozen and bank.trainable:
                 learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"
                 share = 1 / len(bank.frozen) if learned else 1.0
                 terms += [share * orthogonal(new, old, norm) for new, old in self._rows(bank)]

@@ -8,6 +8,7 @@ does what an uninterrupted one would have done.
 from __future__ import annotations
 
 import os
+import random
 import shutil
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -25,7 +26,7 @@ from molora.continual.memory import Memory
 from molora.continual.registry import build_strategy
 from molora.continual.scoring import score_base, score_stage
 from molora.continual.stage_recipe import stage_recipe
-from molora.continual.strategy import Stage
+from molora.continual.strategy import Stage, hold_sum
 from molora.continual.tables import write_tables
 from molora.data.module import MoLoraDataModule
 from molora.data.prompts import Example, encode
@@ -35,7 +36,14 @@ from molora.store.adapter import load, save
 from molora.store.atomic import write_folder, write_json
 from molora.store.manifest import read_json
 from molora.store.runs import Run
-from molora.training.build import build_model, labels_of_tasks, load_base, load_tokenizer, tasks_of
+from molora.training.build import (
+    build_model,
+    build_skeleton,
+    labels_of_tasks,
+    load_base,
+    load_tokenizer,
+    tasks_of,
+)
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.label_match import LabelMatcher
 from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
@@ -115,7 +123,9 @@ def _check_same(config: RunConfig, run: Run | None) -> None:
 
 
 def _check_data(config: RunConfig, tasks: TaskSet) -> None:
-    """Encode every task's records once: a faulty one of the last task must not show after hours."""
+    """Find the targets and encode every task's records: a faulty one of the last task must not show after hours."""
+    first, ids = stage_recipe(config, tasks.ids)
+    build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     tokenizer = load_tokenizer(config.base)
     MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed).setup("fit")
 
@@ -194,6 +204,7 @@ class SequenceRun:
         """Give the stage's task its expert, and a classifier the classes that compete in its loss."""
         if index and not self.strategy.one_expert:
             model.add_expert(stage.task.name, tasks=[stage.task.name], freeze_others=True)
+        hold_sum(model)
         matcher = model.get_base_model()
         if isinstance(matcher, LabelMatcher):
             softmax = self.settings.softmax or self.strategy.softmax
@@ -211,9 +222,9 @@ class SequenceRun:
     def _passes(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, turn: int
     ) -> Iterator[dict[str, Tensor]]:
-        """A pass over (the first records of) a task's training data, with its id where the gate wants one."""
+        """A pass over (a part of) a task's training data, with its id where the gate wants one."""
         task, size = self.tasks[turn], self.config.train.batch_size
-        examples = self._encoded(task, tokenizer)
+        examples = self._encoded(task, tokenizer, PASS_RECORDS)
         for start in range(0, len(examples), size):
             part = examples[start : start + size]
             batch = inputs_of(part, model, tokenizer)
@@ -221,18 +232,21 @@ class SequenceRun:
                 batch["routing_task_ids"] = torch.full((len(part),), task.id)
             yield batch
 
-    def _encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase) -> list[Example]:
-        first = list(task.train)[:PASS_RECORDS]
-        return [encode(task, record, tokenizer, self.config.data.max_length) for record in first]
+    def _encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
+        """So many of a task's training records, drawn at random: files are often sorted by label."""
+        everything = range(len(task.train))
+        chosen = sorted(random.Random(self.config.seed).sample(everything, min(count, len(everything))))
+        return [encode(task, task.train[i], tokenizer, self.config.data.max_length) for i in chosen]
 
     def _conclude(self, done: Run, model: Any, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
         """After training: what the strategy does, what must be remembered, every task's score; the row comes last."""
         self.strategy.after_task(model, stage)
         if self.strategy.changes_weights:
             save(model, done.adapter)
-        learned = self.tasks if self.joint else [stage.task]
-        for task in learned:
-            self.memory.learn(model, tokenizer, task, self._encoded(task, tokenizer), stage.seed)
+        if (router := self.settings.router) is not None:
+            for task in self.tasks if self.joint else [stage.task]:
+                examples = self._encoded(task, tokenizer, router.records)
+                self.memory.learn(model, tokenizer, task, examples, stage.seed)
         base_file = self.run.path / "base.json"
         if not base_file.is_file():
             write_json(base_file, score_base(self.config, model, tokenizer, self.tasks))

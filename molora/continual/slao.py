@@ -33,7 +33,7 @@ class Slao(Strategy):
             self._merged[key] = bank.lora_B.detach().clone()
             if stage.index:
                 for A in bank.lora_A:
-                    A.copy_(torch.linalg.qr(A.float().t()).Q.t())
+                    A.copy_(orthonormal(A))
 
     @torch.no_grad()
     def after_task(self, model: nn.Module, stage: Stage) -> None:
@@ -43,6 +43,15 @@ class Slao(Strategy):
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         self._merged = {}
+
+
+def orthonormal(A: Tensor) -> Tensor:
+    """Orthonormal rows (rank, d) with the span of A's, each on the side of the row it came from.
+
+    LAPACK leaves the signs open; with wrong ones B, which goes on from where it was, would undo what was learned.
+    """
+    Q, R = torch.linalg.qr(A.float().t())
+    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).t()
 
 
 def merged(old: Tensor, new: Tensor, count: int) -> Tensor:

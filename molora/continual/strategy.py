@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from molora.config.continual import ONE_EXPERT, StrategyConfig
 from molora.data.tasks import Task
 from molora.experts.bank import ExpertBank
+from molora.gates.gate import Gate
 from molora.tuner.layer import MoLoraLayer
 
 Batches = Callable[[], Iterator[dict[str, Tensor]]]
@@ -84,6 +85,14 @@ class Strategy:
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Undo `tensors` and `plain`."""
+
+
+def hold_sum(model: nn.Module) -> None:
+    """Keep a gate that adds experts up at 1, as published: its numbers are Parameters, but not to be learned."""
+    for gate in (m for m in model.modules() if isinstance(m, Gate)):
+        settings = gate.settings
+        if (settings.scope, settings.transform, settings.start) == ("constant", "identity", 1.0):
+            gate.requires_grad_(False)
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBank]]:

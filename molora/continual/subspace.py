@@ -48,10 +48,11 @@ def residual(basis: Tensor | None, covariance: Tensor) -> Tensor:
     return (both + both.t()) / 2
 
 
-def leading(covariance: Tensor, count: int) -> Tensor:
-    """The `count` directions (count, d) of most energy, orthonormal rows."""
-    vectors = torch.linalg.eigh(covariance.double()).eigenvectors
-    return vectors.flip(1)[:, :count].t().contiguous()
+def leading(covariance: Tensor, count: int, floor: float = 0.0) -> Tensor:
+    """The `count` directions (count, d) of most energy, orthonormal rows; zero rows where it is `floor` or less."""
+    values, vectors = torch.linalg.eigh(covariance.double())
+    alive = values.flip(0)[:count] > floor
+    return (vectors.flip(1)[:, :count] * alive).t().contiguous()
 
 
 def without(rows: Tensor, basis: Tensor | None) -> Tensor:

@@ -51,7 +51,7 @@ class AccuracyMatrix:
         """Mean over old tasks of the best accuracy they ever had before the last stage minus the last; 0 for one task."""
         last = len(self.rows) - 1
         drops = [
-            max(self._known([row[j] for row in self.rows[j:last]])) - self._at(last, j) for j in range(last)
+            max(self._known([row[j] for row in self.rows[:last]])) - self._at(last, j) for j in range(last)
         ]
         return fmean(drops) if drops else 0.0
 

@@ -27,6 +27,7 @@ class LabelMatcher(PreTrainedModel):
         labels: (class, d) unit vectors of the labels' texts, see `label_vectors`.
     """
 
+    supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
     def __init__(self, encoder: PreTrainedModel, labels: Tensor) -> None:

@@ -20,7 +20,7 @@ from molora.training.sharded import average_gradients, shard_base
 
 
 class Companion(Protocol):
-    """What accompanies a training: terms of the loss, and a look at the model after every batch."""
+    """What accompanies a training: terms of the loss, and a look at the model after every optimiser step."""
 
     def loss(self, model: Any) -> Mapping[str, Tensor]: ...
 
@@ -103,6 +103,12 @@ class MoLoraModule(L.LightningModule):
         scheduler = build_scheduler(optimizer, self.settings, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step, and what the companion does after it: before any callback looks at the weights or saves them."""
+        super().optimizer_step(*args, **kwargs)
+        if self.companion is not None:
+            self.companion.after_step(self.model)
+
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the learning rates; drop the gradients of what the current stage does not train.
 
@@ -136,8 +142,6 @@ class MoLoraModule(L.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """Report the means since the last report, every `log_every` optimiser steps."""
         step = self.global_step
-        if self.companion is not None:
-            self.companion.after_step(self.model)
         if step == self._logged_step or (step % self.settings.log_every and step != self.trainer.max_steps):
             return
         self._logged_step = step

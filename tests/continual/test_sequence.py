@@ -11,8 +11,11 @@ from safetensors.torch import load_file
 import molora
 from molora.config import load_recipe
 from molora.continual import sequence
+from molora.continual.gated import Gated
+from molora.continual.grow import add_expert
 from molora.continual.strategy import Strategy
 from molora.errors import ConfigError, DataError
+from molora.training.build import load_trained
 from tests.training.runs import write_encoder
 from tests.training.test_seq2seq import write_t5
 
@@ -44,15 +47,23 @@ class Stop(Exception):
     """A crash at a chosen moment."""
 
 
-def crash_at_step(monkeypatch, count):
-    calls = []
+def stopping(hook, calls, count):
+    """The hook, with a crash after its `count`-th call."""
 
     def after_step(self, model):
+        hook(self, model)
         calls.append(1)
         if len(calls) == count:
             raise Stop
 
-    monkeypatch.setattr(Strategy, "after_step", after_step)
+    return after_step
+
+
+def crash_at_step(monkeypatch, count):
+    calls = []
+
+    for kind in (Strategy, Gated):
+        monkeypatch.setattr(kind, "after_step", stopping(kind.after_step, calls, count))
 
 
 def crash_while_scoring(monkeypatch, count):
@@ -68,7 +79,7 @@ def crash_while_scoring(monkeypatch, count):
 
 
 CRASHES = {"in the second task": (crash_at_step, 6), "before a row": (crash_while_scoring, 2)}
-KINDS = ("color", "slao", "replay", "inf_lora", "o_lora")
+KINDS = ("color", "slao", "gated", "replay", "inf_lora", "o_lora")
 
 
 @pytest.mark.parametrize("crash", CRASHES)
@@ -168,12 +179,45 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
     refused(out, "not a setting of strategy 'color'", strategy={"kind": "color", "coefficient": 1.0})
     refused(out, "must name every task", continual={"strategy": "color", "order": ["pig"]})
     refused(out, "starts with one expert", adapter={"r": 2, "num_experts": 3})
+    refused(out, "starts with one expert|not a", strategy={"kind": ["color"]})
+    refused(out, "needs a gate of scope task", adapter={"r": 2, "gate": "constant"})
+    refused(out, "transform gain", strategy="gated", adapter={"r": 2, "gate": "soft"})
+    refused(out, "an A of its own", strategy="inf_lora", adapter={"r": 2, "share_A": True})
+    refused(out, "frozen_experts", adapter={"r": 2, "frozen_experts": ["expert_0"]})
+    refused(out, "acts only with base.head", continual={"strategy": "o_lora", "softmax": "seen"})
+    refused(out, "nope", adapter={"r": 2, "target_modules": ["nope"]})
     refused(out, "one device", train={"max_steps": 2, "devices": 2})
     refused(out, "ratio is given too", strategy={"kind": "replay", "ratio": 0.1, "count": 3})
     with pytest.raises(ConfigError, match="molora continual"):
         molora.train(recipe(out))
     with pytest.raises(ConfigError, match="no `continual` section"):
         molora.train_sequence({key: value for key, value in recipe(out).items() if key != "continual"})
+
+
+def test_a_sum_of_experts_stays_one(tmp_path):
+    run = molora.train_sequence(recipe(tmp_path, "o_lora"))
+    gates = [t for name, t in weights(run.adapter).items() if "molora_gate" in name]
+    assert gates and all(torch.equal(t, torch.ones_like(t)) for t in gates)
+
+
+def test_a_sequence_can_grow_by_hand(tmp_path):
+    run = molora.train_sequence(recipe(tmp_path, "inc_lora"))
+    new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
+    done = add_expert(run, {"task": new, "train": {"max_steps": 1}, "strategy": "ella"})
+    assert done.config.continual is None
+    assert molora.evaluate(done, modes=["task"], tasks=["pig"]).score("pig", "task").count == 4
+
+
+def test_the_router_is_that_of_a_finished_sequence_and_cuts_prompts(tmp_path):
+    run = molora.train_sequence(recipe(tmp_path))
+    model, tokenizer, _ = load_trained(run.path)
+    namer = molora.load_router(run)
+    assert namer.tasks == list(NAMES)
+    long = "pig(" + "a" * 400 + ")="
+    assert namer(model, tokenizer, [long, "zigzag(abc)="])[1] == "zigzag"
+    (run.path / "adapter").rename(tmp_path / "elsewhere")
+    with pytest.raises(ConfigError, match="no finished sequence"):
+        molora.load_router(run)
 
 
 def test_a_faulty_record_of_the_last_task_shows_before_the_first_is_trained(tmp_path):

@@ -202,6 +202,13 @@ def test_a_basis_is_the_smallest_one():
     assert_close(leading(seen, 1).abs(), torch.tensor([[1.0, 0, 0]], dtype=torch.float64))
 
 
+def test_no_direction_is_taken_from_where_there_is_no_energy():
+    seen = covariance([2.0, 0, 0], [0, 1.0, 0])
+    taken = residual(torch.tensor([[1.0], [0], [0]], dtype=torch.float64), seen)
+    rows = leading(taken, 3, 1e-9 * float(seen.trace()))
+    assert_close(rows.abs(), torch.tensor([[0, 1.0, 0], [0, 0, 0], [0, 0, 0]], dtype=torch.float64))
+
+
 def test_overlap_of_row_spaces():
     one = torch.eye(4)
     assert overlap(one[:2], one[2:]) == pytest.approx(0)
@@ -281,11 +288,13 @@ def test_slao_keeps_one_lora_and_averages_B():
     assert all(
         torch.equal(bank.lora_B, trained[key]) for key, _, bank in expert_layers(model)
     )  # the first is kept
+    rows = {key: bank.lora_A[0].detach().clone() for key, _, bank in expert_layers(model)}
     own.before_task(model, stage(1))
     start = {key: bank.lora_B.detach().clone() for key, _, bank in expert_layers(model)}
-    for _, _, bank in expert_layers(model):
+    for key, _, bank in expert_layers(model):
         A = bank.lora_A[0].float()
         assert_close(A @ A.t(), torch.eye(3), atol=1e-5, rtol=0)
+        assert (rows[key].float() @ A.t()).diagonal().min() >= 0  # no row turned round
         bank.lora_B.data += 2
     own.after_task(model, stage(1))
     for key, _, bank in expert_layers(model):

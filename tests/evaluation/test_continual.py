@@ -29,6 +29,8 @@ def test_forgetting_takes_the_best_there_ever_was():
     assert late.forgetting() == pytest.approx((0.3 + 0.0) / 2)
     assert late.backward_transfer() == pytest.approx((0.1 + 0.0) / 2)
     assert late.forward_transfer() is None
+    early = AccuracyMatrix(["a", "b", "c"], [], [[0.5, 0.9, 0], [0.5, 0.8, 0], [0.5, 0.8, 0.7]])
+    assert early.forgetting() == pytest.approx((0.0 + 0.1) / 2)  # better before its own turn
 
 
 def test_one_task_forgets_nothing_and_half_a_sequence_counts_what_it_saw():
