@@ -91,6 +91,8 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
         return experts
     weight = weight.t() if isinstance(base, Conv1D) else weight
     gated = [i for i, name in enumerate(names) if name not in config.always_on]
+    if not gated:  # all that this layer has is always on: nothing to cut into segments
+        return experts
     factors = svd_segments(weight, [experts[i].rank for i in gated], [experts[i].scaling for i in gated])
     made = dict(zip(gated, factors, strict=True))
     # Experts that are always on start as the gated ones do: with negative weights they cancel them.

@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, reject, settings
+from hypothesis import HealthCheck, assume, example, given, reject, settings
 from peft import PeftModel, get_peft_model
 from pydantic import ValidationError
 from torch.testing import assert_close
@@ -113,8 +113,17 @@ def cache_changes_nothing(model, given):
         assert_close(ours, theirs, atol=2e-4, rtol=2e-4)
 
 
+# A layer all of whose experts are always on.
+LONELY = {
+    "num_experts": [1, 2], "r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+    "gate": {"scope": "constant", "score": "table", "select": "dense"}, "init": "svd_segments",
+    "always_on": {"expert_0": "rest"}, "aux_losses": {},
+}  # fmt: skip
+
+
 @fixed(60)
 @given(adapters())
+@example(LONELY)
 def test_random_mixtures(options):
     check(options)
 
