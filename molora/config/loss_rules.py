@@ -80,6 +80,11 @@ def fit_problems(
                 f"is of probabilities, and transform: {gate['transform']} gives none; use softmax or sigmoid."
             )
             yield (name,), text
+        elif name in BY_TASK and constant:
+            yield (
+                (name,),
+                "goes by each task's own experts, and a constant gate gives all tasks the same weights.",
+            )
         elif name in _ONE_ANSWER and constant:
             yield (name,), f"is meaningless on a constant gate: {_ONE_ANSWER[name]}."
         elif name == "z" and gate["score"] == "table":

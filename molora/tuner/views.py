@@ -79,7 +79,11 @@ class GateView:
             return torch.zeros(len(self.weights), len(columns), dtype=torch.bool, device=device)
         ids = record.task_ids.to(device)
         if not self.by_token:
-            ids = ids.reshape(record.lead[0], -1)[:: max(1, record.lead[0] // len(self.weights)), 0]
+            splits = record.routing.splits
+            samples = len(self.weights) // splits
+            ids = ids.reshape(record.lead[0], -1)[:: max(1, record.lead[0] // samples), 0].repeat_interleave(
+                splits
+            )
         table = record.task_map.visible_table(device, own_only=True)[:, list(columns)]
         return table[ids.clamp(min=0)] & (ids >= 0).unsqueeze(-1)
 

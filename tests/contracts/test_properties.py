@@ -121,9 +121,19 @@ LONELY = {
 }  # fmt: skip
 
 
+# A task's loss where each sample has a row for each split.
+SPLIT = {
+    "num_experts": 2, "r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+    "gate": {"scope": "task", "score": "table", "select": "dense", "splits": 2}, "combine": "factors",
+    "tasks": {"alpha": ["expert_0"], "beta": ["expert_1"], "gamma": ["expert_0", "expert_1"]},
+    "aux_losses": {"task_label": 0.1, "localized": 0.1},
+}  # fmt: skip
+
+
 @fixed(60)
 @given(adapters())
 @example(LONELY)
+@example(SPLIT)
 def test_random_mixtures(options):
     check(options)
 
