@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Stage, Strategy
+from molora.continual.strategy import Batches, Note, Stage, Strategy, watch
 from molora.continual.subspace import grown_basis, without
-from molora.evaluation.runner import inference
 from molora.gates.gate import Gate
 
 
@@ -46,9 +45,8 @@ class Gated(Strategy):
 
     def after_task(self, model: nn.Module, stage: Stage) -> None:
         for key, (_, _, covariance) in read_by(model, stage.batches).items():
-            self.bases[key] = grown_basis(
-                self.bases.get(key), covariance, self.settings.energy or 0.995
-            ).float().cpu()  # fmt: skip
+            grown = grown_basis(self.bases.get(key), covariance, self.number("energy"))
+            self.bases[key] = grown.float().cpu()
 
     def tensors(self) -> dict[str, Tensor]:
         return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
@@ -68,7 +66,7 @@ def read_by(model: nn.Module, batches: Batches) -> dict[str, tuple[Tensor, int, 
     """What each gate reads over a pass: sum (d,), count and `Σ z zᵀ` (d, d), float64."""
     found: dict[str, tuple[Tensor, int, Tensor]] = {}
 
-    def note(key: str) -> Any:
+    def note(key: str) -> Note:
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             z = args[0].detach().double()
             total, count, covariance = found.get(key, (0, 0, 0))
@@ -76,12 +74,5 @@ def read_by(model: nn.Module, batches: Batches) -> dict[str, tuple[Tensor, int, 
 
         return hook
 
-    hooks = [gate.register_forward_pre_hook(note(key)) for key, gate in gates(model)]
-    try:
-        with inference(model):
-            for batch in batches():
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch(model, batches, [(gate, note(key)) for key, gate in gates(model)])
     return found

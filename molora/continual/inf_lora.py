@@ -9,9 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Stage, Strategy, expert_layers
+from molora.continual.strategy import Batches, Note, Stage, Strategy, expert_layers, watch
 from molora.continual.subspace import grown_basis, leading, residual
-from molora.evaluation.runner import inference
 from molora.tuner.layer import MoLoraLayer
 
 _NOTHING = (
@@ -44,7 +43,7 @@ class InfLoRA(Strategy):
             bank.lora_A.requires_grad_(False)
 
     def after_task(self, model: nn.Module, stage: Stage) -> None:
-        start, end = self.settings.energy or 0.98, self.settings.energy_end or 1.0
+        start, end = self.number("energy"), self.number("energy_end")
         energy = start + (end - start) * stage.index / max(1, len(stage.tasks))
         for key, covariance in covariances(model, stage.batches).items():
             self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
@@ -60,7 +59,7 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     """`Σ x xᵀ` (d_in, d_in), float64, of every adapted linear's inputs over a pass, padding left out."""
     found: dict[str, Tensor] = {}
 
-    def note(key: str, layer: MoLoraLayer) -> Any:
+    def note(key: str, layer: MoLoraLayer) -> Note:
         stream = layer.sites[layer.active_adapters[0]].stream
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
@@ -72,12 +71,5 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
 
         return hook
 
-    hooks = [layer.register_forward_pre_hook(note(key, layer)) for key, layer, _ in expert_layers(model)]  # type: ignore[attr-defined]
-    try:
-        with inference(model):
-            for batch in batches():
-                model(**batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    watch(model, batches, [(layer, note(key, layer)) for key, layer, _ in expert_layers(model)])
     return found

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from molora.config.continual import StrategyConfig
 from molora.continual.strategy import Stage, Strategy, expert_layers
 from molora.experts.bank import ExpertBank
 from molora.losses import orthogonal
@@ -24,11 +25,12 @@ class OLoRA(Strategy):
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
         settings, terms, sizes = self.settings, [], []
         for _, layer, bank in expert_layers(model):
-            norm = settings.norm or "l1"
             if bank.frozen and bank.trainable:
                 learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"
                 share = 1 / len(bank.frozen) if learned else 1.0
-                terms += [share * orthogonal(new, old, norm) for new, old in self._rows(bank)]
+                terms += [
+                    share * orthogonal(new, old, settings.norm or "l1") for new, old in self._rows(bank)
+                ]
             sizes += [p.norm() for p in (bank.lora_A, bank.lora_B) if p is not None and p.requires_grad]
         found = {}
         if terms and settings.coefficient:
@@ -51,7 +53,7 @@ class OLoRA(Strategy):
 class NLoRA(Strategy):
     """The new expert's update is kept sparse, so that it seldom meets the old ones': `coefficient · Σ_layers ‖B A‖₁`.
 
-    The mean over the update's entries times the rank stands for the sum, so that the coefficient means the same at any
+    The mean over the update's entries times rank² stands for the sum, so that the coefficient means the same at any
     width: the published code takes the r·r product of the factors in the other order, whose sum is of that size.
     Reference: N-LoRA, COLING 2025.
     """
@@ -62,7 +64,7 @@ class NLoRA(Strategy):
             for e in bank.trainable:
                 expert = bank.expert(e)
                 terms.append(expert.rank**2 * (expert.B.float() @ expert.A.float()).abs().mean())
-        return {"sparse": (self.settings.coefficient or 0.0) * torch.stack(terms).sum()} if terms else {}
+        return {"sparse": self.number("coefficient") * torch.stack(terms).sum()} if terms else {}
 
 
 class Ella(Strategy):
@@ -72,8 +74,8 @@ class Ella(Strategy):
     of a third party's scripts.
     """
 
-    def __init__(self, settings: object) -> None:
-        super().__init__(settings)  # type: ignore[arg-type]
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
         self._past: dict[str, Tensor] = {}
 
     def before_task(self, model: nn.Module, stage: Stage) -> None:
@@ -90,4 +92,4 @@ class Ella(Strategy):
                 continue
             past = self._past[key].to(bank.B.device)
             terms += [(bank.expert(e).delta().float() * past).square().sum() for e in bank.trainable]
-        return {"ella": (self.settings.coefficient or 0.0) * torch.stack(terms).sum()} if terms else {}
+        return {"ella": self.number("coefficient") * torch.stack(terms).sum()} if terms else {}

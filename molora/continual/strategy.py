@@ -6,7 +6,7 @@ The base class does nothing, which is `sequential` (with one expert for all task
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from molora.config.continual import ONE_EXPERT, StrategyConfig
 from molora.data.tasks import Task
+from molora.evaluation.runner import inference
 from molora.experts.bank import ExpertBank
 from molora.gates.gate import Gate
 from molora.tuner.layer import MoLoraLayer
@@ -58,6 +59,12 @@ class Strategy:
         """Whether all tasks train the same experts; else each task adds one, and the others are frozen."""
         return self.settings.kind in ONE_EXPERT
 
+    def number(self, name: str) -> float:
+        """A setting that this strategy has."""
+        value = getattr(self.settings, name)
+        assert value is not None, f"{self.settings.kind} has no {name}"
+        return float(value)
+
     def training_tasks(self, stage: Stage) -> Sequence[Task]:
         """What is trained on in this stage."""
         return [stage.task]
@@ -93,6 +100,21 @@ def hold_sum(model: nn.Module) -> None:
         settings = gate.settings
         if (settings.scope, settings.transform, settings.start) == ("constant", "identity", 1.0):
             gate.requires_grad_(False)
+
+
+Note = Callable[[nn.Module, tuple[Any, ...]], None]
+
+
+def watch(model: nn.Module, batches: Batches, notes: Iterable[tuple[Any, Note]]) -> None:
+    """One pass without gradients, in which each module's note is called with the module and its inputs."""
+    hooks = [module.register_forward_pre_hook(note) for module, note in notes]
+    try:
+        with inference(model):
+            for batch in batches():
+                model(**batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBank]]:
