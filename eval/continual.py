@@ -102,6 +102,7 @@ def grid() -> list[Cell]:
     cells += [Cell("order6cut", method, 0) for method in MAIN]
     cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in MAIN]
     cells += [Cell("order1", "independent", seed) for seed in (0, 1, 2)]
+    cells += [Cell(suite, "o_lora, weak", seed) for seed in (1, 2) for suite in SHORT]
     return cells + [Cell(suite, method, 0) for suite in SHORT[1:] for method in once]
 
 
