@@ -312,6 +312,8 @@ class RoutingContext:
 def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     if isinstance(given, Tensor):
         ids = given.reshape(1) if given.dim() == 0 else given
+        if ids.numel() == 0:
+            raise RoutingError("task_ids is empty; give one name or id per sample.")
         if ids.is_floating_point() or ids.dim() > 2:
             raise RoutingError(
                 f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}."

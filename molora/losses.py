@@ -105,12 +105,16 @@ def localized(
     return means.var() / (means.mean().square() + 1e-10)
 
 
-def entropy(probs: Tensor, mask: Tensor | None = None, index: float = 1.0) -> Tensor:
+def entropy(
+    probs: Tensor, mask: Tensor | None = None, index: float = 1.0, choices: Tensor | None = None
+) -> Tensor:
     """Mean relative Tsallis entropy of a gate (index 1: Shannon): 1 at uniform, 0 where it is sure.
+
+    `choices`: (tokens,) how many experts each token may use, where that is not all of them.
 
     Reference: DynMoLE, arXiv:2504.00661.
     """
-    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index), mask)
+    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices), mask)
 
 
 def mutual_information(probs: Tensor, mask: Tensor | None = None, free_bits: float | None = None) -> Tensor:
@@ -164,7 +168,7 @@ def contrastive(outputs: Tensor, expert: Tensor, temperature: float = 0.1) -> Te
     """Outputs of one expert should be like each other and unlike those of others: supervised InfoNCE.
 
     For each output i: the mean over the others p of its expert of `-log(exp(s_ip/T) / Σ_{a≠i} exp(s_ia/T))`, s the
-    cosine; mean over the outputs that have both a positive and a negative.
+    cosine; mean over the outputs that have both a positive and a negative. Outputs near zero do not count.
 
     Args:
         outputs: (tokens, d_out).
@@ -174,6 +178,10 @@ def contrastive(outputs: Tensor, expert: Tensor, temperature: float = 0.1) -> Te
     Reference: MoELoRA, arXiv:2402.12851. No code of the authors is public: that positives are other tokens of the same
     expert, negatives those of other experts, and this form of the mean are reconstructed.
     """
+    # A zero output has no direction, and 1 / length is a gradient without bound: experts whose B is 0 do not count yet.
+    lengths = torch.linalg.vector_norm(outputs.detach(), dim=-1)
+    present = lengths > 1e-3 * lengths.max() if len(lengths) else lengths > 0
+    outputs, expert = outputs[present], expert[present]
     same = (expert.unsqueeze(0) == expert.unsqueeze(1)).fill_diagonal_(False)
     anchors = same.any(dim=1) & (expert.unsqueeze(0) != expert.unsqueeze(1)).any(dim=1)
     if not anchors.any():

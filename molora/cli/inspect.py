@@ -91,9 +91,11 @@ def _print_facts(facts: dict[str, Any], to: Console) -> None:
     moved: Counter[str] = Counter(row["expert"] for row in facts["init"] if not row["ok"])
     rows: Counter[str] = Counter(row["expert"] for row in facts["init"])
     changed = ", ".join(f"{name} {moved[name]}/{rows[name]}" for name in rows)
-    to.print(
-        f"A's spread differs from its initialisation, in layers: {changed} (trained experts do)", markup=False
-    )
+    if rows:
+        to.print(
+            f"A's spread differs from its initialisation, in layers: {changed} (trained experts do)",
+            markup=False,
+        )
 
 
 def _print_routing(routing: RoutingSummary, to: Console) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, field_validator, model_validator
 
 from molora.config.gate_rules import gate_problems, mixture_problems
 from molora.config.kinds import GATE_KIND_KEYS, GATE_KINDS
-from molora.config.loss_rules import aux_problems, fit_problems
+from molora.config.loss_rules import aux_problems, fit_problems, mixture_fit_problems
 from molora.config.mixture_rules import combination_problems
 from molora.config.presets import PRESETS, preset_settings
 from molora.config.section import (
@@ -185,7 +185,8 @@ class AdapterConfig(Section):
         problems += combination_problems(settings, gate, self.experts)
         # Tasks that the recipe does not map to experts have all of them.
         tasks: dict[str, Any] = dict(self.tasks or {})
-        fits = fit_problems(self.aux_losses, gate, tasks, self.most_experts)
+        fits = [*fit_problems(self.aux_losses, gate, tasks, self.most_experts)]
+        fits += mixture_fit_problems(self.aux_losses, settings)
         return problems + [(("aux_losses", *path), message) for path, message in fits]
 
     def _expert_problems(self) -> list[Problem]:

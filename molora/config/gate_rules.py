@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from molora.config.kinds import GATE_CHOICES, SHARES
+from molora.config.kinds import GATE_CHOICES, GATE_KINDS, SHARES
 from molora.config.suggest import did_you_mean
 
 _READS = ("linear", "mlp", "cosine")
@@ -27,6 +27,33 @@ BY_SAMPLE = ("sequence", "task", "external", "constant")
 """Scopes whose weights are the same for all tokens of a sample."""
 
 
+# Fields that act only beside others: their defaults, where they act, and whether they do.
+_BESIDE: dict[str, tuple[Any, str, Callable[[Mapping[str, Any]], bool]]] = {
+    "pool": (
+        "mean",
+        "scope: sequence or blend: sequence",
+        lambda g: "sequence" in (g["scope"], g["blend"]),
+    ),
+    "blend_spread": (2.0, "blend: sequence", lambda g: g["blend"] != "none"),
+    "hidden": (32, "score: mlp", lambda g: g["score"] == "mlp"),
+    "embedding_dim": (64, "score: embedding", lambda g: g["score"] == "embedding"),
+    "top_p": (0.8, "select: top_p or entropy", lambda g: g["select"] in ("top_p", "entropy")),
+    "min_k": (1, "select: top_p or entropy", lambda g: g["select"] in ("top_p", "entropy")),
+    "threshold": (None, "select: threshold", lambda g: g["select"] == "threshold"),
+    "entropy_threshold": (0.9, "select: entropy", lambda g: g["select"] == "entropy"),
+    "entropy_index": (1.1, "select: entropy", lambda g: g["select"] == "entropy"),
+    "noise_std": (1.0, "noise", lambda g: g["noise"] is not None),
+}
+_DEFAULTS = {"scope": "token", "blend": "none", "score": "linear", "select": "top_k", "noise": None}
+
+
+def without_idle(gate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """A gate's fields (or its `kind` and some of them) without those that do not act, but for the ones in `given`."""
+    whole = {**_DEFAULTS, **GATE_KINDS.get(gate.get("kind", ""), {}), **gate}
+    idle = [name for name, (_, _, acts) in _BESIDE.items() if name in gate and not acts(whole)]
+    return {name: value for name, value in gate.items() if name in given or name not in idle}
+
+
 def is_hard_task(gate: Mapping[str, Any]) -> bool:
     """Whether the task id alone decides, with nothing to learn."""
     return bool(gate["scope"] == "task" and gate["score"] == "none")
@@ -43,7 +70,20 @@ def sums_to_one(gate: Mapping[str, Any]) -> bool:
     if gate["transform"] in UNNORMALISED:
         return is_hard_task(gate)
     renorm = gate["renorm"] or default_renorm(gate)
+    if gate["select"] == "top_k" and gate["top_k"] != 1 and 1 in numbers_of(gate["top_k"]):
+        return False  # the one expert of some layers is weighted by its probability
     return gate["select"] in ("dense", "hard") or renorm in ("sum", "softmax")
+
+
+def numbers_of(setting: Any) -> list[Any]:
+    """The numbers in a setting that is one, a list by block, or `{pattern: number}`."""
+    return (
+        setting
+        if isinstance(setting, list)
+        else [*setting.values()]
+        if isinstance(setting, dict)
+        else [setting]
+    )
 
 
 def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
@@ -57,12 +97,15 @@ def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _score(gate)
     yield from _noise(gate)
     yield from _selection(gate)
+    for name, (default, where, acts) in _BESIDE.items():
+        if gate[name] != default and not acts(gate):
+            yield name, f"acts only with {where}."
 
 
 def mixture_problems(gate: Mapping[str, Any], num_experts: int) -> Iterator[tuple[str, str]]:
     """Field and message of what is wrong with a gate over so many experts."""
     top_k = gate["top_k"]
-    largest = top_k if isinstance(top_k, int) else max(top_k if isinstance(top_k, list) else top_k.values())
+    largest = max(numbers_of(top_k))
     if gate["select"] == "top_k" and largest > num_experts:
         yield "top_k", f"{largest} is more than num_experts = {num_experts}."
     if gate["select"] in ("top_p", "entropy") and gate["min_k"] > num_experts:
@@ -100,7 +143,7 @@ def _numbers(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
         if gate[name] < 1:
             yield name, "must be at least 1."
     top_k = gate["top_k"]
-    values = top_k if isinstance(top_k, list) else [*top_k.values()] if isinstance(top_k, dict) else [top_k]
+    values = numbers_of(top_k)
     if not values or any(not isinstance(k, int) or k < 1 for k in values):
         yield "top_k", "must be at least 1 everywhere: a number, a list by block, or a map of name patterns."
     if gate["temperature"] <= 0:
@@ -157,6 +200,8 @@ def _score(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 def _noise(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     noise = gate["noise"]
+    if noise is not None and not gate["noise_std"]:
+        yield "noise_std", f"of 0 is no noise; leave noise={noise!r} out, or give its strength."
     if noise == "jitter" and gate["scope"] in ("task", "constant"):
         yield "noise", "'jitter' multiplies what the gate reads; this gate reads nothing."
     if noise == "logistic" and gate["transform"] != "sigmoid":

@@ -56,6 +56,8 @@ def _setting_problems(name: str, key: str, setting: Any) -> Iterator[Problem]:
             yield (name, key), f"{setting!r} is not one of {', '.join(choices)}."
     elif not number:
         yield (name, key), f"must be a number of at least 0, not {setting!r}."
+    elif key == "temperature" and setting == 0:
+        yield (name, key), "must be positive: similarities are divided by it."
 
 
 def fit_problems(
@@ -103,6 +105,32 @@ def fit_problems(
             )
         elif name in BY_TASK and (num_experts == 1 or (tasks and not _differ(tasks, num_experts))):
             yield (name,), "goes by each task's own experts; give `tasks` whose experts differ."
+
+
+def mixture_fit_problems(losses: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Problem]:
+    """Losses of the experts that this way of combining them leaves nothing to act on.
+
+    Args:
+        losses: `aux_losses`, each known.
+        settings: combine, share_A and ffn_targets of the adapter.
+    """
+    if "contrastive" in losses and (settings["combine"] == "factors" or settings["ffn_targets"]):
+        what = "combine: factors" if settings["combine"] == "factors" else "ffn_targets"
+        yield (
+            ("contrastive",),
+            f"compares the outputs of experts on single linears; with {what} there are none.",
+        )
+    if not settings["share_A"]:
+        return
+    if "orthogonal" in losses:
+        yield ("orthogonal",), "keeps A's apart, and with share_A there is one."
+    given = losses.get("expert_similarity")
+    factor = given.get("factor", "A") if isinstance(given, Mapping) else "A"
+    if given is not None and factor != "B":
+        yield (
+            ("expert_similarity", "factor"),
+            f"{factor!r} compares A's, and with share_A there is one; use B.",
+        )
 
 
 def _differ(tasks: Mapping[str, Any], num_experts: int) -> bool:

@@ -10,6 +10,7 @@ from molora.config.adapter import AdapterConfig
 from molora.config.continual import GATES as STRATEGY_GATES
 from molora.config.continual import NEEDED_GATE, ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
+from molora.config.gate_rules import UNNORMALISED
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
@@ -113,6 +114,7 @@ class RunConfig(Section):
                 *self._task_problems(),
                 *self._kind_problems(),
                 *self._feature_problems(),
+                *self._start_problems(),
             ]
         )
         return self
@@ -179,6 +181,17 @@ class RunConfig(Section):
             return [
                 (("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM.")
             ]
+        return []
+
+    def _start_problems(self) -> list[Problem]:
+        adapter, gate = self.adapter, self.adapter.gate
+        fresh = adapter.from_loras is None and adapter.init != "svd_segments" and not adapter.share_A
+        if fresh and gate.scope == "constant" and gate.transform in UNNORMALISED and not gate.start:
+            text = (
+                "0 over new experts, whose B is 0 as well, is a point that training cannot leave; "
+                "use start: 1, or experts in from_loras."
+            )
+            return [(("adapter", "gate", "start"), text)]
         return []
 
     def _task_problems(self) -> list[Problem]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from einops import rearrange
@@ -15,6 +15,8 @@ from molora.config.gate_rules import UNNORMALISED
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
 from molora.gates.scores import GateRows
+
+_SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
 
 
 @dataclass
@@ -78,6 +80,7 @@ class GateSettings(Protocol):
     temperature: float
     noise: str | None
     noise_std: float
+    init_std: float
     start: float
 
     @property
@@ -98,7 +101,7 @@ class Gate(nn.Module):
         top_k: experts per row under `select: top_k`, where that differs by layer.
         rows: one row per expert; None for a task's table and for custom scores.
         bias: one number per expert.
-        hidden: of score "mlp"; serves all experts, and is frozen once experts are. So is `threshold`, a learned one.
+        hidden: of score "mlp"; serves all experts, and is frozen once their rows are. So is `threshold`, a learned one.
         tasks: one row per task id: its logits (score "table") or its vector ("embedding").
         second: one row per expert of the gate that is blended in, which reads the pooled sequence.
         blend: logit of the second gate's part, where there is one.
@@ -148,6 +151,12 @@ class Gate(nn.Module):
         return [rows for rows in (self.rows, self.bias, self.second) if rows is not None]
 
     @property
+    def renorm(self) -> str | None:
+        """How kept weights are normalised. One of several is not: its weight would be 1, and the gate never learn."""
+        alone = self.settings.select == "top_k" and self.top_k == 1
+        return "none" if alone else self.settings.renorm
+
+    @property
     def scores_x(self) -> bool:
         """Whether its logits begin with the products of its rows and x itself, which others may compute for it."""
         return self._direct and not (self.training and self.settings.noise == "jitter")
@@ -157,11 +166,18 @@ class Gate(nn.Module):
         for rows in (*self.grown, *([] if self.tasks is None else [self.tasks])):
             rows.apply_freeze()
         if self.frozen_shared:
-            for part in (self.hidden, self.threshold, self.custom):
-                if part is not None:
-                    part.requires_grad_(False)
-            if self.blend is not None:
-                self.blend.requires_grad_(False)
+            self._shared_requires_grad(False)
+
+    def freeze_shared(self, frozen: bool) -> None:
+        """Freeze or unfreeze what serves all experts."""
+        self.frozen_shared = frozen
+        self._shared_requires_grad(True)
+        self.apply_freeze()
+
+    def _shared_requires_grad(self, value: bool) -> None:
+        for part in (self.hidden, self.threshold, self.custom, self.blend):
+            if part is not None:
+                part.requires_grad_(value)
 
     def forward(
         self,
@@ -187,7 +203,7 @@ class Gate(nn.Module):
         """
         settings = self.settings
         if self.solo is not None:
-            return self._alone(x, products)
+            return self._alone(x, products, experts)
         if (
             products is not None
             and settings.score == "linear"
@@ -208,32 +224,48 @@ class Gate(nn.Module):
             clean, logits = logits, self._noisy(logits)
         scores = logits if settings.temperature == 1.0 else logits / settings.temperature
         if beside is not None:
-            logits = scores = self._blended(scores, beside / settings.temperature)
+            logits = scores = self._blended(scores, beside / settings.temperature, allowed)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self._select(x, scores, experts, self.balance if balance is None else balance)
+        weights = self._select(x, scores, experts, self.balance if balance is None else balance, allowed)
         return Routing(
             weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
         )  # fmt: skip
 
     @torch.no_grad()
-    def move_balance(self, share: Tensor) -> None:
-        """One step of loss-free balancing: up for experts with less than an even share (expert,), down for others.
+    def move_balance(self, missing: Tensor) -> None:
+        """One step of loss-free balancing: up for experts with less than an even share, down for others.
+
+        Args:
+            missing: (expert,) what each lacks of an even share; 0 for experts that were no choice.
 
         Reference: Wang et al., arXiv:2408.15664; with shares instead of counts, so that the number of tokens
         does not matter.
         """
         if self.balance is not None:
-            error = 1 / len(share) - share.to(self.balance)
+            missing = missing.to(self.balance)
             # Within a thousandth of even is even: the sign of rounding errors would only jitter.
-            self.balance += self.settings.balance_rate * error.sign() * (error.abs() > 1e-3 / len(share))
+            self.balance += (
+                self.settings.balance_rate * missing.sign() * (missing.abs() > 1e-3 / len(missing))
+            )
 
-    def _alone(self, x: Tensor, products: Tensor | None) -> Routing:
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """The balance stays float32 on a 16-bit base: small steps would be rounded away."""
+        before = self.balance
+        super()._apply(fn, recurse)
+        if before is not None and self.balance is not None and self.balance.dtype != before.dtype:
+            there = self.balance.device
+            lost = before.is_meta or self.balance.is_meta
+            self.balance = self.balance.to(before.dtype) if lost else before.to(there)
+        return self
+
+    def _alone(self, x: Tensor, products: Tensor | None, experts: tuple[int, ...] | None) -> Routing:
         """The expert `solo` alone, weighted by the sigmoid of its row's product with x: how PHATGOOSE trains rows."""
         assert self.rows is not None
         logits = self.rows.logits(x) if products is None else products
         others = torch.arange(logits.shape[-1], device=logits.device) != int(self.solo or 0)
-        return Routing(logits.sigmoid().masked_fill(others, 0.0))
+        weights = logits.sigmoid().masked_fill(others, 0.0)
+        return Routing(weights if experts is None else weights[:, list(experts)], experts)
 
     def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:
         settings = self.settings
@@ -269,12 +301,19 @@ class Gate(nn.Module):
         if self.settings.score == "cosine":
             lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=products.dtype)
             rows = torch.linalg.vector_norm(self.rows.weight, dim=-1, dtype=products.dtype)
-            products = products / (lengths * rows).clamp_min(torch.finfo(products.dtype).tiny)
+            product = lengths * rows
+            # A vector without length has no direction, and no gradient: 1 / length would be one without bound.
+            products = (products / product.clamp_min(_SHORT)).masked_fill(product < _SHORT, 0.0)
         return products
 
-    def _blended(self, own: Tensor, beside: Tensor) -> Tensor:
+    def _blended(self, own: Tensor, beside: Tensor, allowed: Tensor | None) -> Tensor:
         """Logarithms of the mixed probabilities of both gates: their softmax is the mixture again."""
         assert self.blend is not None
+        if (
+            allowed is not None
+        ):  # each gate's probabilities are of the allowed experts; -inf has no gradient here
+            lowest = torch.finfo(own.dtype).min / 4
+            own, beside = own.masked_fill(~allowed, lowest), beside.masked_fill(~allowed, lowest)
         part = F.logsigmoid(self.blend.to(own.dtype)), F.logsigmoid(-self.blend.to(own.dtype))
         return torch.logaddexp(
             own.log_softmax(dim=-1) + part[1], beside.to(own.dtype).log_softmax(dim=-1) + part[0]
@@ -292,13 +331,18 @@ class Gate(nn.Module):
         return logits + torch.logit(uniform) * std
 
     def _select(
-        self, x: Tensor, scores: Tensor, experts: tuple[int, ...] | None, balance: Tensor | None
+        self,
+        x: Tensor,
+        scores: Tensor,
+        experts: tuple[int, ...] | None,
+        balance: Tensor | None,
+        allowed: Tensor | None,
     ) -> Tensor:
         settings = self.settings
         if settings.select == "top_k":
             if balance is not None and experts is not None:
                 balance = balance[list(experts)]
-            return selection.top_k_weights(scores, self.top_k, settings.renorm, settings.transform, balance)
+            return selection.top_k_weights(scores, self.top_k, self.renorm, settings.transform, balance)
         probs = selection.probabilities(scores, settings.transform)
         if settings.select == "dense":
             return probs
@@ -309,7 +353,8 @@ class Gate(nn.Module):
         if settings.select == "top_p":
             return selection.top_p_weights(probs, settings.top_p, settings.min_k, settings.renorm)
         return selection.entropy_weights(
-            probs, settings.top_p, settings.min_k, settings.entropy_threshold, settings.entropy_index, settings.renorm
+            probs, settings.top_p, settings.min_k, settings.entropy_threshold, settings.entropy_index, settings.renorm,
+            None if allowed is None else allowed.sum(dim=-1),
         )  # fmt: skip
 
     def _threshold(self, x: Tensor) -> Tensor | float:

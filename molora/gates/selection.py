@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -22,7 +20,7 @@ def probabilities(scores: Tensor, transform: str) -> Tensor:
         return gates / gates.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
     if transform == "gain":
         return (2 * (4 * scores).sigmoid() - 1).abs().masked_fill(scores == float("-inf"), 0.0)
-    return scores
+    return scores.masked_fill(scores == float("-inf"), 0.0)
 
 
 def top_k_weights(
@@ -45,7 +43,10 @@ def top_k_weights(
         best, indices = scores.topk(k, dim=-1)
         values = best.softmax(dim=-1)
     else:
-        values, indices = probabilities(scores, transform).topk(k, dim=-1)
+        weights = probabilities(scores, transform)
+        # Scores that are weights may be below the 0 of a forbidden expert.
+        indices = (scores if transform == "identity" else weights).topk(k, dim=-1).indices
+        values = weights.gather(-1, indices)
         if renorm == "sum":
             values = _over_sum(values)
     return torch.zeros_like(scores).scatter_(-1, indices, values)
@@ -86,25 +87,37 @@ def threshold_weights(probs: Tensor, threshold: Tensor | float, renorm: str | No
 
 
 def entropy_weights(
-    probs: Tensor, p: float, min_k: int, switch: float, index: float, renorm: str | None
+    probs: Tensor,
+    p: float,
+    min_k: int,
+    switch: float,
+    index: float,
+    renorm: str | None,
+    choices: Tensor | None = None,
 ) -> Tensor:
     """All experts for tokens the gate is unsure about, `top_p_weights` for the others.
 
-    Unsure: the Tsallis entropy of `index` (1: Shannon's), over its largest value, is above `switch`.
+    Unsure: the Tsallis entropy of `index` (1: Shannon's), over its largest value, is above `switch`. `choices`: see
+    `relative_entropy`.
     Reference: DynMoLE, arXiv:2504.00661.
     """
-    unsure = relative_entropy(probs, index) > switch
+    unsure = relative_entropy(probs, index, choices) > switch
     return _kept(probs, _nucleus(probs, p, min_k) | unsure.unsqueeze(-1), renorm)
 
 
-def relative_entropy(probs: Tensor, index: float = 1.0) -> Tensor:
-    """Tsallis entropy (tokens,) of `index` over that of a uniform choice; 1 is Shannon's; 0 for one expert."""
-    experts = probs.shape[-1]
-    if experts == 1:
-        return probs.new_zeros(probs.shape[:-1])
+def relative_entropy(probs: Tensor, index: float = 1.0, choices: Tensor | None = None) -> Tensor:
+    """Tsallis entropy (tokens,) of `index` over that of a uniform choice; 1 is Shannon's; 0 for one expert.
+
+    `choices`: (tokens,) how many experts each token may use, where that is not all of them.
+    """
+    if choices is None:
+        choices = probs.new_full((1,), probs.shape[-1])
+    choices = choices.to(probs.dtype)
     if index == 1.0:
-        return torch.special.entr(probs).sum(dim=-1) / math.log(experts)
-    return (1 - probs.pow(index).sum(dim=-1)) / (1 - experts ** (1 - index))
+        found, largest = torch.special.entr(probs).sum(dim=-1), choices.log()
+    else:
+        found, largest = 1 - probs.pow(index).sum(dim=-1), 1 - choices ** (1 - index)
+    return torch.where(choices > 1, found / torch.where(choices > 1, largest, 1.0), 0.0)
 
 
 def hard_weights(probs: Tensor) -> Tensor:

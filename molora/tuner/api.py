@@ -61,6 +61,8 @@ def routing(
         raise RoutingError(f"by={by!r} is not None or 'task'.")
     if experts is not None and not isinstance(experts, Mapping):
         names = [experts] if isinstance(experts, str) else list(experts)
+        if not names:
+            raise RoutingError("experts is empty; name one or more, or use task_ids=-1 for the base alone.")
         experts = {name: 1 / len(names) for name in names}
     request = RoutingRequest(
         task_ids=task_ids,

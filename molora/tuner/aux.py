@@ -14,6 +14,7 @@ from molora.config.loss_rules import WITHOUT_GATE
 from molora.config.names import check_name
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
+from molora.gates.gate import Gate
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.routed import GateRecord
@@ -27,7 +28,7 @@ GATE_LOSSES: dict[str, GateLoss] = {
     "load": lambda v, o: losses.load(v.clean, v.logits, v.top_k, v.noise_std, v.mask),
     "localized": lambda v, o: losses.localized(v.weights, v.own, o["alpha"], v.samples, v.batch, v.mask),
     "z": lambda v, o: losses.z(v.logits, v.mask),
-    "entropy": lambda v, o: losses.entropy(v.probs, v.mask, o["index"]),
+    "entropy": lambda v, o: losses.entropy(v.probs, v.mask, o["index"], v.choices),
     "mutual_information": lambda v, o: losses.mutual_information(v.probs, v.mask, o["free_bits"]),
     "task_label": lambda v, o: losses.task_label(v.logits, v.own, v.mask),
     "similarity": lambda v, o: losses.similarity(v.mean_probs, v.mean_inputs),
@@ -131,22 +132,26 @@ def balance_experts(
         for layer in layers
         if adapter in layer.molora_gate
     }
-    counted = []
-    for key, record in records:
-        mask = (
-            record.mask
-            if record.mask is not None and len(record.mask) == len(record.routing.decided)
-            else None
-        )
-        counted.append((gates[key], losses.masked_mean(record.routing.selected, mask)))
+    counted = [(gates[key], _missing(record, gates[key])) for key, record in records]
     if counted and distributed.is_available() and distributed.is_initialized():
-        together = torch.cat([share for _, share in counted])
+        together = torch.cat([missing for _, missing in counted])
         distributed.all_reduce(together)
         together /= distributed.get_world_size()
-        sizes = [len(share) for _, share in counted]
+        sizes = [len(missing) for _, missing in counted]
         counted = [(g, part) for (g, _), part in zip(counted, together.split(sizes), strict=True)]
-    for gate, share in counted:
-        gate.move_balance(share)
+    for gate, missing in counted:
+        gate.move_balance(missing)
+
+
+def _missing(record: GateRecord, gate: Gate) -> Tensor:
+    """What each of all experts (expert,) lacks of an even share; 0 for those the batch could not use."""
+    selected = record.routing.selected.float()
+    mask = record.mask if record.mask is not None and len(record.mask) == len(selected) else None
+    share = losses.masked_mean(selected, mask)
+    assert gate.balance is not None
+    missing = share.new_zeros(len(gate.balance))
+    missing[list(record.columns)] = 1 / len(share) - share
+    return missing
 
 
 def weighted_sum(config: MoLoraConfig, values: dict[str, Tensor]) -> Tensor | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from molora.context import RoutingContext, RoutingRequest, RoutingState
 from molora.errors import RoutingError
@@ -98,7 +99,11 @@ def _prompt(
     targets the whole input is the prompt, or as much of it as a running generation began with.
     """
     if request.prompt_mask is not None:
-        return request.prompt_mask.bool()
+        given = request.prompt_mask.bool()
+        seen = inputs.get("input_ids")
+        grown = request.prompt_length is not None and isinstance(seen, Tensor)
+        # A generation without a cache reads the prompt again, with what it has written since.
+        return F.pad(given, (0, max(0, seen.shape[1] - given.shape[1]))) if grown else given  # type: ignore[union-attr]
     if not is_causal(module):
         return None
     mask = state.masks.get("decoder")

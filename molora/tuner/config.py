@@ -65,7 +65,8 @@ class MoLoraConfig(PeftConfig):
         share_A: all experts of a layer have one A (HydraLoRA).
         task_cores: each task has a matrix (rank, rank) of its own between the shared A and the experts (MTL-LoRA).
         ffn_targets: suffixes or a regex of the linears of a whole feed-forward block: experts are mixed after the
-            block's last linear, over whole non-linear feed-forwards (MixLoRA). Targets all the same.
+            block's last linear, over whole non-linear feed-forwards (MixLoRA). Targets all the same. The weights are
+            divided by their sum, those of tasks too.
         aux_losses: `{name: coefficient}`, or `{name: {"coefficient": c, ...settings}}`.
         add_aux_to_loss: add the weighted auxiliary losses to `out.loss` in training.
         expert_names: names, default `expert_0`...

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from molora.config.gate_rules import is_hard_task, mixture_problems
-from molora.config.loss_rules import BY_TASK, aux_problems, fit_problems
+from molora.config.loss_rules import BY_TASK, aux_problems, fit_problems, mixture_fit_problems
 from molora.config.mixture_rules import combination_problems
 from molora.config.names import check_name
 from molora.config.section import Problem
@@ -38,11 +38,12 @@ def normalise(config: MoLoraConfig) -> None:
     gate = asdict(config.gate)
     _refuse(combination_problems(settings, gate, config.expert_names or []))
     _refuse(((("aux_losses", *path), message) for path, message in aux_problems(config.aux_losses)))
-    fits = fit_problems(config.aux_losses, gate, config.tasks, config.num_experts)
+    fits = [*fit_problems(config.aux_losses, gate, config.tasks, config.num_experts)]
+    fits += mixture_fit_problems(config.aux_losses, settings)
     _refuse(((("aux_losses", *path), message) for path, message in fits))
 
 
-def _refuse(problems: Iterator[Problem]) -> None:
+def _refuse(problems: Iterable[Problem]) -> None:
     for path, message in problems:
         raise ConfigError(f"{'.'.join(map(str, path))}: {message}")
 
@@ -182,6 +183,11 @@ def _tasks(config: MoLoraConfig) -> None:
             raise ConfigError(f"tasks[{task!r}] names no expert.")
         for name in experts:
             _require_expert(config, name, f"tasks[{task!r}]")
+        if len(set(experts)) < len(experts):
+            raise ConfigError(
+                f"tasks[{task!r}] names an expert twice: {', '.join(experts)}.",
+                hint="give experts different weights with {expert: weight}.",
+            )
     if config.task_ids is None:
         config.task_ids = {task: i for i, task in enumerate(config.tasks)}
     ids = config.task_ids

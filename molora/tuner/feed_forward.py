@@ -90,7 +90,9 @@ def _slots(layer: MoLoraLayer, adapter: str, x: Tensor) -> Slots:
     chosen_by_gate = routing.logits is not None
     count = columns
     if chosen_by_gate and gate.select in ("top_k", "hard"):
-        count = min(columns, 1 if gate.select == "hard" else layer.gate_of(adapter).top_k)  # type: ignore[union-attr]
+        always = 0 if routing.gated is None else columns - routing.gated.shape[1]
+        best = 1 if gate.select == "hard" else layer.gate_of(adapter).top_k  # type: ignore[union-attr]
+        count = min(columns, best + always)
     values, index = weights.topk(count, dim=-1)
     total = weights.sum(dim=-1, keepdim=True)
     nobody = total == 0  # asked for the base only, or no expert passed the threshold: the frozen block

@@ -58,7 +58,8 @@ class GateConfig:
             multiplies what the gate reads by U(1 - noise_std, 1 + noise_std).
         noise_std: its strength.
         init_std: standard deviation of the initial rows.
-        start: what the numbers of a constant gate start at; 1 with transform `identity` adds experts up.
+        start: what the numbers of a constant gate start at; 1 with transform `identity` adds experts up. With 0 and
+            new experts, whose B is 0, nothing would ever move.
     """
 
     scope: str = "token"

@@ -97,13 +97,8 @@ class RootHooks:
             if config.gate.balance_rate:
                 balance_experts(adapter, layers, records[adapter])
             total = weighted_sum(config, context.aux[adapter])
-            if (
-                total is not None
-                and config.add_aux_to_loss
-                and context.aux_in_loss
-                and kwargs.get("labels") is not None
-            ):
-                output = _add_to_loss(output, total)
+            if total is not None and config.add_aux_to_loss and context.aux_in_loss:
+                output = _add_to_loss(output, total, labelled=kwargs.get("labels") is not None)
         return output
 
     def _wrap_checkpoints(self, root: nn.Module) -> None:
@@ -192,9 +187,10 @@ def _collect(layers: list[tuple[str, MoLoraLayer]], adapter: str) -> list[tuple[
     ]
 
 
-def _add_to_loss(output: Any, extra: Tensor) -> Any:
+def _add_to_loss(output: Any, extra: Tensor, *, labelled: bool) -> Any:
+    """The output with a larger loss, where it has one. A plain tuple begins with it if there were labels."""
     if isinstance(output, tuple):
-        return (output[0] + extra, *output[1:])
-    if output.loss is not None:
+        return (output[0] + extra, *output[1:]) if labelled else output
+    if getattr(output, "loss", None) is not None:
         output.loss = output.loss + extra.to(output.loss.dtype)
     return output

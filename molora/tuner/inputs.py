@@ -83,7 +83,7 @@ class Projection:
 class InputGroup:
     """One adapter's layers that read the same input, in the model's order.
 
-    The first layer computes for all of them. A layer that is then called with another x computes for itself:
+    Whichever is called first computes for all of them. A layer that is then called with another x computes for itself:
     nothing is assumed of the attention code, and nothing in it is changed.
     """
 
@@ -104,13 +104,15 @@ class InputGroup:
         return {"layers": self.layers, "plans": {}}
 
 
-def project(layer: MoLoraLayer, adapter: str, x: Tensor) -> Projection:
-    """Compute h and the weights of a layer, and of the others of its group if it is their first."""
+def project(layer: MoLoraLayer, adapter: str, x: Tensor, *, alone: bool) -> Projection:
+    """Compute h and the weights of a layer, and of the others of its group unless it is `alone`.
+
+    Outside a root forward nobody says when x or the Parameters changed: there each layer is alone.
+    """
     context = layer.context
     state, config = context.state, context.adapters[adapter].config
     group = layer.sites[adapter].inputs
-    # Outside a root forward nobody says when x or the Parameters changed: compute for this layer alone.
-    plan = group.plan(layer, adapter, alone=state.owner is None or group.layers[0] is not layer)
+    plan = group.plan(layer, adapter, alone=alone)
     experts = experts_of(layer, adapter)
     task_map = task_map_of(layer, adapter)
     operands = _operands(plan, experts, x)

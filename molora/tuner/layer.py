@@ -107,13 +107,20 @@ class MoLoraLayer(BaseTunerLayer):
             return add_mixed(bank, x, y, routing.weights, experts, routing.splits)
         key, shared = site.key, state.shared.get(adapter)
         if shared is None or shared.x is not x or key not in shared.h:
-            shared = project(self, adapter, x)
+            # Computed already, but of another x: it does not read what the first one of its group reads.
+            differs = shared is not None and key in shared.h
+            shared = project(self, adapter, x, alone=differs or state.owner is None)
             if len(shared.h) > 1:
                 state.shared[adapter] = shared
         elif len(shared.h) == 1:  # nobody else waits for it
             del state.shared[adapter]
         operands, weights = shared.operands, shared.weights
-        if state.recording and weights is not None and "contrastive" in self._losses(adapter):
+        if (
+            state.recording
+            and weights is not None
+            and not site.plain
+            and "contrastive" in self._losses(adapter)
+        ):
             self._sample(adapter, x, weights[key])
         return expand(
             y,
@@ -138,14 +145,19 @@ class MoLoraLayer(BaseTunerLayer):
     @torch.no_grad()
     def _sample(self, adapter: str, x: Tensor, weights: Tensor) -> None:
         """Keep some tokens, evenly spread over those that count, and the expert each went to most."""
-        site, lead = self.sites[adapter], x.shape[:-1]
-        mask = self.context.state.mask(site.stream, lead)
+        site, lead, state = self.sites[adapter], x.shape[:-1], self.context.state
+        routing = self.context.adapters[adapter]
+        of_response = routing.config.aux_settings("contrastive")["mask"] == "response"
+        mask = (state.response if of_response else state.mask)(site.stream, lead)
         rows = torch.arange(math.prod(lead), device=x.device) if mask is None else mask.nonzero().squeeze(-1)
         rows = rows[:: max(1, len(rows) // _SAMPLED)][:_SAMPLED]
-        chosen = weights.argmax(dim=-1).expand(math.prod(lead))[rows]
-        experts = experts_of(self, adapter)
-        if experts is not None:
-            chosen = torch.tensor(experts, device=x.device)[chosen]
+        task_map, experts = routing.map_at(site.names), experts_of(self, adapter)
+        columns = range(len(task_map.experts)) if experts is None else experts
+        gated = [c for c, i in enumerate(columns) if task_map.gated is None or i in task_map.gated]
+        if not gated:
+            return
+        best = weights[:, gated].argmax(dim=-1).expand(math.prod(lead))[rows]
+        chosen = torch.tensor([columns[c] for c in gated], device=x.device)[best]
         self.samples[adapter] = x.detach().reshape(-1, x.shape[-1])[rows], chosen
 
     def _forget_copies(self) -> None:

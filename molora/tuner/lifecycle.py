@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 
+from molora.config.gate_rules import UNNORMALISED
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.context import AdapterRouting, RoutingContext
@@ -19,6 +22,7 @@ from molora.experts.cores import TaskCores
 from molora.experts.init import low_rank
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
+from molora.tuner.config_checks import normalise
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import (
     blocks_at,
@@ -26,6 +30,7 @@ from molora.tuner.placement import (
     frozen_at,
     frozen_rows_at,
     names_at,
+    shared_frozen_at,
     task_blocks,
     top_k_at,
 )
@@ -65,8 +70,10 @@ def add_expert(
     """
     config: MoLoraConfig = context.adapters[adapter].config
     check_name(name, "expert")
-    for task in tasks:
+    for i, task in enumerate(tasks):
         check_name(task, "task")
+        if task in tasks[:i]:
+            raise ConfigError(f"tasks names {task!r} twice.")
     if name in (config.expert_names or []):
         raise ConfigError(
             f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}."
@@ -104,10 +111,10 @@ def _grow_cores(config: MoLoraConfig, cores: TaskCores) -> None:
 
 
 def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
-    """A row for the new expert (zero, or copied), and one for each new task of a gate that learns from tasks."""
+    """A row for the new expert, new or copied, and one for each new task of a gate that learns from tasks."""
     for rows in gate.grown:
         weight = rows.weight.detach()
-        row = weight[source] if source is not None else torch.full_like(weight[0], gate.settings.start)
+        row = weight[source] if source is not None else _new_row(gate, weight)
         rows.assign(
             torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_rows_at(config, key)
         )
@@ -115,8 +122,9 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
         weight = gate.tasks.weight.detach()
         if gate.settings.score == "table":  # one more column in each split
             weight = F.pad(weight.unflatten(1, (gate.settings.splits, -1)), (0, 1))
-            if source is not None:
-                weight[..., -1] = weight[..., source]
+            weight[..., -1] = (
+                _new_row(gate, weight[..., :-1].movedim(-1, 0)) if source is None else weight[..., source]
+            )
             weight = weight.flatten(1)
         parts, frozen = task_blocks(config)
         fresh = weight.new_zeros(len(frozen) - len(weight), weight.shape[1])
@@ -126,8 +134,21 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
     if gate.balance is not None:
         gate.balance = F.pad(gate.balance, (0, 1))
     gate.top_k = top_k_at(config, key)
-    gate.frozen_shared = config.frozen_extras
-    gate.apply_freeze()
+    gate.freeze_shared(shared_frozen_at(config, key))
+
+
+def _new_row(gate: Gate, rows: torch.Tensor) -> torch.Tensor:
+    """Where a new expert's row starts beside those there are: at zero, unless zero is a point it could not leave.
+
+    Then it is drawn, of their size. A weight of 0 over a B of 0 has no gradient, nor has the length of a zero vector;
+    |0| is never among the best.
+    """
+    settings = gate.settings
+    stuck = settings.transform in UNNORMALISED or settings.absolute or settings.score == "cosine"
+    if settings.start or not stuck:
+        return torch.full_like(rows[0], settings.start)
+    size = rows.square().mean().sqrt()
+    return torch.randn_like(rows[0]) * torch.where(size > 0, size, settings.init_std)
 
 
 def remove_expert(
@@ -143,6 +164,17 @@ def remove_expert(
             raise ConfigError(f"{name!r} is the only expert of {layer.sites[adapter].key}.")
     _check_growable(model, config, adapter, None)
     before = _experts_of_layers(model, adapter, config)
+    trial = deepcopy(config)
+    _shrink_config(trial, name, drop_tasks)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said when the config was made
+        normalise(trial)  # what could not be loaded again is refused before anything changes
+    _shrink_config(config, name, drop_tasks)
+    _reassign(model, adapter, config, before)
+    _refresh(model, context, adapter)
+
+
+def _shrink_config(config: MoLoraConfig, name: str, drop_tasks: bool) -> None:
     orphans = [task for task, experts in config.tasks.items() if set(experts) == {name}]
     if orphans and not drop_tasks:
         raise ConfigError(
@@ -163,16 +195,27 @@ def remove_expert(
     config.expert_specs.pop(name, None)
     config.always_on.pop(name, None)
     config.num_experts -= 1
-    if isinstance(config.gate.top_k, int):
-        config.gate.top_k = min(config.gate.top_k, config.num_experts)
-    _reassign(model, adapter, config, before)
-    _refresh(model, context, adapter)
+    gate, most = config.gate, config.num_experts
+    gate.min_k = min(gate.min_k, most)
+    if isinstance(gate.top_k, dict):
+        gate.top_k = {pattern: min(k, most) for pattern, k in gate.top_k.items()}
+    elif isinstance(gate.top_k, list):
+        gate.top_k = [min(k, most) for k in gate.top_k]
+    else:
+        gate.top_k = min(gate.top_k, most)
+    _renorm_of_one(config)
+
+
+def _renorm_of_one(config: MoLoraConfig) -> None:
+    """The weight of a single chosen expert is its probability, or the gate would never learn."""
+    if config.gate.select == "top_k" and config.gate.top_k == 1:
+        config.gate.renorm = "none"
 
 
 def set_frozen(
     model: nn.Module, context: RoutingContext, adapter: str, names: str | Sequence[str], *, frozen: bool
 ) -> None:
-    """Freeze or unfreeze experts together with their gate rows."""
+    """Freeze or unfreeze experts together with their gate rows; with the last frozen one, also what froze with them."""
     config: MoLoraConfig = context.adapters[adapter].config
     names = as_sequence(names)
     for name in names:
@@ -184,15 +227,22 @@ def set_frozen(
     assert config.gate_blocks is not None
     parts = [[[n for n in b if n in after], [n for n in b if n not in after]] for b in config.gate_blocks]
     config.gate_blocks = [part for pair in parts for part in pair if part]
+    if config.frozen_extras and not after:
+        config.frozen_extras = False
+        for layer in _layers(model, adapter):
+            if layer.sites[adapter].plain:
+                bank = layer.molora_experts[adapter]
+                bank.assign(bank.experts(), [False])
+        freeze_heads(model, adapter, frozen=False)
     _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
     _refresh(model, context, adapter)
 
 
-def freeze_heads(model: nn.Module, adapter: str) -> None:
-    """Stop training the modules saved whole (`modules_to_save`) of one adapter."""
+def freeze_heads(model: nn.Module, adapter: str, *, frozen: bool = True) -> None:
+    """Stop training the modules saved whole (`modules_to_save`) of one adapter, or train them again."""
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            module.set_requires_grad([adapter], requires_grad=False)
+            module.set_requires_grad([adapter], requires_grad=not frozen)
 
 
 def _layers(model: nn.Module, adapter: str) -> list[MoLoraLayer]:
@@ -272,6 +322,7 @@ def _grow_config(
         config.frozen_extras = True
     config.expert_names.append(name)
     config.num_experts += 1
+    _renorm_of_one(config)
     config.gate_blocks.append([name])
     if spec is not None:
         config.expert_specs[name] = spec
@@ -337,3 +388,4 @@ def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) ->
     if gate.balance is not None:
         gate.balance = gate.balance[kept]
     gate.top_k = top_k_at(config, key)
+    gate.freeze_shared(shared_frozen_at(config, key))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
@@ -44,7 +45,9 @@ class MoLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
-        config: MoLoraConfig = self.peft_config[adapter_name]  # type: ignore[assignment]
+        # A copy: saving and growing note things in it, and the caller may put the same config on another base.
+        config: MoLoraConfig = deepcopy(self.peft_config[adapter_name])  # type: ignore[assignment]
+        self.peft_config[adapter_name] = config
         check_targets(config, model)
         stretch_lists(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
@@ -213,12 +216,16 @@ class MoLoraModel(BaseTuner):
         yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """The base model's generate; `routing_task_ids=` (or `task_ids=`) and `routing_features=`, one per sample."""
+        """The base model's generate; `routing_task_ids=` (or `task_ids=`) and `routing_features=`, one per sample.
+
+        `routing_prompt_mask`, (batch, seq): the tokens of the prompt that gates of sequence scope pool.
+        """
         ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
         request = RoutingRequest(
             task_ids=ids,
             given=ids is not None,
             features=kwargs.pop("routing_features", None),
+            prompt_mask=kwargs.pop("routing_prompt_mask", None),
             prompt_length=_prompt_length(self.model, args, kwargs),
         )
         hooks.layers_of(self.context, self.model)
@@ -345,7 +352,10 @@ class MoLoraModel(BaseTuner):
         lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=True)
 
     def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """Make experts and their gate rows trainable. Replaces Parameters: build the optimiser afterwards."""
+        """Make experts and their gate rows trainable. Replaces Parameters: build the optimiser afterwards.
+
+        With the last frozen expert, plain LoRAs, heads and the gates' common parts learn again too.
+        """
         lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=False)
 
     def _adapter(self, adapter_name: str | None = None) -> str:

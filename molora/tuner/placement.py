@@ -40,6 +40,16 @@ def stretch_lists(config: MoLoraConfig, model: nn.Module) -> None:
             return value
         return [entry for entry in value for _ in range(blocks // len(value))]
 
+    for what, value in (
+        ("num_experts", config.experts_by_layer),
+        ("r", config.r),
+        ("gate.top_k", config.gate.top_k),
+    ):
+        if isinstance(value, list) and len(value) > blocks:
+            raise ConfigError(
+                f"{what} is a list of {len(value)} numbers, one per block, but the model has {blocks} blocks.",
+                hint=f"give at most {blocks} numbers; fewer that divide {blocks} cover several blocks each.",
+            )
     config.depth = blocks
     config.experts_by_layer = stretched(config.experts_by_layer)
     config.r, config.gate.top_k = stretched(config.r), stretched(config.gate.top_k)
@@ -87,6 +97,11 @@ def frozen_rows_at(config: MoLoraConfig, key: str) -> list[bool]:
     """Per expert of a layer, whether its gate row is frozen: with the expert, unless the config frees it."""
     names = experts_at(config, key)
     return [name in config.frozen_experts and name not in config.free_rows for name in names]
+
+
+def shared_frozen_at(config: MoLoraConfig, key: str) -> bool:
+    """Whether what serves all rows of a layer's gate is frozen: with the adapter's extras, or with all the rows."""
+    return config.frozen_extras or all(frozen_rows_at(config, key))
 
 
 def blocks_at(config: MoLoraConfig, key: str) -> list[list[int]]:

@@ -43,7 +43,7 @@ def fit_gate(
             `phatgoose`: rows trained with `y = base(x) + sigmoid(row · x) · expert(x)`, one expert at a time
             (arXiv:2402.05859); `uniform`: zero rows, so that a dense gate weights all experts alike.
         data: expert -> batches (dicts of model inputs, with labels for phatgoose) of what it was trained on; for
-            average and phatgoose.
+            average and phatgoose. Rows of experts that are not named stay as they are.
         steps: of phatgoose, for each expert; batches are used again when they run out.
         lr: of phatgoose, with a tenth of the steps as warm-up and no decay.
         adapter_name: which adapter; may be left out where one is active.
@@ -109,8 +109,12 @@ def _average(
                 for batch in batches:
                     model(**batch)
     for layer in leaders:
-        rows = means[layer.sites[adapter].key].rows()
-        _set_rows(layer.molora_gate[adapter], rows)
+        key, gate = layer.sites[adapter].key, layer.molora_gate[adapter]
+        rows = gate.rows.weight.detach().clone()
+        for i, name in enumerate(experts_at(config, key)):
+            if name in data:
+                rows[i] = means[key].rows()[i].to(rows)
+        _set_rows(gate, rows)
 
 
 @contextmanager
@@ -159,9 +163,11 @@ def _phatgoose(
     gates: list[Gate] = [layer.molora_gate[adapter] for layer in leaders]
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
-    for gate in gates:
+    for layer, gate in zip(leaders, gates, strict=True):
         assert gate.rows is not None
-        _set_rows(gate, torch.zeros_like(gate.rows.weight))
+        here = experts_at(config, layer.sites[adapter].key)
+        named = torch.tensor([name in data for name in here], device=gate.rows.weight.device)
+        _set_rows(gate, gate.rows.weight.detach() * ~named.unsqueeze(-1))
         gate.rows.requires_grad_(True)
     try:
         with _eval_mode(model):

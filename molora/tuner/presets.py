@@ -18,7 +18,7 @@ def preset(name: str, **overrides: Any) -> MoLoraConfig:
     Raises:
         ConfigError: no preset of that name; the message lists those that exist.
     """
-    return MoLoraConfig(**preset_settings(name, overrides))
+    return MoLoraConfig(**{"target_modules": "all-linear", **preset_settings(name, overrides)})
 
 
 def list_presets() -> list[str]:

@@ -37,6 +37,13 @@ class GateRecord:
     x: Tensor | None = None  # (*lead, d_in) the layer's input without its graph, where a loss needs it
 
     @property
+    def columns(self) -> tuple[int, ...]:
+        """The experts that the columns of `routing.decided` stand for."""
+        found = self.gated if self.gated is not None else tuple(range(len(self.task_map.experts)))
+        used = self.routing.experts
+        return found if used is None else tuple(i for i in used if i in found)
+
+    @property
     def gated(self) -> tuple[int, ...] | None:
         """The experts its columns stand for, where some are always on and not among them."""
         return self.task_map.gated if self.routing.gated is not None else None

@@ -25,6 +25,7 @@ from molora.tuner.placement import (
     by_layer,
     experts_at,
     frozen_rows_at,
+    shared_frozen_at,
     task_blocks,
     top_k_at,
 )
@@ -133,8 +134,7 @@ def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
         blend=blend_at(config, key) if blends else 0.0,
         **options,
     )
-    made.frozen_shared = config.frozen_extras
-    made.apply_freeze()
+    made.freeze_shared(shared_frozen_at(config, key))
     return made
 
 
@@ -150,12 +150,15 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
     """Standard deviation of every expert's A against what its initialisation implies.
 
     Rows: name, expert, r, std, expected, ratio, ok. `ok` means |ratio - 1| < 4/√(2·numel), four standard
-    errors: true for untouched experts, false for trained or mis-initialised ones.
+    errors: true for untouched experts, false for trained or mis-initialised ones. Experts that started as segments of
+    the base weight have no row: nothing says what their spread should be.
     """
     rows = []
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter, site in layer.sites.items():
             config: MoLoraConfig = layer.context.adapters[adapter].config
+            if config.init == "svd_segments" and not site.plain:
+                continue
             bank = layer.molora_experts[adapter]
             names = ["plain"] if site.plain else experts_at(config, site.key)
             for name, expert in zip(names, bank.experts(), strict=True):

@@ -111,6 +111,8 @@ def _decided(
                 f"the weights depend on the task; name one: task=... Tasks: {', '.join(task_map.ids)}."
             )
         return _of_gate(layer, adapter, task_id, visible)
+    if config.gate.scope == "constant":
+        raise ConfigError("a constant gate gives all tasks the same weights; leave the task out.")
     raise ConfigError(
         f"the gate's weights depend on the input (gate.scope={config.gate.scope!r}), so no merged weight equals the mixture.",
         hint="merge fixed weights with expert_weights={...}, or keep the adapter unmerged.",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
+from types import SimpleNamespace
 from typing import Any
 
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -90,12 +91,32 @@ def matches(targets: Iterable[str] | str | None, key: str) -> bool:
 
 
 def is_target(config: MoLoraConfig, key: str) -> Any:
-    """PEFT's decision for target_modules, widened by plain_targets and ffn_targets."""
+    """PEFT's decision for target_modules, widened by plain_targets and ffn_targets.
+
+    PEFT looks at `layers_to_transform` only where target_modules lists suffixes; here it limits every kind of target.
+    """
     result = check_target_module_exists(config, key)
-    if result or not (matches(config.plain_targets, key) or matches(config.ffn_targets, key)):
+    also = matches(config.plain_targets, key) or matches(config.ffn_targets, key)
+    if not (result or also):
         return result
     excluded = config.exclude_modules
-    return not matches(excluded, key) if excluded else True
+    if excluded and matches(excluded, key):
+        return False
+    if config.layers_to_transform is not None:
+        return _in_layers(config, key)
+    return result or True
+
+
+def _in_layers(config: MoLoraConfig, key: str) -> bool:
+    """Whether a module lies in `layers_to_transform`, by PEFT's rule for lists."""
+    parent, _, name = key.rpartition(".")
+    rule = SimpleNamespace(
+        target_modules={name},
+        exclude_modules=None,
+        layers_to_transform=config.layers_to_transform,
+        layers_pattern=config.layers_pattern,
+    )
+    return bool(parent) and bool(check_target_module_exists(rule, key))
 
 
 def linear_names(model: nn.Module) -> list[str]:

@@ -36,6 +36,7 @@ class GateView:
         self._all = len(routing.decided) == 1
         self.noise_std, self.top_k = config.gate.noise_std, record.top_k
         kept = record.response if mask == "response" else record.mask
+        self._kept = kept
         self.mask = kept if self.by_token else None
 
     @property
@@ -51,6 +52,12 @@ class GateView:
     @property
     def probs(self) -> Tensor:
         return self._record.routing.probs
+
+    @property
+    def choices(self) -> Tensor | None:
+        """(tokens,) how many experts each token may use; None: all of them."""
+        scores = self._record.routing.scores
+        return None if scores is None else (scores != float("-inf")).sum(dim=-1)
 
     @property
     def selected(self) -> Tensor:
@@ -72,9 +79,7 @@ class GateView:
     @cached_property
     def own(self) -> Tensor:
         record, device = self._record, self.weights.device
-        columns = record.gated if record.gated is not None else tuple(range(len(record.task_map.experts)))
-        if record.routing.experts is not None:
-            columns = tuple(i for i in record.routing.experts if i in columns)
+        columns = record.columns
         if record.task_ids is None:
             return torch.zeros(len(self.weights), len(columns), dtype=torch.bool, device=device)
         ids = record.task_ids.to(device)
@@ -103,7 +108,7 @@ class GateView:
         if len(rows) != math.prod(lead):
             return spread(rows, (max(len(rows), lead[0]),)) if len(rows) > 1 else rows.expand(lead[0], -1)
         by_sample = rows.reshape(lead[0], -1, rows.shape[-1])
-        mask = self._record.mask
+        mask = self._kept
         if mask is None:
             return by_sample.mean(dim=1)
         kept = mask.reshape(lead[0], -1, 1).to(rows.dtype)

@@ -6,7 +6,7 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from molora.config.gate_rules import BY_SAMPLE, SCORES
+from molora.config.gate_rules import BY_SAMPLE, SCORES, without_idle
 from molora.config.kinds import AUX_LOSSES, GATE_CHOICES
 from tests.zoo import FEED_FORWARD, TASKS
 
@@ -41,7 +41,7 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
         "renorm": draw(sometimes(st.sampled_from(GATE_CHOICES["renorm"]), None)),
         "temperature": draw(sometimes(st.floats(0.2, 3.0), 1.0)),
         "noise": draw(sometimes(st.sampled_from(["gaussian", "gumbel", "logistic"]), None)),
-        "noise_std": draw(st.floats(0.0, 0.5)),
+        "noise_std": draw(st.floats(0.01, 0.5)),
         "init_std": draw(sometimes(st.floats(0.0, 1.0), 0.3)),
     }
     extra = {
@@ -54,7 +54,8 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
         gate[name] = draw(extra[name])
     if scope == "external":
         gate["feature_dim"] = 6
-    return gate
+    # Mostly only what acts: a field that does not is refused, and there are many.
+    return gate if draw(sometimes(st.just(True), False)) else without_idle(gate, {})
 
 
 @st.composite

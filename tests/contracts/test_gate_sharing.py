@@ -8,7 +8,7 @@ from peft import get_peft_model
 from torch.testing import assert_close
 
 import molora
-from molora import RoutingError
+from molora import GateConfig, MoLoraConfig, RoutingError
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.targets import group_key
 from tests.zoo import base_model, batch_for, config_for, gradients, randomise
@@ -102,3 +102,26 @@ def test_a_layer_on_its_own_has_no_decision_to_follow():
 ])  # fmt: skip
 def test_names_of_groups(key, share, expected):
     assert group_key(key, share, "decoder") == expected
+
+
+def test_linears_may_be_called_in_another_order_than_they_are_registered():
+    from transformers import OPTConfig, OPTForCausalLM
+
+    config = OPTConfig(
+        vocab_size=50, hidden_size=16, ffn_dim=32, num_hidden_layers=2, num_attention_heads=2,
+        max_position_embeddings=64, word_embed_proj_dim=16, pad_token_id=0,
+    )  # fmt: skip
+    batch = batch_for("llama")
+    batch["input_ids"] = batch["input_ids"] % 50
+    batch["labels"] = batch["labels"].clamp(max=49)
+    outs = []
+    for share in ("block", r"(layers\.\d+)\."):
+        torch.manual_seed(0)
+        settings = MoLoraConfig(num_experts=3, r=2, target_modules="all-linear", gate=GateConfig(share=share))
+        model = get_peft_model(OPTForCausalLM(config), settings)
+        names = [m.sites["default"].key for m in gates(model)]
+        assert [n.rpartition(".")[2] for n in names if "layers" in n] == ["k_proj", "k_proj"]
+        randomise(model)
+        outs.append(model.eval()(**batch).logits)
+    assert_close(*outs)
+    assert outs[0].isfinite().all()

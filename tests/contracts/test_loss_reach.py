@@ -136,6 +136,34 @@ def test_loss_free_balance_moves_towards_what_is_used_less():
     assert torch.equal(layers[0].molora_gate["default"].balance, kept), "only training forwards move it"
 
 
+RESTRICTED = {
+    "one task": {"tasks": {"a": ["expert_0", "expert_1"]}, "routed": {"task_ids": "a", "by": "task"}},
+    "always on": {"always_on": {"expert_2": "rest"}},
+}
+
+
+@pytest.mark.parametrize("name", RESTRICTED)
+def test_loss_free_balance_moves_only_experts_that_were_a_choice(name):
+    options = dict(RESTRICTED[name])
+    route = options.pop("routed", {})
+    model = molora_model("llama", GateConfig(top_k=1, balance_rate=0.1, share="linear"), **options).train()
+    with molora.routing(model, **route):
+        model(**batch_for("llama"))
+    gates = [m.molora_gate["default"] for m in model.modules() if isinstance(m, MoLoraLayer)]
+    assert all(gate.balance[2] == 0 for gate in gates)
+    assert any(gate.balance[:2].any() for gate in gates)
+
+
+def test_loss_free_balance_is_not_rounded_on_a_16_bit_base():
+    model = molora_model("llama", GateConfig(top_k=2, balance_rate=0.001), dtype=torch.bfloat16)
+    gate = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).molora_gate["default"]
+    gate.balance.fill_(0.6)
+    for _ in range(100):
+        gate.move_balance(torch.tensor([1 / 3, -1 / 6, -1 / 6]))
+    model.to(torch.bfloat16)
+    assert_close(gate.balance, torch.tensor([0.7, 0.5, 0.5]), atol=1e-5, rtol=0)
+
+
 def test_loss_free_balance_chooses_but_does_not_weight():
     from molora.gates.selection import top_k_weights
 

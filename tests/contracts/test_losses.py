@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.testing import assert_close
 
 import molora
-from molora import ConfigError, losses
+from molora import ConfigError, GateConfig, MoLoraConfig, losses
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import LEARNED, TOKEN, base_model, batch_for, config_for, gradients, molora_model, routed
 
@@ -152,3 +153,79 @@ def test_losses_before_any_training_forward_are_an_error():
         molora.aux_losses(model)
     assert molora.aux_losses(molora_model("llama")) == {}
     assert base_model("llama") is not None
+
+
+def test_contrastive_leaves_out_experts_that_write_nothing_yet():
+    outputs = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0], [0.0, 0.0], [0.0, 0.0]], requires_grad=True)
+    expert = torch.tensor([0, 0, 1, 2, 2])
+    found = losses.contrastive(outputs, expert)
+    assert_close(found, losses.contrastive(outputs[:3], expert[:3]))
+    found.backward()
+    assert outputs.grad[:3].abs().max() < 100 and not outputs.grad[3:].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"aux_losses": {"contrastive": 1}, "combine": "factors", "gate": {"kind": "constant"}}, "factors there are none"),
+        ({"aux_losses": {"contrastive": 1}, "ffn_targets": ["up_proj"]}, "ffn_targets there are none"),
+        ({"aux_losses": {"contrastive": {"coefficient": 1, "temperature": 0}}}, "must be positive"),
+        ({"aux_losses": {"orthogonal": 1}, "share_A": True}, "with share_A there is one"),
+        ({"aux_losses": {"expert_similarity": 1}, "share_A": True}, "use B"),
+        ({"gate": {"noise": "gaussian", "noise_std": 0.0}}, "is no noise"),
+    ],
+)  # fmt: skip
+def test_losses_with_nothing_to_act_on_are_refused(options, message):
+    with pytest.raises(ConfigError, match=message):
+        MoLoraConfig(num_experts=3, **options)
+
+
+@pytest.mark.parametrize("loss", ["similarity", "contrastive", "balance"])
+def test_a_mask_of_the_response_reads_the_response(loss):
+    batch = batch_for("llama", batch=4, seq=12)
+    batch["labels"] = batch["labels"].clone()
+    batch["labels"][:, :8] = -100
+    values = []
+    for mask in ("padding", "response"):
+        model = molora_model("llama", aux_losses={loss: {"coefficient": 1.0, "mask": mask}}).train()
+        model(**batch)
+        values.append(molora.aux_losses(model)[loss].item())
+    assert values[0] != values[1]
+
+
+def test_contrastive_compares_gated_experts_of_mixtures_only():
+    values = {}
+    for name, options in {
+        "all": {},
+        "with a plain LoRA": {"plain_targets": ["q_proj"], "target_modules": ["k_proj", "v_proj"]},
+        "with one always on": {"always_on": {"expert_2": 5.0}},
+    }.items():
+        model = molora_model("llama", "top2-group", aux_losses={"contrastive": 1.0}, **options).train()
+        model(**batch_for("llama", batch=4, seq=16))
+        values[name] = molora.aux_losses(model)["contrastive"].item()
+    assert min(values.values()) > 3, values
+
+
+def test_every_output_with_a_loss_gets_the_auxiliary_losses():
+    from transformers import BertConfig, BertForQuestionAnswering
+
+    config = BertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    settings = MoLoraConfig(
+        num_experts=3, target_modules=["query", "value"], aux_losses={"z": 1.0}, gate=GateConfig()
+    )
+    model = get_peft_model(BertForQuestionAnswering(config), settings).train()
+    batch = {
+        "input_ids": torch.randint(0, 50, (2, 6)),
+        "start_positions": torch.tensor([1, 2]),
+        "end_positions": torch.tensor([3, 4]),
+    }
+    torch.manual_seed(0)
+    whole = model(**batch).loss
+    with molora.routing(model):
+        settings = model.peft_config["default"]
+        settings.add_aux_to_loss = False
+        torch.manual_seed(0)
+        alone = model(**batch).loss
+    assert_close(whole - alone, molora.aux_losses(model)["z"])

@@ -9,11 +9,12 @@ import torch
 from torch.testing import assert_close
 
 import molora
-from molora import ConfigError
+from molora import ConfigError, GateConfig
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import (
     ARCHITECTURES,
     CAUSAL,
+    FEED_FORWARD,
     MIXTURES,
     TASKS,
     base_model,
@@ -21,17 +22,45 @@ from tests.zoo import (
     given,
     gradients,
     mixture,
+    molora_model,
 )
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 mixtures = pytest.mark.parametrize("name", MIXTURES)
 AVERAGED = tuple(name for name in MIXTURES if name.startswith("ffn"))
-OTHERWISE = ("layernorm", "identity", "universal-task", "by-layer-task", "cores")  # weights or factors differ
+OTHERWISE = (
+    "layernorm",
+    "identity",
+    "by-layer-top2",
+    "universal-task",
+    "by-layer-task",
+    "cores",
+)  # weights or factors differ
 SUM_TO_ONE = tuple(name for name in MIXTURES if not name.startswith(OTHERWISE))
 
 
 def layers(model):
     return [m for m in model.modules() if isinstance(m, MoLoraLayer)]
+
+
+@pytest.mark.parametrize("gate", [{"top_k": 2}, {"select": "hard"}, {"select": "dense"}])
+def test_whole_feed_forwards_with_an_expert_that_is_always_on_average_to_the_base(gate):
+    options = {
+        "num_experts": 4,
+        "target_modules": FEED_FORWARD,
+        "ffn_targets": FEED_FORWARD,
+        "trained": False,
+    }
+    model = molora_model("llama", GateConfig(**gate), always_on={"expert_2": 0.5}, **options)
+    batch = batch_for("llama")
+    assert_close(model(**batch).logits, base_model("llama")(**batch).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_one_expert_of_several_keeps_its_probability_where_other_blocks_choose_two():
+    model = molora_model("llama", GateConfig(top_k=[1, 2], share="linear")).train()
+    model(**batch_for("llama")).loss.backward()
+    for block in ("layers.0.", "layers.1."):
+        assert any(g.any() for n, g in gradients(model).items() if "molora_gate" in n and block in n), block
 
 
 def tasks_of(model):

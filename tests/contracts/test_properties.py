@@ -72,15 +72,20 @@ def check(options):
         assert torch.equal(model(**batch, **given).logits, BASE(**batch).logits)
     randomise(model)
     model.train()
-    loss = model(**batch, **given).loss
-    loss.backward()
-    assert loss.isfinite()
+    for by in ("task", None) if config.tasks and config.gate.learned else (None,):
+        with molora.routing(model, by=by):
+            loss = model(**batch, **given).loss
+        loss.backward()
+        assert loss.isfinite()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
     assert all(p.grad is None for p in model.parameters() if not p.requires_grad)
     model.eval()
     with torch.no_grad():
         logits = model(**batch, **given).logits
         rows_alone(model, config, batch, logits)
+        if config.tasks and config.gate.learned:
+            with molora.routing(model, by="task"):
+                rows_alone(model, config, batch, model(**batch, **given).logits)
         saved_is_loaded(model, batch, given, logits)
         cache_changes_nothing(model, given)
 

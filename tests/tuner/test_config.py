@@ -6,11 +6,14 @@ import json
 
 import pytest
 from peft import PeftConfig, get_peft_model
+from pydantic import ValidationError
 
 import molora
 from molora import ConfigError, GateConfig, MoLoraConfig
+from molora.config import AdapterConfig
 from molora.tuner.layer import MoLoraLayer
-from tests.zoo import base_model, config_for, molora_model
+from molora.tuner.specs import scaling_of
+from tests.zoo import FEED_FORWARD, base_model, config_for, molora_model
 
 
 @pytest.mark.parametrize(
@@ -101,3 +104,77 @@ def test_presets_fill_a_config_and_take_overrides():
     assert molora.preset("mola", gate={"kind": "soft"}).gate.share == "group"  # another gate altogether
     with pytest.raises(ConfigError, match="Did you mean 'mola'"):
         molora.preset("molla")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"target_modules": r".*up_proj"},
+        {"target_modules": ["up_proj"], "plain_targets": ["q_proj"]},
+        {"target_modules": ["up_proj"], "ffn_targets": FEED_FORWARD},
+        {"target_modules": "all-linear"},
+    ],
+)
+def test_layers_to_transform_limits_every_kind_of_target(options):
+    config = MoLoraConfig(num_experts=2, layers_to_transform=[1], **options)
+    model = get_peft_model(base_model("llama"), config)
+    keys = [m.sites["default"].key for m in model.modules() if isinstance(m, MoLoraLayer)]
+    assert keys and all(".1." in key for key in keys)
+
+
+def test_a_list_longer_than_the_model_is_refused():
+    with pytest.raises(ConfigError, match="list of 4 numbers, one per block, but the model has 2"):
+        molora_model("llama", GateConfig(top_k=1), num_experts=[2, 3, 4, 5], tasks=None)
+
+
+@pytest.mark.parametrize("name", molora.list_presets())
+def test_a_preset_adapts_the_same_linears_in_python_as_in_a_recipe(name):
+    recipe = AdapterConfig.model_validate({"preset": name})
+    targets = molora.preset(name).target_modules
+    assert (sorted(targets) if isinstance(targets, set) else targets) == recipe.target_modules
+
+
+@pytest.mark.parametrize(
+    ("name", "scaling"), [("moelora", 2.0), ("coin", 2.0), ("adamole", 2.0), ("poly", 1 / 8)]
+)
+def test_a_presets_scaling_follows_alpha_and_rank(name, scaling):
+    for factor in (1, 2):
+        config = molora.preset(name)
+        config = molora.preset(name, lora_alpha=config.lora_alpha * factor)
+        assert scaling_of(config, config.expert_names[0], "q_proj") == scaling * factor
+
+
+def test_fields_of_a_gate_that_do_not_act_are_refused_but_a_presets_own_are_dropped():
+    for settings in (
+        {"threshold": 0.2}, {"top_p": 0.5}, {"pool": "last"}, {"hidden": 8}, {"embedding_dim": 8}, {"noise_std": 0.1},
+        {"select": "dense", "min_k": 2}, {"blend_spread": 1.0}, {"entropy_index": 2.0}, {"entropy_threshold": 0.5},
+    ):  # fmt: skip
+        with pytest.raises(ConfigError, match="acts only with"):
+            GateConfig(**settings)
+        with pytest.raises(ValidationError, match="acts only with"):
+            AdapterConfig.model_validate({"gate": settings})
+    gate = molora.preset("dynmole", gate={"select": "top_k", "top_k": 3}).gate
+    assert (gate.select, gate.top_k, gate.top_p, gate.min_k) == ("top_k", 3, 0.8, 1)
+    with pytest.raises(ConfigError, match="acts only with"):
+        molora.preset("dynmole", gate={"select": "top_k", "top_p": 0.5})
+
+
+def test_the_rules_know_the_gates_defaults():
+    from dataclasses import asdict
+
+    from molora.config.gate_rules import _BESIDE, _DEFAULTS
+
+    defaults = asdict(GateConfig())
+    assert {name: default for name, (default, _, _) in _BESIDE.items()}.items() <= defaults.items()
+    assert _DEFAULTS.items() <= defaults.items()
+
+
+def test_a_config_object_can_be_used_again(tmp_path):
+    config = molora.preset("goat", r=2)
+    first = get_peft_model(base_model("llama"), config)
+    first.save_pretrained(tmp_path)
+    first.add_expert("late")
+    assert config.base_fingerprint is None and config.num_experts == molora.preset("goat").num_experts
+    again = get_peft_model(base_model("llama", seed=5), config)
+    banks = [m.molora_experts["default"] for m in again.modules() if isinstance(m, MoLoraLayer)]
+    assert all(bank.B.any() for bank in banks)

@@ -8,7 +8,7 @@ from peft import PeftModel
 from torch.testing import assert_close
 
 import molora
-from molora import ConfigError
+from molora import ConfigError, GateConfig
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, TASKS, base_model, batch_for, gradients, molora_model, routed
 
@@ -193,3 +193,84 @@ def test_bad_calls_say_what_is_allowed_and_change_nothing(call, message):
     assert model.expert_names == ["expert_0", "expert_1", "expert_2"] and model.task_ids == {
         t: i for i, t in enumerate(TASKS)
     }
+
+
+STUCK_AT_ZERO = {
+    "identity": GateConfig(transform="identity", select="dense"),
+    "gain": GateConfig(transform="gain", select="dense"),
+    "absolute": GateConfig(absolute=True, top_k=2),
+    "cosine": GateConfig(score="cosine", select="dense"),
+    "layer cosine": GateConfig(score="cosine", norm="layer", select="dense"),
+    "constant": GateConfig(scope="constant", transform="identity", select="dense"),
+    "softmax": GateConfig(select="dense"),
+}
+
+
+@pytest.mark.parametrize("name", STUCK_AT_ZERO)
+def test_an_added_expert_and_its_row_learn_under_every_gate(name):
+    model = molora_model("llama", STUCK_AT_ZERO[name])
+    model.add_expert("late")
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    before = {n: p.detach().clone() for n, p in parameters.items()}
+    optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
+    model.train()
+    for step in range(15):
+        model(**batch_for("llama", seed=step)).loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0) < 100
+        optimizer.step()
+        optimizer.zero_grad()
+    assert all(not torch.equal(p, before[n]) for n, p in parameters.items())
+
+
+@pytest.mark.parametrize(
+    ("gate", "removed", "options"),
+    [
+        (GateConfig(top_k=[2, 3], share="linear"), ["expert_2"], {}),
+        (GateConfig(top_k={".*": 3}, share="linear"), ["expert_2"], {}),
+        (GateConfig(select="top_p", min_k=3), ["expert_2"], {}),
+        (GateConfig(top_k=2), ["expert_1", "expert_2"], {}),
+    ],
+)
+def test_what_is_left_after_a_removal_can_be_saved_loaded_and_grown(tmp_path, gate, removed, options):
+    model, batch = molora_model("llama", gate, tasks=None, **options), batch_for("llama")
+    for name in removed:
+        model.remove_expert(name)
+    model.add_expert("late")
+    molora.save(model, tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path / "adapter")
+    assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_a_removal_that_leaves_no_valid_mixture_changes_nothing():
+    model = molora_model("llama", GateConfig(top_k=1), tasks=None, always_on={"expert_2": "rest"})
+    model.remove_expert("expert_0")
+    before = model(**batch_for("llama")).logits
+    with pytest.raises(ConfigError, match="leaves the gate no expert"):
+        model.remove_expert("expert_1")
+    assert model.expert_names == ["expert_1", "expert_2"]
+    assert torch.equal(model(**batch_for("llama")).logits, before)
+
+
+def test_what_serves_all_rows_freezes_with_the_last_and_learns_again_with_the_first(tmp_path):
+    model = molora_model("llama", GateConfig(score="mlp", select="dense"), plain_targets=["o_proj"])
+    trained = {n for n, p in model.named_parameters() if p.requires_grad}
+    model.freeze_experts(model.expert_names)
+    left = [n for n, p in model.named_parameters() if p.requires_grad]
+    assert left and all("o_proj" in n for n in left), "the plain LoRA is no expert"
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(base_model("llama"), tmp_path, is_trainable=True)
+    assert [n for n, p in loaded.named_parameters() if p.requires_grad] == left
+    model.unfreeze_experts("expert_0")
+    assert any("hidden" in n for n, p in model.named_parameters() if p.requires_grad)
+    model.add_expert("late")
+    model.unfreeze_experts(model.expert_names[:-1])
+    assert {n.rpartition(".")[0] for n in trained} <= {
+        n.rpartition(".")[0] for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_a_task_named_twice_is_refused():
+    with pytest.raises(ConfigError, match="twice"):
+        molora_model("llama", "task-group").add_expert("late", tasks=["q", "q"])
+    with pytest.raises(ConfigError, match=r"names an expert twice.*"):
+        molora_model("llama", "task-group", tasks={"t": ["expert_0", "expert_0"]})

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from molora.config.gate_rules import without_idle
 from molora.config.presets import existing, sample, token
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
@@ -23,6 +24,8 @@ PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
 def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """A method's settings with some replaced; a `gate` map without `kind` replaces single fields of the gate.
 
+    Fields of the method's gate that no longer act are left out: replacing `select` also drops its `top_p`.
+
     Raises:
         ConfigError: no preset of that name; the message lists those that exist.
     """
@@ -32,7 +35,7 @@ def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     settings = PRESETS[key]()
     gate = overrides.get("gate")
     if isinstance(gate, Mapping) and "kind" not in gate:
-        overrides = {**overrides, "gate": {**settings["gate"], **gate}}
+        overrides = {**overrides, "gate": without_idle({**settings["gate"], **gate}, gate)}
     return {**settings, **overrides}
 
 

@@ -9,13 +9,13 @@ def moelora() -> dict[str, Any]:
     """MOELoRA: one gate for the model, reading the task's embedding. Liu et al., arXiv:2310.18339.
 
     `g = softmax(G u_task)`, `y = W x + s Σ_e g_e B_e A_e x`; u has 64 dimensions, one gate for all linears; 8 experts of
-    rank 2 (the paper's r=16, split over them) with the scaling of the total rank, 32/16 = 2; A is N(0, 0.01²),
+    rank 2 and alpha 4 (the paper's 16 and 32, split over them: s = 2); A is N(0, 0.01²),
     dropout 0.1. A sample of several tasks has the mean of their embeddings, as there. Weights depend on the task only,
     so merging per task is exact. Task ids are required.
     """
     gate = {"kind": "task_embedding", "embedding_dim": 64, "share": "global"}
     return {
-        "num_experts": 8, "r": 2, "lora_alpha": 32, "scaling": 2.0, "lora_dropout": 0.1, "init": "gaussian",
+        "num_experts": 8, "r": 2, "lora_alpha": 4, "lora_dropout": 0.1, "init": "gaussian",
         "init_std": 0.01, "gate": gate,
     }  # fmt: skip
 
@@ -50,7 +50,7 @@ def poly() -> dict[str, Any]:
         "kind": "task_table", "transform": "sigmoid", "noise": "logistic", "noise_std": 1.0, "share": "linear",
         "init_std": 0.001,
     }  # fmt: skip
-    return {"num_experts": 4, "r": 8, "scaling": 0.125, "combine": "factors", "gate": gate}
+    return {"num_experts": 4, "r": 8, "lora_alpha": 1, "combine": "factors", "gate": gate}
 
 
 def mhr() -> dict[str, Any]:

@@ -136,14 +136,14 @@ def adamole() -> dict[str, Any]:
     """AdaMoLE: as many experts as pass a learned threshold. Liu and Luo, arXiv:2405.00361.
 
     `p = softmax(G x)`, `t = sigmoid(w x + b) / E`, weights `relu(p - t)` over their sum; one gate and threshold
-    per linear, queries and values; E=4, alpha=16, dropout 0.05, r=2 per expert (the paper's 8, split over the
-    experts) with scaling alpha/8. Balance loss: the authors' 0.01 is summed over gates and has floor k, here it is
-    a mean with floor 1; with 0.01 per gate the sum over M gates is M times stronger there. Deviation: the loss is
-    of the probabilities p, not of p - t, which may be negative.
+    per linear, queries and values; E=4, alpha=16, dropout 0.05, r=8 per expert (the release's 32, split over the
+    experts), scaling alpha over the expert's rank. Balance loss: the authors' 0.01 is summed over gates and has floor
+    k, here it is a mean with floor 1; with 0.01 per gate the sum over M gates is M times stronger there. Deviation:
+    the loss is of the probabilities p, not of p - t, which may be negative.
     """
     gate = {"kind": "threshold", "threshold_learned": True, "renorm": "sum", "share": "linear"}
     return {
-        "num_experts": 4, "r": 2, "lora_alpha": 16, "scaling": 2.0, "lora_dropout": 0.05,
+        "num_experts": 4, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
         "target_modules": QUERY_VALUE, "gate": gate, "aux_losses": {"balance": 0.01},
     }  # fmt: skip
 
@@ -153,15 +153,16 @@ def dynmole() -> dict[str, Any]:
 
     Experts that make up 0.75 of `softmax(G x)`, at least two; all of them where the relative Tsallis entropy of
     index 1.1 is above 0.9; weights are the probabilities, not renormalised. One gate per linear of the feed-forward;
-    6 experts, r=24, alpha=48. Entropy loss 0.01 of the entropy itself is 0.0164 of the relative one for 6 experts;
-    the balance loss, 0.001, has our floor of 1 up to the mass that is kept.
+    6 experts, r=24, alpha=48. Entropy loss 0.01 of the relative entropy, balance loss 0.001. Deviations: the expert
+    that crosses 0.75 is kept, as nucleus sampling does (the release drops it, but for the first two); the balance loss
+    is of shares of the slots (there of the kept probabilities), per gate instead of pooled over layers.
     """
     gate = {
         "select": "entropy", "top_p": 0.75, "min_k": 2, "entropy_threshold": 0.9, "entropy_index": 1.1, "share": "linear",
     }  # fmt: skip
     return {
         "num_experts": 6, "r": 24, "lora_alpha": 48, "target_modules": FEED_FORWARD, "gate": gate,
-        "aux_losses": {"balance": 0.001, "entropy": {"coefficient": 0.0164, "index": 1.1}},
+        "aux_losses": {"balance": 0.001, "entropy": {"coefficient": 0.01, "index": 1.1}},
     }  # fmt: skip
 
 
@@ -187,11 +188,11 @@ def coin() -> dict[str, Any]:
     """CoIN's MOELoRA for tasks in sequence. Chen et al., arXiv:2403.08350.
 
     `y = W x + s Σ_e softmax(G x)_e B_e A_e x` token by token, one gate per linear, no auxiliary loss; 8 experts of
-    rank 16 (128 in all) with the scaling of the total rank, 256/128 = 2; A is N(0, 0.01²).
+    rank 16 and alpha 32 (128 and 256 in all); A is N(0, 0.01²).
     """
     gate = {"kind": "soft", "share": "linear"}
     return {
-        "num_experts": 8, "r": 16, "lora_alpha": 32, "scaling": 2.0, "init": "gaussian", "init_std": 0.01, "gate": gate,
+        "num_experts": 8, "r": 16, "lora_alpha": 32, "init": "gaussian", "init_std": 0.01, "gate": gate,
     }  # fmt: skip
 
 
