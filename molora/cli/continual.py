@@ -39,7 +39,10 @@ def _print(to: Any, found: dict[str, Any]) -> None:
         to.print(f"task named rightly: {100 * found['task_inference']:.1f} %", markup=False)
     if found["overlap"]["mean"] is not None:
         to.print(f"overlap of the experts' subspaces: {found['overlap']['mean']:.3f}", markup=False)
-    changed = [task for task, same in found["unchanged"].items() if not same]
+    earlier = list(found["unchanged"])[:-1]
+    if not earlier or found["matrices"]["shown"]["joint"]:
+        return
+    changed = [task for task in earlier if not found["unchanged"][task]]
     to.print(
         f"logits changed since, with task ids given: {', '.join(changed)}"
         if changed

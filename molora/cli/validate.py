@@ -48,6 +48,11 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
 
     tasks = TaskSet.from_config(data, task_type=config.base.task_type if config else None)
     tasks = tasks.joined() if config and config.base.head == "match" else tasks
+    if config is not None and config.continual is not None:
+        from molora.continual.sequence import check_held_out, check_sequence
+
+        check_sequence(config)
+        check_held_out(config, tasks)
     sizes = ", ".join(f"{task.name} {len(task.train)}+{len(task.eval)}" for task in tasks)
     console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}", markup=False)
     if config is None:

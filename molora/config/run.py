@@ -77,16 +77,28 @@ class RunConfig(Section):
     @classmethod
     def _adapter_of_the_strategy(cls, data: Any) -> Any:
         """Tasks one after another start with one expert, under the strategy's own gate unless the recipe has one."""
-        if not isinstance(data, dict) or not data.get("continual"):
+        if not isinstance(data, dict) or data.get("continual") is None:
             return data
         adapter = data.get("adapter") or {}
         if not isinstance(adapter, dict) or "preset" in adapter:
             return data
         kind = strategy_kind(data["continual"])
         if kind not in STRATEGIES:  # its own check reports it
-            return data
+            kind = "sequential"
         gate, experts = STRATEGY_GATES[kind], adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _tasks_in_their_order(cls, data: Any) -> Any:
+        """Tasks stand in the order they are learned in, so that ids and labels are given in it."""
+        try:
+            order, tasks = data["continual"]["order"], data["data"]["tasks"]
+            ordered = {name: tasks[name] for name in order}
+            whole = sorted(order) == sorted(tasks)
+        except (KeyError, TypeError):  # absent or of a wrong type: the fields' own checks report it
+            return data
+        return data | {"data": data["data"] | {"tasks": ordered}} if whole else data
 
     @model_validator(mode="before")
     @classmethod

@@ -26,7 +26,7 @@ from molora.store.runs import Run
 from molora.training.build import load_trained, tasks_of
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
-from molora.training.label_match import add_labels
+from molora.training.label_match import add_labels, compete
 from molora.training.train import find_run, fit, with_labels
 from molora.training.trainer import check_device
 from molora.tuner.api import routing
@@ -84,6 +84,8 @@ def add_expert(
             freeze_others=True,
             isolate=grow.expert.isolate,
         )
+        softmax = parent.config.continual.softmax if parent.config.continual is not None else None
+        compete(model, [c for task in ([new] if softmax in (None, "own") else tasks) for c in task.classes])
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
         strategy = build_strategy(grow.strategy)
         hold_sum(model)

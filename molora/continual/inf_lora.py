@@ -39,6 +39,7 @@ class InfLoRA(Strategy):
             (new,) = bank.trainable
             left, floor = residual(self.bases.get(key), seen[key]), _NOTHING * float(seen[key].trace())
             rows = leading(left, bank.ranks[new], floor) / 3**0.5
+            bank.lora_A.zero_()
             bank.lora_A[0, : len(rows)].copy_(rows)
             bank.lora_A.requires_grad_(False)
 

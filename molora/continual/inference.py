@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.continual.answers import features
 from molora.continual.router import PrototypeRouter
-from molora.data.prompts import prompt_tokens
+from molora.data.prompts import prompt_within
 from molora.errors import ConfigError
 from molora.store.manifest import verify_folder
 from molora.store.runs import Run
@@ -25,6 +25,7 @@ class TaskNamer:
     router: PrototypeRouter
     depth: float
     max_length: int
+    task_type: str
 
     @property
     def tasks(self) -> list[str]:
@@ -39,18 +40,11 @@ class TaskNamer:
         Args:
             model: the run's model (a PEFT model), as `molora.load` gives it.
             tokenizer: its tokenizer.
-            prompts: texts as the model is given them, after the task's template; cut as in training.
+            prompts: texts as the model is given them, after the task's template; cut where training cuts them (which
+                also leaves room for the answer of a causal model).
             batch_size: prompts a forward pass of the base.
         """
-        generates = bool(getattr(model.get_base_model(), "can_generate", lambda: False)())
-        encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        limit = self.max_length
-        if generates and not encoder_decoder:
-            tokens = [prompt_tokens(tokenizer, text)[-limit:] for text in prompts]
-        else:
-            tokens = [
-                list(tokenizer(text, truncation=True, max_length=limit)["input_ids"]) for text in prompts
-            ]
+        tokens = [prompt_within(tokenizer, text, self.max_length, self.task_type) for text in prompts]
         return self.router.predict(features(model, tokenizer, tokens, batch_size, self.depth))
 
 
@@ -77,4 +71,4 @@ def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
     }
     router = PrototypeRouter(section.router.clusters, section.router.metric)
     router.restore(stored, section.order or list(run.config.data.tasks))
-    return TaskNamer(router, section.router.depth, run.config.data.max_length)
+    return TaskNamer(router, section.router.depth, run.config.data.max_length, run.config.base.task_type)

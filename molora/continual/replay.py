@@ -36,7 +36,10 @@ class Replay(Strategy):
         ratio = self.settings.ratio
         count = self.settings.count if ratio is None else max(1, round(ratio * len(records)))
         chosen = random.Random(stage.seed).sample(range(len(records)), min(count or 1, len(records)))
-        self.kept[stage.task.name] = [dict(records[i]) for i in sorted(chosen)]
+        fields = stage.task.fields
+        self.kept[stage.task.name] = [
+            {name: records[i][name] for name in fields if name in records[i]} for i in sorted(chosen)
+        ]
 
     def plain(self) -> dict[str, Any]:
         return {"kept": self.kept}

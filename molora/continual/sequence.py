@@ -31,10 +31,10 @@ from molora.continual.tables import write_tables
 from molora.data.module import MoLoraDataModule
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
-from molora.errors import ConfigError
+from molora.errors import AdapterError, ConfigError
 from molora.store.adapter import load, save
 from molora.store.atomic import write_folder, write_json
-from molora.store.manifest import read_json
+from molora.store.manifest import read_json, verify_folder
 from molora.store.runs import Run
 from molora.training.build import (
     build_model,
@@ -45,7 +45,7 @@ from molora.training.build import (
     tasks_of,
 )
 from molora.training.environment import prepare_process, quiet_libraries
-from molora.training.label_match import LabelMatcher
+from molora.training.label_match import compete
 from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
 from molora.training.trainer import check_device
 
@@ -73,16 +73,11 @@ def train_sequence(
         ConfigError, DataError: before anything is written. DivergedError, InterruptedRun: as `molora.train`.
     """
     config = load_recipe(recipe, overrides)
-    _check(config)
+    check_sequence(config)
     check_device(config.train)
     check_output(Path(config.output))
     tasks = tasks_of(config)
-    for task in tasks:
-        if not len(task.eval):
-            raise ConfigError(
-                f"data.tasks.{task.name}: has no held-out records, so nothing can be said of forgetting.",
-                hint="give it `eval` (files), `eval_split` or `eval_size`.",
-            )
+    check_held_out(config, tasks)
     config = with_labels(config, tasks)
     run = find_run(config, resume)
     _check_same(config, run)
@@ -93,7 +88,19 @@ def train_sequence(
             return SequenceRun(config, tasks, run).play()
 
 
-def _check(config: RunConfig) -> None:
+def check_held_out(config: RunConfig, tasks: TaskSet) -> None:
+    """Raise ConfigError for a task without held-out records."""
+    for task in tasks:
+        if not len(task.eval):
+            key = {"synthetic": "eval_size", "hub": "eval_split", "folder": "eval_split"}
+            raise ConfigError(
+                f"data.tasks.{task.name}: has no held-out records, so nothing can be said of forgetting.",
+                hint=f"give it `{key.get(config.data.tasks[task.name].source, 'eval')}`.",
+            )
+
+
+def check_sequence(config: RunConfig) -> None:
+    """Raise ConfigError for a recipe that no sequence can be trained from here."""
     if config.continual is None:
         raise ConfigError(
             "the recipe has no `continual` section.",
@@ -130,6 +137,25 @@ def _check_data(config: RunConfig, tasks: TaskSet) -> None:
     MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed).setup("fit")
 
 
+def _read_row(folder: Path) -> dict[str, Any]:
+    """A complete stage's row; AdapterError where somebody changed its form."""
+    row = read_json(folder / ROW_FILE)
+    parts = {
+        "joint": bool,
+        "shown": dict,
+        "hidden": dict,
+        "inferred": dict,
+        "unchanged": dict,
+        "overlap": dict,
+    }
+    if not isinstance(row, dict) or any(not isinstance(row.get(name), kind) for name, kind in parts.items()):
+        raise AdapterError(
+            f"{folder / ROW_FILE} is not a row of the matrix.",
+            hint="delete it: the stage is then finished anew",
+        )
+    return row
+
+
 class SequenceRun:
     """One sequence run: its tasks in order, its folder, its strategy and what is remembered."""
 
@@ -159,9 +185,7 @@ class SequenceRun:
         for index, folder in enumerate(self.stages):
             if not (folder / ROW_FILE).is_file():
                 self._play_stage(index, folder)
-            write_tables(
-                self.run.path, self.tasks, [read_json(f / ROW_FILE) for f in self.stages[: index + 1]]
-            )
+            write_tables(self.run.path, self.tasks, [_read_row(f) for f in self.stages[: index + 1]])
         self._publish(self.stages[-1])
         return self.run
 
@@ -205,11 +229,9 @@ class SequenceRun:
         if index and not self.strategy.one_expert:
             model.add_expert(stage.task.name, tasks=[stage.task.name], freeze_others=True)
         hold_sum(model)
-        matcher = model.get_base_model()
-        if isinstance(matcher, LabelMatcher):
-            softmax = self.settings.softmax or self.strategy.softmax
-            used = {"own": [stage.task], "seen": stage.seen, "all": stage.tasks}[softmax]
-            matcher.classes = sorted({c for task in used for c in task.classes})
+        softmax = self.settings.softmax or self.strategy.softmax
+        used = {"own": [stage.task], "seen": stage.seen, "all": stage.tasks}[softmax]
+        compete(model, [c for task in used for c in task.classes])
 
     def _stage_config(self, seed: int, turn: int) -> RunConfig:
         """The recipe with the stage's seed; all tasks at once get as many steps as they get one by one."""
@@ -258,6 +280,7 @@ class SequenceRun:
         """The last stage's adapter as the run's own, so that every verb that takes a run takes this one."""
         if self.run.adapter.is_dir():
             return
+        verify_folder(last / "adapter")
         with write_folder(self.run.adapter) as folder:
             for file in (last / "adapter").iterdir():
                 if file.name != "MANIFEST.json":

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from molora.config.continual import StrategyConfig
 from molora.continual.strategy import Stage, Strategy, expert_layers
@@ -46,12 +47,13 @@ class Slao(Strategy):
 
 
 def orthonormal(A: Tensor) -> Tensor:
-    """Orthonormal rows (rank, d) with the span of A's, each on the side of the row it came from.
+    """Orthonormal rows (rank, d) with the span of A's, each on the side of the row it came from; zeros beyond d.
 
     LAPACK leaves the signs open; with wrong ones B, which goes on from where it was, would undo what was learned.
     """
     Q, R = torch.linalg.qr(A.float().t())
-    return (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).t()
+    rows = (Q * torch.where(R.diagonal() < 0, -1.0, 1.0)).t()
+    return F.pad(rows, (0, 0, 0, len(A) - len(rows)))
 
 
 def merged(old: Tensor, new: Tensor, count: int) -> Tensor:

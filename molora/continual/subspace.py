@@ -22,7 +22,7 @@ def grown_basis(basis: Tensor | None, covariance: Tensor, energy: float) -> Tens
     """
     covariance = covariance.double()
     d = len(covariance)
-    old = covariance.new_zeros(d, 0) if basis is None else basis.double()
+    old = covariance.new_zeros(d, 0) if basis is None else basis.to(covariance)
     total = covariance.trace()
     held = (old * (covariance @ old)).sum()
     rest = residual(old, covariance)
@@ -42,7 +42,7 @@ def residual(basis: Tensor | None, covariance: Tensor) -> Tensor:
     covariance = covariance.double()
     if basis is None or basis.shape[1] == 0:
         return covariance
-    M = basis.double()
+    M = basis.to(covariance)
     left = covariance - M @ (M.t() @ covariance)
     both = left - (left @ M) @ M.t()
     return (both + both.t()) / 2
@@ -59,7 +59,7 @@ def without(rows: Tensor, basis: Tensor | None) -> Tensor:
     """Rows (n, d) without their part in the basis (d, k)."""
     if basis is None or basis.shape[1] == 0:
         return rows
-    M = basis.to(rows.dtype)
+    M = basis.to(rows)
     return rows - (rows @ M) @ M.t()
 
 
@@ -67,7 +67,15 @@ def overlap(A: Tensor, B: Tensor) -> float:
     """How much of the smaller row space lies in the other: mean squared cosine of principal angles, 0 to 1.
 
     Args:
-        A, B: (rank, d); rows need not be orthogonal.
+        A, B: (rank, d); rows need not be orthogonal, nor independent. 0 where one has no direction at all.
     """
-    first, second = (torch.linalg.qr(rows.detach().double().t()).Q for rows in (A, B))
-    return float((first.t() @ second).square().sum() / min(first.shape[1], second.shape[1]))
+    first, second = (_span(rows.detach().double()) for rows in (A, B))
+    smaller = min(len(first), len(second))
+    return float((first @ second.t()).square().sum() / smaller) if smaller else 0.0
+
+
+def _span(rows: Tensor) -> Tensor:
+    """Orthonormal rows (k, d) with the span of the given ones; k is their rank."""
+    _, sizes, directions = torch.linalg.svd(rows, full_matrices=False)
+    floor = max(rows.shape) * torch.finfo(torch.float32).eps * sizes.max()
+    return directions[sizes > floor]

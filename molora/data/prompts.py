@@ -185,6 +185,20 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return ids
 
 
+def prompt_within(
+    tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, task_type: str
+) -> list[int]:
+    """A prompt's tokens as `encode` cuts them for a base of this `task_type`, without room left for an answer."""
+    if task_type == "SEQ_CLS":
+        return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
+    whole = (
+        tokenizer(text, verbose=False)["input_ids"]
+        if task_type == "SEQ_2_SEQ_LM"
+        else prompt_tokens(tokenizer, text)
+    )
+    return _cut_start(whole, max_length, tokenizer)[0]
+
+
 def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """`ids` without its beginning where it is longer than `room`, and how many were cut; a start token stays."""
     cut = max(0, len(ids) - room)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -75,6 +75,15 @@ class Task:
         if self.kind == "classification":
             return (self.text,)
         return () if self.messages is not None else (self.prompt, self.target)
+
+    @property
+    def fields(self) -> list[str]:
+        """The fields of a record that this task reads."""
+        found = {
+            name for template in self.templates for _, name in parse_template(template) if name is not None
+        }
+        extra = self.label if self.kind == "classification" else self.messages
+        return sorted(found if extra is None else found | {extra})
 
 
 def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str | None = None) -> Task:
@@ -165,13 +174,22 @@ class TaskSet:
 
     @property
     def label_texts(self) -> list[str]:
-        """Every label of any task once, in order of appearance."""
-        return list(dict.fromkeys(label for task in self.tasks for label in task.labels))
+        """Every label of any task once, see `distinct_labels`."""
+        return distinct_labels(task.labels for task in self.tasks)
 
     def joined(self) -> TaskSet:
-        """The same tasks over one head for all their labels: a label two tasks share is one class."""
-        place = {label: i for i, label in enumerate(self.label_texts)}
-        tasks = tuple(replace(task, classes=tuple(place[label] for label in task.labels)) for task in self)
+        """The same tasks over one head for all their labels: a label two tasks share is one class, whatever its case."""
+        place = {label.lower(): i for i, label in enumerate(self.label_texts)}
+        for task in self:
+            alike = [a for a in task.labels for b in task.labels if a < b and a.lower() == b.lower()]
+            if alike:
+                raise ConfigError(
+                    f"task {task.name!r}: label {alike[0]!r} is there twice, in upper and lower case.",
+                    hint="a head that matches the texts of labels reads them in lower case; rename one",
+                )
+        tasks = tuple(
+            replace(task, classes=tuple(place[label.lower()] for label in task.labels)) for task in self
+        )
         return TaskSet(tasks, self.known_ids)
 
     @property
@@ -194,6 +212,15 @@ class TaskSet:
         raise ConfigError(
             f"unknown task {name!r}.{did_you_mean(name, names)} Known tasks: {', '.join(names)}."
         )
+
+
+def distinct_labels(of_tasks: Iterable[Iterable[str]]) -> list[str]:
+    """Every label once, in order of appearance; those that differ only in upper and lower case are one."""
+    found: dict[str, str] = {}
+    for labels in of_tasks:
+        for label in labels:
+            found.setdefault(label.lower(), label)
+    return list(found.values())
 
 
 def assign_ids(names: Sequence[str], known_ids: Mapping[str, int]) -> dict[str, int]:

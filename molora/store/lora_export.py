@@ -98,13 +98,20 @@ def export_lora(
     with torch.no_grad():
         parts = {layer.sites[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
+        # A head that wraps the encoder is ours alone: the LoRA is one of the encoder.
+        wrapper = getattr(wrapped.get_base_model(), "wraps", None)
+        targets = [name.removeprefix(f"{wrapper}.") for name in short_names(wrapped, parts)]
+        if wrapper is not None:
+            parts = {key.removeprefix(f"{wrapper}."): part for key, part in parts.items()}
         if chosen is not None and not any(chosen.values()):
             raise ConfigError("every expert has weight 0; nothing to export.")
         if fold_scaling:
             rank = max(part.rank for part in parts.values())
             parts = {key: part.folded(rank) for key, part in parts.items()}
     conv1d = any(isinstance(layer.get_base_layer(), Conv1D) for layer in layers)
-    lora = _lora_config(config, parts, short_names(wrapped, parts), conv1d)
+    lora = _lora_config(config, parts, targets, conv1d)
+    if wrapper is not None:
+        lora.task_type = "FEATURE_EXTRACTION"
     named = (f"{kind} `{name}`" for kind, name in (("expert", expert), ("task", task)) if name is not None)
     card = _card(lora, next(named, "a fixed mixture"))
     return _write(Path(out), lora, parts, _heads(wrapped, adapter), card)

@@ -18,7 +18,7 @@ from typing import Any
 
 from molora.config import RunConfig, load_recipe
 from molora.config.names import check_name
-from molora.errors import AdapterError, ConfigError
+from molora.errors import AdapterError, ConfigError, DataError
 from molora.store.atomic import check_writable, write_file
 from molora.store.manifest import is_complete, read_json
 
@@ -85,6 +85,17 @@ class Run:
     def adapter(self) -> Path:
         """Where the trained adapter is, or will be."""
         return self.path / "adapter"
+
+    @property
+    def trained_adapter(self) -> Path:
+        """The trained adapter; DataError where there is none yet."""
+        if not self.adapter.is_dir():
+            verb = "train" if self.config.continual is None else "continual"
+            raise DataError(
+                f"{self.path} has no adapter yet: its training has not finished.",
+                hint=f"molora {verb} RECIPE --resume",
+            )
+        return self.adapter
 
     @property
     def checkpoints(self) -> list[Path]:

@@ -25,7 +25,7 @@ from transformers import (
 
 from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig
-from molora.data.tasks import TaskSet
+from molora.data.tasks import TaskSet, distinct_labels
 from molora.errors import AdapterError, ConfigError, MoLoraError
 from molora.store.adapter import load, read_config
 from molora.store.compose import compose
@@ -243,7 +243,7 @@ def load_trained(
         base_config, labels = _base_of_adapter(path)
     else:
         run = Run.find(path)
-        folder, config = run.adapter, run.config
+        folder, config = run.trained_adapter, run.config
         base_config, labels = config.base, labels_of(config)
     base, tokenizer = load_base(base_config, labels)
     model = load(base, folder, is_trainable=trainable)
@@ -255,9 +255,7 @@ def load_trained(
 def labels_of(config: RunConfig) -> Labels:
     """What the head of this (resolved) recipe needs: texts of all labels, or the size of the largest label set."""
     if config.base.head == "match":
-        return list(
-            dict.fromkeys(label for task in config.data.tasks.values() for label in task.labels or ())
-        )
+        return distinct_labels(task.labels or () for task in config.data.tasks.values())
     sizes = [len(task.labels) for task in config.data.tasks.values() if task.labels]
     return max(sizes) if config.base.task_type == "SEQ_CLS" and sizes else None
 
@@ -268,6 +266,11 @@ def _base_of_adapter(folder: Path) -> tuple[BaseConfig, Labels]:
         raise AdapterError(
             f"{folder / 'adapter_config.json'} does not say which base model the adapter belongs to.",
             hint="load the base yourself and call molora.load(base, folder).",
+        )
+    if (stored.base_fingerprint or {}).get("architecture") == LabelMatcher.__name__:
+        raise AdapterError(
+            f"{folder} belongs to a base with `head: match`, whose labels only the recipe of its run knows.",
+            hint="give the run's folder instead, the one with recipe.yaml.",
         )
     task_type = str(stored.task_type or "CAUSAL_LM")
     base = BaseConfig.model_validate({"model": stored.base_model_name_or_path, "task_type": task_type})

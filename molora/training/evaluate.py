@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.data.tasks import Task, TaskSet
-from molora.errors import ConfigError, DataError
+from molora.errors import ConfigError
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import check_tasks_known, evaluate_tasks
@@ -54,7 +54,7 @@ def evaluate(
     path = run_or_adapter.path if isinstance(run_or_adapter, Run) else Path(run_or_adapter)
     run = None if (path / "adapter_config.json").is_file() else Run.find(path)
     config = load_recipe(_recipe_of(run, recipe, path), overrides)
-    task_set = _known_tasks(config, run.adapter if run else path)
+    task_set = _known_tasks(config, run.trained_adapter if run else path)
     names = list(task_set.ids) if tasks is None else list(tasks)
     check_tasks_known(names, task_set.ids)
     with quiet_libraries():
@@ -160,11 +160,6 @@ def _recipe_of(run: Run | None, recipe: Any, path: Path) -> Any:
 
 def _known_tasks(config: RunConfig, adapter: Path) -> TaskSet:
     """The recipe's tasks under the ids the adapter knows them by."""
-    if not adapter.is_dir():
-        raise DataError(
-            f"{adapter.parent} has no adapter yet: its training has not finished.",
-            hint="molora train --resume",
-        )
     known = read_config(adapter).task_ids or {}
     return tasks_of(config, known_ids=known)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ class LabelMatcher(PreTrainedModel):
         labels: (class, d) unit vectors of the labels' texts, see `label_vectors`.
     """
 
+    wraps = "encoder"  # the name of what an exported LoRA belongs to
     supports_gradient_checkpointing = True
     _supports_sdpa = _supports_flash_attn = _supports_flex_attn = True
 
@@ -64,6 +65,13 @@ class LabelMatcher(PreTrainedModel):
         others = torch.ones(logits.shape[-1], dtype=torch.bool, device=logits.device)
         others[self.classes] = False
         return logits.masked_fill(others, float("-inf"))
+
+
+def compete(model: Any, classes: Iterable[int]) -> None:
+    """Let only these classes compete in the loss of the LabelMatcher under a PEFT model; other bases stay as they are."""
+    matcher = model.get_base_model()
+    if isinstance(matcher, LabelMatcher):
+        matcher.classes = sorted(set(classes))
 
 
 def match_labels(

@@ -9,14 +9,18 @@ import torch
 from safetensors.torch import load_file
 
 import molora
+from molora.cli.validate import run as validate
 from molora.config import load_recipe
+from molora.config.data import KIND_OF_TASK_TYPE
 from molora.continual import sequence
 from molora.continual.gated import Gated
 from molora.continual.grow import add_expert
 from molora.continual.strategy import Strategy
-from molora.errors import ConfigError, DataError
-from molora.training.build import load_trained
-from tests.training.runs import write_encoder
+from molora.data.prompts import encode, prompt_within
+from molora.data.tasks import Task
+from molora.errors import AdapterError, ConfigError, DataError
+from molora.training.build import load_tokenizer, load_trained
+from tests.training.runs import write_encoder, write_tokenizer
 from tests.training.test_seq2seq import write_t5
 
 NAMES = ("pig", "mirror", "zigzag")
@@ -179,7 +183,7 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
     refused(out, "not a setting of strategy 'color'", strategy={"kind": "color", "coefficient": 1.0})
     refused(out, "must name every task", continual={"strategy": "color", "order": ["pig"]})
     refused(out, "starts with one expert", adapter={"r": 2, "num_experts": 3})
-    refused(out, "starts with one expert|not a", strategy={"kind": ["color"]})
+    refused(out, "is no strategy", strategy={"kind": ["color"]})
     refused(out, "needs a gate of scope task", adapter={"r": 2, "gate": "constant"})
     refused(out, "transform gain", strategy="gated", adapter={"r": 2, "gate": "soft"})
     refused(out, "an A of its own", strategy="inf_lora", adapter={"r": 2, "share_A": True})
@@ -218,6 +222,64 @@ def test_the_router_is_that_of_a_finished_sequence_and_cuts_prompts(tmp_path):
     (run.path / "adapter").rename(tmp_path / "elsewhere")
     with pytest.raises(ConfigError, match="no finished sequence"):
         molora.load_router(run)
+
+
+@pytest.mark.parametrize("kind", ["CAUSAL_LM", "SEQ_2_SEQ_LM", "SEQ_CLS"])
+def test_the_router_reads_what_was_scored(kind, tmp_path):
+    if kind == "CAUSAL_LM":
+        tokenizer = load_tokenizer(load_recipe(recipe(tmp_path)).base)
+    else:
+        tokenizer = write_tokenizer(tmp_path / "base")
+    text = "pig(" + "abc" * 30 + ")="
+    record = {"prompt": text, "target": "x", "text": text, "label": 0}
+    asked = {"kind": "classification", "labels": ("a", "b")} if kind == "SEQ_CLS" else {}
+    example = encode(
+        Task("a", 0, [record], task_type=kind, kind=asked.pop("kind", KIND_OF_TASK_TYPE[kind]), **asked),
+        record,
+        tokenizer,
+        24,
+    )
+    found = prompt_within(tokenizer, text, 24, kind)
+    scored = list(example.input_ids[: example.prompt_length])
+    assert found[-len(scored) + 1 :] == scored[1:] and (kind == "CAUSAL_LM" or found == scored)
+
+
+def test_a_damaged_sequence_is_not_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(sequence.SequenceRun, "_publish", lambda *_: None)
+    run = molora.train_sequence(recipe(tmp_path))
+    monkeypatch.undo()
+    with pytest.raises(DataError, match="has no adapter yet") as found:
+        molora.evaluate(run)
+    assert "molora continual" in found.value.hint
+    last = sorted((run.path / "stages").iterdir())[-1]
+    row = last / "row.json"
+    whole = row.read_text()
+    row.write_text("{}")
+    with pytest.raises(AdapterError, match="not a row of the matrix"):
+        molora.train_sequence(recipe(tmp_path), resume=True)
+    row.write_text(whole)
+    file = last / "adapter" / "adapter_model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(AdapterError, match="damaged"):
+        molora.train_sequence(recipe(tmp_path), resume=True)
+    assert not run.adapter.exists()
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    molora.train_sequence(recipe(tmp_path), resume=True)
+    assert molora.evaluate(run, modes=["task"]).scores
+
+
+def test_validate_finds_what_a_sequence_would_refuse(tmp_path, capsys):
+    whole = recipe(tmp_path)
+    file = tmp_path / "only.jsonl"
+    file.write_text('{"prompt": "a", "target": "b"}\n')
+    whole["data"]["tasks"]["only"] = {"source": "jsonl", "train": str(file)}
+    (tmp_path / "seq.yaml").write_text(json.dumps(whole))
+    with pytest.raises(ConfigError, match="no held-out records") as found:
+        validate(tmp_path / "seq.yaml", [])
+    assert found.value.hint == "give it `eval`."
 
 
 def test_a_faulty_record_of_the_last_task_shows_before_the_first_is_trained(tmp_path):

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import math
 
 import pytest
 import torch
 from peft import get_peft_model
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 
 from molora import MoLoraConfig
@@ -14,7 +17,7 @@ from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyCon
 from molora.continual.inf_lora import covariances
 from molora.continual.registry import KINDS, build_strategy
 from molora.continual.router import PrototypeRouter
-from molora.continual.slao import merged
+from molora.continual.slao import merged, orthonormal
 from molora.continual.strategy import Stage, expert_layers
 from molora.continual.subspace import grown_basis, leading, overlap, residual, without
 from molora.data.tasks import Task
@@ -216,6 +219,36 @@ def test_overlap_of_row_spaces():
     assert overlap(one[:1], torch.tensor([[1.0, 1, 0, 0]])) == pytest.approx(0.5)
 
 
+def test_a_zero_row_is_no_direction():
+    one, nothing = torch.eye(4), torch.zeros(1, 4)
+    assert overlap(nothing, nothing) == 0 == overlap(one[:2], nothing)
+    assert overlap(torch.cat([one[:1], nothing]), torch.cat([one[1:2], nothing])) == pytest.approx(0)
+    assert overlap(torch.cat([one[:1], nothing]), one[:2]) == pytest.approx(1)
+
+
+def test_bases_that_were_kept_on_the_cpu_work_with_a_model_on_a_gpu():
+    with FakeTensorMode():
+        kept, seen = torch.eye(6)[:, :2], torch.eye(6, device="cuda", dtype=torch.float64)
+        assert residual(kept, seen).device == seen.device
+        assert without(torch.ones(2, 6, device="cuda"), kept).device == seen.device
+
+
+def test_ranks_above_the_width_of_a_layer():
+    assert_close(orthonormal(torch.eye(3)[[0, 1, 2, 0, 1]])[3:], torch.zeros(2, 3))
+    own, model = strategy("inf_lora"), grown(SUM, experts=())
+    for _, _, bank in expert_layers(model):
+        width = bank.lora_A.shape[-1]
+        bank.lora_A = torch.nn.Parameter(torch.randn(1, width + 2, width, dtype=torch.float64))
+        bank.lora_B = torch.nn.Parameter(torch.zeros(1, bank.lora_B.shape[1], width + 2, dtype=torch.float64))
+        bank.ranks = [width + 2]
+        break
+    found = {key: torch.eye(b.lora_A.shape[-1], dtype=torch.float64) for key, _, b in expert_layers(model)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("molora.continual.inf_lora.covariances", lambda *_: found)
+        own.before_task(model, stage(0))
+    assert not bank.lora_A[0, width:].any() and bank.lora_A[0, :width].any()
+
+
 def test_covariances_leave_padding_out():
     model = model_of(SUM)
     batch = batch_for("llama", padding="right")
@@ -346,6 +379,13 @@ def test_replay_keeps_a_part_and_trains_on_it_again(settings, count):
     new, old = again.training_tasks(stage(1))
     assert (new.name, old.name, len(old.train), old.id) == ("b", "a", count, 0)
     assert all(record in TASKS[0].train for record in old.train)
+
+
+def test_replay_keeps_only_what_the_task_reads():
+    records = [{"prompt": "a", "target": "b", "when": datetime.date(2026, 1, 2), "picture": b"x"}]
+    own = strategy("replay", count=1)
+    own.after_task(torch.nn.Identity(), Stage(0, [Task("a", 0, records)], lambda: iter(()), 0))
+    assert json.loads(json.dumps(own.plain())) == {"kept": {"a": [{"prompt": "a", "target": "b"}]}}
 
 
 @pytest.mark.parametrize("metric", ["covariance", "euclidean"])
