@@ -295,8 +295,8 @@ def page(cells: list[dict[str, Any]]) -> str:
         f"Base: {what}, {settings['steps']} steps of {settings['batch']} per task on the first {settings['train']} training "
         f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over runs "
         "with 95 % intervals. With ids hidden a classifier chooses among the labels of all tasks seen, or of the task that "
-        "prototypes name. Methods with fewer runs stand on fewer orders: compare within one. Made by `python -m eval.continual run` "
-        "and `table`.\n",
+        "prototypes name. Methods with fewer runs stand on fewer orders: compare within one. Made by "
+        "`python -m eval.continual run` and `table`.\n",
     ]
     named = {"order6cut": "Order 6, eight tasks"}
     for title, suites in (
