@@ -130,6 +130,8 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
         fresh = weight.new_zeros(len(frozen) - len(weight), weight.shape[1])
         if gate.settings.score == "embedding":
             fresh.normal_()
+        for row in fresh if gate.settings.score == "table" else ():
+            row.copy_(_new_row(gate, weight))
         gate.tasks.assign(torch.cat([weight, fresh]), parts, frozen)
     if gate.balance is not None:
         gate.balance = F.pad(gate.balance, (0, 1))

@@ -202,6 +202,7 @@ STUCK_AT_ZERO = {
     "cosine": GateConfig(score="cosine", select="dense"),
     "layer cosine": GateConfig(score="cosine", norm="layer", select="dense"),
     "constant": GateConfig(scope="constant", transform="identity", select="dense"),
+    "task table": GateConfig(scope="task", score="table", transform="identity", select="dense"),
     "softmax": GateConfig(select="dense"),
 }
 
@@ -209,13 +210,14 @@ STUCK_AT_ZERO = {
 @pytest.mark.parametrize("name", STUCK_AT_ZERO)
 def test_an_added_expert_and_its_row_learn_under_every_gate(name):
     model = molora_model("llama", STUCK_AT_ZERO[name])
-    model.add_expert("late")
+    model.add_expert("late", tasks=["new"])
+    given = {"routing_task_ids": "new"} if name == "task table" else {}
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
     before = {n: p.detach().clone() for n, p in parameters.items()}
     optimizer = torch.optim.AdamW(parameters.values(), lr=1e-2, weight_decay=0.0)
     model.train()
     for step in range(15):
-        model(**batch_for("llama", seed=step)).loss.backward()
+        model(**batch_for("llama", seed=step), **given).loss.backward()
         assert torch.nn.utils.clip_grad_norm_(parameters.values(), 1.0) < 100
         optimizer.step()
         optimizer.zero_grad()
