@@ -18,7 +18,7 @@ from typing import Any
 
 from molora.config import RunConfig, load_recipe
 from molora.config.names import check_name
-from molora.errors import AdapterError, ConfigError, DataError
+from molora.errors import AdapterError, ConfigError
 from molora.store.atomic import check_writable, write_file
 from molora.store.manifest import is_complete, read_json
 
@@ -88,10 +88,10 @@ class Run:
 
     @property
     def trained_adapter(self) -> Path:
-        """The trained adapter; DataError where there is none yet."""
+        """The trained adapter; AdapterError where there is none yet."""
         if not self.adapter.is_dir():
             verb = "train" if self.config.continual is None else "continual"
-            raise DataError(
+            raise AdapterError(
                 f"{self.path} has no adapter yet: its training has not finished.",
                 hint=f"molora {verb} RECIPE --resume",
             )

@@ -248,7 +248,7 @@ def test_a_damaged_sequence_is_not_published(tmp_path, monkeypatch):
     monkeypatch.setattr(sequence.SequenceRun, "_publish", lambda *_: None)
     run = molora.train_sequence(recipe(tmp_path))
     monkeypatch.undo()
-    with pytest.raises(DataError, match="has no adapter yet") as found:
+    with pytest.raises(AdapterError, match="has no adapter yet") as found:
         molora.evaluate(run)
     assert "molora continual" in found.value.hint
     last = sorted((run.path / "stages").iterdir())[-1]
