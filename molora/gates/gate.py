@@ -213,6 +213,8 @@ class Gate(nn.Module):
             logits = products
         else:
             logits = self._logits(x, products)
+        if allowed is not None and len(logits) == 1:  # a constant gate: samples differ by what they may use
+            logits = logits.expand(len(allowed), -1)
         if settings.splits > 1:
             logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=settings.splits)
             allowed = None if allowed is None else allowed.repeat_interleave(settings.splits, dim=0)

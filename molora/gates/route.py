@@ -86,7 +86,8 @@ def route(
     allowed = None
     own_only = state.by_task or gate.settings.scope == "task"
     if tasks is not None and experts is None and (own_only or task_map.isolated):
-        allowed = _allowed(task_map, tasks, x.shape[:-1], read, own_only=own_only)
+        rows = None if gate.settings.scope == "constant" else len(read)
+        allowed = _allowed(task_map, tasks, x.shape[:-1], x.device, rows, own_only=own_only)
     beside = None if beside is None else spread(beside, x.shape[:-1])
     options = {"products": products, "balance": state.balances.get(id(gate)), "beside": beside}
     if task_map.always:
@@ -111,26 +112,37 @@ def gate_input(
     return x.reshape(-1, x.shape[-1])
 
 
-def _allowed(task_map: TaskMap, tasks: TaskIds, lead: torch.Size, read: Tensor, *, own_only: bool) -> Tensor:
-    """Which experts each row of what the gate reads may use, (rows, expert) bool."""
-    table = task_map.visible_table(read.device, own_only=own_only)
+def _allowed(
+    task_map: TaskMap,
+    tasks: TaskIds,
+    lead: torch.Size,
+    device: torch.device,
+    read: int | None,
+    *,
+    own_only: bool,
+) -> Tensor:
+    """Which experts each row of what the gate reads may use, (rows, expert) bool.
+
+    `read`: how many rows that are; None for a gate that reads nothing, where each task id has a row.
+    """
+    table = task_map.visible_table(device, own_only=own_only)
     if tasks.several is not None:
-        several = tasks.several.to(read.device)
+        several = tasks.several.to(device)
         rows = (several[:, : len(table)] @ table.float() > 0) | ~several.any(dim=1, keepdim=True)
     else:
         tokens = 1
         for size in lead:
             tokens *= size
-        by_token = len(read) == tokens and len(read) != len(tasks.ids)
-        ids = (tasks.expand(lead) if by_token else tasks.ids.reshape(-1)).to(read.device)
+        by_token = read == tokens and read != len(tasks.ids)
+        ids = (tasks.expand(lead) if by_token else tasks.ids.reshape(-1)).to(device)
         rows = table[ids.clamp(min=0)] | (ids < 0).unsqueeze(-1)
-    if len(rows) in (1, len(read)):
+    if read is None or len(rows) in (1, read):
         return rows
-    if len(read) % len(rows):
+    if read % len(rows):
         raise RoutingError(
-            f"got task ids for {len(rows)} samples or tokens, but this gate routes {len(read)} samples."
+            f"got task ids for {len(rows)} samples or tokens, but this gate routes {read} samples."
         )
-    return rows.repeat_interleave(len(read) // len(rows), dim=0)
+    return rows.repeat_interleave(read // len(rows), dim=0)
 
 
 def _gated(

@@ -135,10 +135,19 @@ SPLIT = {
 }  # fmt: skip
 
 
+# A gate that reads nothing, while tasks limit which experts each sample may use.
+LIMITED = {
+    "num_experts": 2, "r": 2, "lora_alpha": 4, "target_modules": "all-linear", "task_type": "CAUSAL_LM",
+    "gate": {"scope": "constant", "score": "table", "select": "dense", "splits": 2}, "combine": "factors",
+    "tasks": {"alpha": ["expert_0"], "beta": ["expert_1"], "gamma": ["expert_0", "expert_1"]}, "aux_losses": {},
+}  # fmt: skip
+
+
 @fixed(60)
 @given(adapters())
 @example(LONELY)
 @example(SPLIT)
+@example(LIMITED)
 def test_random_mixtures(options):
     check(options)
 
