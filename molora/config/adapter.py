@@ -6,7 +6,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from molora.config.gate_rules import gate_problems, mixture_problems
+from molora.config.gate_rules import gate_problems, mixture_problems, numbers_of
 from molora.config.kinds import GATE_KIND_KEYS, GATE_KINDS
 from molora.config.loss_rules import aux_problems, fit_problems, mixture_fit_problems
 from molora.config.mixture_rules import combination_problems
@@ -139,8 +139,7 @@ class AdapterConfig(Section):
     @property
     def most_experts(self) -> int:
         """How many experts the layers with the most have."""
-        given = self.num_experts
-        return given if isinstance(given, int) else max(given if isinstance(given, list) else given.values())
+        return int(max(numbers_of(self.num_experts)))
 
     @model_validator(mode="before")
     @classmethod

@@ -77,13 +77,9 @@ def sums_to_one(gate: Mapping[str, Any]) -> bool:
 
 def numbers_of(setting: Any) -> list[Any]:
     """The numbers in a setting that is one, a list by block, or `{pattern: number}`."""
-    return (
-        setting
-        if isinstance(setting, list)
-        else [*setting.values()]
-        if isinstance(setting, dict)
-        else [setting]
-    )
+    if isinstance(setting, dict):
+        return [*setting.values()]
+    return setting if isinstance(setting, list) else [setting]
 
 
 def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:

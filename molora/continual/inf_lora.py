@@ -13,9 +13,8 @@ from molora.continual.strategy import Batches, Note, Stage, Strategy, expert_lay
 from molora.continual.subspace import grown_basis, leading, residual
 from molora.tuner.layer import MoLoraLayer
 
-_NOTHING = (
-    1e-9  # share of a task's energy below which a direction is only rounding: it may be one of an old task
-)
+# Share of a task's energy below which a direction is only rounding: it may be one of an old task.
+_NOTHING = 1e-9
 
 
 class InfLoRA(Strategy):

@@ -70,5 +70,5 @@ def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
         if name.startswith("router/")
     }
     router = PrototypeRouter(section.router.clusters, section.router.metric)
-    router.restore(stored, section.order or list(run.config.data.tasks))
+    router.restore(stored, list(run.config.data.tasks))
     return TaskNamer(router, section.router.depth, run.config.data.max_length, run.config.base.task_type)

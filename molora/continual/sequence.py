@@ -162,8 +162,7 @@ class SequenceRun:
     def __init__(self, config: RunConfig, tasks: TaskSet, run: Run) -> None:
         assert config.continual is not None
         self.config, self.settings, self.run = config, config.continual, run
-        order = self.settings.order or list(tasks.ids)
-        self.tasks = [tasks[name] for name in order]
+        self.tasks = list(tasks)
         self.known_ids = tasks.known_ids
         self.all_tasks = tasks
         self.strategy = build_strategy(self.settings.strategy)

@@ -19,7 +19,7 @@ def stage_recipe(
     with an expert of its name.
     """
     assert config.continual is not None
-    names = config.continual.order or list(config.data.tasks)
+    names = list(config.data.tasks)
     plain = config.model_dump(mode="json")
     adapter = plain["adapter"]
     if config.continual.strategy.kind in ONE_EXPERT:

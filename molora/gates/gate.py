@@ -311,9 +311,8 @@ class Gate(nn.Module):
     def _blended(self, own: Tensor, beside: Tensor, allowed: Tensor | None) -> Tensor:
         """Logarithms of the mixed probabilities of both gates: their softmax is the mixture again."""
         assert self.blend is not None
-        if (
-            allowed is not None
-        ):  # each gate's probabilities are of the allowed experts; -inf has no gradient here
+        if allowed is not None:  # each gate's probabilities are of the allowed experts
+            # Finite: logaddexp of two -inf has no gradient.
             lowest = torch.finfo(own.dtype).min / 4
             own, beside = own.masked_fill(~allowed, lowest), beside.masked_fill(~allowed, lowest)
         part = F.logsigmoid(self.blend.to(own.dtype)), F.logsigmoid(-self.blend.to(own.dtype))

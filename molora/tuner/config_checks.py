@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
-from molora.config.gate_rules import is_hard_task, mixture_problems
+from molora.config.gate_rules import is_hard_task, mixture_problems, numbers_of
 from molora.config.loss_rules import BY_TASK, aux_problems, fit_problems, mixture_fit_problems
 from molora.config.mixture_rules import combination_problems
 from molora.config.names import check_name
@@ -78,7 +78,7 @@ def _numbers(config: MoLoraConfig) -> None:
 def _counts(config: MoLoraConfig) -> None:
     """A number of experts that differs by layer becomes the largest one, and `experts_by_layer`."""
     given = config.num_experts
-    values = given if isinstance(given, list) else [*given.values()] if isinstance(given, dict) else [given]
+    values = numbers_of(given)
     if not values or any(not isinstance(n, int) or isinstance(n, bool) or n < 1 for n in values):
         raise ConfigError(f"num_experts={given!r}: every number must be at least 1.")
     if given is not values[0]:

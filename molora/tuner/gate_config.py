@@ -49,7 +49,8 @@ class GateConfig:
         entropy_threshold: relative entropy above which `entropy` keeps all experts.
         entropy_index: Tsallis index of that entropy; 1 is Shannon's.
         renorm: `none`, `sum`, or `softmax` over the selected scores (top_k). None means `sum` for top_k > 1 and for
-            thresholds, and `none` otherwise and with transform `identity`.
+            thresholds, and `none` otherwise and with transform `identity`. Where a list or map of top_k has a 1, the
+            one expert keeps its probability as weight.
         balance_rate: of top_k: loss-free balancing: a number per expert, added for the choice only, moves by this
             much after every training forward towards experts used less than their share.
         temperature: divides the logits.

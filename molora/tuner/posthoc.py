@@ -110,11 +110,8 @@ def _average(
                     model(**batch)
     for layer in leaders:
         key, gate = layer.sites[adapter].key, layer.molora_gate[adapter]
-        rows = gate.rows.weight.detach().clone()
-        for i, name in enumerate(experts_at(config, key)):
-            if name in data:
-                rows[i] = means[key].rows()[i].to(rows)
-        _set_rows(gate, rows)
+        rows = gate.rows.weight.detach()
+        _set_rows(gate, torch.where(_named(config, layer, adapter, data), means[key].rows().to(rows), rows))
 
 
 @contextmanager
@@ -165,9 +162,7 @@ def _phatgoose(
     model.requires_grad_(False)
     for layer, gate in zip(leaders, gates, strict=True):
         assert gate.rows is not None
-        here = experts_at(config, layer.sites[adapter].key)
-        named = torch.tensor([name in data for name in here], device=gate.rows.weight.device)
-        _set_rows(gate, gate.rows.weight.detach() * ~named.unsqueeze(-1))
+        _set_rows(gate, gate.rows.weight.detach().masked_fill(_named(config, layer, adapter, data), 0.0))
         gate.rows.requires_grad_(True)
     try:
         with _eval_mode(model):
@@ -207,6 +202,14 @@ def _train_rows(
         optimizer.step()
         schedule.step()
     optimizer.zero_grad()
+
+
+def _named(config: MoLoraConfig, layer: MoLoraLayer, adapter: str, data: Batches) -> Tensor:
+    """Which of a layer's experts there are data of, (expert, 1)."""
+    here = experts_at(config, layer.sites[adapter].key)
+    return torch.tensor(
+        [[name in data] for name in here], device=layer.molora_gate[adapter].rows.weight.device
+    )
 
 
 def _repeated(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
