@@ -310,10 +310,12 @@ class RoutingContext:
 
 
 def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
+    if given is None or isinstance(given, (str, int)):
+        given = [given]
+    if (given.numel() if isinstance(given, Tensor) else len(given)) == 0:
+        raise RoutingError("task_ids is empty; give one name or id per sample.")
     if isinstance(given, Tensor):
         ids = given.reshape(1) if given.dim() == 0 else given
-        if ids.numel() == 0:
-            raise RoutingError("task_ids is empty; give one name or id per sample.")
         if ids.is_floating_point() or ids.dim() > 2:
             raise RoutingError(
                 f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}."
@@ -325,10 +327,6 @@ def _resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
         values = sorted(set(ids.flatten().tolist()))
         task_map.check(values)
         return TaskIds(ids.long(), values[0] if len(values) == 1 else None, BASE_ONLY in values)
-    if given is None or isinstance(given, (str, int)):
-        given = [given]
-    if not given:
-        raise RoutingError("task_ids is empty; give one name or id per sample.")
     if any(isinstance(task, (list, tuple)) for task in given):
         return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in given])  # type: ignore[list-item]
     resolved = [task_map.resolve(task) for task in given]  # type: ignore[arg-type]

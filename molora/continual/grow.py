@@ -84,14 +84,13 @@ def add_expert(
             freeze_others=True,
             isolate=grow.expert.isolate,
         )
-        softmax = parent.config.continual.softmax if parent.config.continual is not None else None
-        compete(model, [c for task in ([new] if softmax in (None, "own") else tasks) for c in task.classes])
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
-        strategy = build_strategy(grow.strategy)
         hold_sum(model)
-        strategy.before_task(
-            model, Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
-        )
+        strategy = build_strategy(grow.strategy)
+        stage = Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
+        chosen = parent.config.continual.softmax if parent.config.continual is not None else None
+        compete(model, stage.competing(chosen or strategy.softmax))
+        strategy.before_task(model, stage)
 
         def conclude(done: Run, grown: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
             plot_loss(done.path / "metrics.csv", done.path / "loss.png", ["loss", "val_loss"])

@@ -24,13 +24,12 @@ class OLoRA(Strategy):
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
         settings, terms, sizes = self.settings, [], []
+        assert settings.norm is not None  # the section fills in what is left out
         for _, layer, bank in expert_layers(model):
             if bank.frozen and bank.trainable:
                 learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"
                 share = 1 / len(bank.frozen) if learned else 1.0
-                terms += [
-                    share * orthogonal(new, old, settings.norm or "l1") for new, old in self._rows(bank)
-                ]
+                terms += [share * orthogonal(new, old, settings.norm) for new, old in self._rows(bank)]
             sizes += [p.norm() for p in (bank.lora_A, bank.lora_B) if p is not None and p.requires_grad]
         found = {}
         if terms and settings.coefficient:
@@ -41,12 +40,11 @@ class OLoRA(Strategy):
 
     def _rows(self, bank: ExpertBank) -> list[tuple[Tensor, Tensor]]:
         pairs = {"A": (bank.lora_A, bank.frozen_A), "B": (bank.lora_B, bank.frozen_B)}
-        factor = self.settings.factor or "A"
+        factor = self.settings.factor
         return [
             (new.flatten(0, 1).float(), old.flatten(0, 1).float())
-            for name in (("A", "B") if factor == "both" else (factor,))
-            for new, old in [pairs[name]]
-            if new is not None and old is not None
+            for name, (new, old) in pairs.items()
+            if factor in (name, "both") and new is not None and old is not None
         ]
 
 

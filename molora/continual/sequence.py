@@ -228,9 +228,7 @@ class SequenceRun:
         if index and not self.strategy.one_expert:
             model.add_expert(stage.task.name, tasks=[stage.task.name], freeze_others=True)
         hold_sum(model)
-        softmax = self.settings.softmax or self.strategy.softmax
-        used = {"own": [stage.task], "seen": stage.seen, "all": stage.tasks}[softmax]
-        compete(model, [c for task in used for c in task.classes])
+        compete(model, stage.competing(self.settings.softmax or self.strategy.softmax))
 
     def _stage_config(self, seed: int, turn: int) -> RunConfig:
         """The recipe with the stage's seed; all tasks at once get as many steps as they get one by one."""

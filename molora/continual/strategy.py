@@ -40,6 +40,11 @@ class Stage:
         """The tasks up to this one."""
         return self.tasks[: self.index + 1]
 
+    def competing(self, softmax: str) -> list[int]:
+        """The classes in a classifier's loss: those of the task (own), of the tasks so far (seen), or of all."""
+        used = {"own": [self.task], "seen": self.seen, "all": self.tasks}[softmax]
+        return [c for task in used for c in task.classes]
+
 
 class Strategy:
     """The interface; every hook may be left out.
