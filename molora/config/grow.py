@@ -5,12 +5,12 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
 from molora.config.continual import WITHOUT_MEMORY, StrategyConfig
-from molora.config.data import TaskConfig
+from molora.config.data import KIND_OF_TASK_TYPE, TaskConfig
 from molora.config.load import Recipe, load_section, read_text
 from molora.config.loss_rules import aux_problems
 from molora.config.run import RunConfig
@@ -54,13 +54,24 @@ class NewExpert(Section):
 
 
 class GrowConfig(Section):
-    """A recipe that adds one expert to a trained run."""
+    """A recipe that adds one expert to a trained run.
+
+    `softmax`: whose labels compete while a classifier with `head: match` trains: the new task's own, or all.
+    """
 
     task: NewTask
     expert: NewExpert = Field(default_factory=NewExpert)
     train: TrainConfig = Field(default_factory=TrainConfig)
     aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="inc_lora"))
+    softmax: Literal["own", "seen"] = "own"
+
+    @field_validator("task")
+    @classmethod
+    def _check_task(cls, value: NewTask) -> NewTask:
+        if value.weight != 1:
+            refuse([(("weight",), "does nothing: an expert is added on one task alone.")])
+        return value
 
     @field_validator("strategy")
     @classmethod
@@ -85,7 +96,7 @@ def is_grow(source: str | os.PathLike[str]) -> bool:
 
 
 def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig | None = None) -> GrowConfig:
-    """Read and check a recipe for a new expert; `train` and `aux_losses` default to those of `run`.
+    """Read and check a recipe for a new expert; `train`, `aux_losses` and the task's kind default to what fits `run`.
 
     Raises:
         ConfigError: everything wrong with it, as `load_recipe` does.
@@ -98,8 +109,10 @@ def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig |
 
 
 def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
-    own = data.get("train", {})
+    own, task = data.get("train", {}), data.get("task")
     losses = {"aux_losses": run["adapter"]["aux_losses"]} | data
+    if isinstance(task, dict):
+        losses["task"] = {"kind": KIND_OF_TASK_TYPE[run["base"]["task_type"]]} | task
     if not isinstance(own, dict):
         return losses
     inherited = run["train"]

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
-from molora.config.adapter import AdapterConfig
+from molora.config.adapter import AdapterConfig, GateSection
 from molora.config.continual import GATES as STRATEGY_GATES
 from molora.config.continual import NEEDED_GATE, ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
-from molora.config.gate_rules import UNNORMALISED
+from molora.config.gate_rules import UNNORMALISED, numbers_of
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
@@ -59,6 +59,22 @@ class FeaturesConfig(Section):
     num_clusters: PositiveInt = 64
 
 
+def _top_k_that_cannot_grow(kind: str, gate: Any) -> list[Problem]:
+    """A gate that chooses several experts, in a recipe that starts with one."""
+    try:
+        section = GateSection.model_validate(gate)
+    except ValidationError:  # absent or faulty: its own check reports it
+        return []
+    largest = max(numbers_of(section.top_k))
+    if section.select != "top_k" or largest == 1:
+        return []
+    text = (
+        f"{largest}: strategy {kind} starts with one expert, so a gate cannot choose several. Use top_k: 1, or a gate "
+        "of kind soft, top_p or threshold."
+    )
+    return [(("adapter", "gate", "top_k"), text)]
+
+
 class RunConfig(Section):
     """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
 
@@ -80,11 +96,13 @@ class RunConfig(Section):
         if not isinstance(data, dict) or data.get("continual") is None:
             return data
         adapter = data.get("adapter") or {}
-        if not isinstance(adapter, dict) or "preset" in adapter:
+        if not isinstance(adapter, dict) or "preset" in adapter or adapter.get("from_loras"):
             return data
         kind = strategy_kind(data["continual"])
         if kind not in STRATEGIES:  # its own check reports it
             kind = "sequential"
+        if kind not in ONE_EXPERT and not adapter.get("num_experts"):
+            refuse(_top_k_that_cannot_grow(kind, adapter.get("gate")))
         gate, experts = STRATEGY_GATES[kind], adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
 
@@ -144,8 +162,12 @@ class RunConfig(Section):
         if kind not in ONE_EXPERT and self.adapter.num_experts != 1:
             text = f"strategy {kind} starts with one expert and adds one for each task; leave it out."
             problems.append((("adapter", "num_experts"), text))
-        if self.adapter.tasks is not None:
-            problems.append((("adapter", "tasks"), "is the strategy's to say; leave it out."))
+        for key in ("tasks", "frozen_experts", *(() if kind in ONE_EXPERT else ("expert_names",))):
+            if getattr(self.adapter, key):
+                problems.append((("adapter", key), "is the strategy's to say; leave it out."))
+        if self.adapter.from_loras is not None:
+            text = "does not go with tasks one after another, which start from a new expert; to add experts to LoRAs, "
+            problems.append((("adapter", "from_loras"), text + "use molora train, then molora add-expert."))
         if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
             text = "a head that is trained task by task forgets; use `match`, the nearest label text."
             problems.append((("base", "head"), text))
@@ -155,7 +177,26 @@ class RunConfig(Section):
                 problems.append(
                     (("data", "tasks", name, "metric"), "must be a share of right answers, not a loss.")
                 )
-        return problems
+        return problems + self._mix_problems(kind)
+
+    def _mix_problems(self, kind: str) -> list[Problem]:
+        """Settings of a mix, where each task is trained on alone."""
+        if kind in ("replay", "joint"):
+            return []
+        text = f"does nothing: strategy {kind} trains on one task at a time."
+        found: list[Problem] = [
+            (("data", "tasks", name, "weight"), text)
+            for name, task in self.data.tasks.items()
+            if task.weight != 1
+        ]
+        mixing, temperature = (
+            type(self.data).model_fields[key].default for key in ("mixing", "mixing_temperature")
+        )
+        if self.data.mixing != mixing:
+            found.append((("data", "mixing"), text))
+        if self.data.mixing_temperature != temperature:
+            found.append((("data", "mixing_temperature"), text))
+        return found
 
     def _strategy_problems(self, kind: str) -> list[Problem]:
         """What the rest of the recipe must be for a strategy to keep its promise."""
@@ -169,8 +210,6 @@ class RunConfig(Section):
         if self.adapter.share_A and (kind == "inf_lora" or (kind == "o_lora" and strategy.factor != "B")):
             text = f"does not go with strategy {kind}, which gives each expert an A of its own."
             problems.append((("adapter", "share_A"), text))
-        if self.adapter.frozen_experts:
-            problems.append((("adapter", "frozen_experts"), "is the strategy's to say; leave it out."))
         if self.features is not None:
             problems.append((("features",), "does not go with tasks one after another."))
         softmax = self.continual.softmax

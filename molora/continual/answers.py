@@ -100,10 +100,13 @@ def prompt(example: Example) -> Sequence[int]:
 def inputs_of(
     examples: Sequence[Example], model: Any, tokenizer: PreTrainedTokenizerBase
 ) -> dict[str, Tensor]:
-    """Padded input_ids and attention_mask of whole examples on the model's device; of a seq2seq model the targets too."""
+    """Padded input_ids and attention_mask of whole examples on the model's device, and the targets of generative models.
+
+    They say where the prompt ends, which is what gates read in training and when the model answers.
+    """
     batch = collate(examples, pad_token(tokenizer))
     keys = ["input_ids", "attention_mask"]
-    if getattr(model.config, "is_encoder_decoder", False):
+    if batch["labels"].dim() == 2:
         keys.append("labels")
     device = next(model.parameters()).device
     return {key: batch[key].to(device) for key in keys}

@@ -13,12 +13,17 @@ from molora.continual.strategy import Batches, Note, Stage, Strategy, watch
 from molora.continual.subspace import grown_basis, without
 from molora.gates.gate import Gate
 
+# Share of a mean's length below which what is left of it is only rounding of the bases, which are float32.
+_NOTHING = 1e-5
+
 
 class Gated(Strategy):
     """`y = W x + Σ_e |2σ(4 cos(k_e, z)) - 1| s B_e A_e x`, z the mean of the layer's inputs over the sample.
 
     The key k of a new expert starts as the mean z of its task and is kept orthogonal to the directions that hold
     `energy` of the old tasks' z, so the new expert stays silent there; old keys are frozen. No task id is needed.
+    Where nothing of the mean is left (the first decoder layer of an encoder-decoder reads the same start token for all
+    tasks), the key is zero, and the new expert silent for everybody.
     Reference: GainLoRA, arXiv:2505.15424. Deviations: a key and a gate for each group of linears, z being what they
     read, where theirs is one MLP of token embeddings for all.
     """
@@ -33,7 +38,8 @@ class Gated(Strategy):
         for key, gate in gates(model):
             assert gate.rows is not None
             row = without(means[key].unsqueeze(0), self.bases.get(key))
-            gate.rows.blocks[-1].copy_(row)
+            something = row.norm() > _NOTHING * means[key].norm()
+            gate.rows.blocks[-1].copy_(row * something)
 
     @torch.no_grad()
     def after_step(self, model: nn.Module) -> None:

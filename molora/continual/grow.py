@@ -12,7 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.config import GrowConfig, RunConfig, load_grow
+from molora.config import GrowConfig, RunConfig, load_grow, load_recipe
 from molora.continual.registry import build_strategy
 from molora.continual.strategy import Stage, hold_sum
 from molora.data.collate import collate, pad_token
@@ -23,7 +23,7 @@ from molora.evaluation.report import Score
 from molora.evaluation.runner import inference
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
-from molora.training.build import load_trained, tasks_of
+from molora.training.build import load_trained, ready_to_train, tasks_of
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
 from molora.training.label_match import add_labels, compete
@@ -85,11 +85,11 @@ def add_expert(
             isolate=grow.expert.isolate,
         )
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
+        ready_to_train(model.get_base_model(), config.train)
         hold_sum(model)
         strategy = build_strategy(grow.strategy)
         stage = Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
-        chosen = parent.config.continual.softmax if parent.config.continual is not None else None
-        compete(model, stage.competing(chosen or strategy.softmax))
+        compete(model, stage.competing(grow.softmax))
         strategy.before_task(model, stage)
 
         def conclude(done: Run, grown: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
@@ -112,15 +112,20 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
 
     Raises:
-        ConfigError: the task or the expert exists already.
+        ConfigError: the task or the expert exists already, or does not fit the run.
     """
     name, expert = grow.task.name, expert_name(grow)
-    for what, known in (("task", list(config.data.tasks)), ("expert", adapter.expert_names or [])):
-        if (name if what == "task" else expert) in known:
+    for what, new, known in (
+        ("task", name, list(config.data.tasks)),
+        ("expert", expert, adapter.expert_names or []),
+    ):
+        if new.casefold() in [old.casefold() for old in known]:
             raise ConfigError(
-                f"the run has {what} {name if what == 'task' else expert!r} already. Its {what}s: {', '.join(known)}.",
+                f"the run has {what} {new!r} already (upper and lower case count as one). Its {what}s: {', '.join(known)}.",
                 hint="choose another name, or add to a run that does not have it.",
             )
+    if grow.softmax != "own" and config.base.head != "match":
+        raise ConfigError("softmax acts only where the run's base has head: match; leave it out.")
     plain = config.model_dump(mode="json")
     plain["output"] = str(beside.parents[1])  # runs/<name>/<time>: the new run goes beside the old one
     plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
@@ -136,7 +141,7 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
         section["tasks"] = {task: list(experts) for task, experts in adapter.tasks.items()}
     if section["tasks"] is not None:
         section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
-    return RunConfig.model_validate(plain)
+    return load_recipe(plain)
 
 
 def _scores_before(

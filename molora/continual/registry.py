@@ -1,14 +1,20 @@
-"""Strategies by the name a recipe gives them."""
+"""Strategies by the name a recipe gives them, and how users add their own."""
 
 from __future__ import annotations
 
-from molora.config.continual import StrategyConfig
+from collections.abc import Mapping
+from typing import Any
+
+from molora.config.adapter import GateSection
+from molora.config.continual import GATES, ONE_EXPERT, STRATEGIES, SUM, StrategyConfig
+from molora.config.names import check_name
 from molora.continual.gated import Gated
 from molora.continual.inf_lora import InfLoRA
 from molora.continual.penalties import Ella, NLoRA, OLoRA
 from molora.continual.replay import Joint, Replay
 from molora.continual.slao import Slao
 from molora.continual.strategy import Strategy
+from molora.errors import ConfigError
 
 KINDS: dict[str, type[Strategy]] = {
     "sequential": Strategy,
@@ -29,3 +35,37 @@ KINDS: dict[str, type[Strategy]] = {
 def build_strategy(settings: StrategyConfig) -> Strategy:
     """The strategy of a recipe."""
     return KINDS[settings.kind](settings)
+
+
+def register_strategy(
+    name: str,
+    strategy: type[Strategy],
+    *,
+    settings: Mapping[str, Any] | None = None,
+    gate: Mapping[str, Any] | None = None,
+    one_expert: bool = False,
+) -> None:
+    """Make `continual: {strategy: name}` mean a strategy of your own.
+
+    Args:
+        name: a new name.
+        strategy: a subclass of `molora.continual.strategy.Strategy`.
+        settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
+        gate: the gate it brings, as in a recipe's `adapter.gate`. None: experts add up.
+        one_expert: whether all tasks train the same experts; else each task adds one and freezes the others.
+
+    Raises:
+        ConfigError: the name is taken or no name, or no strategy has such a setting.
+        pydantic.ValidationError: the gate is none.
+    """
+    check_name(name, "strategy")
+    if name in KINDS:
+        raise ConfigError(f"there is a strategy {name!r} already.")
+    known = [field for field in StrategyConfig.model_fields if field != "kind"]
+    for key in settings or {}:
+        if key not in known:
+            raise ConfigError(f"{key!r} is no setting of strategies. Allowed: {', '.join(known)}.")
+    GateSection.model_validate(dict(gate or SUM))
+    KINDS[name], STRATEGIES[name], GATES[name] = strategy, dict(settings or {}), dict(gate or SUM)
+    if one_expert:
+        ONE_EXPERT.append(name)

@@ -42,6 +42,7 @@ from molora.training.build import (
     labels_of_tasks,
     load_base,
     load_tokenizer,
+    ready_to_train,
     tasks_of,
 )
 from molora.training.environment import prepare_process, quiet_libraries
@@ -214,8 +215,7 @@ class SequenceRun:
         config, labels = self.config, labels_of_tasks(self.config.base, self.all_tasks)
         if index:
             base, tokenizer = load_base(config.base, labels)
-            if config.train.gradient_checkpointing:
-                base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            ready_to_train(base, config.train)
             model = load(base, self.stages[index - 1] / "adapter", is_trainable=True)
         else:
             first, ids = stage_recipe(config, self.known_ids)

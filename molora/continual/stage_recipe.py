@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from molora.config import RunConfig
+from molora.config import RunConfig, load_recipe
 from molora.config.continual import ONE_EXPERT
 
 SHARED = "shared"  # the expert's name where one serves all tasks
@@ -36,4 +36,4 @@ def stage_recipe(
         adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
     plain["continual"] = None
     plain["data"]["tasks"] = {name: plain["data"]["tasks"][name] for name in names}
-    return RunConfig.model_validate(plain), {name: known_ids[name] for name in names}
+    return load_recipe(plain), {name: known_ids[name] for name in names}

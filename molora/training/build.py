@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from molora.assets import tiny_path
-from molora.config import BaseConfig, RunConfig
+from molora.config import BaseConfig, RunConfig, TrainConfig
 from molora.data.tasks import TaskSet, distinct_labels
 from molora.errors import AdapterError, ConfigError, MoLoraError
 from molora.store.adapter import load, read_config
@@ -216,13 +216,16 @@ def build_model(
         labels: see `labels_of_tasks`.
     """
     base, tokenizer = load_base(config.base, labels)
-    if getattr(base.config, "use_cache", False):
-        base.config.use_cache = (
-            False  # generate() asks for the cache itself; a training forward only pays for it
-        )
-    if config.train.gradient_checkpointing:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    ready_to_train(base, config.train)
     return _mixture(base, config, task_ids), tokenizer
+
+
+def ready_to_train(base: Any, train: TrainConfig) -> None:
+    """No key-value cache in training forwards, which would only pay for it; checkpointing where the recipe wants it."""
+    if getattr(base.config, "use_cache", False):
+        base.config.use_cache = False  # generate() asks for the cache itself
+    if train.gradient_checkpointing:
+        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
 def load_trained(

@@ -17,6 +17,7 @@ from molora.experts.bank import ExpertBank
 from molora.gates.gate import Gate
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.placement import frozen_rows_at
 from molora.tuner.routed import GateRecord
 from molora.tuner.views import GateView
 
@@ -124,15 +125,23 @@ def _contrastive(adapter: str, layers: Sequence[MoLoraLayer], settings: Mapping[
 
 @torch.no_grad()
 def balance_experts(
-    adapter: str, layers: Sequence[MoLoraLayer], records: Sequence[tuple[str, GateRecord]]
+    config: MoLoraConfig,
+    adapter: str,
+    layers: Sequence[MoLoraLayer],
+    records: Sequence[tuple[str, GateRecord]],
 ) -> None:
-    """Move the balance of every gate by what it just did; processes of a group move theirs alike."""
+    """Move the balance of every gate by what it just did; processes of a group move theirs alike.
+
+    Experts with frozen gate rows keep theirs: who serves old tasks must not change.
+    """
     gates = {
         layer.sites[adapter].key: layer.molora_gate[adapter]
         for layer in layers
         if adapter in layer.molora_gate
     }
     counted = [(gates[key], _missing(record, gates[key])) for key, record in records]
+    for (key, _), (_, missing) in zip(records, counted, strict=True):
+        missing[torch.tensor(frozen_rows_at(config, key), device=missing.device)] = 0
     if counted and distributed.is_available() and distributed.is_initialized():
         together = torch.cat([missing for _, missing in counted])
         distributed.all_reduce(together)

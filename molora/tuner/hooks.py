@@ -95,7 +95,7 @@ class RootHooks:
             found = [record for _, record in records[adapter]]
             context.aux[adapter] = aux_losses_of(config, adapter, layers, found)
             if config.gate.balance_rate:
-                balance_experts(adapter, layers, records[adapter])
+                balance_experts(config, adapter, layers, records[adapter])
             total = weighted_sum(config, context.aux[adapter])
             if total is not None and config.add_aux_to_loss and context.aux_in_loss:
                 output = _add_to_loss(output, total, labelled=kwargs.get("labels") is not None)

@@ -73,6 +73,16 @@ def test_growing_twice_under_one_name_is_refused_and_writes_nothing(trained, gro
         add_expert(grown, {"task": TASK})
     with pytest.raises(ConfigError, match="has expert 'expert_1' already"):
         add_expert(trained, {"task": TASK, "expert": {"name": "expert_1"}})
+    with pytest.raises(ConfigError, match="has task 'COPY' already"):
+        add_expert(trained, {"task": {**TASK, "name": "COPY"}})
+    with pytest.raises(ConfigError, match="has expert 'Expert_1' already"):
+        add_expert(trained, {"task": TASK, "expert": {"name": "Expert_1"}})
+    with pytest.raises(ConfigError, match="load: is smooth only through the noise"):
+        add_expert(trained, {"task": TASK, "aux_losses": {"load": 0.1}})
+    with pytest.raises(ConfigError, match="weight: does nothing"):
+        add_expert(trained, {"task": {**TASK, "weight": 2.0}})
+    with pytest.raises(ConfigError, match="softmax acts only"):
+        add_expert(trained, {"task": TASK, "softmax": "seen"})
     assert sorted((trained.path.parents[1]).iterdir()) == known
 
 

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 
 from molora import MoLoraConfig
 from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyConfig
+from molora.continual.gated import gates
 from molora.continual.inf_lora import covariances
 from molora.continual.registry import KINDS, build_strategy
 from molora.continual.router import PrototypeRouter
@@ -362,6 +363,42 @@ def test_a_gated_expert_is_silent_on_old_inputs_and_stays_so():
     silent = model(**other).logits
     with model.disable_adapter():
         assert (model(**other).logits - silent).abs().max() > 1e-3
+
+
+def test_gates_that_read_prompts_stay_silent_on_old_prompts_alone():
+    """A pass knows where each prompt ends, as training and generation do: answers are not what the gates read."""
+
+    def answered(prompts, answer):
+        ids = torch.cat([prompts, torch.full((len(prompts), 3), answer)], dim=1)
+        labels = ids.clone()
+        labels[:, : prompts.shape[1]] = -100
+        return lambda: iter([{"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}])
+
+    old, new = (
+        rows[batch_for("llama", batch=8, seq=6, seed=i)["input_ids"] % len(rows)]
+        for i, rows in enumerate((torch.arange(1, 4), torch.arange(30, 40)))
+    )
+    model, own = model_of(GATED), strategy("gated", energy=1.0)
+    own.before_task(model, stage(0, answered(old, 41)))
+    own.after_task(model, stage(0, answered(old, 41)))
+    before = model(input_ids=old).logits
+    model.add_expert("b", tasks=["b"])
+    own.before_task(model, stage(1, answered(new, 42)))
+    for _, _, bank in expert_layers(model):
+        bank.lora_B.data.normal_()
+    assert_close(model(input_ids=old).logits, before, atol=1e-4, rtol=1e-4)
+
+
+def test_a_key_of_which_nothing_is_left_is_zero():
+    """Tasks that look alike to a gate: what is left of the mean is rounding, and its direction must not count."""
+    same = data(1, torch.arange(1, 4))
+    model, own = model_of(GATED), strategy("gated", energy=1.0)
+    own.before_task(model, stage(0, same))
+    own.after_task(model, stage(0, same))
+    model.add_expert("b", tasks=["b"])
+    own.before_task(model, stage(1, same))
+    keys = [gate.rows.blocks[-1] for _, gate in gates(model)]
+    assert keys and all(torch.equal(key, torch.zeros_like(key)) for key in keys)
 
 
 # -- replay and prototypes ---------------------------------------------------------------------------------

@@ -8,6 +8,8 @@ import json
 import pytest
 
 from eval import continual
+from eval.continual_grid import DEFAULT, SHORT
+from eval.continual_page import differences, interval, page
 from molora.config import load_recipe
 from tests.training.runs import write_encoder
 from tests.training.test_seq2seq import write_t5
@@ -39,9 +41,9 @@ def write_data(folder):
 def test_the_grid_is_whole():
     cells = continual.grid()
     assert len({cell.name for cell in cells}) == len(cells)
-    for method in ("sequential", "inc_lora", "o_lora", continual.DEFAULT, "joint"):
-        found = {(c.suite, c.seed) for c in cells if c.method == method and c.suite in continual.SHORT}
-        assert found == {(suite, seed) for suite in continual.SHORT for seed in range(3)}
+    for method in ("sequential", "inc_lora", "o_lora", DEFAULT, "joint"):
+        found = {(c.suite, c.seed) for c in cells if c.method == method and c.suite in SHORT}
+        assert found == {(suite, seed) for suite in SHORT for seed in range(3)}
     assert {c.method for c in cells} == set(continual.METHODS)
     assert all(len(set(order.split())) == len(order.split()) for order in continual.ORDERS.values())
     assert {len(continual.ORDERS[f"order{i}"].split()) for i in (4, 5, 6)} == {15}
@@ -77,7 +79,7 @@ def test_a_cell_runs_and_the_table_shows_it(small, tmp_path, monkeypatch):
         and len(cell["matrices"]["hidden"]["rows"]) == 2
     )
     assert cell["unchanged"] == {"dbpedia": True, "agnews": True}
-    line = next(line for line in continual.page([cell]).splitlines() if line.startswith("| color"))
+    line = next(line for line in page([cell]).splitlines() if line.startswith("| color"))
     assert line.split("|")[2].strip() == "1"
     continual.run_grid(cells, tmp_path / "nowhere", tmp_path / "cells")  # nothing is left to do
 
@@ -102,24 +104,52 @@ def test_another_model_is_a_recipe(small, tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         continual.main()
     assert "a folder of its own" in capsys.readouterr().err
+    sections.write_text(sections.read_text().replace("max_steps: 3", "max_steps: 4"))
+    monkeypatch.setattr("sys.argv", [*call, *cells, "--methods", "o_lora", "--seeds", "4"])
+    with pytest.raises(SystemExit, match="made with another --recipe"):
+        continual.main()
     sections.write_text("base: {model: x}\noptimizer: {}\n")
     with pytest.raises(SystemExit, match=r"wrong: \['optimizer'\]"):
         continual.read_sections(sections)
 
 
+def test_a_recipe_may_count_epochs(tmp_path, monkeypatch):
+    monkeypatch.setitem(continual.ORDERS, "two", "dbpedia agnews")
+    data = write_data(tmp_path / "data")
+    found = continual.recipe(
+        continual.Cell("two", "color", 0), data, tmp_path, MODEL | {"train": {"epochs": 1}}
+    )
+    assert (load_recipe(found).train.epochs, load_recipe(found).train.max_steps) == (1, None)
+
+
+def test_differences_are_of_runs_of_one_order_and_seed():
+    def cell(method, suite, seed, end):
+        shown = {"tasks": ["a"], "base": [0.0], "rows": [[end]], "joint": False}
+        return {"method": method, "suite": suite, "seed": seed, "matrices": {"shown": shown}}
+
+    cells = [
+        cell("joint", "order1", 0, 0.75),
+        cell("color", "order1", 0, 0.5),
+        cell("color", "order1", 1, 0.1),
+    ]
+    assert differences(cells, SHORT).splitlines()[2:] == ["| joint - color | 1 |  | 25.0 |"]
+
+
 def test_an_interval_is_students():
-    assert continual.interval([0.5]) == "50.0"
-    assert continual.interval([0.4, 0.5, 0.6]) == "50.0 ± 24.8"
+    assert interval([(0, 0.5)]) == "50.0"
+    assert interval([(0, 0.4), (1, 0.5), (2, 0.6)]) == "50.0 ± 24.8"
+    # The runs of one seed are one sample.
+    assert interval([(0, 0.3), (0, 0.5), (1, 0.5), (2, 0.7), (2, 0.5)]) == "50.0 ± 24.8"
 
 
 def test_the_committed_page_is_that_of_the_committed_cells():
     cells = continual.load_cells()
     assert cells
-    assert (continual.RESULTS / "continual.md").read_text(encoding="utf-8") == continual.page(cells)
+    assert (continual.RESULTS / "continual.md").read_text(encoding="utf-8") == page(cells)
 
 
 def test_the_default_keeps_every_old_answer_in_the_committed_cells():
-    chosen = [cell for cell in continual.load_cells() if cell["method"] == continual.DEFAULT]
+    chosen = [cell for cell in continual.load_cells() if cell["method"] == DEFAULT]
     assert chosen
     for cell in chosen:
         assert all(cell["unchanged"].values())

@@ -26,6 +26,7 @@ def test_none_is_missing() -> None:
         "composed",
         "continual_coin",
         "continual_learned_gate",
+        "continual_moral",
         "continual_quickstart",
         "feed_forward",
         "instruction_clusters",

