@@ -138,13 +138,11 @@ def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[st
 def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] | None = None) -> None:
     """Every cell that is not there yet. A second process takes other cells: each is claimed by a file first."""
     folder.mkdir(parents=True, exist_ok=True)
+    check_settings(folder, other)
     for cell in cells:
         file = folder / f"{cell.name}.json"
         claim = file.with_suffix(".claim")
-        if file.exists():
-            check_setting(file, other)
-            continue
-        if _claimed(claim):
+        if file.exists() or _claimed(claim):
             continue
         claim.write_text(str(os.getpid()), encoding="utf-8")
         try:
@@ -158,11 +156,14 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
         print(f"{cell.name}: {found['seconds']} s\n  shown  {shown}\n  hidden {hidden}", flush=True)
 
 
-def check_setting(file: Path, other: dict[str, Any] | None) -> None:
+def check_settings(folder: Path, other: dict[str, Any] | None) -> None:
     """SystemExit where a cell was made with other sections than these: a table must not mix the two."""
-    made_with = json.loads(file.read_text(encoding="utf-8"))["settings"].get("recipe")
-    if made_with != other:
-        raise SystemExit(f"{file} was made with another --recipe: give --cells a folder of its own.")
+    for cell in load_cells(folder):
+        if cell["settings"].get("recipe") != other:
+            name = Cell(cell["suite"], cell["method"], cell["seed"]).name
+            raise SystemExit(
+                f"{folder / name}.json was not made with this --recipe: give --cells a folder of its own."
+            )
 
 
 def _claimed(claim: Path) -> bool:

@@ -35,6 +35,12 @@ def interval(values: list[tuple[int, float]]) -> str:
     return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(means) / math.sqrt(len(means)):.1f}"
 
 
+def even(cells: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of one method in the orders that all its seeds have: seeds are compared over the same orders."""
+    seeds = {cell["seed"] for cell in cells}
+    return [cell for cell in cells if {c["seed"] for c in cells if c["suite"] == cell["suite"]} == seeds]
+
+
 def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
     """One line per method: average accuracy with ids hidden and given, forgetting, task inference; over orders and seeds."""
     lines = [
@@ -42,7 +48,7 @@ def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
         "|---|---|---|---|---|---|---|---|",
     ]
     for method in METHODS:
-        chosen = [cell for cell in cells if cell["method"] == method and cell["suite"] in suites]
+        chosen = even([cell for cell in cells if cell["method"] == method and cell["suite"] in suites])
         if not chosen:
             continue
         columns = [
@@ -85,7 +91,8 @@ def differences(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
             }
             for name in (first, second)
         }
-        both = sorted(runs[first].keys() & runs[second].keys())
+        shared = runs[first].keys() & runs[second].keys()
+        both = sorted((cell["suite"], cell["seed"]) for cell in even([runs[first][key] for key in shared]))
         columns = []
         for view in ("hidden", "shown"):
             values = [
@@ -114,8 +121,8 @@ def page(cells: list[dict[str, Any]]) -> str:
     parts = [
         "# Learning tasks one after another\n",
         f"Base: {what}, {length} of {settings['batch']} per task on the first {settings['train']} training "
-        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over runs "
-        "with 95 % intervals over the seeds, each the mean of its orders. With ids hidden a classifier chooses among the labels "
+        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over seeds "
+        "with 95 % intervals, of each seed the mean over orders. With ids hidden a classifier chooses among the labels "
         "of all tasks seen, or of the task that prototypes name. Methods with fewer runs stand on fewer orders: compare "
         "within one. Made by `python -m eval.continual run` and `table`.\n",
     ]

@@ -36,16 +36,19 @@ STRATEGIES: dict[str, dict[str, Any]] = {
 ONE_EXPERT = ["sequential", "replay", "joint", "slao"]
 """Strategies in which all tasks train the same experts."""
 
+TASK_BY_TASK = frozenset(STRATEGIES) - {"replay", "joint"}
+"""Strategies that train on the present task's records alone."""
+
 # Gates that strategies bring where the recipe's adapter says nothing of one.
 SUM = {"kind": "constant", "share": "global", "transform": "identity", "start": 1.0}
 BY_TASK = {"kind": "task", "share": "global"}
 GATED = {"kind": "sequence", "score": "cosine", "transform": "gain"}
-GATES: dict[str, dict[str, Any]] = {
+GATES: dict[str, dict[str, Any] | str] = {
     kind: {"independent": BY_TASK, "color": BY_TASK, "gated": GATED}.get(kind, SUM) for kind in STRATEGIES
 }
 
 
-WITHOUT_MEMORY = ("inc_lora", "o_lora", "n_lora", "ella")
+WITHOUT_MEMORY = ["inc_lora", "o_lora", "n_lora", "ella"]
 """Strategies that need nothing of earlier tasks but their experts, so that any trained run can go on with them."""
 
 
@@ -101,7 +104,7 @@ class StrategyConfig(Section):
                 if key != "kind" and key not in own and value is not None
             ]
         )
-        if kind == "replay" and data.get("count") is not None:
+        if data.get("count") is not None and "ratio" in own:
             own = {**own, "ratio": None}
         return {**own, **{key: value for key, value in data.items() if value is not None}}
 

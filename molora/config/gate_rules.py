@@ -103,7 +103,8 @@ def mixture_problems(gate: Mapping[str, Any], num_experts: int) -> Iterator[tupl
     top_k = gate["top_k"]
     largest = max(numbers_of(top_k))
     if gate["select"] == "top_k" and largest > num_experts:
-        yield "top_k", f"{largest} is more than num_experts = {num_experts}."
+        why = " Strategies that add an expert for each task start with one." if num_experts == 1 else ""
+        yield "top_k", f"{largest} is more than num_experts = {num_experts}.{why}"
     if gate["select"] in ("top_p", "entropy") and gate["min_k"] > num_experts:
         yield "min_k", f"{gate['min_k']} is more than num_experts = {num_experts}."
     alone = gate["select"] == "top_k" and top_k == 1 and num_experts > 1

@@ -1,4 +1,4 @@
-"""GrowConfig: what `molora add-expert` trains the new expert on, and how; what is left out comes from the run."""
+"""GrowConfig: what `molora add-expert` trains the new expert on, and how; much that is left out comes from the run."""
 
 from __future__ import annotations
 

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from molora.config.adapter import AdapterConfig, GateSection
+from molora.config.adapter import AdapterConfig
 from molora.config.continual import GATES as STRATEGY_GATES
-from molora.config.continual import NEEDED_GATE, ONE_EXPERT, STRATEGIES, ContinualConfig, strategy_kind
+from molora.config.continual import (
+    NEEDED_GATE,
+    ONE_EXPERT,
+    STRATEGIES,
+    TASK_BY_TASK,
+    ContinualConfig,
+    strategy_kind,
+)
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
-from molora.config.gate_rules import UNNORMALISED, numbers_of
+from molora.config.gate_rules import UNNORMALISED
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
 from molora.config.suggest import did_you_mean
 from molora.config.train import TrainConfig
@@ -59,22 +66,6 @@ class FeaturesConfig(Section):
     num_clusters: PositiveInt = 64
 
 
-def _top_k_that_cannot_grow(kind: str, gate: Any) -> list[Problem]:
-    """A gate that chooses several experts, in a recipe that starts with one."""
-    try:
-        section = GateSection.model_validate(gate)
-    except ValidationError:  # absent or faulty: its own check reports it
-        return []
-    largest = max(numbers_of(section.top_k))
-    if section.select != "top_k" or largest == 1:
-        return []
-    text = (
-        f"{largest}: strategy {kind} starts with one expert, so a gate cannot choose several. Use top_k: 1, or a gate "
-        "of kind soft, top_p or threshold."
-    )
-    return [(("adapter", "gate", "top_k"), text)]
-
-
 class RunConfig(Section):
     """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
 
@@ -101,8 +92,6 @@ class RunConfig(Section):
         kind = strategy_kind(data["continual"])
         if kind not in STRATEGIES:  # its own check reports it
             kind = "sequential"
-        if kind not in ONE_EXPERT and not adapter.get("num_experts"):
-            refuse(_top_k_that_cannot_grow(kind, adapter.get("gate")))
         gate, experts = STRATEGY_GATES[kind], adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
 
@@ -152,6 +141,9 @@ class RunConfig(Section):
     def _sequence_problems(self) -> list[Problem]:
         if self.continual is None:
             return []
+        if self.adapter.from_loras is not None:
+            text = "does not go with tasks one after another, which start from a new expert; to add experts to LoRAs, "
+            return [(("adapter", "from_loras"), text + "use molora train, then molora add-expert.")]
         problems: list[Problem] = []
         order, known = self.continual.order, list(self.data.tasks)
         if order is not None and sorted(order) != sorted(known):
@@ -163,11 +155,8 @@ class RunConfig(Section):
             text = f"strategy {kind} starts with one expert and adds one for each task; leave it out."
             problems.append((("adapter", "num_experts"), text))
         for key in ("tasks", "frozen_experts", *(() if kind in ONE_EXPERT else ("expert_names",))):
-            if getattr(self.adapter, key):
+            if getattr(self.adapter, key) not in (None, []):
                 problems.append((("adapter", key), "is the strategy's to say; leave it out."))
-        if self.adapter.from_loras is not None:
-            text = "does not go with tasks one after another, which start from a new expert; to add experts to LoRAs, "
-            problems.append((("adapter", "from_loras"), text + "use molora train, then molora add-expert."))
         if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
             text = "a head that is trained task by task forgets; use `match`, the nearest label text."
             problems.append((("base", "head"), text))
@@ -181,7 +170,7 @@ class RunConfig(Section):
 
     def _mix_problems(self, kind: str) -> list[Problem]:
         """Settings of a mix, where each task is trained on alone."""
-        if kind in ("replay", "joint"):
+        if kind not in TASK_BY_TASK:
             return []
         text = f"does nothing: strategy {kind} trains on one task at a time."
         found: list[Problem] = [

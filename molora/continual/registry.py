@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from molora.config.adapter import GateSection
-from molora.config.continual import GATES, ONE_EXPERT, STRATEGIES, SUM, StrategyConfig
+from molora.config.adapter import AdapterConfig
+from molora.config.continual import GATES, ONE_EXPERT, STRATEGIES, SUM, WITHOUT_MEMORY, StrategyConfig
+from molora.config.load import load_section
 from molora.config.names import check_name
 from molora.continual.gated import Gated
 from molora.continual.inf_lora import InfLoRA
@@ -42,10 +43,13 @@ def register_strategy(
     strategy: type[Strategy],
     *,
     settings: Mapping[str, Any] | None = None,
-    gate: Mapping[str, Any] | None = None,
+    gate: Mapping[str, Any] | str | None = None,
     one_expert: bool = False,
+    without_memory: bool = False,
 ) -> None:
-    """Make `continual: {strategy: name}` mean a strategy of your own.
+    """Make `continual: {strategy: name}` mean a strategy of your own, in this process.
+
+    Register it before reading a recipe, or a run that was made with it.
 
     Args:
         name: a new name.
@@ -53,19 +57,29 @@ def register_strategy(
         settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
         gate: the gate it brings, as in a recipe's `adapter.gate`. None: experts add up.
         one_expert: whether all tasks train the same experts; else each task adds one and freezes the others.
+        without_memory: whether it needs nothing of earlier tasks but their experts, so that `add_expert` takes it too.
 
     Raises:
-        ConfigError: the name is taken or no name, or no strategy has such a setting.
-        pydantic.ValidationError: the gate is none.
+        ConfigError: the name is taken or no name; the class is no strategy; wrong settings, or a wrong gate.
     """
     check_name(name, "strategy")
     if name in KINDS:
         raise ConfigError(f"there is a strategy {name!r} already.")
+    if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
+        raise ConfigError(f"{strategy!r} is no subclass of molora.continual.strategy.Strategy.")
     known = [field for field in StrategyConfig.model_fields if field != "kind"]
     for key in settings or {}:
         if key not in known:
             raise ConfigError(f"{key!r} is no setting of strategies. Allowed: {', '.join(known)}.")
-    GateSection.model_validate(dict(gate or SUM))
-    KINDS[name], STRATEGIES[name], GATES[name] = strategy, dict(settings or {}), dict(gate or SUM)
-    if one_expert:
-        ONE_EXPERT.append(name)
+    brought = SUM if gate is None else gate if isinstance(gate, str) else dict(gate)
+    load_section(AdapterConfig, {"num_experts": 1, "gate": brought})
+    STRATEGIES[name] = dict(settings or {})
+    try:
+        load_section(StrategyConfig, {"kind": name})
+    except ConfigError:
+        del STRATEGIES[name]
+        raise
+    KINDS[name], GATES[name] = strategy, brought
+    for chosen, names in ((one_expert, ONE_EXPERT), (without_memory, WITHOUT_MEMORY)):
+        if chosen:
+            names.append(name)

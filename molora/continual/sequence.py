@@ -107,6 +107,8 @@ def check_sequence(config: RunConfig) -> None:
             "the recipe has no `continual` section.",
             hint="add `continual: {strategy: ...}`, or use `molora train`.",
         )
+    for turn in (0, len(config.data.tasks) - 1):  # a mixture must stay valid as it grows
+        stage_recipe(config, dict.fromkeys(config.data.tasks, 0), turn)
     if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
         raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
     if config.continual.router is not None and find_spec("sklearn") is None:

@@ -23,9 +23,8 @@ def stage_recipe(
     plain = config.model_dump(mode="json")
     adapter = plain["adapter"]
     if config.continual.strategy.kind in ONE_EXPERT:
-        many = config.adapter.most_experts
-        shared = [SHARED] if many == 1 else [f"{SHARED}_{i}" for i in range(many)]
-        adapter["expert_names"] = adapter["expert_names"] or shared
+        several = adapter["expert_names"] is not None or config.adapter.most_experts > 1
+        adapter["expert_names"] = config.adapter.experts if several else [SHARED]
         adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
     else:
         names = names[: turn + 1]

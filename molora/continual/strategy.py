@@ -24,7 +24,10 @@ Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Stage:
-    """One task's turn. `batches()` is a pass over its training data without labels, on the model's device."""
+    """One task's turn. `batches()` is a pass over its training data as a model is called with it, on its device.
+
+    Those of generative models have the targets in `labels`, those of classifiers have no labels.
+    """
 
     index: int
     tasks: Sequence[Task]  # of the whole sequence, in order

@@ -21,7 +21,10 @@ from molora.continual.strategy import Strategy, expert_layers
 from molora.data.prompts import encode, prompt_within
 from molora.data.tasks import Task
 from molora.errors import AdapterError, ConfigError, DataError
-from molora.training.build import load_tokenizer, load_trained
+from molora.store.adapter import read_config
+from molora.store.runs import Run
+from molora.training.build import load_tokenizer, load_trained, tasks_of
+from molora.training.train import with_labels
 from tests.training.runs import write_encoder, write_tokenizer
 from tests.training.test_seq2seq import write_t5
 
@@ -218,7 +221,9 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
         strategy="sequential",
         adapter={"from_loras": {"a": "a", "b": "b"}},
     )
-    refused(out, "cannot choose several", strategy="o_lora", adapter={"r": 2, "gate": "top_k"})
+    refused(out, "start with one", strategy="o_lora", adapter={"r": 2, "gate": "top_k"})
+    unsound = {"kind": "top_k", "top_k": 1, "renorm": "sum"}
+    refused(out, "makes every weight 1", strategy="o_lora", adapter={"r": 2, "gate": unsound})
     refused(out, "expert_names: is the strategy's", adapter={"r": 2, "expert_names": ["first"]})
     tasks = recipe(out)["data"]["tasks"]
     heavy = {**tasks, "pig": {**tasks["pig"], "weight": 2.0}}
@@ -236,8 +241,41 @@ def test_what_makes_no_sense_is_refused_before_anything_is_written(tmp_path):
 
 def test_a_mixture_with_any_gate_may_be_the_one_expert(tmp_path):
     mixture = {"r": 2, "num_experts": 3, "gate": {"kind": "top_k", "top_k": 2}}
-    config = load_recipe(recipe(tmp_path, "sequential", adapter=mixture))
-    assert (config.adapter.num_experts, config.adapter.gate.top_k) == (3, 2)
+    mixture["always_on"] = {"expert_0": 1.0}
+    run = molora.train_sequence(recipe(tmp_path, "sequential", adapter=mixture))
+    assert read_config(run.adapter).expert_names == ["expert_0", "expert_1", "expert_2"]
+
+
+def test_from_loras_is_the_only_problem_of_a_sequence_that_has_them(tmp_path):
+    with pytest.raises(ConfigError, match="from_loras") as found:
+        load_recipe(recipe(tmp_path, adapter={"from_loras": {"a": "a", "b": "b"}}))
+    assert "problems" not in str(found.value) and "num_experts" not in str(found.value)
+
+
+@pytest.mark.parametrize("kind", KIND_OF_TASK_TYPE)
+def test_a_pass_gives_generative_models_their_targets(kind, tmp_path):
+    """They say where the prompt ends, which is what gates read when the model is trained and when it answers."""
+    whole = recipe(tmp_path)
+    tasks = whole["data"]["tasks"]
+    if kind == "SEQ_2_SEQ_LM":
+        whole["base"] = {"model": str(write_t5(tmp_path / "base")), "task_type": kind}
+    if kind == "SEQ_CLS":
+        whole["base"] = {"model": str(write_encoder(tmp_path / "base")), "task_type": kind, "head": "match"}
+        label = {"text": "{prompt}", "label": "word", "labels": ["a", "b"]}
+        rows = [{"prompt": f"text {i}", "word": "ab"[i % 2]} for i in range(8)]
+        (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        file = str(tmp_path / "rows.jsonl")
+        tasks = {"pig": {"source": "jsonl", "train": file, "eval": file, **label}}
+    whole["data"]["tasks"] = tasks
+    config = with_labels(load_recipe(whole), tasks_of(load_recipe(whole)))
+    found = tasks_of(config)
+    running = sequence.SequenceRun(config, found, Run(tmp_path / "run"))
+    model, tokenizer = running._model(0)
+    batch = next(running._passes(model, tokenizer, 0))
+    assert ("labels" in batch) == (kind != "SEQ_CLS")
+    if kind == "CAUSAL_LM":
+        first = encode(found["pig"], found["pig"].train[0], tokenizer, 48)
+        assert int((batch["labels"][0] == -100).int().cumprod(0).sum()) >= first.prompt_length
 
 
 def test_loss_free_balance_leaves_old_experts_alone(tmp_path):
@@ -290,8 +328,49 @@ def test_a_strategy_of_ones_own(tmp_path, monkeypatch):
         molora.register_strategy("color", Shrinking)
     with pytest.raises(ConfigError, match="'strength' is no setting of strategies"):
         molora.register_strategy("mild", Shrinking, settings={"strength": 1})
+    for wrong in ({"settings": {"norm": "l3"}}, {"gate": "top_k"}, {"gate": "nobody"}):
+        with pytest.raises(ConfigError):
+            molora.register_strategy("mild", Shrinking, **wrong)
+    with pytest.raises(ConfigError, match="no subclass"):
+        molora.register_strategy("mild", int)
+    assert "mild" not in registry.STRATEGIES
     with pytest.raises(ConfigError, match="Did you mean 'shrinking'"):
         load_recipe(recipe(tmp_path, "shrinkin"))
+
+
+class Rehearsal(Strategy):
+    """Trains on everything so far."""
+
+    def training_tasks(self, stage):
+        return stage.seen
+
+
+def test_a_strategy_of_ones_own_says_how_it_works(tmp_path):
+    tables = (
+        registry.KINDS,
+        registry.STRATEGIES,
+        registry.GATES,
+        registry.ONE_EXPERT,
+        registry.WITHOUT_MEMORY,
+    )
+    kept = [table.copy() for table in tables]
+    try:
+        molora.register_strategy("rehearsal", Rehearsal, one_expert=True)
+        tasks = recipe(tmp_path)["data"]["tasks"]
+        whole = {"max_length": 48, "mixing": "equal", "tasks": tasks}
+        run = molora.train_sequence(recipe(tmp_path, "rehearsal", data=whole))
+        assert read_config(run.adapter).expert_names == ["shared"]
+        shrinking = {"settings": {"coefficient": 0.1}, "gate": "task", "without_memory": True}
+        molora.register_strategy("shrinking", Shrinking, **shrinking)
+        run = molora.train_sequence(recipe(tmp_path, "shrinking"))
+        assert read_config(run.adapter).gate.scope == "task"
+        new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
+        done = add_expert(run, {"task": new, "train": {"max_steps": 1}, "strategy": "shrinking"})
+        assert "continual/small" in (done.path / "metrics.csv").read_text()
+    finally:
+        for table, before in zip(tables, kept, strict=True):
+            table.clear()
+            table.update(before) if isinstance(table, dict) else table.extend(before)
 
 
 def test_a_sum_of_experts_stays_one(tmp_path):

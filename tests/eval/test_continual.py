@@ -9,7 +9,7 @@ import pytest
 
 from eval import continual
 from eval.continual_grid import DEFAULT, SHORT
-from eval.continual_page import differences, interval, page
+from eval.continual_page import differences, even, interval, page
 from molora.config import load_recipe
 from tests.training.runs import write_encoder
 from tests.training.test_seq2seq import write_t5
@@ -106,7 +106,7 @@ def test_another_model_is_a_recipe(small, tmp_path, monkeypatch, capsys):
     assert "a folder of its own" in capsys.readouterr().err
     sections.write_text(sections.read_text().replace("max_steps: 3", "max_steps: 4"))
     monkeypatch.setattr("sys.argv", [*call, *cells, "--methods", "o_lora", "--seeds", "4"])
-    with pytest.raises(SystemExit, match="made with another --recipe"):
+    with pytest.raises(SystemExit, match="not made with this --recipe"):
         continual.main()
     sections.write_text("base: {model: x}\noptimizer: {}\n")
     with pytest.raises(SystemExit, match=r"wrong: \['optimizer'\]"):
@@ -133,6 +133,12 @@ def test_differences_are_of_runs_of_one_order_and_seed():
         cell("color", "order1", 1, 0.1),
     ]
     assert differences(cells, SHORT).splitlines()[2:] == ["| joint - color | 1 |  | 25.0 |"]
+
+
+def test_seeds_are_compared_over_the_same_orders():
+    cells = [{"suite": suite, "seed": seed} for suite, seed in (("a", 0), ("b", 0), ("a", 1))]
+    assert even(cells) == [cells[0], cells[2]]
+    assert even(cells[:2]) == cells[:2]
 
 
 def test_an_interval_is_students():
