@@ -18,13 +18,17 @@ PAIRS = (
 )
 
 
-def interval(values: list[tuple[int, float]]) -> str:
+def interval(runs: list[tuple[int, float | None]]) -> str:
     """Mean in percent and the half width of its 95 % interval (Student's t) over the means of the seeds.
 
     Args:
-        values: seed and value of each run. Runs of one seed are no independent samples: orders 1 and 2 begin with the
-            same two tasks, and there the same seed gives the same numbers.
+        runs: seed and value of each run; those without a value are left out, and none at all gives no text. Runs of one
+            seed are no independent samples: orders 1 and 2 begin with the same two tasks, and there the same seed
+            gives the same numbers.
     """
+    values = [(seed, value) for seed, value in runs if value is not None]
+    if not values:
+        return ""
     seeds = sorted({seed for seed, _ in values})
     means = [statistics.fmean(value for other, value in values if other == seed) for seed in seeds]
     mean = statistics.fmean(means)
@@ -52,23 +56,15 @@ def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
         if not chosen:
             continue
         columns = [
-            _column(chosen, "hidden", "AA"), _column(chosen, "hidden", "forgetting"),
-            _column(chosen, "shown", "AA"), _column(chosen, "shown", "forgetting"),
-        ]  # fmt: skip
-        inferred = [
-            (cell["seed"], cell["task_inference"]) for cell in chosen if cell["task_inference"] is not None
+            interval([(cell["seed"], _value(cell, view, name)) for cell in chosen])
+            for view in ("hidden", "shown")
+            for name in ("AA", "forgetting")
         ]
         overlap = [cell["overlap"] for cell in chosen if cell["overlap"] is not None]
-        columns.append(interval(inferred) if inferred else "")
+        columns.append(interval([(cell["seed"], cell["task_inference"]) for cell in chosen]))
         columns.append(f"{statistics.fmean(overlap):.3f}" if overlap else "")
         lines.append(f"| {method} | {len(chosen)} | {' | '.join(columns)} |")
     return "\n".join(lines)
-
-
-def _column(cells: list[dict[str, Any]], view: str, name: str) -> str:
-    values = [(cell["seed"], _value(cell, view, name)) for cell in cells]
-    known = [(seed, value) for seed, value in values if value is not None]
-    return interval(known) if known else ""
 
 
 def _value(cell: dict[str, Any], view: str, name: str) -> float | None:
@@ -93,18 +89,19 @@ def differences(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
         }
         shared = runs[first].keys() & runs[second].keys()
         both = sorted((cell["suite"], cell["seed"]) for cell in even([runs[first][key] for key in shared]))
-        columns = []
-        for view in ("hidden", "shown"):
-            values = [
-                (key[1], a - b)
-                for key in both
-                for a, b in [[_value(runs[name][key], view, "AA") for name in (first, second)]]
-                if a is not None and b is not None
-            ]
-            columns.append(interval(values) if values else "")
-        if both:
-            lines.append(f"| {first} - {second} | {len(both)} | {' | '.join(columns)} |")
+        if not both:
+            continue
+        columns = [
+            interval([(key[1], _difference(runs[first][key], runs[second][key], view)) for key in both])
+            for view in ("hidden", "shown")
+        ]
+        lines.append(f"| {first} - {second} | {len(both)} | {' | '.join(columns)} |")
     return "\n".join(lines)
+
+
+def _difference(first: dict[str, Any], second: dict[str, Any], view: str) -> float | None:
+    a, b = (_value(cell, view, "AA") for cell in (first, second))
+    return None if a is None or b is None else a - b
 
 
 def page(cells: list[dict[str, Any]]) -> str:
@@ -131,9 +128,10 @@ def page(cells: list[dict[str, Any]]) -> str:
         ("Orders 1 to 3", SHORT),
         *((named.get(suite, suite), (suite,)) for suite in ORDERS),
     ):
-        if any(cell["suite"] in suites for cell in cells):
-            parts.append(f"## {title}\n\n{table(cells, suites)}\n")
-        if suites == SHORT and any(cell["suite"] in suites for cell in cells):
+        if not any(cell["suite"] in suites for cell in cells):
+            continue
+        parts.append(f"## {title}\n\n{table(cells, suites)}\n")
+        if suites == SHORT:
             parts.append(
                 f"Differences between two methods in runs of the same order and seed:\n\n{differences(cells, suites)}\n"
             )

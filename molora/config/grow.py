@@ -110,12 +110,12 @@ def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig |
 
 def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     own, task = data.get("train", {}), data.get("task")
-    losses = {"aux_losses": run["adapter"]["aux_losses"]} | data
+    whole = {"aux_losses": run["adapter"]["aux_losses"]} | data
     if isinstance(task, dict):
-        losses["task"] = {"kind": KIND_OF_TASK_TYPE[run["base"]["task_type"]]} | task
+        whole["task"] = {"kind": KIND_OF_TASK_TYPE[run["base"]["task_type"]]} | task
     if not isinstance(own, dict):
-        return losses
+        return whole
     inherited = run["train"]
     if own.get("max_steps") is not None or own.get("epochs") is not None:  # the length comes from one of them
         inherited = inherited | {"max_steps": None, "epochs": None}
-    return losses | {"train": inherited | own}
+    return whole | {"train": inherited | own}

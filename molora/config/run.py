@@ -178,13 +178,10 @@ class RunConfig(Section):
             for name, task in self.data.tasks.items()
             if task.weight != 1
         ]
-        mixing, temperature = (
-            type(self.data).model_fields[key].default for key in ("mixing", "mixing_temperature")
-        )
-        if self.data.mixing != mixing:
-            found.append((("data", "mixing"), text))
-        if self.data.mixing_temperature != temperature:
-            found.append((("data", "mixing_temperature"), text))
+        fields = type(self.data).model_fields
+        for key in ("mixing", "mixing_temperature"):
+            if getattr(self.data, key) != fields[key].default:
+                found.append((("data", key), text))
         return found
 
     def _strategy_problems(self, kind: str) -> list[Problem]:

@@ -139,9 +139,9 @@ def balance_experts(
         for layer in layers
         if adapter in layer.molora_gate
     }
-    counted = [(gates[key], _missing(record, gates[key])) for key, record in records]
-    for (key, _), (_, missing) in zip(records, counted, strict=True):
-        missing[torch.tensor(frozen_rows_at(config, key), device=missing.device)] = 0
+    counted = [
+        (gates[key], _missing(record, gates[key], frozen_rows_at(config, key))) for key, record in records
+    ]
     if counted and distributed.is_available() and distributed.is_initialized():
         together = torch.cat([missing for _, missing in counted])
         distributed.all_reduce(together)
@@ -152,14 +152,16 @@ def balance_experts(
         gate.move_balance(missing)
 
 
-def _missing(record: GateRecord, gate: Gate) -> Tensor:
-    """What each of all experts (expert,) lacks of an even share; 0 for those the batch could not use."""
+def _missing(record: GateRecord, gate: Gate, frozen: Sequence[bool]) -> Tensor:
+    """What each of all experts (expert,) lacks of an even share; 0 for frozen ones and those the batch could not use."""
     selected = record.routing.selected.float()
     mask = record.mask if record.mask is not None and len(record.mask) == len(selected) else None
     share = losses.masked_mean(selected, mask)
     assert gate.balance is not None
     missing = share.new_zeros(len(gate.balance))
     missing[list(record.columns)] = 1 / len(share) - share
+    if any(frozen):
+        missing[torch.tensor(frozen, device=missing.device)] = 0
     return missing
 
 

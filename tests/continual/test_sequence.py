@@ -29,6 +29,7 @@ from tests.training.runs import write_encoder, write_tokenizer
 from tests.training.test_seq2seq import write_t5
 
 NAMES = ("pig", "mirror", "zigzag")
+BACK = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
 
 
 def recipe(output, strategy="color", **changes):
@@ -299,8 +300,7 @@ def test_later_stages_train_as_the_first(tmp_path, monkeypatch):
         monkeypatch.setattr(module, "fit", fit)
     train = {**recipe(tmp_path)["train"], "max_steps": 1, "gradient_checkpointing": True}
     run = molora.train_sequence(recipe(tmp_path, "inc_lora", train=train))
-    new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
-    add_expert(run, {"task": new, "train": {"max_steps": 1}})
+    add_expert(run, {"task": BACK, "train": {"max_steps": 1}})
     assert seen == [(False, True)] * 4
 
 
@@ -312,11 +312,22 @@ class Shrinking(Strategy):
         return {"small": self.number("coefficient") * sum(sizes)}
 
 
-def test_a_strategy_of_ones_own(tmp_path, monkeypatch):
-    for table in (registry.KINDS, registry.STRATEGIES, registry.GATES):
-        for name in ("shrinking", "mild"):
-            monkeypatch.setitem(table, name, None)
-            del table[name]
+@pytest.fixture
+def own_strategies():
+    """What a test registers is forgotten after it."""
+    kept = {
+        name: getattr(registry, name).copy()
+        for name in ("KINDS", "STRATEGIES", "GATES", "ONE_EXPERT", "WITHOUT_MEMORY")
+    }
+    yield
+    for name, before in kept.items():
+        table = getattr(registry, name)
+        table.clear()
+        table.update(before) if isinstance(table, dict) else table.extend(before)
+
+
+@pytest.mark.usefixtures("own_strategies")
+def test_a_strategy_of_ones_own(tmp_path):
     molora.register_strategy("shrinking", Shrinking, settings={"coefficient": 1e4})
     run = molora.train_sequence(recipe(tmp_path, "shrinking"))
     # Nothing can be learned under so much of it.
@@ -345,32 +356,19 @@ class Rehearsal(Strategy):
         return stage.seen
 
 
+@pytest.mark.usefixtures("own_strategies")
 def test_a_strategy_of_ones_own_says_how_it_works(tmp_path):
-    tables = (
-        registry.KINDS,
-        registry.STRATEGIES,
-        registry.GATES,
-        registry.ONE_EXPERT,
-        registry.WITHOUT_MEMORY,
-    )
-    kept = [table.copy() for table in tables]
-    try:
-        molora.register_strategy("rehearsal", Rehearsal, one_expert=True)
-        tasks = recipe(tmp_path)["data"]["tasks"]
-        whole = {"max_length": 48, "mixing": "equal", "tasks": tasks}
-        run = molora.train_sequence(recipe(tmp_path, "rehearsal", data=whole))
-        assert read_config(run.adapter).expert_names == ["shared"]
-        shrinking = {"settings": {"coefficient": 0.1}, "gate": "task", "without_memory": True}
-        molora.register_strategy("shrinking", Shrinking, **shrinking)
-        run = molora.train_sequence(recipe(tmp_path, "shrinking"))
-        assert read_config(run.adapter).gate.scope == "task"
-        new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
-        done = add_expert(run, {"task": new, "train": {"max_steps": 1}, "strategy": "shrinking"})
-        assert "continual/small" in (done.path / "metrics.csv").read_text()
-    finally:
-        for table, before in zip(tables, kept, strict=True):
-            table.clear()
-            table.update(before) if isinstance(table, dict) else table.extend(before)
+    molora.register_strategy("rehearsal", Rehearsal, one_expert=True)
+    tasks = recipe(tmp_path)["data"]["tasks"]
+    whole = {"max_length": 48, "mixing": "equal", "tasks": tasks}
+    run = molora.train_sequence(recipe(tmp_path, "rehearsal", data=whole))
+    assert read_config(run.adapter).expert_names == ["shared"]
+    shrinking = {"settings": {"coefficient": 0.1}, "gate": "task", "without_memory": True}
+    molora.register_strategy("shrinking", Shrinking, **shrinking)
+    run = molora.train_sequence(recipe(tmp_path, "shrinking"))
+    assert read_config(run.adapter).gate.scope == "task"
+    done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "shrinking"})
+    assert "continual/small" in (done.path / "metrics.csv").read_text()
 
 
 def test_a_sum_of_experts_stays_one(tmp_path):
@@ -381,8 +379,7 @@ def test_a_sum_of_experts_stays_one(tmp_path):
 
 def test_a_sequence_can_grow_by_hand(tmp_path):
     run = molora.train_sequence(recipe(tmp_path, "inc_lora"))
-    new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
-    done = add_expert(run, {"task": new, "train": {"max_steps": 1}, "strategy": "ella"})
+    done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "ella"})
     assert done.config.continual is None
     assert molora.evaluate(done, modes=["task"], tasks=["pig"]).score("pig", "task").count == 4
 
@@ -500,8 +497,7 @@ def test_encoder_decoder_models(kind, tmp_path):
 def test_add_expert_takes_the_kind_of_the_run(tmp_path):
     base = {"model": str(write_t5(tmp_path / "base")), "task_type": "SEQ_2_SEQ_LM"}
     run = molora.train_sequence(recipe(tmp_path / "runs", base=base))
-    new = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
-    done = add_expert(run, {"task": new, "train": {"max_steps": 1}})
+    done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}})
     assert done.config.data.tasks["back"].kind == "seq2seq"
     assert (
         _run(["add-expert", str(run.path), "--task", "low", "--synthetic", "lower", "train.max_steps=1"]) == 0
