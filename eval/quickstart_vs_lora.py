@@ -24,10 +24,10 @@ from transformers import PreTrainedTokenizerBase
 from molora.config import RunConfig, load_recipe
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
+from molora.disk.atomic import write_json
 from molora.evaluation.runner import inference
 from molora.evaluation.score import Limits, score_task
-from molora.store.atomic import write_json
-from molora.training.build import build_model, load_base
+from molora.models.build import build_model, load_base
 from molora.training.environment import describe_environment, prepare_process
 from molora.training.optimizer import build_optimizer, build_scheduler
 

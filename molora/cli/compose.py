@@ -26,9 +26,9 @@ def run(
     served = {task: names.split(",") for task, names in _named(tasks, "EXPERT,...", "sums=math,code").items()}
 
     from molora.config import BaseConfig
+    from molora.models.build import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
-    from molora.training.build import load_base
     from molora.training.environment import quiet_libraries
 
     if fit in ("average", "phatgoose"):
@@ -50,8 +50,8 @@ def run(
 
 def export(path: Path, out: Path, *, expert: str | None, task: str | None, fold_scaling: bool) -> None:
     """Write an expert, or a task's experts, as an ordinary LoRA folder."""
+    from molora.models.build import load_trained
     from molora.store.lora_export import export_lora
-    from molora.training.build import load_trained
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():

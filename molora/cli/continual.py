@@ -14,8 +14,8 @@ def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
     config = load_recipe(recipe, overrides)
 
     from molora.continual.sequence import train_sequence
+    from molora.disk.manifest import read_json
     from molora.report.tables import console
-    from molora.store.manifest import read_json
 
     done = train_sequence(config, resume=resume or None)
     to = console()

@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 def run(path: Path, *, out: Path | None = None, as_json: bool = False) -> None:
     """Parameters by group, experts and tasks, initialisation, and the routing of the last evaluation."""
     from molora.evaluation.report import Report
+    from molora.models.build import load_trained
     from molora.report.tables import console
     from molora.store.runs import Run
-    from molora.training.build import load_trained
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
@@ -55,7 +55,7 @@ def run(path: Path, *, out: Path | None = None, as_json: bool = False) -> None:
 def describe(model: Any) -> dict[str, Any]:
     """Everything `inspect` knows without data: parameter counts, experts, tasks, initialisation."""
     from molora.training.optimizer import parameters_by_role
-    from molora.tuner.specs import init_std_report
+    from molora.tuner.parts import init_std_report
 
     roles = {role: sum(p.numel() for p in group) for role, group in parameters_by_role(model).items()}
     config = model.active_peft_config

@@ -9,7 +9,7 @@ import typer
 import yaml
 
 from molora.config.presets import PRESETS, preset_settings, summary
-from molora.config.presets.places import ATTENTION, FEED_FORWARD, QUERY_VALUE
+from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
 
 
 def show_list() -> None:

@@ -9,8 +9,8 @@ from pathlib import Path
 import typer
 
 from molora.config.suggest import did_you_mean
+from molora.disk.atomic import write_file
 from molora.errors import ConfigError
-from molora.store.atomic import write_file
 
 
 def available() -> dict[str, Traversable]:

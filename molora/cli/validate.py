@@ -63,7 +63,7 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
-    from molora.training.build import build_skeleton, labels_of_tasks, load_tokenizer
+    from molora.models.build import build_skeleton, labels_of_tasks, load_tokenizer
     from molora.training.environment import quiet_libraries
 
     try:

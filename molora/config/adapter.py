@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from molora.config.choices import GATE_KIND_KEYS, GATE_KINDS
 from molora.config.gate_rules import gate_problems, mixture_problems, numbers_of
-from molora.config.kinds import GATE_KIND_KEYS, GATE_KINDS
 from molora.config.loss_rules import aux_problems, fit_problems, mixture_fit_problems
 from molora.config.mixture_rules import combination_problems
 from molora.config.presets import PRESETS, preset_settings

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from molora.config.kinds import GATE_CHOICES, GATE_KINDS, SHARES
+from molora.config.choices import GATE_CHOICES, GATE_KINDS, SHARES
 from molora.config.suggest import did_you_mean
 
 _READS = ("linear", "mlp", "cosine")

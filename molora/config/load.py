@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from molora.config import overrides as override
-from molora.config.problems import check, report
+from molora.config.explain import check, report
 from molora.config.run import RunConfig
 from molora.config.strict_yaml import MAX_BYTES, Document, Path, dump, parse
 from molora.errors import ConfigError

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from molora.config.choices import AUX_LOSSES
 from molora.config.gate_rules import UNNORMALISED, is_hard_task, sums_to_one
-from molora.config.kinds import AUX_LOSSES
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
 

@@ -21,12 +21,12 @@ from molora.data.tasks import Task, TaskSet
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
 from molora.evaluation.runner import inference
+from molora.models.build import load_trained, ready_to_train, tasks_of
+from molora.models.label_match import add_labels, compete
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
-from molora.training.build import load_trained, ready_to_train, tasks_of
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
-from molora.training.label_match import add_labels, compete
 from molora.training.train import find_run, fit, with_labels
 from molora.training.trainer import check_device
 from molora.tuner.api import routing

@@ -13,8 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from molora.continual.answers import features
 from molora.continual.router import PrototypeRouter
 from molora.data.prompts import prompt_within
+from molora.disk.manifest import verify_folder
 from molora.errors import ConfigError
-from molora.store.manifest import verify_folder
 from molora.store.runs import Run
 
 

@@ -18,9 +18,9 @@ from molora.continual.router import PrototypeRouter
 from molora.continual.strategy import Strategy
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task
+from molora.disk.atomic import write_folder
+from molora.disk.manifest import read_json, verify_folder
 from molora.evaluation.runner import inference
-from molora.store.atomic import write_folder
-from molora.store.manifest import read_json, verify_folder
 
 PROBE = 16  # held-out records per task whose logits are compared ever after
 FEATURE_BATCH = 64

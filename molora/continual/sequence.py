@@ -31,12 +31,10 @@ from molora.continual.tables import write_tables
 from molora.data.module import MoLoraDataModule
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
+from molora.disk.atomic import write_folder, write_json
+from molora.disk.manifest import read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
-from molora.store.adapter import load, save
-from molora.store.atomic import write_folder, write_json
-from molora.store.manifest import read_json, verify_folder
-from molora.store.runs import Run
-from molora.training.build import (
+from molora.models.build import (
     build_model,
     build_skeleton,
     labels_of_tasks,
@@ -45,8 +43,10 @@ from molora.training.build import (
     ready_to_train,
     tasks_of,
 )
+from molora.models.label_match import compete
+from molora.store.adapter import load, save
+from molora.store.runs import Run
 from molora.training.environment import prepare_process, quiet_libraries
-from molora.training.label_match import compete
 from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
 from molora.training.trainer import check_device
 

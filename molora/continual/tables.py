@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from molora.data.tasks import Task
+from molora.disk.atomic import write_file, write_json
+from molora.disk.manifest import read_json
 from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.routing import Matrix
 from molora.report.plots import plot_heatmap
-from molora.store.atomic import write_file, write_json
-from molora.store.manifest import read_json
 
 VIEWS = {"shown": "task ids given", "hidden": "task ids hidden"}
 

@@ -20,8 +20,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.disk.atomic import write_file
 from molora.errors import AdapterError, ConfigError, DataError
-from molora.store.atomic import write_file
 
 _RESTARTS = 10  # k-means keeps the best of so many starts: a single one may split a cluster and join two
 

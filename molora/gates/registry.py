@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
-from molora.config.kinds import GATE_CHOICES
+from molora.config.choices import GATE_CHOICES
 from molora.config.names import check_name
 from molora.errors import ConfigError
 

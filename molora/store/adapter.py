@@ -16,11 +16,11 @@ from torch import nn
 
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
+from molora.disk.atomic import recover, write_folder
+from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE, write_card
+from molora.disk.fingerprint import base_fingerprint, compare
+from molora.disk.manifest import MANIFEST, read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
-from molora.store.atomic import recover, write_folder
-from molora.store.describe import CONFIG_FILE, WEIGHTS_FILE, write_card
-from molora.store.fingerprint import base_fingerprint, compare
-from molora.store.manifest import MANIFEST, read_json, verify_folder
 from molora.tuner.config import MoLoraConfig
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")

@@ -11,12 +11,12 @@ from torch import nn
 
 from molora.config.presets import preset_settings
 from molora.config.suggest import did_you_mean
+from molora.disk.fingerprint import base_modules
 from molora.errors import AdapterError, ConfigError
-from molora.store.fingerprint import base_modules
 from molora.store.lora_folder import read_lora, short_names
 from molora.store.lora_import import import_lora
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.posthoc import METHODS, Batches, fit_gate
+from molora.tuner.fit_gate import METHODS, Batches, fit_gate
 
 
 def compose(

@@ -18,17 +18,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from molora.disk.atomic import write_file, write_folder
+from molora.disk.card import WEIGHTS_FILE
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
-from molora.experts.factors import as_one
+from molora.experts.factor_mix import as_one
 from molora.store.adapter import active_adapter, peft_model
-from molora.store.atomic import write_file, write_folder
-from molora.store.describe import WEIGHTS_FILE
 from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.merge import static_shares, static_weights
 from molora.tuner.placement import experts_at
-from molora.tuner.static import static_shares, static_weights
 from molora.tuner.targets import pattern_value
 
 

@@ -15,10 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE
+from molora.disk.fingerprint import base_modules
+from molora.disk.manifest import MANIFEST, read_json, verify_folder
 from molora.errors import AdapterError
-from molora.store.describe import CONFIG_FILE, WEIGHTS_FILE
-from molora.store.fingerprint import base_modules
-from molora.store.manifest import MANIFEST, read_json, verify_folder
 from molora.tuner.config import ExpertSpec
 from molora.tuner.targets import pattern_value
 

@@ -17,8 +17,8 @@ from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import LoraFolder, read_lora
 from molora.tuner.api import find_context
 from molora.tuner.config import MoLoraConfig
+from molora.tuner.grow import add_expert
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.lifecycle import add_expert
 from molora.tuner.placement import experts_at, frozen_at
 
 

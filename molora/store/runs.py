@@ -18,9 +18,9 @@ from typing import Any
 
 from molora.config import RunConfig, load_recipe
 from molora.config.names import check_name
+from molora.disk.atomic import check_writable, write_file
+from molora.disk.manifest import is_complete, read_json
 from molora.errors import AdapterError, ConfigError
-from molora.store.atomic import check_writable, write_file
-from molora.store.manifest import is_complete, read_json
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"

@@ -16,9 +16,9 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from molora.disk.atomic import write_folder
+from molora.disk.manifest import is_complete, verify_folder
 from molora.errors import DivergedError
-from molora.store.atomic import write_folder
-from molora.store.manifest import is_complete, verify_folder
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
-from molora.training.allocator import keep_freed_memory
+from molora.training.heap import keep_freed_memory
 
 _PACKAGES = ("molora", "torch", "transformers", "peft", "lightning", "safetensors", "bitsandbytes")
 

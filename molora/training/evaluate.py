@@ -11,17 +11,17 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.data.tasks import Task, TaskSet
+from molora.disk.atomic import write_file
 from molora.errors import ConfigError
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import check_tasks_known, evaluate_tasks
+from molora.models.build import load_trained, tasks_of
 from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
 from molora.report.tables import routing_title
 from molora.store.adapter import read_config
-from molora.store.atomic import write_file
 from molora.store.runs import CONFIG_FILE, Run
-from molora.training.build import load_trained, tasks_of
 from molora.training.environment import describe_environment, quiet_libraries
 
 Source = str | os.PathLike[str] | Run

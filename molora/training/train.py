@@ -16,12 +16,12 @@ from molora.config import RunConfig, dump_recipe, load_recipe
 from molora.data.clusters import TextClusters
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
+from molora.disk.atomic import write_json
 from molora.errors import ConfigError
+from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
-from molora.store.atomic import write_json
 from molora.store.runs import Run
-from molora.training.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.training.checkpoint import checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from molora.disk.fingerprint import base_modules
 from molora.errors import ConfigError
-from molora.experts.allocation import allocate, hill_exponent
-from molora.store.fingerprint import base_modules
+from molora.experts.spectra import allocate, hill_exponent
 from molora.tuner.targets import block_index, matches
 
 
@@ -35,7 +35,7 @@ def expert_allocation(
     Raises:
         ConfigError: no such linears, quantised weights, or fewer experts than blocks.
 
-    Reference: AlphaLoRA, arXiv:2410.10054; see `molora.experts.allocation` for what is reconstructed.
+    Reference: AlphaLoRA, arXiv:2410.10054; see `molora.experts.spectra` for what is reconstructed.
     """
     exponents: dict[int, list[float]] = defaultdict(list)
     for name, module in base_modules(base):

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.context import RoutingContext, RoutingRequest, TaskIdsLike
+from molora.calls.call import RoutingContext, RoutingRequest, TaskIdsLike
+from molora.calls.statistics import RoutingRecord
 from molora.errors import ConfigError, RoutingError
-from molora.statistics import RoutingRecord
-from molora.tuner.aux import weighted_sum
-from molora.tuner.hooks import layers_of
+from molora.forward.auxiliary import weighted_sum
+from molora.forward.root_hooks import layers_of
 from molora.tuner.layer import MoLoraLayer
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 from peft import PeftConfig
 
-from molora.config.kinds import AUX_LOSSES
-from molora.store.describe import complete_folder
-from molora.store.manifest import MANIFEST, verify_folder
-from molora.task_map import TaskMap
+from molora.calls.task_map import TaskMap
+from molora.config.choices import AUX_LOSSES
+from molora.disk.card import complete_folder
+from molora.disk.manifest import MANIFEST, verify_folder
 from molora.tuner.config_checks import SCALINGS, normalise
 
 __all__ = ["SCALINGS", "ExpertSpec", "MoLoraConfig", "MoLoraPeftType", "as_sequence"]

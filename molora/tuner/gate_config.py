@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from molora.config.choices import GATE_KINDS
 from molora.config.gate_rules import BY_SAMPLE, UNNORMALISED, default_renorm, gate_problems, is_hard_task
-from molora.config.kinds import GATE_KINDS
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 

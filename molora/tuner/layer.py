@@ -12,15 +12,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.context import RoutingContext
+from molora.calls.call import RoutingContext
+from molora.calls.task_map import BASE_ONLY
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
-from molora.experts.factors import add_mixed, mixed_delta
+from molora.experts.factor_mix import add_mixed, mixed_delta
 from molora.experts.kernel import expand
+from molora.forward.group_routing import GateRecord, experts_of, sample_routing
+from molora.forward.input_group import InputGroup, project
 from molora.gates.gate import Gate
-from molora.task_map import BASE_ONLY
-from molora.tuner.inputs import InputGroup, project
-from molora.tuner.routed import GateRecord, experts_of, sample_routing
 
 _SAMPLED = 64  # tokens per layer whose expert outputs the contrastive loss compares
 
@@ -131,7 +131,7 @@ class MoLoraLayer(BaseTunerLayer):
         )
 
     def _feed_forward(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        from molora.tuner.feed_forward import mix
+        from molora.forward.feed_forward import mix
 
         if len([a for a in self.active_adapters if a in self.sites]) > 1:
             raise ConfigError(

@@ -14,19 +14,20 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.context import AdapterRouting, RoutingContext, RoutingRequest
+from molora.calls.call import AdapterRouting, RoutingContext, RoutingRequest
+from molora.disk.fingerprint import base_fingerprint, compare
+from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.experts.bank import ExpertBank
 from molora.experts.cores import TaskCores
-from molora.store.fingerprint import base_fingerprint, compare
-from molora.store.tensors import check_state_dict, digest
-from molora.tuner import hooks, lifecycle, specs
+from molora.forward import root_hooks
+from molora.forward.feed_forward import check_feed_forwards
+from molora.forward.input_group import InputGroup
+from molora.tuner import grow, parts
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.feed_forward import check_feed_forwards
-from molora.tuner.inputs import InputGroup
 from molora.tuner.layer import Linear, MoLoraLayer, Site
+from molora.tuner.merge import static_shares, static_weights
 from molora.tuner.placement import experts_at, frozen_at, names_at, stretch_lists, task_blocks
-from molora.tuner.static import static_shares, static_weights
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
 
@@ -64,7 +65,7 @@ class MoLoraModel(BaseTuner):
         del self._leaders, self._inputs
         check_feed_forwards([m for m in model.modules() if isinstance(m, MoLoraLayer)], adapter_name)
         self.context.forget_modules()
-        hooks.install(model, self.context)
+        root_hooks.install(model, self.context)
         self._keep_heads_frozen()
 
     @staticmethod
@@ -85,11 +86,11 @@ class MoLoraModel(BaseTuner):
         site = self._site(peft_config, adapter_name, current_key, layer)
         config: MoLoraConfig = peft_config
         if site.plain:
-            experts = specs.new_experts(config, ["plain"], current_key, layer.get_base_layer())
+            experts = parts.new_experts(config, ["plain"], current_key, layer.get_base_layer())
             frozen = [config.frozen_extras]
         else:
             names = experts_at(config, current_key)
-            experts = specs.new_experts(config, names, current_key, layer.get_base_layer())
+            experts = parts.new_experts(config, names, current_key, layer.get_base_layer())
             frozen = frozen_at(config, current_key)
         shared, cores = config.share_A and not site.plain, None
         if config.task_cores and not site.plain:
@@ -97,7 +98,7 @@ class MoLoraModel(BaseTuner):
         bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared, cores=cores)
         gate = None
         if not site.plain and site.group[0] is layer and config.gate.learned:
-            gate = specs.new_gate(config, current_key, _features(layer)[0])
+            gate = parts.new_gate(config, current_key, _features(layer)[0])
         layer.update_layer(adapter_name, site, bank, gate, active=adapter_name in self.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -170,7 +171,7 @@ class MoLoraModel(BaseTuner):
         # Banks and gates re-freeze themselves; the wrappers of heads are PEFT's and know nothing of it.
         for name, config in self.peft_config.items():
             if config.frozen_extras:  # type: ignore[attr-defined]
-                lifecycle.freeze_heads(self.model, name)
+                grow.freeze_heads(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -203,7 +204,7 @@ class MoLoraModel(BaseTuner):
         check_state_dict(model, config, adapter_name, loaded)
         config.weights_sha256 = None  # another file may be loaded into this adapter next
         if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
-            lifecycle.freeze_heads(model, adapter_name)
+            grow.freeze_heads(model, adapter_name)
         return loaded
 
     @contextmanager
@@ -228,7 +229,7 @@ class MoLoraModel(BaseTuner):
             prompt_mask=kwargs.pop("routing_prompt_mask", None),
             prompt_length=_prompt_length(self.model, args, kwargs),
         )
-        hooks.layers_of(self.context, self.model)
+        root_hooks.layers_of(self.context, self.model)
         with self.context.use_request(request):
             return self.model.generate(*args, **kwargs)
 
@@ -273,7 +274,7 @@ class MoLoraModel(BaseTuner):
     @contextmanager
     def _static(self, adapter_names: list[str] | None, task: str | None, expert_weights: Any) -> Any:
         """Decide every layer's static weights first, so that a refusal leaves the model untouched."""
-        layers = [layer for _, layer in hooks.layers_of(self.context, self.model)]
+        layers = [layer for _, layer in root_hooks.layers_of(self.context, self.model)]
         for adapter in adapter_names or self.active_adapters:
             for layer in layers:
                 if adapter in layer.molora_experts:
@@ -292,7 +293,7 @@ class MoLoraModel(BaseTuner):
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
-        hooks.uninstall(self.model)
+        root_hooks.uninstall(self.model)
         return model
 
     # -- experts ---------------------------------------------------------------------------------------
@@ -328,9 +329,9 @@ class MoLoraModel(BaseTuner):
         isolate: bool = False,
         adapter_name: str | None = None,
     ) -> None:
-        """Grow every bank by one expert; see `lifecycle.add_expert`."""
+        """Grow every bank by one expert; see `grow.add_expert`."""
         adapter = self._adapter(adapter_name)
-        lifecycle.add_expert(
+        grow.add_expert(
             self.model,
             self.context,
             adapter,
@@ -343,20 +344,18 @@ class MoLoraModel(BaseTuner):
 
     def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
         """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
-        lifecycle.remove_expert(
-            self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks
-        )
+        grow.remove_expert(self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks)
 
     def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
         """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
-        lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=True)
+        grow.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=True)
 
     def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
         """Make experts and their gate rows trainable. Replaces Parameters: build the optimiser afterwards.
 
         With the last frozen expert, plain LoRAs, heads and the gates' common parts learn again too.
         """
-        lifecycle.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=False)
+        grow.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=False)
 
     def _adapter(self, adapter_name: str | None = None) -> str:
         if adapter_name is None:

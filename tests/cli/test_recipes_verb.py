@@ -70,7 +70,7 @@ def test_an_interrupted_copy_leaves_the_old_file(
     def fail(descriptor: int) -> None:
         raise OSError("the disk went away")
 
-    monkeypatch.setattr("molora.store.atomic.os.fsync", fail)
+    monkeypatch.setattr("molora.disk.atomic.os.fsync", fail)
     assert cli("recipes", "copy", "quickstart", tmp_path, "--force").code == 1
     assert list(tmp_path.iterdir()) == [mine]
     assert mine.read_text(encoding="utf-8") == "mine"

@@ -16,7 +16,7 @@ HEAVY = ("torch", "peft", "transformers", "lightning", "datasets", "numpy")
     "statements",
     [
         "import molora",
-        "import molora.config.names, molora.config.kinds, molora.config.suggest, molora.errors",
+        "import molora.config.names, molora.config.choices, molora.config.suggest, molora.errors",
         f"from molora.config import load_recipe; load_recipe({str(RECIPES / 'quickstart.yaml')!r})",
         f"from molora.config import load_grow; load_grow({str(RECIPES / 'add_expert.yaml')!r})",
     ],

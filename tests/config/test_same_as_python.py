@@ -10,7 +10,7 @@ import pytest
 
 from molora import GateConfig, MoLoraConfig, losses
 from molora.config import AdapterConfig, GateSection, load_recipe
-from molora.config.kinds import AUX_LOSSES, GATE_CHOICES, GATE_KINDS
+from molora.config.choices import AUX_LOSSES, GATE_CHOICES, GATE_KINDS
 from molora.errors import ConfigError
 from molora.experts.init import INIT_KINDS
 from molora.tuner.config import SCALINGS

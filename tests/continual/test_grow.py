@@ -12,9 +12,9 @@ import molora
 from molora import ConfigError
 from molora.cli.main import _run, app
 from molora.continual.grow import UNCHANGED, add_expert
+from molora.disk.manifest import sha256
+from molora.models.build import load_trained
 from molora.store.adapter import read_config
-from molora.store.manifest import sha256
-from molora.training.build import load_trained
 from tests.training.runs import recipe_for, write_base
 
 TASK = {"name": "upper", "source": "synthetic", "generator": "upper", "train_size": 12, "eval_size": 4}

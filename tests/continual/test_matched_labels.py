@@ -14,7 +14,7 @@ import molora
 from molora.continual.grow import add_expert
 from molora.data.tasks import TaskSet, distinct_labels
 from molora.errors import AdapterError, ConfigError
-from molora.training.build import load_trained
+from molora.models.build import load_trained
 from tests.continual.test_sequence import matrix, recipe
 from tests.training.runs import write_encoder
 from tests.training.test_seq2seq import losses

@@ -7,7 +7,7 @@ import pytest
 import molora
 from molora.config import load_recipe
 from molora.config.continual import STRATEGIES
-from molora.training.build import load_trained
+from molora.models.build import load_trained
 from tests.continual.test_sequence import NAMES, matrix, recipe
 
 

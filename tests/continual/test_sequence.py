@@ -21,9 +21,9 @@ from molora.continual.strategy import Strategy, expert_layers
 from molora.data.prompts import encode, prompt_within
 from molora.data.tasks import Task
 from molora.errors import AdapterError, ConfigError, DataError
+from molora.models.build import load_tokenizer, load_trained, tasks_of
 from molora.store.adapter import read_config
 from molora.store.runs import Run
-from molora.training.build import load_tokenizer, load_trained, tasks_of
 from molora.training.train import with_labels
 from tests.training.runs import write_encoder, write_tokenizer
 from tests.training.test_seq2seq import write_t5

@@ -6,8 +6,8 @@ from typing import Any
 
 from hypothesis import strategies as st
 
+from molora.config.choices import AUX_LOSSES, GATE_CHOICES
 from molora.config.gate_rules import BY_SAMPLE, SCORES, without_idle
-from molora.config.kinds import AUX_LOSSES, GATE_CHOICES
 from tests.zoo import FEED_FORWARD, TASKS
 
 SEEDS = st.integers(0, 99)

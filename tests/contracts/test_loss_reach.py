@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import molora
 from molora import ConfigError, GateConfig
-from molora.config.kinds import AUX_LOSSES
+from molora.config.choices import AUX_LOSSES
 from molora.config.loss_rules import WITHOUT_GATE
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, HARD, SHARED, TASKS, batch_for, gradients, molora_model, routed

@@ -6,13 +6,13 @@ import subprocess
 import sys
 import time
 
-from molora.store.atomic import recover, sweep, write_folder
-from molora.store.manifest import verify_folder
+from molora.disk.atomic import recover, sweep, write_folder
+from molora.disk.manifest import verify_folder
 
 WRITER = """
 import sys
 from pathlib import Path
-from molora.store.atomic import write_folder
+from molora.disk.atomic import write_folder
 version = int(sys.argv[2])
 while True:
     version += 1

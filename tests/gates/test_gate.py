@@ -10,7 +10,7 @@ from molora import ConfigError, GateConfig, MoLoraConfig
 from molora.gates.gate import Gate
 from molora.gates.scores import GateRows
 from molora.tuner.gate_config import gate_from_kind
-from molora.tuner.specs import new_gate
+from molora.tuner.parts import new_gate
 
 
 def gate(weight, **settings):

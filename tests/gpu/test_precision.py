@@ -12,7 +12,7 @@ import torch
 import molora
 from eval import gpu_precision
 from eval.gpu_precision import PRECISIONS, REFERENCE
-from molora.training.build import load_trained
+from molora.models.build import load_trained
 from molora.training.train import train
 from tests.training.runs import adapter_weights, recipe_for, write_base
 

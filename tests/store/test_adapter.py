@@ -10,9 +10,9 @@ from peft import PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import molora
+from molora.disk.atomic import write_folder
+from molora.disk.manifest import MANIFEST, verify_folder
 from molora.errors import AdapterError, ConfigError
-from molora.store.atomic import write_folder
-from molora.store.manifest import MANIFEST, verify_folder
 from tests.zoo import ARCHITECTURES, TASKS, base_model, batch_for, molora_model, randomise, routed
 
 WEIGHTS = "adapter_model.safetensors"

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
+from molora.disk.atomic import write_folder
 from molora.errors import AdapterError, ConfigError
-from molora.store.atomic import write_folder
 from molora.store.runs import LOCK_FILE, Run, load_run
 
 RECIPE = {

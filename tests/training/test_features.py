@@ -33,7 +33,7 @@ def recipe(tmp_path, **features):
 def test_a_run_keeps_its_clusters_and_needs_no_features_afterwards(tmp_path):
     run = train(recipe(tmp_path))
     assert (run.path / CLUSTERS_FILE).is_file()
-    from molora.training.build import load_trained
+    from molora.models.build import load_trained
 
     model, tokenizer, _ = load_trained(run.path, device="cpu")
     source = find_context(model).source

@@ -8,7 +8,7 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import molora
-from molora.training.build import load_trained
+from molora.models.build import load_trained
 from tests.training.runs import write_tokenizer
 
 

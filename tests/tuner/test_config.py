@@ -12,7 +12,7 @@ import molora
 from molora import ConfigError, GateConfig, MoLoraConfig
 from molora.config import AdapterConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.specs import scaling_of
+from molora.tuner.parts import scaling_of
 from tests.zoo import FEED_FORWARD, base_model, config_for, molora_model
 
 

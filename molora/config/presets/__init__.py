@@ -1,6 +1,6 @@
 """Published methods as adapter settings: one function per method. Pure data, no torch.
 
-`token.py` has the gates that read tokens, `sample.py` those that read a sample, its task or nothing, `existing.py`
+`token_gates.py` has the gates that read tokens, `sample_gates.py` those that read a sample, its task or nothing, `over_loras.py`
 those over experts that exist already. A docstring's first line says what a method is; the rest what the paper
 gives, what was converted and where we deviate.
 """
@@ -12,12 +12,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from molora.config.gate_rules import without_idle
-from molora.config.presets import existing, sample, token
+from molora.config.presets import over_loras, sample_gates, token_gates
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 
 PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
-    method.__name__: method for module in (token, sample, existing) for method in module.METHODS
+    method.__name__: method for module in (token_gates, sample_gates, over_loras) for method in module.METHODS
 }
 
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from molora.disk import atomic
+from molora.disk.atomic import check_writable, recover, sweep, write_file, write_folder, write_json
+from molora.disk.manifest import verify_folder
 from molora.errors import AdapterError, ConfigError
-from molora.store import atomic
-from molora.store.atomic import check_writable, recover, sweep, write_file, write_folder, write_json
-from molora.store.manifest import verify_folder
 
 DEAD = 2**22 + 1  # above the largest process number Linux gives
 
@@ -131,7 +131,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 from molora.errors import AdapterError
-from molora.store.atomic import write_file, write_folder
+from molora.disk.atomic import write_file, write_folder
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 target = Path(sys.argv[1])

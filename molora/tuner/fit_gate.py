@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from molora.calls.call import RoutingContext
 from molora.config.suggest import did_you_mean
-from molora.context import RoutingContext
 from molora.errors import ConfigError
+from molora.forward.root_hooks import layers_of
 from molora.gates.gate import Gate
 from molora.gates.prototypes import MeanActivation, arrow
 from molora.tuner.api import find_context, routing
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.hooks import layers_of
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import experts_at
 

@@ -16,8 +16,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from molora.disk.manifest import MANIFEST, write_manifest
 from molora.errors import AdapterError, ConfigError
-from molora.store.manifest import MANIFEST, write_manifest
 
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}

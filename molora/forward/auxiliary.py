@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, distributed
 
 from molora import losses
-from molora.config.kinds import AUX_LOSSES
+from molora.config.choices import AUX_LOSSES
 from molora.config.loss_rules import WITHOUT_GATE
 from molora.config.names import check_name
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
+from molora.forward.gate_view import GateView
+from molora.forward.group_routing import GateRecord
 from molora.gates.gate import Gate
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import frozen_rows_at
-from molora.tuner.routed import GateRecord
-from molora.tuner.views import GateView
 
 GateLoss = Callable[[GateView, Mapping[str, Any]], Tensor]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from molora.errors import ConfigError
-from molora.experts.allocation import allocate, hill_exponent
+from molora.experts.spectra import allocate, hill_exponent
 
 EXPONENTS = st.lists(st.floats(0.1, 20), min_size=1, max_size=40)
 

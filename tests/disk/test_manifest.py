@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from molora.disk.manifest import MANIFEST, is_complete, sha256, verify_folder, write_manifest
 from molora.errors import AdapterError
-from molora.store.manifest import MANIFEST, is_complete, sha256, verify_folder, write_manifest
 
 
 @pytest.fixture

@@ -12,10 +12,10 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 
+from molora.calls.call import AdapterRouting, RoutingContext
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
-from molora.context import AdapterRouting, RoutingContext
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, mean_delta
 from molora.experts.cores import TaskCores
@@ -24,6 +24,7 @@ from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.config_checks import normalise
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.parts import new_expert, scaling_of
 from molora.tuner.placement import (
     blocks_at,
     experts_at,
@@ -34,7 +35,6 @@ from molora.tuner.placement import (
     task_blocks,
     top_k_at,
 )
-from molora.tuner.specs import new_expert, scaling_of
 
 
 def add_expert(

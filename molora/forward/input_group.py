@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from molora.context import TaskIds, base_only, spread
+from molora.calls.call import TaskIds, base_only, spread
+from molora.calls.decide import decided
 from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
+from molora.forward.group_routing import experts_of, recorded, task_map_of
 from molora.gates.gate import Gate
-from molora.gates.route import decided
 from molora.gates.scores import GateRows
-from molora.tuner.routed import experts_of, recorded, task_map_of
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer

@@ -18,10 +18,10 @@ import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from molora.context import base_only, spread
+from molora.calls.call import base_only, spread
 from molora.errors import ConfigError, RoutingError
 from molora.experts.kernel import expand, shrink
-from molora.tuner.routed import experts_of, routing_of
+from molora.forward.group_routing import experts_of, routing_of
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer

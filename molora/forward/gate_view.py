@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.context import spread
+from molora.calls.call import spread
+from molora.forward.group_routing import GateRecord
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.routed import GateRecord
 
 
 class GateView:

@@ -11,10 +11,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import molora
-from molora.store.atomic import write_file, write_json
-from molora.store.fingerprint import describe as describe_base
-from molora.store.manifest import MANIFEST, read_json, write_manifest
-from molora.store.tensors import digest
+from molora.disk.atomic import write_file, write_json
+from molora.disk.fingerprint import describe as describe_base
+from molora.disk.manifest import MANIFEST, read_json, write_manifest
+from molora.disk.tensors import digest
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"

@@ -11,7 +11,7 @@ import pytest
 
 def taken(**environment: str) -> str:
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_"))}
-    code = "from molora.training.allocator import keep_freed_memory as k; print(k())"
+    code = "from molora.training.heap import keep_freed_memory as k; print(k())"
     run = subprocess.run(
         [sys.executable, "-c", code], env={**clean, **environment}, capture_output=True, text=True
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from molora.config.presets.places import ATTENTION, FEED_FORWARD, QUERY_VALUE
+from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
 
 
 def lora() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.context import RoutingContext, RoutingRequest, RoutingState
+from molora.calls.call import RoutingContext, RoutingRequest, RoutingState
 from molora.errors import RoutingError
 
 # Attributes of a key-value cache: what was decided on, and worked out from, the prompt it begins with.

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from molora.disk.fingerprint import base_fingerprint, compare
 from molora.errors import AdapterError
-from molora.store.fingerprint import base_fingerprint, compare
 from tests.zoo import ARCHITECTURES, base_model, molora_model
 
 

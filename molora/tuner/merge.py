@@ -124,8 +124,8 @@ def _of_gate(
     layer: MoLoraLayer, adapter: str, task_id: int | None, visible: tuple[int, ...] | None
 ) -> Tensor:
     """What a gate that reads nothing, or a task only, decides in eval mode, (splits, expert)."""
-    from molora.context import RoutingState, TaskIds
-    from molora.gates.route import route
+    from molora.calls.call import RoutingState, TaskIds
+    from molora.calls.decide import route
 
     gate, task_map = (
         layer.gate_of(adapter),

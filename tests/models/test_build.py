@@ -13,8 +13,8 @@ from transformers import AutoTokenizer
 
 from molora.config import BaseConfig, load_recipe
 from molora.errors import AdapterError, ConfigError
-from molora.training import build
-from molora.training.build import build_model, load_base, load_trained
+from molora.models import build
+from molora.models.build import build_model, load_base, load_trained
 from molora.training.train import train
 from tests.training.runs import recipe_for
 

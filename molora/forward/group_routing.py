@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from molora.context import RoutingState, base_only
+from molora.calls.call import RoutingState, base_only
+from molora.calls.decide import decided, experts_in_use, route
+from molora.calls.task_map import TaskMap
 from molora.errors import RoutingError
 from molora.gates.gate import Gate, Routing
 from molora.gates.pooling import pool
-from molora.gates.route import decided, experts_in_use, route
-from molora.task_map import TaskMap
 
 if TYPE_CHECKING:
-    from molora.tuner.inputs import Plan
+    from molora.forward.input_group import Plan
     from molora.tuner.layer import MoLoraLayer
 
 _READ_X = ("similarity",)  # losses that look at what the gate read

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from molora.context import RoutingState, TaskIds, spread
+from molora.calls.call import RoutingState, TaskIds, spread
+from molora.calls.task_map import TaskMap
 from molora.errors import RoutingError
 from molora.gates.gate import Gate, Routing
 from molora.gates.pooling import pool
-from molora.task_map import TaskMap
 
 
 def experts_in_use(

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.context import CheckpointWithRouting, RoutingContext, RoutingRequest, RoutingState
-from molora.tuner.aux import aux_losses_of, balance_experts, weighted_sum
-from molora.tuner.calls import attach, named_inputs, read_inputs
+from molora.calls.call import CheckpointWithRouting, RoutingContext, RoutingRequest, RoutingState
+from molora.calls.prompt import attach, named_inputs, read_inputs
+from molora.forward.auxiliary import aux_losses_of, balance_experts, weighted_sum
+from molora.forward.first_pass import first_pass, off, remember
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.two_pass import first_pass, off, remember
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 

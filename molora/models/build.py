@@ -26,13 +26,13 @@ from transformers import (
 from molora.assets import tiny_path
 from molora.config import BaseConfig, RunConfig, TrainConfig
 from molora.data.tasks import TaskSet, distinct_labels
+from molora.disk.card import WEIGHTS_FILE
 from molora.errors import AdapterError, ConfigError, MoLoraError
+from molora.models.label_match import LabelMatcher, match_labels
 from molora.store.adapter import load, read_config
 from molora.store.compose import compose
-from molora.store.describe import WEIGHTS_FILE
 from molora.store.runs import Run
 from molora.training.features import load_features
-from molora.training.label_match import LabelMatcher, match_labels
 from molora.tuner.config import MoLoraConfig
 
 TINY = "molora/tiny"

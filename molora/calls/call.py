@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from molora.calls.task_map import BASE_ONLY, TaskMap, TaskRef
 from molora.errors import ConfigError, RoutingError
-from molora.task_map import BASE_ONLY, TaskMap, TaskRef
 
 TaskIdsLike = TaskRef | Sequence[TaskRef | Sequence[TaskRef]] | Tensor
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.context import spread
-from molora.task_map import BASE_ONLY, TaskMap
+from molora.calls.call import spread
+from molora.calls.task_map import BASE_ONLY, TaskMap
 
 
 @dataclass

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.context import RoutingContext, RoutingState
+from molora.calls.call import RoutingContext, RoutingState
+from molora.calls.prompt import named_inputs, past_length
+from molora.calls.task_map import BASE_ONLY
 from molora.errors import RoutingError
-from molora.task_map import BASE_ONLY
-from molora.tuner.calls import named_inputs, past_length
 from molora.tuner.layer import MoLoraLayer
 
 _BASE = "_molora_base"  # attribute of a key-value cache: the base's own

@@ -1,0 +1,1 @@
+"""Folders that are whole or absent: atomic replacement, manifests, fingerprints, cards."""

@@ -1,0 +1,1 @@
+"""What one forward pass does: the layers' experts, gates and losses at work."""

@@ -1,0 +1,1 @@
+"""Base models: loading, quantisation, heads."""
