@@ -12,11 +12,11 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "molora"
 
 LAYERS: dict[str, int] = {
-    **dict.fromkeys(("errors", "config"), 0),
-    **dict.fromkeys(("task_map", "context", "statistics", "losses", "experts", "gates"), 1),
-    **dict.fromkeys(("tuner", "store"), 2),
+    **dict.fromkeys(("errors", "config", "registry"), 0),
+    **dict.fromkeys(("calls", "losses", "experts", "gates"), 1),
+    **dict.fromkeys(("disk", "forward", "tuner", "store"), 2),
     **dict.fromkeys(("data", "evaluation", "report"), 3),
-    **dict.fromkeys(("assets", "training", "hf"), 4),
+    **dict.fromkeys(("assets", "models", "training", "hf"), 4),
     "continual": 5,
     "cli": 6,
 }
