@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import torch
 from torch import Tensor
 
-from molora.calls.call import RoutingState, TaskIds, spread
+from molora.calls.call import Call
+from molora.calls.task_ids import TaskIds, spread
 from molora.calls.task_map import TaskMap
 from molora.errors import RoutingError
 from molora.gates.gate import Gate, Routing
@@ -13,16 +16,16 @@ from molora.gates.pooling import pool
 
 
 def experts_in_use(
-    task_map: TaskMap, tasks: TaskIds | None, state: RoutingState, *, scope: str, learned: bool
+    task_map: TaskMap, tasks: TaskIds | None, call: Call, *, scope: str, learned: bool
 ) -> tuple[int, ...] | None:
     """The experts a whole batch is limited to, so that only they are computed; None: any of them.
 
     Raises:
         RoutingError: a task gate, or `by="task"`, without task ids.
     """
-    if state.experts is not None:
-        return tuple(i for i, name in enumerate(task_map.experts) if name in state.experts)
-    own_only = state.by_task or scope == "task"
+    if call.experts is not None:
+        return tuple(i for i, name in enumerate(task_map.experts) if name in call.experts)
+    own_only = call.by_task or scope == "task"
     if tasks is None:
         if own_only:
             _refuse_without_ids(task_map, scope)
@@ -33,17 +36,15 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=own_only)
 
 
-def decided(
-    task_map: TaskMap, state: RoutingState, experts: tuple[int, ...] | None, *, alone_is_one: bool
-) -> bool:
+def decided(task_map: TaskMap, call: Call, experts: tuple[int, ...] | None, *, alone_is_one: bool) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
     With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
     """
-    if state.experts is not None:
+    if call.experts is not None:
         return True
     alone = alone_is_one and experts is not None and len(experts) == 1 and not task_map.always
-    return alone and not torch.is_grad_enabled() and not state.recording
+    return alone and not torch.is_grad_enabled() and not call.recording
 
 
 def route(
@@ -51,7 +52,7 @@ def route(
     gate: Gate | None,
     task_map: TaskMap,
     tasks: TaskIds | None,
-    state: RoutingState,
+    call: Call,
     experts: tuple[int, ...] | None,
     *,
     products: Tensor | None = None,
@@ -66,47 +67,45 @@ def route(
         gate: the learned gate; None where the task ids decide.
         task_map: the layer's tasks and experts.
         tasks: the batch's task ids, if given.
-        state: the current forward's.
+        call: the current forward's.
         experts: what `experts_in_use` said.
         products: (tokens, expert) of x and the gate's rows, where they are known already.
         stream: whose tokens x holds.
         by_sample: give the weights of task ids one row per sample, not per token.
         beside: (batch, expert) logits of the gate that is blended in.
     """
-    if state.experts is not None:
+    if call.experts is not None:
         assert experts is not None
-        weights = tuple(float(state.experts[task_map.experts[i]]) for i in experts)
+        weights = tuple(float(call.experts[task_map.experts[i]]) for i in experts)
         return Routing(task_map.row(weights, x), experts)
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts, by_sample=by_sample)
-    if experts is not None and decided(task_map, state, experts, alone_is_one=gate.settings.alone_is_one):
+    if experts is not None and decided(task_map, call, experts, alone_is_one=gate.settings.alone_is_one):
         return Routing(task_map.row((1.0,), x), experts)
-    read = gate_input(x, gate, tasks, state, stream)
+    read = gate_input(x, gate, tasks, call, stream)
     allowed = None
-    own_only = state.by_task or gate.settings.scope == "task"
+    own_only = call.by_task or gate.settings.scope == "task"
     if tasks is not None and experts is None and (own_only or task_map.isolated):
         rows = None if gate.settings.scope == "constant" else len(read)
         allowed = _allowed(task_map, tasks, x.shape[:-1], x.device, rows, own_only=own_only)
     beside = None if beside is None else spread(beside, x.shape[:-1])
-    options = {"products": products, "balance": state.balances.get(id(gate)), "beside": beside}
+    options = {"products": products, "balance": call.balances.get(id(gate)), "beside": beside}
     if task_map.always:
         return _with_always(gate, task_map, read, experts, allowed, options)
     return _gated(gate, read, experts, allowed, options)
 
 
-def gate_input(
-    x: Tensor, gate: Gate, tasks: TaskIds | None, state: RoutingState, stream: str = "decoder"
-) -> Tensor:
+def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream: str = "decoder") -> Tensor:
     """What a gate reads, by its scope: (tokens or samples, d)."""
     settings, lead = gate.settings, x.shape[:-1]
     if settings.scope == "sequence":
-        return pool(x, state.pooled(stream, lead), settings.pool)
+        return pool(x, call.pooled(stream, lead), settings.pool)
     if settings.scope == "task":
         assert gate.tasks is not None and tasks is not None  # experts_in_use refused their absence
         return tasks.shares(gate.tasks.num_experts, x.device)
     if settings.scope in ("external", "two_pass"):
-        read = state.read(stream, settings.scope, lead).to(x.device)
+        read = call.read(stream, settings.scope, lead).to(x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return read.to(dtype)
     return x.reshape(-1, x.shape[-1])
@@ -130,10 +129,7 @@ def _allowed(
         several = tasks.several.to(device)
         rows = (several[:, : len(table)] @ table.float() > 0) | ~several.any(dim=1, keepdim=True)
     else:
-        tokens = 1
-        for size in lead:
-            tokens *= size
-        by_token = read == tokens and read != len(tasks.ids)
+        by_token = read == prod(lead) and read != len(tasks.ids)
         ids = (tasks.expand(lead) if by_token else tasks.ids.reshape(-1)).to(device)
         rows = table[ids.clamp(min=0)] | (ids < 0).unsqueeze(-1)
     if read is None or len(rows) in (1, read):

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.calls.call import RoutingContext, RoutingRequest, RoutingState
+from molora.calls.call import Call, PromptMemory
+from molora.calls.context import RoutingContext
+from molora.calls.request import RoutingRequest
 from molora.errors import RoutingError
 
-# Attributes of a key-value cache: what was decided on, and worked out from, the prompt it begins with.
-_KEPT, _FEATURES = "_molora_prompt", "_molora_features"
+_MEMORY = "_molora_prompt"  # attribute of a key-value cache: the PromptMemory of the prompt it begins with
 
 
 def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -24,36 +26,38 @@ def named_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, 
     return {**dict(zip(inspect.signature(module.forward).parameters, args, strict=False)), **kwargs}
 
 
-def read_inputs(
+def with_inputs(
     context: RoutingContext,
-    state: RoutingState,
+    call: Call,
     request: RoutingRequest,
     module: nn.Module,
     inputs: Mapping[str, Any],
-) -> None:
-    """Note in the state what the gates and losses of this call may need."""
-    state.masks = _masks(module, inputs)
-    labels = inputs.get("labels")
-    if isinstance(labels, Tensor) and labels.dim() == 2:
-        state.targets = labels != -100
+) -> Call:
+    """The call with all that its gates and losses may need of the model's inputs."""
+    masks, labels = _masks(module, inputs), inputs.get("labels")
+    targets = labels != -100 if isinstance(labels, Tensor) and labels.dim() == 2 else None
+    call = replace(call, masks=masks, targets=targets)
     gates = [context.adapters[a].config.gate for a in context.active]
     scopes = {gate.scope for gate in gates} | {gate.blend for gate in gates}
-    wanted = context.source is not None and "external" in scopes and "external" not in state.features
+    wanted = context.source is not None and "external" in scopes and "external" not in call.features
     if "sequence" not in scopes and not wanted:
-        return
+        return call
     cache = inputs.get("past_key_values")
     if past_length(cache) > 0:
-        state.kept = getattr(cache, _KEPT, {})
-        if wanted and hasattr(cache, _FEATURES):
-            state.features["external"] = getattr(cache, _FEATURES)
-        return
-    state.keep = {}
-    state.prompt = _prompt(module, state, request, inputs)
-    if wanted:
-        state.features["external"] = state.worked_out = _work_out(context, state, inputs)
+        memory: PromptMemory = getattr(cache, _MEMORY, PromptMemory())
+        call = replace(call, continued=memory)
+        if not wanted or memory.features is None:
+            return call
+        return replace(call, features={**call.features, "external": memory.features})
+    begun = PromptMemory()
+    call = replace(call, begun=begun, prompt=_prompt(module, call, request, inputs))
+    if not wanted:
+        return call
+    begun.features = _work_out(context, call, inputs)
+    return replace(call, features={**call.features, "external": begun.features})
 
 
-def _work_out(context: RoutingContext, state: RoutingState, inputs: Mapping[str, Any]) -> Tensor:
+def _work_out(context: RoutingContext, call: Call, inputs: Mapping[str, Any]) -> Tensor:
     """Features (batch, feature) of each sample's prompt, from the source that was set."""
     tokens = inputs.get("input_ids")
     if tokens is None or "decoder_input_ids" in inputs:
@@ -61,23 +65,23 @@ def _work_out(context: RoutingContext, state: RoutingState, inputs: Mapping[str,
             "the feature source reads the prompt's tokens, which this call does not give.",
             hint="pass routing_features=..., or call a decoder-only model or an encoder with input_ids.",
         )
-    mask = state.prompt if state.prompt is not None else state.masks.get("decoder")
+    mask = call.prompt if call.prompt is not None else call.masks.get("decoder")
     kept = torch.ones_like(tokens, dtype=torch.bool) if mask is None else mask.bool()
     prompts = [row[keep].tolist() for row, keep in zip(tokens, kept, strict=True)]
+    assert context.source is not None
     return context.source(prompts).to(tokens.device)
 
 
-def attach(state: RoutingState, kwargs: Mapping[str, Any], output: Any) -> None:
+def attach(call: Call, kwargs: Mapping[str, Any], output: Any) -> None:
     """Let the call's cache remember what the gates decided on its prompt."""
-    if not state.keep and state.worked_out is None:
+    begun = call.begun
+    if begun is None or not (begun.routings or begun.logits or begun.features is not None):
         return
     cache = kwargs.get("past_key_values")
     if cache is None and hasattr(output, "get"):
         cache = output.get("past_key_values")
     if cache is not None and not isinstance(cache, tuple):
-        setattr(cache, _KEPT, state.keep)
-        if state.worked_out is not None:
-            setattr(cache, _FEATURES, state.worked_out)
+        setattr(cache, _MEMORY, begun)
 
 
 def past_length(cache: Any) -> int:
@@ -91,7 +95,7 @@ def is_causal(module: nn.Module) -> bool:
 
 
 def _prompt(
-    module: nn.Module, state: RoutingState, request: RoutingRequest, inputs: Mapping[str, Any]
+    module: nn.Module, call: Call, request: RoutingRequest, inputs: Mapping[str, Any]
 ) -> Tensor | None:
     """(batch, seq) true for the tokens of the decoder that gates of sequence scope may pool; None: its mask says.
 
@@ -106,9 +110,9 @@ def _prompt(
         return F.pad(given, (0, max(0, seen.shape[1] - given.shape[1]))) if grown else given  # type: ignore[union-attr]
     if not is_causal(module):
         return None
-    mask = state.masks.get("decoder")
-    if state.targets is not None:
-        targets = state.targets.int()
+    mask = call.masks.get("decoder")
+    if call.targets is not None:
+        targets = call.targets.int()
         if getattr(module.config, "is_encoder_decoder", False):  # position t predicts target t
             return targets.cumsum(dim=1) - targets == 0
         before = targets.cumsum(dim=1) == 0

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.calls.call import spread
+from molora.calls.task_ids import spread
 from molora.calls.task_map import BASE_ONLY, TaskMap
 
 

@@ -61,11 +61,11 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def note(key: str, layer: MoLoraLayer) -> Note:
-        stream = layer.sites[layer.active_adapters[0]].stream
+        stream = layer.mounts[layer.active_adapters[0]].stream
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
             x = args[0].detach()
-            kept = layer.context.state.mask(stream, x.shape[:-1])
+            kept = layer.context.call.mask(stream, x.shape[:-1])
             x = x.reshape(-1, x.shape[-1])
             x = (x if kept is None else x[kept]).double()
             found[key] = found.get(key, 0) + x.t() @ x

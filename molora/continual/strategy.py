@@ -129,6 +129,6 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBa
     """Name, layer and bank of every adapted linear with experts, under the one active adapter."""
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter in layer.active_adapters:
-            site = layer.sites.get(adapter)
+            site = layer.mounts.get(adapter)
             if site is not None and not site.plain:
-                yield site.key, layer, layer.molora_experts[adapter]
+                yield site.key, layer, site.bank

@@ -9,18 +9,17 @@ import torch
 from torch import Tensor, distributed
 
 from molora import losses
+from molora.calls.call import Place
+from molora.calls.record import GateRecord
 from molora.config.choices import AUX_LOSSES
 from molora.config.loss_rules import WITHOUT_GATE
 from molora.config.names import check_name
 from molora.errors import ConfigError
 from molora.experts.bank import ExpertBank
 from molora.forward.gate_view import GateView
-from molora.forward.group_routing import GateRecord
-from molora.gates.gate import Gate
-from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import MoLoraLayer
-from molora.tuner.placement import frozen_rows_at
+from molora.forward.mount import Mount
 
+Sample = tuple[Tensor, Tensor]  # (n, d_in) tokens of a layer, and the expert (n,) each went to
 GateLoss = Callable[[GateView, Mapping[str, Any]], Tensor]
 
 GATE_LOSSES: dict[str, GateLoss] = {
@@ -57,35 +56,27 @@ def register_loss(name: str, function: GateLoss, **settings: float) -> None:
 
 
 def aux_losses_of(
-    config: MoLoraConfig, adapter: str, layers: Sequence[MoLoraLayer], records: Sequence[GateRecord]
+    config: Any, mounts: Sequence[Mount], records: Sequence[GateRecord], samples: Mapping[Place, Sample]
 ) -> dict[str, Tensor]:
     """Unweighted value of every configured loss: per gate (or layer), then the mean over them."""
-    device = layers[0].weight.device
+    device = mounts[0].bank.B.device
     found: dict[str, Tensor] = {}
     for name in config.aux_losses:
         settings = config.aux_settings(name)
         with torch.autocast(device.type, enabled=False):
             if name == "contrastive":
-                values = _contrastive(adapter, layers, settings)
+                taken = [(mount.bank, samples[mount.place]) for mount in mounts if mount.place in samples]
+                values = [_contrastive(bank, *sample, settings["temperature"]) for bank, sample in taken]
             elif name in WITHOUT_GATE:
-                values = _of_experts(name, adapter, layers, settings)
+                values = _of_experts(name, [mount.bank for mount in mounts if not mount.plain], settings)
             else:
                 views = [GateView(record, config, settings["mask"]) for record in records]
                 values = [GATE_LOSSES[name](view, settings) for view in views if view.learned]
         found[name] = torch.stack(values).mean() if values else torch.zeros((), device=device)
-    for layer in layers:
-        layer.samples.pop(adapter, None)
     return found
 
 
-def _of_experts(
-    name: str, adapter: str, layers: Sequence[MoLoraLayer], settings: Mapping[str, Any]
-) -> list[Tensor]:
-    banks = [
-        layer.molora_experts[adapter]
-        for layer in layers
-        if adapter in layer.molora_experts and not layer.sites[adapter].plain
-    ]
+def _of_experts(name: str, banks: Sequence[ExpertBank], settings: Mapping[str, Any]) -> list[Tensor]:
     if name == "orthogonal":
         return [_overlap(bank, settings["norm"]) for bank in banks]
     return [_alike(bank, settings["factor"]) for bank in banks]
@@ -105,67 +96,49 @@ def _alike(bank: ExpertBank, factor: str) -> Tensor:
     return torch.stack(values).mean() if values else bank.B.new_zeros((), dtype=torch.float32)
 
 
-def _contrastive(adapter: str, layers: Sequence[MoLoraLayer], settings: Mapping[str, Any]) -> list[Tensor]:
-    """Outputs of the experts that some tokens of each layer went to, told apart by expert."""
-    values = []
-    for layer in layers:
-        sample = layer.samples.get(adapter)
-        if sample is None:
-            continue
-        bank: ExpertBank = layer.molora_experts[adapter]
-        x, chosen = sample
-        outputs = []
-        for e, expert in enumerate(bank.experts()):
-            rows = x[chosen == e].to(torch.promote_types(x.dtype, torch.float32))
-            outputs.append(rows @ expert.A.to(rows.dtype).t() @ expert.B.to(rows.dtype).t())
-        order = torch.cat([torch.full((len(o),), e, device=x.device) for e, o in enumerate(outputs)])
-        values.append(losses.contrastive(torch.cat(outputs), order, settings["temperature"]))
-    return values
+def _contrastive(bank: ExpertBank, x: Tensor, chosen: Tensor, temperature: float) -> Tensor:
+    """Outputs of the experts that some tokens x (n, d_in) of a layer went to, told apart by expert (n,)."""
+    outputs = []
+    for e, expert in enumerate(bank.experts()):
+        rows = x[chosen == e].to(torch.promote_types(x.dtype, torch.float32))
+        outputs.append(rows @ expert.A.to(rows.dtype).t() @ expert.B.to(rows.dtype).t())
+    order = torch.cat([torch.full((len(o),), e, device=x.device) for e, o in enumerate(outputs)])
+    return losses.contrastive(torch.cat(outputs), order, temperature)
 
 
 @torch.no_grad()
-def balance_experts(
-    config: MoLoraConfig,
-    adapter: str,
-    layers: Sequence[MoLoraLayer],
-    records: Sequence[tuple[str, GateRecord]],
-) -> None:
+def balance_experts(mounts: Sequence[Mount], records: Sequence[tuple[str, GateRecord]]) -> None:
     """Move the balance of every gate by what it just did; processes of a group move theirs alike.
 
     Experts with frozen gate rows keep theirs: who serves old tasks must not change.
     """
-    gates = {
-        layer.sites[adapter].key: layer.molora_gate[adapter]
-        for layer in layers
-        if adapter in layer.molora_gate
-    }
-    counted = [
-        (gates[key], _missing(record, gates[key], frozen_rows_at(config, key))) for key, record in records
-    ]
+    owners = {mount.key: mount for mount in mounts if mount.gate is not None}
+    counted = [(owners[key].gate, _shortfall(record, owners[key])) for key, record in records]
     if counted and distributed.is_available() and distributed.is_initialized():
-        together = torch.cat([missing for _, missing in counted])
+        together = torch.cat([shortfall for _, shortfall in counted])
         distributed.all_reduce(together)
         together /= distributed.get_world_size()
-        sizes = [len(missing) for _, missing in counted]
+        sizes = [len(shortfall) for _, shortfall in counted]
         counted = [(g, part) for (g, _), part in zip(counted, together.split(sizes), strict=True)]
-    for gate, missing in counted:
-        gate.move_balance(missing)
+    for gate, shortfall in counted:
+        assert gate is not None
+        gate.move_balance(shortfall)
 
 
-def _missing(record: GateRecord, gate: Gate, frozen: Sequence[bool]) -> Tensor:
-    """What each of all experts (expert,) lacks of an even share; 0 for frozen ones and those the batch could not use."""
+def _shortfall(record: GateRecord, mount: Mount) -> Tensor:
+    """Shortfall of each expert (expert,) from an even share; 0 for frozen ones and those the batch could not use."""
     selected = record.routing.selected.float()
     mask = record.mask if record.mask is not None and len(record.mask) == len(selected) else None
     share = losses.masked_mean(selected, mask)
-    assert gate.balance is not None
-    missing = share.new_zeros(len(gate.balance))
-    missing[list(record.columns)] = 1 / len(share) - share
-    if any(frozen):
-        missing[torch.tensor(frozen, device=missing.device)] = 0
-    return missing
+    assert mount.gate is not None and mount.gate.balance is not None
+    shortfall = share.new_zeros(len(mount.gate.balance))
+    shortfall[list(record.columns)] = 1 / len(share) - share
+    if any(mount.frozen_rows):
+        shortfall[torch.tensor(mount.frozen_rows, device=shortfall.device)] = 0
+    return shortfall
 
 
-def weighted_sum(config: MoLoraConfig, values: dict[str, Tensor]) -> Tensor | None:
+def weighted_sum(config: Any, values: dict[str, Tensor]) -> Tensor | None:
     """Σ coefficient · value, or None where there is no loss."""
     terms = [config.aux_coefficient(name) * value for name, value in values.items()]
     return torch.stack(terms).sum() if terms else None

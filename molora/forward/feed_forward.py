@@ -11,33 +11,20 @@ Reference: MixLoRA, arXiv:2404.15159.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
 
-from molora.calls.call import base_only, spread
+from molora.calls.call import Call, Slots
+from molora.calls.task_ids import spread
 from molora.errors import ConfigError, RoutingError
 from molora.experts.kernel import expand, shrink
-from molora.forward.group_routing import experts_of, routing_of
-
-if TYPE_CHECKING:
-    from molora.tuner.layer import MoLoraLayer
+from molora.forward.group_routing import routing_alone
+from molora.forward.mount import Mount
 
 
-@dataclass
-class Slots:
-    """What the first linear of a feed-forward decided for all of them."""
-
-    weights: Tensor  # (tokens, slot), rows sum to 1
-    chosen: Tensor  # (slot * tokens, expert) one-hot; a zero row is the frozen feed-forward
-    experts: tuple[int, ...] | None  # what the columns stand for
-    lead: tuple[int, ...]  # (batch, ...) of the block's input
-
-
-def mix(layer: MoLoraLayer, adapter: str, x: Tensor, y: Tensor) -> Tensor:
+def mix(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
     """One linear of a mixed feed-forward: x (batch, ..., d_in) and its frozen output y (batch, ..., d_out).
 
     Returns:
@@ -46,53 +33,59 @@ def mix(layer: MoLoraLayer, adapter: str, x: Tensor, y: Tensor) -> Tensor:
     Raises:
         RoutingError: the last linear is not called with what the first ones returned.
     """
-    site, led = layer.sites[adapter], layer.context.state.led
-    name = f"{adapter} {site.feed_forward}"
-    if site.leaves:
-        return _leave(layer, adapter, x, y, led.get(name))
-    slots = _slots(layer, adapter, x)
-    led[name] = slots
-    bank = layer.molora_experts[adapter]
-    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
-    h = h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
+    assert mount.feed_forward is not None
+    place = mount.adapter, mount.feed_forward
+    if mount.leaves:
+        return _leave(mount, x, y, call.cache.slots.get(place))
+    slots = call.cache.slots[place] = _slots(mount, call, x)
     count = slots.weights.shape[1]
     copies = y.repeat(count, *[1] * (y.dim() - 1))
-    return expand(
-        copies,
-        h.repeat(count, 1),
-        slots.chosen,
-        bank.expansion(slots.experts, x),
-        bank.stacks("B", slots.experts),
-    )
+    return _add(mount, _shrunk(mount, x, slots).repeat(count, 1), copies, slots)
 
 
-def check_feed_forwards(layers: list[MoLoraLayer], adapter: str) -> None:
+def check_feed_forwards(mounts: list[Mount]) -> None:
     """Raise ConfigError where a feed-forward has one linear only, which nothing lies behind."""
-    for layer in layers:
-        site = layer.sites.get(adapter)
-        if site is not None and site.leaves and site.group[0] is layer:
+    for mount in mounts:
+        if mount.leaves and mount.leader is mount:
             raise ConfigError(
-                f"ffn_targets: {site.key} is alone in its block; a feed-forward has at least two linears.",
+                f"ffn_targets: {mount.key} is alone in its block; a feed-forward has at least two linears.",
                 hint="name all linears of the feed-forward, such as gate_proj, up_proj and down_proj.",
             )
 
 
-def _slots(layer: MoLoraLayer, adapter: str, x: Tensor) -> Slots:
+def refuse_beside_others(mounts: list[Mount]) -> None:
+    """Raise ConfigError where a mixed feed-forward is one of several adapters at a layer."""
+    if any(mount.feed_forward is not None for mount in mounts):
+        raise ConfigError(
+            "a mixture over whole feed-forwards cannot be added to another adapter's; activate one of them."
+        )
+
+
+def _shrunk(mount: Mount, x: Tensor, slots: Slots) -> Tensor:
+    """`A x` of the experts in use, (tokens, rank)."""
+    bank = mount.bank
+    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
+    return h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
+
+
+def _add(mount: Mount, h: Tensor, y: Tensor, slots: Slots) -> Tensor:
+    """y plus, for every copy of a token, the output of its slot's expert."""
+    bank = mount.bank
+    return expand(y, h, slots.chosen, bank.expansion(slots.experts, y), bank.stacks("B", slots.experts))
+
+
+def _slots(mount: Mount, call: Call, x: Tensor) -> Slots:
     """The experts of each token, one per slot, with weights that sum to 1."""
-    context, lead = layer.context, x.shape[:-1]
-    gate, tasks = context.adapters[adapter].config.gate, context.state.tasks.get(adapter)
-    experts = experts_of(layer, adapter)
-    routing = routing_of(layer, adapter, x, experts)
+    lead, tasks, experts = x.shape[:-1], mount.tasks(call), mount.experts(call)
+    routing = routing_alone(mount, call, x, experts)
     weights = spread(routing.weights, lead).expand(math.prod(lead), -1)
-    if tasks is not None and tasks.single is None and tasks.has_base:
-        weights = weights * base_only(tasks.expand(lead).to(x.device))
-    columns = weights.shape[1]
-    chosen_by_gate = routing.logits is not None
-    count = columns
-    if chosen_by_gate and gate.select in ("top_k", "hard"):
+    if tasks is not None and tasks.some_base:
+        weights = weights * tasks.asked(lead, x.device)
+    columns = count = weights.shape[1]
+    select, gate = mount.config.gate.select, mount.leader.gate
+    if routing.logits is not None and gate is not None and select in ("top_k", "hard"):
         always = 0 if routing.gated is None else columns - routing.gated.shape[1]
-        best = 1 if gate.select == "hard" else layer.gate_of(adapter).top_k  # type: ignore[union-attr]
-        count = min(columns, best + always)
+        count = min(columns, (1 if select == "hard" else gate.top_k) + always)
     values, index = weights.topk(count, dim=-1)
     total = weights.sum(dim=-1, keepdim=True)
     nobody = total == 0  # asked for the base only, or no expert passed the threshold: the frozen block
@@ -103,17 +96,13 @@ def _slots(layer: MoLoraLayer, adapter: str, x: Tensor) -> Slots:
     )
 
 
-def _leave(layer: MoLoraLayer, adapter: str, x: Tensor, y: Tensor, slots: Slots | None) -> Tensor:
-    key = layer.sites[adapter].key
+def _leave(mount: Mount, x: Tensor, y: Tensor, slots: Slots | None) -> Tensor:
     if slots is None or math.prod(x.shape[:-1]) != len(slots.chosen):
         raise RoutingError(
-            f"{key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
+            f"{mount.key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
             hint="call the model as a whole; name only linears of one feed-forward block in ffn_targets.",
         )
-    bank = layer.molora_experts[adapter]
-    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
-    h = h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
-    y = expand(y, h, slots.chosen, bank.expansion(slots.experts, x), bank.stacks("B", slots.experts))
+    y = _add(mount, _shrunk(mount, x, slots), y, slots)
     by_slot = rearrange(
         y.reshape(-1, y.shape[-1]), "(slot tokens) d_out -> slot tokens d_out", slot=slots.weights.shape[1]
     )

@@ -11,45 +11,42 @@ import copy
 import functools
 import inspect
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.calls.call import RoutingContext, RoutingState
+from molora.calls.call import Call, CallCache
+from molora.calls.context import RoutingContext
 from molora.calls.prompt import named_inputs, past_length
-from molora.calls.task_map import BASE_ONLY
 from molora.errors import RoutingError
-from molora.tuner.layer import MoLoraLayer
+from molora.forward.mount import MountPoint
 
 _BASE = "_molora_base"  # attribute of a key-value cache: the base's own
 _FOLLOWED = ("reorder_cache", "batch_repeat_interleave", "batch_select_indices", "crop", "reset")
 
 
-def off(layers: Sequence[tuple[str, MoLoraLayer]]) -> bool:
+def off(points: Sequence[MountPoint]) -> bool:
     """Whether the experts take no part in the call: disabled, or merged."""
-    return not layers or layers[0][1].disable_adapters or layers[0][1].merged
+    return not points or points[0].disable_adapters or points[0].merged
 
 
 def first_pass(
-    context: RoutingContext, state: RoutingState, module: nn.Module, args: Any, kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]]:
-    """Run the base alone, note its last hidden states by stream, and return the call's arguments by name."""
-    if all(a in state.tasks and state.tasks[a].single == BASE_ONLY for a in context.active):
-        return args, kwargs
+    context: RoutingContext, call: Call, module: nn.Module, args: Any, kwargs: dict[str, Any]
+) -> tuple[Call, Any, dict[str, Any]]:
+    """Run the base alone; the call with its last hidden states by stream, and the model's arguments by name."""
+    if all(a in call.tasks and call.tasks[a].all_base for a in context.active):
+        return call, args, kwargs
     kwargs = named_inputs(module, args, kwargs)
-    call = dict(kwargs)
-    call["past_key_values"] = state.base_cache = _base_cache(call.get("past_key_values"))
-    state.first_pass = True
-    try:
-        with torch.no_grad():
-            features, cache = _run(context, module, call)
-    finally:
-        state.first_pass = False
-        state.shared.clear()
-    state.features.update(features)
-    state.base_cache = state.base_cache if state.base_cache is not None else cache
-    return (), kwargs
+    inputs = dict(kwargs)
+    inputs["past_key_values"] = base_cache = _base_cache(inputs.get("past_key_values"))
+    alone = replace(call, first_pass=True, owner=module, cache=CallCache())
+    with torch.no_grad(), context.use_call(alone):
+        features, cache = _run(context, module, inputs)
+    features = {**call.features, **features}
+    base_cache = base_cache if base_cache is not None else cache
+    return replace(call, features=features, base_cache=base_cache), (), kwargs
 
 
 def _run(context: RoutingContext, module: nn.Module, call: dict[str, Any]) -> tuple[dict[str, Tensor], Any]:
@@ -91,16 +88,16 @@ def _run_both(
     return {"decoder": output[0], "encoder": encoded}, output.get("past_key_values")
 
 
-def remember(context: RoutingContext, state: RoutingState, kwargs: dict[str, Any], output: Any) -> None:
+def remember(context: RoutingContext, call: Call, kwargs: dict[str, Any], output: Any) -> None:
     """Tie the base's cache to the call's own, and a lone encoder's base encoding to its output."""
-    if not hasattr(output, "get"):
+    if (call.base_cache is None and "encoder" not in call.features) or not hasattr(output, "get"):
         return
     cache = kwargs.get("past_key_values")
     cache = cache if cache is not None else output.get("past_key_values")
-    if cache is not None and state.base_cache is not None and not hasattr(cache, _BASE):
-        _tie(cache, state.base_cache)
-    if "encoder" in state.features and output.get("last_hidden_state") is not None:
-        context.encoded = (output.last_hidden_state, state.features["encoder"], None)
+    if cache is not None and call.base_cache is not None and not hasattr(cache, _BASE):
+        _tie(cache, call.base_cache)
+    if "encoder" in call.features and output.get("last_hidden_state") is not None:
+        context.here.encoded = (output.last_hidden_state, call.features["encoder"], None)
 
 
 def _base_cache(cache: Any) -> Any:
@@ -139,8 +136,8 @@ def _tie(cache: Any, base: Any) -> None:
 
 def _base_encoding(context: RoutingContext, given: Tensor) -> Tensor:
     """The base's encoding of what the encoder encoded with experts last, repeated as that was for beams."""
-    if context.encoded is not None:
-        adapted, base, seen = context.encoded
+    if context.here.encoded is not None:
+        adapted, base, seen = context.here.encoded
         if given is seen:
             return base
         repeats, rest = divmod(len(given), len(adapted))
@@ -148,7 +145,7 @@ def _base_encoding(context: RoutingContext, given: Tensor) -> Tensor:
             repeated = adapted if given is adapted else adapted.repeat_interleave(repeats, dim=0)
             if torch.equal(repeated, given):
                 base = base.repeat_interleave(repeats, dim=0)
-                context.encoded = (given, base, given)
+                context.here.encoded = (given, base, given)
                 return base
     raise RoutingError(
         "a two-pass gate needs the base's encoding of encoder_outputs, which is known only right after the encoder ran.",

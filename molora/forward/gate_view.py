@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.calls.call import spread
-from molora.forward.group_routing import GateRecord
-from molora.tuner.config import MoLoraConfig
+from molora.calls.record import GateRecord
+from molora.calls.task_ids import spread
 
 
 class GateView:
@@ -28,7 +27,7 @@ class GateView:
         top_k, noise_std: settings.
     """
 
-    def __init__(self, record: GateRecord, config: MoLoraConfig, mask: str = "padding") -> None:
+    def __init__(self, record: GateRecord, config: Any, mask: str = "padding") -> None:
         routing = record.routing
         self._record = record
         self.learned = routing.logits is not None

@@ -1,140 +1,85 @@
-"""InputGroup: the linears that read one input. One GEMM gives all of their `A x`, in one pass over x."""
+"""The linears that read one input compute together: one GEMM gives all of their `A x`, in one pass over x."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from molora.calls.call import TaskIds, base_only, spread
+from molora.calls.call import Call, Projection
 from molora.calls.decide import decided
-from molora.experts.bank import ExpertBank
-from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
-from molora.forward.group_routing import experts_of, recorded, task_map_of
-from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
-
-if TYPE_CHECKING:
-    from molora.tuner.layer import MoLoraLayer
-
-_PLAIN = "plain"  # the slot of ordinary LoRAs, whose weight is 1
+from molora.calls.task_ids import spread
+from molora.experts.factor_mix import add_mixed
+from molora.experts.kernel import expand, joined, linear_dtype, scores, shrink, weigh
+from molora.forward.feed_forward import mix
+from molora.forward.group_routing import routing_of, sample_routing
+from molora.forward.mount import PLAIN, Mount, Operands, Plan
+from molora.forward.samples import note_sample
 
 
-@dataclass
-class Operands:
-    """What a plan multiplies by, for the experts in use."""
+def add_experts(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
+    """Add one adapter's mixture at one layer to the base layer's output.
 
-    A: list[Tensor]  # stacks (rank, d_in), those of the members below each other
-    tiles: list[tuple[int, int]] | None  # where some members share A: (columns of their product, copies)
-    widths: list[int]  # columns of h that belong to each member
-    B: dict[str, list[Tensor]]  # by site: stacks (rank, d_out)
-    expansions: dict[str, Tensor]  # by site: (expert, rank)
-    joint: Tensor | None  # without gradients: (expert, rank) from the weights of all gates to all columns
-
-
-@dataclass
-class Plan:
-    """The parts of the layers that compute together; looked up once, since modules are slow to search."""
-
-    keys: list[str]
-    stream: str  # whose tokens they read
-    banks: list[ExpertBank]
-    slots: list[str]  # per layer, whose weights it uses: the site that owns the gate
-    leaders: dict[str, MoLoraLayer]  # by slot
-    gates: dict[str, Gate | None]  # by slot
-    readers: dict[str, tuple[Gate, GateRows]]  # by slot: gates that read this input, and their rows
-    kept: tuple[Any, Operands] | None = None  # the operands of the last decoding step, and their stamp
-
-    @classmethod
-    def of(cls, members: Sequence[MoLoraLayer], adapter: str) -> Plan:
-        sites = [member.sites[adapter] for member in members]
-        slots = [_PLAIN if site.plain else site.group[0].sites[adapter].key for site in sites]
-        leaders = {slot: site.group[0] for slot, site in zip(slots, sites, strict=True) if not site.plain}
-        return cls(
-            keys=[site.key for site in sites],
-            stream=sites[0].stream,
-            banks=[member.molora_experts[adapter] for member in members],
-            slots=slots,
-            leaders=leaders,
-            gates={slot: leader.gate_of(adapter) for slot, leader in leaders.items()},
-            readers={
-                slot: (leader.molora_gate[adapter], leader.molora_gate[adapter].rows)
-                for slot, leader in leaders.items()
-                if leader.sites[adapter].reads_input
-                and (leader in members or not leader.sites[adapter].spreads)
-            },
-        )
-
-
-@dataclass
-class Projection:
-    """What a group computed from x. By site; each layer takes its h away."""
-
-    x: Tensor
-    h: dict[str, Tensor]  # (tokens, rank)
-    weights: dict[str, Tensor] | None  # (tokens, expert) or (1, expert); None: h is weighted already
-    operands: Operands
-
-
-@dataclass
-class InputGroup:
-    """One adapter's layers that read the same input, in the model's order.
-
-    Whichever is called first computes for all of them. A layer that is then called with another x computes for itself:
-    nothing is assumed of the attention code, and nothing in it is changed.
+    Args:
+        mount: the adapter at this layer.
+        call: the current one.
+        x: (batch, ..., d_in) the layer's input.
+        y: (batch, ..., d_out) the base layer's output; may be overwritten.
     """
+    tasks = mount.tasks(call)
+    if call.first_pass or (tasks is not None and tasks.all_base):
+        return y
+    if mount.names is not None and mount.experts(call) == ():  # a task none of whose experts is here
+        return y
+    if mount.feed_forward is not None:
+        return mix(mount, call, x, y)
+    if mount.factors:
+        experts = mount.experts(call)
+        routing = sample_routing(mount, call, x, experts)
+        return add_mixed(mount.bank, x, y, routing.weights, experts, routing.splits)
+    projections, key = call.cache.projections, mount.key
+    shared = projections.get(mount.adapter)
+    if shared is None or shared.x is not x or key not in shared.h:
+        # Computed already, but of another x: it does not read what the first one of its group reads.
+        differs = shared is not None and key in shared.h
+        # Outside a root forward nobody says when x or the Parameters changed: there each layer is alone.
+        plan = mount.inputs.plan(mount, alone=differs or call.owner is None)
+        shared = project(plan, mount, call, x)
+        if len(shared.h) > 1:
+            projections[mount.adapter] = shared
+    elif len(shared.h) == 1:  # nobody else waits for it
+        del projections[mount.adapter]
+    weights = None if shared.weights is None else shared.weights[key]
+    if call.recording and weights is not None and not mount.plain:
+        note_sample(mount, call, x, weights)
+    return expand(y, shared.h.pop(key), weights, shared.expansions[key], shared.B[key])
 
-    layers: list[MoLoraLayer] = field(default_factory=list)
-    plans: dict[str, Plan] = field(default_factory=dict)  # by first site; "" for the whole group
 
-    def plan(self, layer: MoLoraLayer, adapter: str, *, alone: bool) -> Plan:
-        """The plan of the whole group, or of one of its layers."""
-        members = [layer] if alone else self.layers
-        if torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
-            return Plan.of(members, adapter)
-        name = layer.sites[adapter].key if alone else ""
-        if name not in self.plans:
-            self.plans[name] = Plan.of(members, adapter)
-        return self.plans[name]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"layers": self.layers, "plans": {}}
-
-
-def project(layer: MoLoraLayer, adapter: str, x: Tensor, *, alone: bool) -> Projection:
-    """Compute h and the weights of a layer, and of the others of its group unless it is `alone`.
-
-    Outside a root forward nobody says when x or the Parameters changed: there each layer is alone.
-    """
-    context = layer.context
-    state, config = context.state, context.adapters[adapter].config
-    group = layer.sites[adapter].inputs
-    plan = group.plan(layer, adapter, alone=alone)
-    experts = experts_of(layer, adapter)
-    task_map = task_map_of(layer, adapter)
+def project(plan: Plan, mount: Mount, call: Call, x: Tensor) -> Projection:
+    """Compute h and the weights of all members of a plan; `mount` is the one that was called."""
+    experts = mount.experts(call)
     operands = _operands(plan, experts, x)
-    routed = decided(task_map, state, experts, alone_is_one=config.gate.alone_is_one)
-    h, products = _shrink(plan, x, operands, routed=routed, shares=_shares(plan, state.tasks.get(adapter), x))
-    weights = _weights(layer, plan, adapter, x, experts, products)
+    one = mount.config.gate.alone_is_one
+    routed = decided(mount.task_map, call, experts, alone_is_one=one)
+    h, products = _shrink(plan, x, operands, routed=routed, shares=_shares(plan, mount, call, x))
+    weights = _weights(plan, mount, call, x, experts, products)
+    keys = [member.key for member in plan.members]
     by_site = None
     if operands.joint is None:
-        by_site = {key: weights[slot] for key, slot in zip(plan.keys, plan.slots, strict=True)}
+        by_site = {key: weights[slot] for key, slot in zip(keys, plan.slots, strict=True)}
     else:  # without gradients the whole group is weighted at once
         h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
-    if len(plan.keys) == 1:
-        return Projection(x, {plan.keys[0]: h}, by_site, operands)
-    columns = h.split(operands.widths, dim=-1)
-    return Projection(x, dict(zip(plan.keys, columns, strict=True)), by_site, operands)
+    columns = (h,) if len(keys) == 1 else h.split(operands.widths, dim=-1)
+    return Projection(x, dict(zip(keys, columns, strict=True)), by_site, operands.B, operands.expansions)
 
 
-def _shares(plan: Plan, tasks: TaskIds | None, x: Tensor) -> Tensor | None:
+def _shares(plan: Plan, mount: Mount, call: Call, x: Tensor) -> Tensor | None:
     """Each sample's share of each task, (sample, task), where some members have a core for each task."""
-    if tasks is None or all(bank.cores is None for bank in plan.banks):
+    tasks = mount.tasks(call)
+    if tasks is None or all(member.bank.cores is None for member in plan.members):
         return None
-    size = next(bank.cores.num_experts for bank in plan.banks if bank.cores is not None)
+    size = next(m.bank.cores.num_experts for m in plan.members if m.bank.cores is not None)
     shares = tasks.shares(size, x.device)
     return shares if len(shares) == 1 else shares.repeat_interleave(x.shape[0] // len(shares), dim=0)
 
@@ -150,13 +95,15 @@ def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operand
     if x.shape[-2:-1] != (1,):
         plan.kept = None
         return _new_operands(plan, experts, x)
-    stamp = (experts, linear_dtype(x), x.device, *(mark for bank in plan.banks for mark in bank.stamp()))
-    if plan.kept is None or plan.kept[0] != stamp:
-        operands, dtype = _new_operands(plan, experts, x), linear_dtype(x)
+    dtype = linear_dtype(x)
+    stamp = (experts, dtype, x.device, *(mark for m in plan.members for mark in m.bank.stamp()))
+    kept = plan.kept  # read once: another thread may replace it
+    if kept is None or kept[0] != stamp:
+        operands = _new_operands(plan, experts, x)
         operands.A = [joined(operands.A, dtype)]
         operands.B = {key: [_for_one_row(joined(B, dtype))] for key, B in operands.B.items()}
-        plan.kept = stamp, operands
-    return plan.kept[1]
+        kept = plan.kept = stamp, operands
+    return kept[1]
 
 
 def _for_one_row(B: Tensor) -> Tensor:
@@ -165,22 +112,24 @@ def _for_one_row(B: Tensor) -> Tensor:
 
 
 def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
-    own = [None if slot == _PLAIN else experts for slot in plan.slots]
-    parts = [bank.stacks("A", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
+    banks = [member.bank for member in plan.members]
+    own = [None if slot == PLAIN else experts for slot in plan.slots]
+    parts = [bank.stacks("A", chosen) for bank, chosen in zip(banks, own, strict=True)]
     A = [stack for stacks in parts for stack in stacks]
     tiles = None
-    if any(bank.share_A for bank in plan.banks):
+    if any(bank.share_A for bank in banks):
         columns = [sum(len(stack) for stack in stacks) for stacks in parts]
-        copies = [bank.copies(chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
+        copies = [bank.copies(chosen) for bank, chosen in zip(banks, own, strict=True)]
         tiles = list(zip(columns, copies, strict=True))
-    B = [bank.stacks("B", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
-    expansions = [bank.expansion(chosen, x) for bank, chosen in zip(plan.banks, own, strict=True)]
+    keys = [member.key for member in plan.members]
+    B = [bank.stacks("B", chosen) for bank, chosen in zip(banks, own, strict=True)]
+    expansions = [bank.expansion(chosen, x) for bank, chosen in zip(banks, own, strict=True)]
     return Operands(
         A,
         tiles,
         [part.shape[1] for part in expansions],
-        dict(zip(plan.keys, B, strict=True)),
-        dict(zip(plan.keys, expansions, strict=True)),
+        dict(zip(keys, B, strict=True)),
+        dict(zip(keys, expansions, strict=True)),
         None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
     )
 
@@ -209,9 +158,10 @@ def _shrink(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
     A = operands.A
-    readers = {} if routed else {slot: rows for slot, (gate, rows) in plan.readers.items() if gate.scores_x}
+    scored = {} if routed else plan.readers
+    readers = {slot: rows for slot, (gate, rows) in scored.items() if rows is not None and gate.scores_x}
     blocks = [block for rows in readers.values() for block in rows.blocks]
-    bank = plan.banks[0]
+    bank = plan.members[0].bank
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
         products = scores(x, blocks) if blocks else None
@@ -220,10 +170,8 @@ def _shrink(
     if operands.tiles is not None:  # one A for all experts: its product stands once for each
         parts = list(h.split([columns for columns, _ in operands.tiles], dim=-1))
         if shares is not None:
-            parts = [
-                p if bank.cores is None else bank.cores(p, shares)
-                for p, bank in zip(parts, plan.banks, strict=True)
-            ]
+            cores = [member.bank.cores for member in plan.members]
+            parts = [p if c is None else c(p, shares) for p, c in zip(parts, cores, strict=True)]
         h = torch.cat([p.repeat(1, n) for p, (_, n) in zip(parts, operands.tiles, strict=True)], dim=-1)
     if products is None:
         return h, {}
@@ -233,27 +181,25 @@ def _shrink(
 
 
 def _weights(
-    layer: MoLoraLayer,
     plan: Plan,
-    adapter: str,
+    mount: Mount,
+    call: Call,
     x: Tensor,
     experts: tuple[int, ...] | None,
     products: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Expert weights by slot, (tokens, expert) or (1, expert); zero for tokens that ask for the base only."""
-    state = layer.context.state
-    tasks = state.tasks.get(adapter)
+    tasks, gate = mount.tasks(call), mount.config.gate
     found: dict[str, Tensor] = {}
-    gate = layer.context.adapters[adapter].config.gate
     by_token = gate.scope == "token" or not gate.learned
-    for key, slot in zip(plan.keys, plan.slots, strict=True):
-        if slot == _PLAIN:
-            found[slot] = task_map_of(layer, adapter).row((1.0,), x)
+    for member, slot in zip(plan.members, plan.slots, strict=True):
+        if slot == PLAIN:
+            found[slot] = mount.task_map.row((1.0,), x)
         elif slot not in found:
-            routing = recorded(layer, plan, key, adapter, x, experts, products.get(slot))
+            routing = routing_of(member, plan, call, x, experts, products.get(slot))
             # Comparing sizes would fix those of an exported model: not where rows are tokens anyway.
             found[slot] = routing.weights if by_token else spread(routing.weights, x.shape[:-1])
-    if tasks is not None and tasks.single is None and tasks.has_base:
-        asked = base_only(tasks.expand(x.shape[:-1]).to(x.device))
+    if tasks is not None and tasks.some_base:
+        asked = tasks.asked(x.shape[:-1], x.device)
         return {slot: weights * asked for slot, weights in found.items()}
     return found

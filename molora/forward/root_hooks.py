@@ -6,23 +6,27 @@ adapter integration all run the wrapped base model's `__call__`; the tuner's `fo
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.calls.call import CheckpointWithRouting, RoutingContext, RoutingRequest, RoutingState
-from molora.calls.prompt import attach, named_inputs, read_inputs
+from molora.calls.call import Call, CallCache
+from molora.calls.checkpoint import CheckpointWithRouting
+from molora.calls.context import RoutingContext, new_call
+from molora.calls.prompt import attach, named_inputs, with_inputs
+from molora.calls.record import GateRecord
+from molora.calls.request import RoutingRequest
 from molora.forward.auxiliary import aux_losses_of, balance_experts, weighted_sum
 from molora.forward.first_pass import first_pass, off, remember
-from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import MoLoraLayer
+from molora.forward.mount import Mount, MountPoint
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
 
 class RootHooks:
-    """Opens a RoutingState before the forward; gathers losses and statistics after it."""
+    """Opens a Call before the forward; gathers losses and statistics after it."""
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -30,72 +34,69 @@ class RootHooks:
     def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         """Forward pre-hook: task ids and masks in."""
         kwargs = dict(kwargs)
-        request = _own_request(kwargs)
+        own = _own_request(kwargs)
         context = self.context
-        if context.state.owner is not None:  # the encoder inside a running root forward, or its first pass
+        if context.here.call is not None:  # the encoder inside a running root forward, or its first pass
             return args, kwargs
-        layers = layers_of(context, module)
-        outer = context.state
-        if request is not None:
-            request = request.over(context.request)
-            state = context.resolve(request)
-        else:
-            request = context.request
-            # Adapters may have been switched since the request was resolved.
-            switched = request.given and set(outer.tasks) != set(context.active)
-            state = context.resolve(request) if switched else outer.fork(recompute=False)
-        state.owner, state.outer, state.led = module, outer, {}
-        inputs = named_inputs(module, args, kwargs)
-        read_inputs(context, state, request, module, inputs)
+        points = points_of(context, module)
+        request, tasks = context.asked(own)
         learns = module.training and torch.is_grad_enabled()
         if learns:  # a batch for the base only still gives every expert a gradient (zero): DDP waits for it
-            state.tasks = {name: ids.without_shortcut() for name, ids in state.tasks.items()}
+            tasks = {name: ids.without_shortcut() for name, ids in tasks.items()}
         configs = [context.adapters[a].config for a in context.active]
-        state.recording = bool(context.recorders) or (
-            learns and any(c.aux_losses or c.gate.balance_rate for c in configs)
+        balanced = learns and any(config.gate.balance_rate for config in configs)
+        call = replace(
+            new_call(request, tasks),
+            owner=module,
+            recording=bool(context.recorders) or balanced or (learns and any(c.aux_losses for c in configs)),
+            balances=_balances(points) if balanced else {},
         )
-        if learns and any(config.gate.balance_rate for config in configs):
-            state.balances = _balances(layers)
-        context.state = state
-        if any(config.gate.scope == "two_pass" for config in configs) and not off(layers):
-            args, kwargs = first_pass(context, state, module, args, kwargs)
-        if module.training and layers:
+        call = with_inputs(context, call, request, module, named_inputs(module, args, kwargs))
+        if any(config.gate.scope == "two_pass" for config in configs) and not off(points):
+            call, args, kwargs = first_pass(context, call, module, args, kwargs)
+        context.here.call = call
+        if module.training and points:
             self._wrap_checkpoints(module)
         return args, kwargs
 
     def leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        """Forward hook, called even after an exception: records out, state closed."""
+        """Forward hook, called even after an exception: records out, call closed."""
         context = self.context
-        state = context.state
-        if state.owner is not module:
+        call = context.here.call
+        if call is None or call.owner is not module:
             return None
-        context.state = state.outer or RoutingState()
-        if output is not None:
-            attach(state, kwargs, output)
-            if state.base_cache is not None or "encoder" in state.features:
-                remember(context, state, kwargs, output)
-        if not state.recording:
-            return None
-        layers = layers_of(context, module)
-        records = {adapter: _collect(layers, adapter) for adapter in context.active}
+        context.here.call = None
         if output is None:
             return None
+        attach(call, kwargs, output)
+        remember(context, call, kwargs, output)
+        if not call.recording:
+            return None
+        mounts = {adapter: mounts_of(context, module, adapter) for adapter in context.active}
+        records = {adapter: _collect(call.cache, mounts[adapter]) for adapter in mounts}
         for recorder in context.recorders:
             for adapter, named in records.items():
                 recorder.add(context.adapters[adapter].task_map, named)
         if module.training and torch.is_grad_enabled():
-            return self._auxiliary(kwargs, output, [layer for _, layer in layers], records)
+            return self._auxiliary(call, kwargs, output, mounts, records)
         return None
 
-    def _auxiliary(self, kwargs: dict[str, Any], output: Any, layers: Any, records: Any) -> Any:
+    def _auxiliary(
+        self,
+        call: Call,
+        kwargs: dict[str, Any],
+        output: Any,
+        mounts: dict[str, list[Mount]],
+        records: dict[str, list[tuple[str, GateRecord]]],
+    ) -> Any:
         context = self.context
         context.aux = {}
         for adapter in context.active:
-            config: MoLoraConfig = context.adapters[adapter].config
+            config = context.adapters[adapter].config
             found = [record for _, record in records[adapter]]
-            context.aux[adapter] = aux_losses_of(config, adapter, layers, found)
+            context.aux[adapter] = aux_losses_of(config, mounts[adapter], found, call.cache.samples)
             if config.gate.balance_rate:
-                balance_experts(config, adapter, layers, records[adapter])
+                balance_experts(mounts[adapter], records[adapter])
             total = weighted_sum(config, context.aux[adapter])
             if total is not None and config.add_aux_to_loss and context.aux_in_loss:
                 output = _add_to_loss(output, total, labelled=kwargs.get("labels") is not None)
@@ -128,7 +129,7 @@ def install(model: nn.Module, context: RoutingContext) -> None:
         ):
             root.register_forward_pre_hook(hooks.enter, with_kwargs=True)
             root.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True)
-    layers_of(context, model)  # now: a cache that the first forward fills would compile the model twice
+    points_of(context, model)  # now: a cache that the first forward fills would compile the model twice
 
 
 def uninstall(model: nn.Module) -> None:
@@ -145,13 +146,19 @@ def uninstall(model: nn.Module) -> None:
                 module.__dict__[name] = function.checkpoint
 
 
-def layers_of(context: RoutingContext, root: nn.Module) -> list[tuple[str, MoLoraLayer]]:
-    """Name and layer of everything adapted, and the active adapters as the layers have them."""
-    if context.layers is None:
-        context.layers = [(name, m) for name, m in root.named_modules() if isinstance(m, MoLoraLayer)]
-    if context.layers:
-        context.active = [a for a in context.layers[0][1].active_adapters if a in context.adapters]
-    return context.layers
+def points_of(context: RoutingContext, root: nn.Module) -> list[MountPoint]:
+    """Everything adapted, in the model's order; notes the active adapters as the layers have them."""
+    if context.points is None:
+        context.points = [m for m in root.modules() if isinstance(m, MountPoint)]
+    points: list[MountPoint] = context.points
+    if points:
+        context.active = [a for a in points[0].active_adapters if a in context.adapters]
+    return points
+
+
+def mounts_of(context: RoutingContext, root: nn.Module, adapter: str) -> list[Mount]:
+    """One adapter's mounts, in the model's order."""
+    return [point.mounts[adapter] for point in points_of(context, root) if adapter in point.mounts]
 
 
 def _checkpointing_modules(context: RoutingContext, root: nn.Module) -> list[nn.Module]:
@@ -164,9 +171,9 @@ def _checkpointing_modules(context: RoutingContext, root: nn.Module) -> list[nn.
     return found
 
 
-def _balances(layers: list[tuple[str, MoLoraLayer]]) -> dict[int, Tensor]:
+def _balances(points: list[MountPoint]) -> dict[int, Tensor]:
     """The balance of every gate now: it moves after the forward, and checkpoints are computed again after that."""
-    gates = [gate for _, layer in layers for gate in layer.molora_gate.values()]
+    gates = [mount.gate for point in points for mount in point.mounts.values() if mount.gate is not None]
     return {id(gate): gate.balance.clone() for gate in gates if gate.balance is not None}
 
 
@@ -179,12 +186,9 @@ def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:
     return RoutingRequest(task_ids=ids, given=ids is not None, features=features, prompt_mask=prompt)
 
 
-def _collect(layers: list[tuple[str, MoLoraLayer]], adapter: str) -> list[tuple[str, Any]]:
-    return [
-        (layer.sites[adapter].key, layer.records.pop(adapter))
-        for _, layer in layers
-        if adapter in layer.records
-    ]
+def _collect(cache: CallCache, mounts: list[Mount]) -> list[tuple[str, GateRecord]]:
+    """Records by module name, in the model's order whatever the order of the calls."""
+    return [(mount.key, cache.records[mount.place]) for mount in mounts if mount.place in cache.records]
 
 
 def _add_to_loss(output: Any, extra: Tensor, *, labelled: bool) -> Any:

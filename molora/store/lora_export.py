@@ -93,10 +93,10 @@ def export_lora(
     wrapped = peft_model(model)
     adapter = active_adapter(wrapped, adapter_name)
     chosen = {expert: 1.0} if expert is not None else weights
-    layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_experts]
+    layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     config: Any = wrapped.peft_config[adapter]
     with torch.no_grad():
-        parts = {layer.sites[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
+        parts = {layer.mounts[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
         # A head that wraps the encoder is ours alone: the LoRA is one of the encoder.
         wrapper = getattr(wrapped.get_base_model(), "wraps", None)
@@ -138,11 +138,11 @@ def _part(
     chosen: Mapping[str, float] | None,
 ) -> _Part:
     """What one module contributes: a single expert as it is, several concatenated along the rank."""
-    bank: Any = layer.molora_experts[adapter]
-    site = layer.sites[adapter]
-    weights = static_weights(config, layer, adapter, task, chosen)
+    bank: Any = layer.mounts[adapter].bank
+    site = layer.mounts[adapter]
+    weights = static_weights(layer.mounts[adapter], task, chosen)
     names = ["plain"] if site.plain else experts_at(config, site.key)
-    experts = bank.at_task(static_shares(layer, adapter, task))
+    experts = bank.at_task(static_shares(layer.mounts[adapter], task))
     if site.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
         mixed = as_one(bank, weights)
         return _Part(mixed.A, mixed.B, 1.0, mixed.rank)

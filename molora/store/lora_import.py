@@ -63,9 +63,9 @@ def import_lora(
     config: MoLoraConfig = context.adapters[adapter].config
     lora = read_lora(folder)
     layers: dict[str, MoLoraLayer] = {
-        m.sites[adapter].key: m
+        m.mounts[adapter].key: m
         for m in wrapped.modules()
-        if isinstance(m, MoLoraLayer) and adapter in m.sites
+        if isinstance(m, MoLoraLayer) and adapter in m.mounts
     }
     _check_fit(lora, config, layers, adapter)
 
@@ -108,9 +108,9 @@ def _replace(
         raise AdapterError(f"{lora.path} has factors of its own, but this mixture's experts share one A.")
     config.expert_specs[expert] = lora.spec
     for key, layer in layers.items():
-        if layer.sites[adapter].plain or expert not in experts_at(config, key):
+        if layer.mounts[adapter].plain or expert not in experts_at(config, key):
             continue
-        bank: Any = layer.molora_experts[adapter]
+        bank: Any = layer.mounts[adapter].bank
         index = experts_at(config, key).index(expert)
         experts = bank.experts()
         rank, old = lora.rank(key), experts[index]
@@ -125,11 +125,11 @@ def _check_fit(lora: LoraFolder, config: MoLoraConfig, layers: dict[str, MoLoraL
     problems = []
     for key, (A, B) in lora.factors.items():
         layer = layers.get(key)
-        if layer is None or layer.sites[adapter].plain:
+        if layer is None or layer.mounts[adapter].plain:
             kind = "has no experts" if layer is None else "has a plain LoRA, no experts"
             problems.append(f"{key}: {kind} in this mixture (target_modules={config.target_modules!r})")
             continue
-        bank: Any = layer.molora_experts[adapter]
+        bank: Any = layer.mounts[adapter].bank
         like = bank.expert(0)
         if (B.shape[0], A.shape[1]) != (like.B.shape[0], like.A.shape[1]):
             problems.append(

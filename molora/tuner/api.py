@@ -4,29 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.calls.call import RoutingContext, RoutingRequest, TaskIdsLike
+from molora.calls.context import FeatureSource, RoutingContext
+from molora.calls.request import RoutingRequest, TaskIdsLike
 from molora.calls.statistics import RoutingRecord
 from molora.errors import ConfigError, RoutingError
 from molora.forward.auxiliary import weighted_sum
-from molora.forward.root_hooks import layers_of
-from molora.tuner.layer import MoLoraLayer
+from molora.forward.mount import MountPoint
+from molora.forward.root_hooks import points_of
 
 
 def find_context(model: nn.Module) -> RoutingContext:
     """The routing context of a model, however it was wrapped (PEFT, transformers, compile, DDP)."""
-    layer = next((m for m in model.modules() if isinstance(m, MoLoraLayer)), None)
-    if layer is None:
+    point = next((m for m in model.modules() if isinstance(m, MountPoint)), None)
+    if point is None:
         raise ConfigError(
             f"{type(model).__name__} has no molora adapter.",
             hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
         )
-    layers_of(layer.context, model)
-    return layer.context
+    points_of(point.context, model)
+    return point.context
 
 
 @contextmanager
@@ -50,6 +50,9 @@ def routing(
         experts: names (equal weights) or `{name: weight}` to use instead of the gate.
         features: for gates of external scope: (batch, d) one vector per sample, or (batch, seq, d) per token.
         prompt_mask: for gates of sequence scope: (batch, seq), true for the tokens to pool.
+
+    It holds for the thread or asyncio task that enters it, so that two of them can use one model at once. A thread
+    that is started inside it does not inherit it: give its call the ids themselves (`routing_task_ids=`).
 
     An inner context overrides an outer one field by field; `routing_task_ids=`, `routing_features=` and
     `routing_prompt_mask=` in a call beat both.
@@ -76,7 +79,7 @@ def routing(
         yield
 
 
-def set_feature_source(model: nn.Module, source: Any) -> None:
+def set_feature_source(model: nn.Module, source: FeatureSource | None) -> None:
     """Work out the features of gates of external scope from each call's prompt, unless a call gives them.
 
     Args:
@@ -90,25 +93,20 @@ def set_feature_source(model: nn.Module, source: Any) -> None:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Count what the gates decide in every forward inside; padding excluded, no activation kept."""
-    context = find_context(model)
+    """Count what the gates decide in every forward of this thread or asyncio task inside.
+
+    Padding is excluded, and no activation is kept.
+    """
     record = RoutingRecord()
-    context.recorders.append(record)
-    try:
+    with find_context(model).record(record):
         yield record
-    finally:
-        context.recorders.remove(record)
 
 
 @contextmanager
 def aux_in_loss(model: nn.Module, enabled: bool) -> Iterator[None]:
     """Switch off (or on) the adding of auxiliary losses to `out.loss`, for loops that add them themselves."""
-    context = find_context(model)
-    previous, context.aux_in_loss = context.aux_in_loss, enabled
-    try:
+    with find_context(model).use_aux_in_loss(enabled):
         yield
-    finally:
-        context.aux_in_loss = previous
 
 
 def aux_losses(model: nn.Module) -> dict[str, Tensor]:
@@ -120,7 +118,7 @@ def aux_losses(model: nn.Module) -> dict[str, Tensor]:
         RoutingError: losses are configured but no training forward ran yet.
     """
     context = find_context(model)
-    if not any(context.adapters[a].aux_losses for a in context.active):
+    if not any(context.adapters[a].config.aux_losses for a in context.active):
         return {}
     if context.aux is None:
         raise RoutingError(

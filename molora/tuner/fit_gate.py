@@ -9,10 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from molora.calls.call import RoutingContext
+from molora.calls.context import RoutingContext
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
-from molora.forward.root_hooks import layers_of
 from molora.gates.gate import Gate
 from molora.gates.prototypes import MeanActivation, arrow
 from molora.tuner.api import find_context, routing
@@ -54,14 +53,18 @@ def fit_gate(
     context = find_context(model)
     adapter = adapter_name or _only(context)
     config: MoLoraConfig = context.adapters[adapter].config
-    leaders = [layer for _, layer in layers_of(context, model) if adapter in layer.molora_gate]
+    leaders = [
+        m
+        for m in model.modules()
+        if isinstance(m, MoLoraLayer) and adapter in m.mounts and m.mounts[adapter].gate is not None
+    ]
     _check(config, method, leaders, adapter, data)
     if method == "arrow":
         for layer in leaders:
-            _set_rows(layer.molora_gate[adapter], arrow(layer.molora_experts[adapter].experts()))
+            _set_rows(layer.mounts[adapter].gate, arrow(layer.mounts[adapter].bank.experts()))
     elif method == "uniform":
         for layer in leaders:
-            gate = layer.molora_gate[adapter]
+            gate = layer.mounts[adapter].gate
             _set_rows(gate, torch.zeros_like(gate.rows.weight))
     elif method == "average":
         _average(model, config, leaders, adapter, data or {})
@@ -109,7 +112,7 @@ def _average(
                 for batch in batches:
                     model(**batch)
     for layer in leaders:
-        key, gate = layer.sites[adapter].key, layer.molora_gate[adapter]
+        key, gate = layer.mounts[adapter].key, layer.mounts[adapter].gate
         rows = gate.rows.weight.detach()
         _set_rows(gate, torch.where(_named(config, layer, adapter, data), means[key].rows().to(rows), rows))
 
@@ -125,7 +128,7 @@ def _seen(
     """Count what the gates' layers read towards the expert `name`."""
     handles = []
     for layer in leaders:
-        key, gate = layer.sites[adapter].key, layer.molora_gate[adapter]
+        key, gate = layer.mounts[adapter].key, layer.mounts[adapter].gate
         here = experts_at(config, key)
         mean = means.setdefault(
             key, MeanActivation(len(here), gate.rows.weight.shape[1], gate.rows.weight.device)
@@ -137,7 +140,7 @@ def _seen(
             module: Any, args: tuple[Tensor, ...], mean: MeanActivation = mean, index: int = here.index(name)
         ) -> None:
             x = args[0]
-            mask = module.context.state.mask(module.sites[adapter].stream, x.shape[:-1])
+            mask = module.context.call.mask(module.mounts[adapter].stream, x.shape[:-1])
             mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
 
         handles.append(layer.register_forward_pre_hook(count))  # type: ignore[attr-defined]
@@ -157,7 +160,7 @@ def _phatgoose(
     steps: int,
     lr: float,
 ) -> None:
-    gates: list[Gate] = [layer.molora_gate[adapter] for layer in leaders]
+    gates: list[Gate] = [layer.mounts[adapter].gate for layer in leaders]
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     for layer, gate in zip(leaders, gates, strict=True):
@@ -188,7 +191,7 @@ def _train_rows(
     """The rows of one expert; those of the others get zero gradients, which move nothing without decay."""
     rows = []
     for layer in leaders:
-        gate, here = layer.molora_gate[adapter], experts_at(config, layer.sites[adapter].key)
+        gate, here = layer.mounts[adapter].gate, experts_at(config, layer.mounts[adapter].key)
         gate.solo = here.index(name) if name in here else len(here)
         rows += list(gate.rows.parameters())
     optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=0.0)
@@ -206,9 +209,9 @@ def _train_rows(
 
 def _named(config: MoLoraConfig, layer: MoLoraLayer, adapter: str, data: Batches) -> Tensor:
     """Which of a layer's experts there are data of, (expert, 1)."""
-    here = experts_at(config, layer.sites[adapter].key)
+    here = experts_at(config, layer.mounts[adapter].key)
     return torch.tensor(
-        [[name in data] for name in here], device=layer.molora_gate[adapter].rows.weight.device
+        [[name in data] for name in here], device=layer.mounts[adapter].gate.rows.weight.device
     )
 
 

@@ -12,7 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 from torch.nn import functional as F
 
-from molora.calls.call import AdapterRouting, RoutingContext
+from molora.calls.context import AdapterRouting, RoutingContext
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
@@ -30,7 +30,7 @@ from molora.tuner.placement import (
     experts_at,
     frozen_at,
     frozen_rows_at,
-    names_at,
+    place,
     shared_frozen_at,
     task_blocks,
     top_k_at,
@@ -84,7 +84,7 @@ def add_expert(
         spec = config.expert_specs.get(source)
     _grow_config(config, name, tasks, spec, freeze_others=freeze_others, isolate=isolate)
     for layer in _layers(model, adapter):
-        bank, site = layer.molora_experts[adapter], layer.sites[adapter]
+        bank, site = layer.mounts[adapter].bank, layer.mounts[adapter]
         if site.plain:
             bank.assign(bank.experts(), [config.frozen_extras])
             continue
@@ -96,8 +96,8 @@ def add_expert(
         bank.assign(grown, frozen_at(config, site.key))
         if bank.cores is not None:
             _grow_cores(config, bank.cores)
-        if adapter in layer.molora_gate:
-            _grow_gate(config, layer.molora_gate[adapter], site.key, local)
+        if layer.mounts[adapter].gate is not None:
+            _grow_gate(config, layer.mounts[adapter].gate, site.key, local)
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(model, context, adapter)
@@ -162,8 +162,8 @@ def remove_expert(
     if config.num_experts == 1:
         raise ConfigError(f"{name!r} is the only expert left; delete the adapter instead.")
     for layer in _layers(model, adapter):
-        if not layer.sites[adapter].plain and experts_at(config, layer.sites[adapter].key) == [name]:
-            raise ConfigError(f"{name!r} is the only expert of {layer.sites[adapter].key}.")
+        if not layer.mounts[adapter].plain and experts_at(config, layer.mounts[adapter].key) == [name]:
+            raise ConfigError(f"{name!r} is the only expert of {layer.mounts[adapter].key}.")
     _check_growable(model, config, adapter, None)
     before = _experts_of_layers(model, adapter, config)
     trial = deepcopy(config)
@@ -232,8 +232,8 @@ def set_frozen(
     if config.frozen_extras and not after:
         config.frozen_extras = False
         for layer in _layers(model, adapter):
-            if layer.sites[adapter].plain:
-                bank = layer.molora_experts[adapter]
+            if layer.mounts[adapter].plain:
+                bank = layer.mounts[adapter].bank
                 bank.assign(bank.experts(), [False])
         freeze_heads(model, adapter, frozen=False)
     _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
@@ -248,15 +248,14 @@ def freeze_heads(model: nn.Module, adapter: str, *, frozen: bool = True) -> None
 
 
 def _layers(model: nn.Module, adapter: str) -> list[MoLoraLayer]:
-    return [m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.molora_experts]
+    return [m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
 
 
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = context.adapters[adapter].config
     context.adapters[adapter] = AdapterRouting(config.task_map(), config)
     for layer in _layers(model, adapter):
-        site = layer.sites[adapter]
-        site.names = None if site.plain else names_at(config, site.key)
+        place(layer.mounts[adapter], config)
 
 
 def _index(config: MoLoraConfig, name: str) -> int:
@@ -270,7 +269,7 @@ def _check_growable(model: nn.Module, config: MoLoraConfig, adapter: str, spec: 
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
     for layer in _layers(model, adapter):
-        if adapter in layer.molora_gate and layer.molora_gate[adapter].custom is not None:
+        if layer.mounts[adapter].gate is not None and layer.mounts[adapter].gate.custom is not None:
             raise ConfigError(
                 f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert.",
                 hint="make a new mixture with molora.compose, or use a built-in score.",
@@ -357,7 +356,7 @@ def _without(experts: Any, name: str) -> Any:
 
 
 def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:
-    keys = [layer.sites[adapter].key for layer in _layers(model, adapter) if not layer.sites[adapter].plain]
+    keys = [layer.mounts[adapter].key for layer in _layers(model, adapter) if not layer.mounts[adapter].plain]
     return {key: experts_at(config, key) for key in keys}
 
 
@@ -366,17 +365,17 @@ def _reassign(
 ) -> None:
     """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
     for layer in _layers(model, adapter):
-        key = layer.sites[adapter].key
+        key = layer.mounts[adapter].key
         if key not in before:  # a plain LoRA
             continue
-        bank, now = layer.molora_experts[adapter], experts_at(config, key)
+        bank, now = layer.mounts[adapter].bank, experts_at(config, key)
         kept = [i for i, name in enumerate(before[key]) if name in now]
         experts = bank.experts()
         bank.assign([experts[i] for i in kept], frozen_at(config, key))
         if bank.cores is not None:
             bank.cores.assign(bank.cores.weight.detach(), *task_blocks(config))
-        if adapter in layer.molora_gate:
-            _shrink_gate(config, layer.molora_gate[adapter], key, kept)
+        if layer.mounts[adapter].gate is not None:
+            _shrink_gate(config, layer.mounts[adapter].gate, key, kept)
 
 
 def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) -> None:

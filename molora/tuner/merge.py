@@ -7,10 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from molora.calls.call import Call
+from molora.calls.decide import route
+from molora.calls.task_ids import TaskIds
+from molora.calls.task_map import TaskMap
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
+from molora.forward.mount import Mount
+from molora.gates.gate import Gate
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import experts_at
 
 
@@ -32,9 +37,7 @@ def named_weights(
 
 
 def static_weights(
-    config: MoLoraConfig,
-    layer: MoLoraLayer,
-    adapter: str,
+    mount: Mount,
     task: str | None = None,
     expert_weights: Mapping[str, float] | Sequence[float] | None = None,
 ) -> Tensor:
@@ -43,15 +46,15 @@ def static_weights(
     Raises:
         ConfigError: they do depend on x; the message says which calls are exact.
     """
-    site = layer.sites[adapter]
-    if site.plain:
+    if mount.plain:
         return torch.ones(1, 1)
-    names = experts_at(config, site.key)
+    config: MoLoraConfig = mount.config
+    names = experts_at(config, mount.key)
     if expert_weights is not None:
         weights = torch.tensor([named_weights(config, expert_weights, names)])
     else:
-        weights = _decided(config, layer, adapter, task, names)
-    if site.feed_forward is not None and (weights != 0).sum() != 1:
+        weights = _decided(mount, task, names)
+    if mount.feed_forward is not None and (weights != 0).sum() != 1:
         raise ConfigError(
             "experts of whole feed-forwards are mixed after a non-linearity, so a mixture of them is no weight matrix.",
             hint="merge or export one expert at a time: expert_weights={name: 1.0}.",
@@ -59,16 +62,16 @@ def static_weights(
     return weights
 
 
-def static_shares(layer: MoLoraLayer, adapter: str, task: str | None) -> Tensor | None:
+def static_shares(mount: Mount, task: str | None) -> Tensor | None:
     """A task's share of each task (1, task), where the layer has a core for each of them.
 
     Raises:
         ConfigError: it has, and no task is named.
     """
-    cores = layer.molora_experts[adapter].cores
+    cores = mount.bank.cores
     if cores is None:
         return None
-    task_map = layer.context.adapters[adapter].task_map
+    task_map = mount.routing.task_map
     if task is None and len(task_map.ids) == 1:
         task = next(iter(task_map.ids))
     if task is None:
@@ -79,13 +82,8 @@ def static_shares(layer: MoLoraLayer, adapter: str, task: str | None) -> Tensor 
     return (ids == task_map.resolve(task)).float().unsqueeze(0)
 
 
-def _decided(
-    config: MoLoraConfig, layer: MoLoraLayer, adapter: str, task: str | None, names: Sequence[str]
-) -> Tensor:
-    gate, task_map = (
-        layer.gate_of(adapter),
-        layer.context.adapters[adapter].map_at(layer.sites[adapter].names),
-    )
+def _decided(mount: Mount, task: str | None, names: Sequence[str]) -> Tensor:
+    gate, task_map, config = mount.leader.gate, mount.task_map, mount.config
     if task is None and config.gate.scope == "task" and len(task_map.ids) == 1:
         task = next(iter(task_map.ids))
     task_id = None if task is None else task_map.resolve(task)
@@ -104,13 +102,13 @@ def _decided(
         only = 0 if visible is None else visible[0]
         return torch.tensor([[float(i == only) for i in range(len(names))]])
     if config.gate.scope == "constant" and task_id is None:
-        return _of_gate(layer, adapter, None, None)
+        return _of_gate(gate, task_map, None, None)
     if config.gate.scope == "task":
         if task_id is None:
             raise ConfigError(
                 f"the weights depend on the task; name one: task=... Tasks: {', '.join(task_map.ids)}."
             )
-        return _of_gate(layer, adapter, task_id, visible)
+        return _of_gate(gate, task_map, task_id, visible)
     if config.gate.scope == "constant":
         raise ConfigError("a constant gate gives all tasks the same weights; leave the task out.")
     raise ConfigError(
@@ -120,23 +118,13 @@ def _decided(
 
 
 @torch.no_grad()
-def _of_gate(
-    layer: MoLoraLayer, adapter: str, task_id: int | None, visible: tuple[int, ...] | None
-) -> Tensor:
+def _of_gate(gate: Gate, task_map: TaskMap, task_id: int | None, visible: tuple[int, ...] | None) -> Tensor:
     """What a gate that reads nothing, or a task only, decides in eval mode, (splits, expert)."""
-    from molora.calls.call import RoutingState, TaskIds
-    from molora.calls.decide import route
-
-    gate, task_map = (
-        layer.gate_of(adapter),
-        layer.context.adapters[adapter].map_at(layer.sites[adapter].names),
-    )
-    assert gate is not None
     training = gate.training
     gate.eval()
     tasks = None if task_id is None else TaskIds(torch.tensor([task_id]), task_id, has_base=False)
     like = next(gate.parameters())
-    routing = route(like.new_zeros(1, 1), gate, task_map, tasks, RoutingState(), visible)
+    routing = route(like.new_zeros(1, 1), gate, task_map, tasks, Call(), visible)
     gate.train(training)
     weights = routing.weights
     if routing.experts is not None:

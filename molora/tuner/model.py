@@ -14,20 +14,19 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.calls.call import AdapterRouting, RoutingContext, RoutingRequest
+from molora.calls.context import AdapterRouting, RoutingContext
+from molora.calls.request import RoutingRequest
 from molora.disk.fingerprint import base_fingerprint, compare
 from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
-from molora.experts.bank import ExpertBank
-from molora.experts.cores import TaskCores
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
-from molora.forward.input_group import InputGroup
+from molora.forward.mount import InputGroup, Mount
 from molora.tuner import grow, parts
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import Linear, MoLoraLayer, Site
+from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import static_shares, static_weights
-from molora.tuner.placement import experts_at, frozen_at, names_at, stretch_lists, task_blocks
+from molora.tuner.placement import place, stretch_lists
 from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
 
 
@@ -59,12 +58,12 @@ class MoLoraModel(BaseTuner):
         self.context = existing[0].context if existing else RoutingContext()
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
         # Members of a group find their leader here while layers are created, in the model's own order.
-        self._leaders: dict[str, MoLoraLayer] = {}
+        self._leaders: dict[str, Mount] = {}
         self._inputs: dict[str, InputGroup] = {}
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._leaders, self._inputs
-        check_feed_forwards([m for m in model.modules() if isinstance(m, MoLoraLayer)], adapter_name)
         self.context.forget_modules()
+        check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
         root_hooks.install(model, self.context)
         self._keep_heads_frozen()
 
@@ -82,24 +81,12 @@ class MoLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
-        site = self._site(peft_config, adapter_name, current_key, layer)
         config: MoLoraConfig = peft_config
-        if site.plain:
-            experts = parts.new_experts(config, ["plain"], current_key, layer.get_base_layer())
-            frozen = [config.frozen_extras]
-        else:
-            names = experts_at(config, current_key)
-            experts = parts.new_experts(config, names, current_key, layer.get_base_layer())
-            frozen = frozen_at(config, current_key)
-        shared, cores = config.share_A and not site.plain, None
-        if config.task_cores and not site.plain:
-            cores = TaskCores.identity(experts[0].rank, *task_blocks(config))
-        bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared, cores=cores)
-        gate = None
-        if not site.plain and site.group[0] is layer and config.gate.learned:
-            gate = parts.new_gate(config, current_key, _features(layer)[0])
-        layer.update_layer(adapter_name, site, bank, gate, active=adapter_name in self.active_adapters)
+        layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
+        mount = self._new_mount(config, adapter_name, current_key, layer.get_base_layer())
+        if mount.group and mount.leader is mount and config.gate.learned:
+            mount.gate = parts.new_gate(config, current_key, mount.d_in)
+        layer.mount(mount, active=adapter_name in self.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -116,42 +103,54 @@ class MoLoraModel(BaseTuner):
         layer.quantization_backend = backend
         return layer
 
-    def _site(self, config: MoLoraConfig, adapter: str, key: str, layer: MoLoraLayer) -> Site:
+    def _new_mount(self, config: MoLoraConfig, adapter: str, key: str, base: nn.Module) -> Mount:
+        """The adapter's experts for one layer, among those it computes and decides with."""
         encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
         stream, plain = stream_of(key, encoder_decoder), matches(config.plain_targets, key)
-        names = None if plain else names_at(config, key)
-        site = Site(key, stream, plain=plain, names=names)
-        readers = self._inputs.setdefault(f"{group_key(key, 'group', stream)} {names}", site.inputs)
-        if not readers.layers or _features(readers.layers[0])[0] == _features(layer)[0]:
-            site.inputs = readers
-        site.inputs.layers.append(layer)
-        if site.plain:
-            return site
-        gate = config.gate
-        site.reads_input = gate.scope in ("token", "sequence")
-        site.pools = gate.scope == "sequence"
-        site.factors = config.combine == "factors"
-        feed_forward = matches(config.ffn_targets, key)
+        bank = parts.new_bank(config, key, base, plain=plain)
+        d_in, _ = _get_in_out_features(base)
+        assert d_in is not None  # _new_layer let only linear layers in
+        mount = Mount(adapter, key, stream, d_in, self.context, bank, plain=plain)
+        place(mount, config)
+        self._among_readers(mount)
+        if plain:
+            return mount
+        self._into_group(mount, config)
+        return mount
+
+    def _among_readers(self, mount: Mount) -> None:
+        """Compute together with the layers that read the same input."""
+        name = f"{group_key(mount.key, 'group', mount.stream)} {mount.names}"
+        readers = self._inputs.setdefault(name, mount.inputs)
+        if not readers.members or readers.members[0].d_in == mount.d_in:
+            mount.inputs = readers
+        mount.inputs.members.append(mount)
+
+    def _into_group(self, mount: Mount, config: MoLoraConfig) -> None:
+        """Join the layers that share one gate, or lead a new group of them."""
+        gate, key, feed_forward = config.gate, mount.key, matches(config.ffn_targets, mount.key)
         share = "block" if feed_forward else gate.share
-        site.spreads = site.reads_input and share not in ("linear", "group")
-        group = f"{group_key(key, share, stream)} {feed_forward}"
+        mount.reads_input = gate.scope in ("token", "sequence")
+        mount.pools = gate.scope == "sequence"
+        mount.factors = config.combine == "factors"
+        mount.spreads = mount.reads_input and share not in ("linear", "group")
+        name = f"{group_key(key, share, mount.stream)} {feed_forward}"
         if feed_forward:
-            site.feed_forward = group
-        leader = self._leaders.setdefault(group, layer)
-        if site.reads_input and not site.spreads and _features(leader)[0] != _features(layer)[0]:
-            leader = layer
-        if leader is not layer and leader.sites[adapter].names != names:
+            mount.feed_forward = name
+        leader = self._leaders.setdefault(name, mount)
+        if mount.reads_input and not mount.spreads and leader.d_in != mount.d_in:
+            leader = mount
+        if leader is not mount and leader.names != mount.names:
             raise ConfigError(
-                f"{key} and {leader.sites[adapter].key} share a gate, but num_experts gives them different experts.",
+                f"{key} and {leader.key} share a gate, but num_experts gives them different experts.",
                 hint="use gate.share='linear', or the same number for all of them.",
             )
-        site.group = leader.sites[adapter].group if leader is not layer else []
-        site.group.append(layer)
+        if leader is not mount:
+            mount.group = leader.group
+        mount.group.append(mount)
         if feed_forward:  # the last one in the model's order leaves the block
-            for member in site.group[:-1]:
-                member.sites[adapter].leaves = False
-            site.leaves = True
-        return site
+            for member in mount.group:
+                member.leaves = member is mount
 
     # -- PEFT's other entry points -----------------------------------------------------------------------
 
@@ -229,7 +228,7 @@ class MoLoraModel(BaseTuner):
             prompt_mask=kwargs.pop("routing_prompt_mask", None),
             prompt_length=_prompt_length(self.model, args, kwargs),
         )
-        root_hooks.layers_of(self.context, self.model)
+        root_hooks.points_of(self.context, self.model)
         with self.context.use_request(request):
             return self.model.generate(*args, **kwargs)
 
@@ -274,18 +273,12 @@ class MoLoraModel(BaseTuner):
     @contextmanager
     def _static(self, adapter_names: list[str] | None, task: str | None, expert_weights: Any) -> Any:
         """Decide every layer's static weights first, so that a refusal leaves the model untouched."""
-        layers = [layer for _, layer in root_hooks.layers_of(self.context, self.model)]
+        layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
         for adapter in adapter_names or self.active_adapters:
-            for layer in layers:
-                if adapter in layer.molora_experts:
-                    layer.static_weights[adapter] = static_weights(
-                        self.context.adapters[adapter].config,
-                        layer,
-                        adapter,
-                        task,
-                        expert_weights,
-                    )
-                    layer.static_shares[adapter] = static_shares(layer, adapter, task)
+            for layer in (layer for layer in layers if adapter in layer.mounts):
+                mount = layer.mounts[adapter]
+                layer.static_weights[adapter] = static_weights(mount, task, expert_weights)
+                layer.static_shares[adapter] = static_shares(mount, task)
         yield
         for layer in layers:
             layer.static_weights.clear()
@@ -391,9 +384,3 @@ def _hidden_size(model: nn.Module) -> int:
             "gate.scope='two_pass' needs a transformers model, whose config names its hidden_size."
         )
     return int(size)
-
-
-def _features(layer: MoLoraLayer) -> tuple[int, int]:
-    d_in, d_out = _get_in_out_features(layer.get_base_layer())
-    assert d_in is not None and d_out is not None  # _new_layer let only linear layers in
-    return d_in, d_out

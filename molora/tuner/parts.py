@@ -12,18 +12,20 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError
-from molora.experts.bank import Expert
+from molora.experts.bank import Expert, ExpertBank
+from molora.experts.cores import TaskCores
 from molora.experts.init import expected_std, init_A, svd_segments
+from molora.forward.mount import MountPoint
 from molora.gates.gate import Gate
 from molora.gates.registry import SCORES
 from molora.gates.scores import GateRows
 from molora.tuner.config import ExpertSpec, MoLoraConfig
-from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import (
     blend_at,
     blocks_at,
     by_layer,
     experts_at,
+    frozen_at,
     frozen_rows_at,
     shared_frozen_at,
     task_blocks,
@@ -101,6 +103,17 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
     return [e._replace(A=made[i][0], B=made[i][1]) if i in made else e for i, e in enumerate(experts)]
 
 
+def new_bank(config: MoLoraConfig, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
+    """Fresh experts for one layer, or its one ordinary LoRA (`plain`)."""
+    names = ["plain"] if plain else experts_at(config, key)
+    experts = new_experts(config, names, key, base)
+    if plain:
+        return ExpertBank(experts, [config.frozen_extras], config.lora_dropout)
+    cores = TaskCores.identity(experts[0].rank, *task_blocks(config)) if config.task_cores else None
+    frozen = frozen_at(config, key)
+    return ExpertBank(experts, frozen, config.lora_dropout, share_A=config.share_A, cores=cores)
+
+
 def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
     """A fresh gate: small random rows (a zero router never breaks ties), zeros for a constant table and biases."""
     gate, blocks, frozen = config.gate, blocks_at(config, key), frozen_rows_at(config, key)
@@ -154,14 +167,13 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
     the base weight have no row: nothing says what their spread should be.
     """
     rows = []
-    for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
-        for adapter, site in layer.sites.items():
-            config: MoLoraConfig = layer.context.adapters[adapter].config
-            if config.init == "svd_segments" and not site.plain:
+    for point in (m for m in model.modules() if isinstance(m, MountPoint)):
+        for mount in point.mounts.values():
+            config: MoLoraConfig = mount.config
+            if config.init == "svd_segments" and not mount.plain:
                 continue
-            bank = layer.molora_experts[adapter]
-            names = ["plain"] if site.plain else experts_at(config, site.key)
-            for name, expert in zip(names, bank.experts(), strict=True):
+            names = ["plain"] if mount.plain else experts_at(config, mount.key)
+            for name, expert in zip(names, mount.bank.experts(), strict=True):
                 std = expert.A.detach().float().std(correction=0).item()
                 expected = expected_std(
                     config.init, expert.A.shape[1], expert.rank, config.init_std, config.init_gain
@@ -170,7 +182,7 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
                 ok = abs(ratio - 1) < 4 / math.sqrt(2 * expert.A.numel())
                 rows.append(
                     {
-                        "name": site.key,
+                        "name": mount.key,
                         "expert": name,
                         "r": expert.rank,
                         "std": std,

@@ -8,6 +8,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError
+from molora.forward.mount import Mount
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.targets import block_index, pattern_value
 
@@ -123,3 +124,10 @@ def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
         frozen[i] = all(n in config.frozen_experts and n not in config.free_rows for n in config.tasks[task])
     parts = [[i for i in range(count) if frozen[i] == state] for state in (True, False)]
     return [part for part in parts if part], frozen
+
+
+def place(mount: Mount, config: MoLoraConfig) -> None:
+    """Note at a mount which experts its layer has, and which of their gate rows are frozen."""
+    if not mount.plain:
+        mount.names = names_at(config, mount.key)
+        mount.frozen_rows = tuple(frozen_rows_at(config, mount.key))

@@ -65,7 +65,7 @@ def test_a_failed_forward_leaves_no_state_behind(task_model, batch):
         task_model(input_ids=torch.tensor([[999]]), routing_task_ids="alpha")
     with pytest.raises(RoutingError, match="Tasks: alpha, beta, gamma"):
         task_model(**batch)
-    assert task_model.base_model.context.state.owner is None
+    assert task_model.base_model.context.here.call is None
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import molora
+from molora.calls.call import CallCache
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, HARD, TASKS, batch_for, molora_model, routed
 
@@ -16,7 +17,7 @@ def test_the_table_equals_counting_by_hand(gate):
     mask, seen = batch["attention_mask"].bool().reshape(-1), {}
     for layer in model.modules():
         if isinstance(layer, MoLoraLayer) and "default" in layer.molora_gate:
-            key = layer.sites["default"].key
+            key = layer.mounts["default"].key
             layer.molora_gate["default"].register_forward_hook(
                 lambda _m, _i, out, key=key: seen.setdefault(key, out)
             )
@@ -74,7 +75,8 @@ def test_nothing_is_recorded_outside_and_no_activation_stays():
         pass
     model(**batch, routing_task_ids=list(TASKS))
     assert record.table() == [] and record.tokens == 0
-    assert not any(m.records for m in model.modules() if isinstance(m, MoLoraLayer))
+    context = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context
+    assert context.here.call is None and context.call.cache == CallCache()
 
 
 def test_a_constant_gate_counts_every_token():

@@ -195,11 +195,12 @@ def by_factors(layer: Any, weights: list[list[Tensor]], x: Tensor) -> Tensor:
 
 def read(module: Any) -> Any:
     """The numbers of one adapted linear, and of the gate it follows."""
-    bank, gate = module.molora_experts["default"], module.gate_of("default")
+    mount = module.mounts["default"]
+    bank, gate = mount.bank, mount.leader.gate if mount.group else None
     found = SimpleNamespace(
         experts=bank.experts(), d_out=bank.expert(0).B.shape[0],
         cores=None if bank.cores is None else bank.cores.weight,
-        plain=module.sites["default"].plain, gate=SimpleNamespace(),
+        plain=mount.plain, gate=SimpleNamespace(),
     )  # fmt: skip
     if gate is not None:
         for name in ("rows", "bias", "tasks", "second"):
@@ -285,7 +286,7 @@ def feed_forward(block: Any, block_name: str, parts: dict[str, Any], name: str) 
 def adapted(model: Any) -> dict[str, Any]:
     """Adapted linears by their name in the base model."""
     return {
-        module.sites["default"].key: module
+        module.mounts["default"].key: module
         for module in model.modules()
-        if hasattr(module, "sites") and module.sites
+        if hasattr(module, "mounts") and module.mounts
     }

@@ -42,7 +42,7 @@ def test_a_regex_that_names_blocks_is_a_gate_per_block():
 @pytest.mark.parametrize("architecture", ["bert", "t5"])
 def test_a_block_of_two_sequences_has_a_gate_for_each(architecture):
     model = shared("block", architecture)
-    streams = {(m.sites["default"].key, m.sites["default"].stream) for m in gates(model)}
+    streams = {(m.mounts["default"].key, m.mounts["default"].stream) for m in gates(model)}
     crossing = [key for key, stream in streams if stream == "encoder" and "decoder" in key]
     assert len(crossing) == (2 if architecture == "t5" else 0)  # keys and values of cross attention
     out = model(**batch_for(architecture, padding="right"))
@@ -59,7 +59,9 @@ def test_every_linear_of_a_block_follows_one_decision():
         expected = model(**batch).logits
     assert len(seen) == 2
     layers = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
-    assert all(m.gate_of("default") in [g.molora_gate["default"] for g in gates(model)] for m in layers)
+    assert all(
+        m.mounts["default"].leader.gate in [g.molora_gate["default"] for g in gates(model)] for m in layers
+    )
     with torch.no_grad():  # another decision of the first block changes every linear after it
         gates(model)[0].molora_gate["default"].rows.blocks[0].neg_()
         assert not torch.allclose(model(**batch).logits, expected, atol=1e-3)
@@ -119,7 +121,7 @@ def test_linears_may_be_called_in_another_order_than_they_are_registered():
         torch.manual_seed(0)
         settings = MoLoraConfig(num_experts=3, r=2, target_modules="all-linear", gate=GateConfig(share=share))
         model = get_peft_model(OPTForCausalLM(config), settings)
-        names = [m.sites["default"].key for m in gates(model)]
+        names = [m.mounts["default"].key for m in gates(model)]
         assert [n.rpartition(".")[2] for n in names if "layers" in n] == ["k_proj", "k_proj"]
         randomise(model)
         outs.append(model.eval()(**batch).logits)

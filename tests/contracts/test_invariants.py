@@ -80,7 +80,7 @@ def test_I3_one_expert_is_peft_lora(architecture, gate):
     )  # fmt: skip
     weights = {name: m for name, m in reference.named_modules() if hasattr(m, "lora_A")}
     for layer in layers(model):
-        lora = weights["base_model.model." + layer.sites["default"].key]
+        lora = weights["base_model.model." + layer.mounts["default"].key]
         expert = layer.molora_experts["default"].expert(0)
         with torch.no_grad():
             lora.lora_A["default"].weight.copy_(expert.A)
@@ -93,7 +93,7 @@ def test_I3_one_expert_is_peft_lora(architecture, gate):
     actual.loss.backward()
     for layer in layers(model):
         lora, bank = (
-            weights["base_model.model." + layer.sites["default"].key],
+            weights["base_model.model." + layer.mounts["default"].key],
             layer.molora_experts["default"],
         )
         assert_close(bank.lora_A.grad[0], lora.lora_A["default"].weight.grad, atol=1e-9, rtol=1e-9)

@@ -83,7 +83,7 @@ def test_a_response_mask_leaves_the_prompt_out(loss):
     model(**batch, routing_task_ids=list(TASKS))
     value = molora.aux_losses(model)[loss]
     key = "model.layers.0.self_attn.q_proj"
-    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and m.sites["default"].key == key)
+    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and m.mounts["default"].key == key)
     assert layer is not None
     everything = molora_model("llama", "soft-linear", tasks=SHARED, aux_losses={loss: 1.0}).train()
     everything(**batch, routing_task_ids=list(TASKS))
@@ -96,7 +96,8 @@ def test_contrastive_reaches_the_experts_and_not_the_gate():
     molora.aux_losses(model)["contrastive"].backward()
     found = gradients(model)
     assert found and all(".default.lora_" in name for name in found)
-    assert not [layer for layer in model.modules() if isinstance(layer, MoLoraLayer) and layer.samples]
+    context = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context
+    assert context.here.call is None and not context.call.cache.samples
 
 
 def test_expert_similarity_is_one_for_equal_experts_and_falls_as_they_turn_away():

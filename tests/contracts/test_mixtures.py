@@ -264,7 +264,7 @@ def test_base_only_rows_are_the_base(name):
 def test_by_layer_a_task_without_experts_there_adds_nothing_there(architecture):
     model, batch = mixture(architecture, "by-layer-task"), batch_for(architecture)
     first, second = (
-        [m for m in layers(model) if f".{i}." in m.sites["default"].key and not m.sites["default"].plain]
+        [m for m in layers(model) if f".{i}." in m.mounts["default"].key and not m.mounts["default"].plain]
         for i in range(2)
     )
     assert {m.molora_experts["default"].num_experts for m in first} == {2}

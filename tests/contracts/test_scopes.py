@@ -15,7 +15,7 @@ from tests.zoo import SHARED, base_model, batch_for, molora_model, routed
 
 def gates(model):
     return {
-        m.sites["default"].key: m.molora_gate["default"]
+        m.mounts["default"].key: m.molora_gate["default"]
         for m in model.modules()
         if isinstance(m, MoLoraLayer) and "default" in m.molora_gate
     }
@@ -144,7 +144,7 @@ def test_a_two_pass_gate_reads_the_bases_last_hidden_states(architecture):
     model, batch = molora_model(architecture, "twopass-global"), batch_for(architecture)
     context, seen = model.base_model.context, []
     first = next(m for m in model.modules() if isinstance(m, MoLoraLayer))
-    first.register_forward_hook(lambda *_: seen.append(dict(context.state.features)))
+    first.register_forward_hook(lambda *_: seen.append(dict(context.call.features)))
     model(**batch)
     out = base_model(architecture)(**batch, output_hidden_states=True)
     if architecture == "t5":

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import molora
 from molora import GateConfig, MoLoraConfig
+from molora.calls.call import CallCache
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, TASKS, batch_for, gradients, molora_model, randomise, routed
 
@@ -197,10 +198,10 @@ def test_copies_and_pickles_keep_nothing():
     model = molora_model("llama", "soft-group")
     with torch.no_grad():
         model(input_ids=torch.tensor([[7]]))
-    groups = [m.sites["default"].inputs for m in model.modules() if isinstance(m, MoLoraLayer)]
+    groups = [m.mounts["default"].inputs for m in model.modules() if isinstance(m, MoLoraLayer)]
     assert all(group.plans for group in groups)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
-        twins = [m.sites["default"].inputs for m in other.modules() if isinstance(m, MoLoraLayer)]
+        twins = [m.mounts["default"].inputs for m in other.modules() if isinstance(m, MoLoraLayer)]
         assert not any(group.plans for group in twins)
         assert not {id(g) for g in groups} & {id(g) for g in twins}
     model.train()
@@ -238,14 +239,13 @@ def test_nothing_of_a_forward_outlives_it(gate):
     features = {key: value for key, value in routed(gate).items() if key == "routing_features"}
     with molora.routing(model, task_ids=list(TASKS)):
         model(**batch_for("llama"), **features)
-        state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
-        assert not state.shared and not state.led and not state.routings and state.owner is None
+        context = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context
+        assert context.here.call is None and context.call.cache == CallCache()
     with pytest.raises(RuntimeError, match="stop"), molora.routing(model, task_ids=list(TASKS)):
         handle = model.base_model.model.model.layers[1].mlp.register_forward_pre_hook(stop)
         model(**batch_for("llama"), **features)
     handle.remove()
-    state = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context.state
-    assert not state.shared and not state.led and state.owner is None
+    assert context.here.call is None and context.call.cache == CallCache()
 
 
 def stop(*_):

@@ -33,7 +33,7 @@ def molora_on_llama(*, dtype: torch.dtype = torch.float64, **settings: Any) -> A
 
 def molora_layers(model: nn.Module) -> dict[str, MoLoraLayer]:
     """molora's layers by their module name in the base."""
-    found = {m.sites["default"].key: m for m in model.modules() if isinstance(m, MoLoraLayer)}
+    found = {m.mounts["default"].key: m for m in model.modules() if isinstance(m, MoLoraLayer)}
     assert len(found) == LINEARS
     return found
 

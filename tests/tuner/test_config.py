@@ -86,13 +86,13 @@ def test_a_target_that_matches_nothing_lists_candidates_and_touches_nothing():
 def test_groups_hold_linears_that_read_the_same_input(architecture, gates):
     model = molora_model(architecture, "soft-group")
     layers = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
-    owners = {m.sites["default"].key.rsplit(".", 1)[1] for m in layers if m.molora_gate}
+    owners = {m.mounts["default"].key.rsplit(".", 1)[1] for m in layers if m.molora_gate}
     assert owners == gates
     if architecture == "t5":  # k and v of cross attention read the encoder, q the decoder
-        cross = [m for m in layers if "EncDecAttention.k" in m.sites["default"].key]
-        assert cross and all(m.molora_gate and m.sites["default"].stream == "encoder" for m in cross)
-        queries = [m for m in layers if "EncDecAttention.q" in m.sites["default"].key]
-        assert queries and all(m.sites["default"].stream == "decoder" for m in queries)
+        cross = [m for m in layers if "EncDecAttention.k" in m.mounts["default"].key]
+        assert cross and all(m.molora_gate and m.mounts["default"].stream == "encoder" for m in cross)
+        queries = [m for m in layers if "EncDecAttention.q" in m.mounts["default"].key]
+        assert queries and all(m.mounts["default"].stream == "decoder" for m in queries)
 
 
 def test_presets_fill_a_config_and_take_overrides():
@@ -118,7 +118,7 @@ def test_presets_fill_a_config_and_take_overrides():
 def test_layers_to_transform_limits_every_kind_of_target(options):
     config = MoLoraConfig(num_experts=2, layers_to_transform=[1], **options)
     model = get_peft_model(base_model("llama"), config)
-    keys = [m.sites["default"].key for m in model.modules() if isinstance(m, MoLoraLayer)]
+    keys = [m.mounts["default"].key for m in model.modules() if isinstance(m, MoLoraLayer)]
     assert keys and all(".1." in key for key in keys)
 
 

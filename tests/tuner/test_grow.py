@@ -141,7 +141,7 @@ def test_plain_targets_get_one_lora_beside_the_experts():
         "llama", "top2-group", plain_targets=["o_proj", "down_proj"], target_modules=["q_proj", "up_proj"]
     )
     sites = {
-        m.sites["default"].key.rsplit(".", 1)[-1]: m for m in model.modules() if isinstance(m, MoLoraLayer)
+        m.mounts["default"].key.rsplit(".", 1)[-1]: m for m in model.modules() if isinstance(m, MoLoraLayer)
     }
     assert {name: layer.molora_experts["default"].num_experts for name, layer in sites.items()} == {
         "q_proj": 3, "o_proj": 1, "up_proj": 3, "down_proj": 1,
@@ -156,7 +156,7 @@ def test_ranks_by_pattern_and_by_block_and_by_expert(tmp_path):
         "llama", r=4, rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 6}, use_rslora=True
     )
     by_name = {
-        m.sites["default"].key: m.molora_experts["default"]
+        m.mounts["default"].key: m.molora_experts["default"]
         for m in model.modules()
         if isinstance(m, MoLoraLayer)
     }
@@ -165,7 +165,7 @@ def test_ranks_by_pattern_and_by_block_and_by_expert(tmp_path):
     assert q.scalings[0] == pytest.approx(6 / 2**0.5) and o.scalings[0] == pytest.approx(8 / 4**0.5)
     listed = molora_model("llama", r=[2, 6])
     ranks = {
-        m.sites["default"].key: m.molora_experts["default"].ranks[0]
+        m.mounts["default"].key: m.molora_experts["default"].ranks[0]
         for m in listed.modules()
         if isinstance(m, MoLoraLayer)
     }

@@ -1,0 +1,170 @@
+"""Mount: one adapter at one layer, all that the forward path sees of both; and which mounts compute together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from molora.calls.call import Call, Place
+from molora.calls.context import AdapterRouting, RoutingContext
+from molora.calls.decide import experts_in_use
+from molora.calls.task_ids import TaskIds
+from molora.calls.task_map import TaskMap
+from molora.experts.bank import ExpertBank
+from molora.gates.gate import Gate
+from molora.gates.scores import GateRows
+
+PLAIN = "plain"
+"""The slot of ordinary LoRAs, whose weight is 1."""
+
+
+@dataclass(eq=False)
+class Mount:
+    """One adapter's experts at one layer. Plain data, not part of any state dict.
+
+    A group of mounts shares one gate, which belongs to the group's first member, the leader.
+    """
+
+    adapter: str
+    key: str  # module name in the base model
+    stream: str  # whose padding mask fits: "encoder" | "decoder"
+    d_in: int
+    context: RoutingContext
+    bank: ExpertBank
+    gate: Gate | None = None  # its own, where it leads a group whose weights are learned
+    plain: bool = False  # one ordinary LoRA, no gate
+    names: tuple[str, ...] | None = None  # the experts this layer has, where that is not all of them
+    frozen_rows: tuple[bool, ...] = ()  # per expert of the layer, whether its gate row is frozen
+    reads_input: bool = True  # whether the gate's answer depends on x
+    pools: bool = False  # it reads the sequence, pooled
+    factors: bool = False  # experts are mixed by their factors, one LoRA per sample
+    feed_forward: str | None = None  # the name of the feed-forward whose outputs are mixed as a whole
+    leaves: bool = False  # the last linear of that feed-forward
+    group: list[Mount] = field(default_factory=list)  # share one gate; the leader comes first
+    spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
+    inputs: InputGroup = field(default_factory=lambda: InputGroup())  # the mounts that read the same x
+
+    @property
+    def place(self) -> Place:
+        return self.adapter, self.key
+
+    @property
+    def leader(self) -> Mount:
+        """The mount whose gate decides here."""
+        return self.group[0]
+
+    @property
+    def routing(self) -> AdapterRouting:
+        """The adapter as it is now: growing replaces it."""
+        return self.context.adapters[self.adapter]
+
+    @property
+    def config(self) -> Any:
+        return self.routing.config
+
+    @property
+    def task_map(self) -> TaskMap:
+        """The tasks and experts of this layer."""
+        return self.routing.map_at(self.names)
+
+    def tasks(self, call: Call) -> TaskIds | None:
+        """The batch's task ids for this adapter, if any were given."""
+        return call.tasks.get(self.adapter)
+
+    def experts(self, call: Call) -> tuple[int, ...] | None:
+        """The experts of this layer that a call is limited to; None: any of them."""
+        gate = self.config.gate
+        return experts_in_use(self.task_map, self.tasks(call), call, scope=gate.scope, learned=gate.learned)
+
+
+@dataclass
+class Operands:
+    """What a plan multiplies by, for the experts in use."""
+
+    A: list[torch.Tensor]  # stacks (rank, d_in), those of the members below each other
+    tiles: list[tuple[int, int]] | None  # where some members share A: (columns of their product, copies)
+    widths: list[int]  # columns of h that belong to each member
+    B: dict[str, list[torch.Tensor]]  # by site: stacks (rank, d_out)
+    expansions: dict[str, torch.Tensor]  # by site: (expert, rank)
+    joint: (
+        torch.Tensor | None
+    )  # without gradients: (expert, rank) from the weights of all gates to all columns
+
+
+@dataclass
+class Plan:
+    """The mounts that compute together, and whose gates decide for them; looked up once."""
+
+    members: list[Mount]
+    slots: list[str]  # per member, whose weights it uses: the key of the leader, or PLAIN
+    leaders: dict[str, Mount]  # by slot
+    readers: dict[str, tuple[Gate, GateRows | None]]  # by slot: gates that read this input, and their rows
+    kept: tuple[Any, Operands] | None = None  # the operands of the last decoding step, and their stamp
+
+    @classmethod
+    def of(cls, members: Sequence[Mount]) -> Plan:
+        slots = [PLAIN if mount.plain else mount.leader.key for mount in members]
+        leaders = {mount.leader.key: mount.leader for mount in members if not mount.plain}
+        return cls(
+            members=list(members),
+            slots=slots,
+            leaders=leaders,
+            readers={
+                slot: (leader.gate, leader.gate.rows)
+                for slot, leader in leaders.items()
+                if leader.gate is not None
+                and leader.reads_input
+                and (leader in members or not leader.spreads)
+            },
+        )
+
+    @property
+    def stream(self) -> str:
+        """Whose tokens its members read."""
+        return self.members[0].stream
+
+
+@dataclass
+class InputGroup:
+    """One adapter's mounts that read the same input, in the model's order.
+
+    Whichever is called first computes for all of them. A layer that is then called with another x computes for itself:
+    nothing is assumed of the attention code, and nothing in it is changed.
+    """
+
+    members: list[Mount] = field(default_factory=list)
+    plans: dict[str, Plan] = field(default_factory=dict)  # by key of a mount alone; "" for the whole group
+
+    def plan(self, mount: Mount, *, alone: bool) -> Plan:
+        """The plan of the whole group, or of one of its mounts."""
+        members = [mount] if alone else self.members
+        if torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
+            return Plan.of(members)
+        name = mount.key if alone else ""
+        if name not in self.plans:
+            self.plans[name] = Plan.of(members)
+        return self.plans[name]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"members": self.members, "plans": {}}
+
+
+class MountPoint:
+    """What holds mounts: an adapted layer, as the forward path sees it."""
+
+    context: RoutingContext
+    mounts: dict[str, Mount]  # by adapter
+
+    if TYPE_CHECKING:  # PEFT's layer class has them
+
+        @property
+        def active_adapters(self) -> list[str]: ...
+
+        @property
+        def disable_adapters(self) -> bool: ...
+
+        @property
+        def merged(self) -> bool: ...
