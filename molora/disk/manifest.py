@@ -111,12 +111,9 @@ def read_json(file: Path) -> Any:
 
 def _ours(folder: Path) -> set[str]:
     try:
-        ours = {MANIFEST, *FREE, *_read(folder)["files"]}
+        return {MANIFEST, *FREE, *_read(folder)["files"]}
     except AdapterError:
         return set()
-    if "adapter_config.json" in ours:  # transformers writes the weights after it, and so after the manifest
-        ours.add("adapter_model.safetensors")
-    return ours
 
 
 def _raise(error: OSError) -> None:
