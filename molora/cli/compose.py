@@ -26,6 +26,7 @@ def run(
     served = {task: names.split(",") for task, names in _named(tasks, "EXPERT,...", "sums=math,code").items()}
 
     from molora.config import BaseConfig
+    from molora.disk.atomic import check_target, check_writable
     from molora.models.build import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
@@ -36,6 +37,8 @@ def run(
             f"--fit {fit} needs data of each expert.",
             hint='use Python: molora.compose(base, loras, fit="' + fit + '", data={expert: batches}).',
         )
+    check_target(out, base, *folders.values())
+    check_writable(out)
     settings = BaseConfig.model_validate({"model": base, "task_type": task_type, "dtype": dtype})
     with quiet_libraries():
         model, _ = load_base(settings)
@@ -50,10 +53,15 @@ def run(
 
 def export(path: Path, out: Path, *, expert: str | None, task: str | None, fold_scaling: bool) -> None:
     """Write an expert, or a task's experts, as an ordinary LoRA folder."""
+    from molora.disk.atomic import check_target, check_writable
     from molora.models.build import load_trained
     from molora.store.lora_export import export_lora
+    from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
 
+    run = None if (path / "adapter_config.json").is_file() else Run.find(path)
+    check_target(out, path, *(() if run is None else (run.path, run.adapter)))
+    check_writable(out)
     with quiet_libraries():
         model, _, _ = load_trained(path, device="cpu")
     export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)

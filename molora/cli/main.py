@@ -193,7 +193,9 @@ def compose(
     loras: Annotated[
         list[str], typer.Argument(metavar="NAME=FOLDER...", help="Experts, each a LoRA folder.")
     ],
-    out: Annotated[Path, typer.Option("--out", help="Where the adapter goes.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder for the adapter: new, empty, or written by molora.")
+    ],
     preset: Annotated[
         str | None, typer.Option("--preset", help="A method for the gate: xlora, arrow, ...")
     ] = None,
@@ -222,7 +224,9 @@ def compose(
 @app.command()
 def export(
     run: RunFolder,
-    out: Annotated[Path, typer.Option("--out", help="Where the LoRA goes.")],
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder for the LoRA: new, empty, or written by molora.")
+    ],
     expert: Annotated[str | None, typer.Option("--expert", help="This expert alone.")] = None,
     task: Annotated[str | None, typer.Option("--task", help="The experts of this task.")] = None,
     fold_scaling: Annotated[
