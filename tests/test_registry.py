@@ -29,7 +29,7 @@ def test_an_unknown_name_is_refused_with_the_nearest_one():
 def test_a_name_is_given_once_and_says_by_whom():
     registry = colours()
     registry.add("blue", 3, source="a_package.colours")
-    with pytest.raises(ConfigError, match="there is a colour 'blue' already \\(of a_package.colours\\)"):
+    with pytest.raises(ConfigError, match=r"there is a colour 'blue' already \(of a_package.colours\)"):
         registry.add("blue", 4)
     registry.remove("blue")
     registry.add("blue", 4)

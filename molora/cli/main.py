@@ -12,8 +12,8 @@ import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from molora import __version__
 from molora.errors import InterruptedRun, MoLoraError
+from molora.version import __version__
 
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (

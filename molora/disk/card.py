@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import molora
 from molora.disk.atomic import write_file, write_json
 from molora.disk.fingerprint import describe as describe_base
 from molora.disk.manifest import MANIFEST, read_json, write_manifest
 from molora.disk.tensors import digest
+from molora.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -60,7 +60,7 @@ def facts(config: Any) -> dict[str, Any]:
         "base_model": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "versions": {
-            "molora": molora.__version__,
+            "molora": __version__,
             **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
     }

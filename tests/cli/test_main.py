@@ -88,7 +88,11 @@ finally:
     print(*sorted(name for name in sys.modules if name.startswith("molora.cli.")))
 """
     done = fresh(code, tmp_path)
-    assert done.stdout.splitlines()[-1].split() == ["molora.cli.main", "molora.cli.options", "molora.cli.train"]
+    assert done.stdout.splitlines()[-1].split() == [
+        "molora.cli.main",
+        "molora.cli.options",
+        "molora.cli.train",
+    ]
 
 
 @pytest.mark.parametrize("verb", ["train", "validate"])
