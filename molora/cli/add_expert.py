@@ -51,7 +51,7 @@ def command(
 
 def _source(
     recipe: Path | None, task: str | None, data: Path | None, eval_data: Path | None, synthetic: str | None
-) -> Any:
+) -> Path | dict[str, Any]:
     """The recipe file, or a recipe made of the options."""
     if recipe is not None:
         if task or data or eval_data or synthetic:

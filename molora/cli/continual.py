@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def command(
@@ -28,7 +31,7 @@ def command(
     to.print(f"run: {done.path}\nmatrix: {done.path / 'matrix.png'}", markup=False)
 
 
-def _print(to: Any, found: dict[str, Any]) -> None:
+def _print(to: Console, found: dict[str, Any]) -> None:
     from molora.continual.tables import VIEWS
     from molora.evaluation.continual import AccuracyMatrix
     from molora.report.tables import accuracy_table

@@ -1,4 +1,4 @@
-"""Folders and files that are either complete or absent, whatever interrupts the writing."""
+"""Atomic writes: a folder or file is either complete or absent, whatever interrupts the writing."""
 
 from __future__ import annotations
 
@@ -22,7 +22,9 @@ from molora.errors import AdapterError, ConfigError
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DAY = 86_400.0
-_open: set[Path] = set()  # temporaries this process is writing: in a container another run may have our pid
+_open: set[Path] = (
+    set()
+)  # temporary folders of this process: in a container another run may have the same pid
 
 
 @contextmanager
@@ -37,7 +39,7 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
 
     Args:
         path: the folder to create or replace.
-        size: bytes the caller is about to write, to refuse at once where they do not fit.
+        size: bytes about to be written; refused at once if they do not fit.
 
     Raises:
         ConfigError: the target cannot be written, or may not be replaced (checked before the block runs).
@@ -54,7 +56,7 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
         with _explain_no_space(target, temporary):
             yield temporary
             finish_folder(temporary)
-        check_target(target)  # again: the block may have taken long
+        check_target(target)  # again: the block may have taken a long time
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -64,7 +66,7 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
 def finish_folder(folder: Path) -> None:
     """Write the manifest, set permissions by the umask and flush every file and folder to the disk."""
     write_manifest(folder)
-    mode = (folder / MANIFEST).stat().st_mode & 0o777  # a file Python made: its mode is the umask's
+    mode = (folder / MANIFEST).stat().st_mode & 0o777  # a file created by Python follows the umask
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             file = Path(parent, name)
@@ -91,12 +93,12 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """`write_file` of readable JSON."""
+    """Write indented JSON atomically."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def recover(path: str | os.PathLike[str]) -> Path:
-    """Return `path`, put back first where a crash fell between the two renames of a replacement."""
+    """Return `path`, after restoring it if a crash came between the two renames of a replacement."""
     target = Path(path).absolute()
     deadline = time.monotonic() + 2.0
     while not target.exists():
@@ -114,7 +116,7 @@ def recover(path: str | os.PathLike[str]) -> Path:
 
 
 def sweep(parent: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed writers left in `parent` and return it; writers still alive are spared."""
+    """Remove what killed writers left in `parent` and return it; leaves live writers alone."""
     removed = []
     for old in _leftovers(Path(parent)):
         if old["kind"] == "old":
@@ -128,11 +130,6 @@ def sweep(parent: str | os.PathLike[str]) -> list[Path]:
             path.unlink(missing_ok=True)
         removed.append(path)
     return removed
-
-
-def is_leftover(path: Path) -> bool:
-    """Whether a name belongs to an unfinished write, which readers ignore."""
-    return _LEFTOVER.fullmatch(path.name) is not None
 
 
 def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
@@ -239,7 +236,7 @@ def _in_use(leftover: dict[str, Any]) -> bool:
         age = time.time() - path.stat().st_ctime  # renaming a folder sets ctime only
     except FileNotFoundError:
         return False
-    return process_alive(pid) and age < _DAY  # older: the process number was given to another program
+    return process_alive(pid) and age < _DAY  # after a day the pid belongs to another process
 
 
 def process_alive(pid: int) -> bool:

@@ -18,7 +18,7 @@ FREE = ("README.md",)
 
 
 def write_manifest(folder: Path, only: Sequence[str] | None = None) -> None:
-    """List every file below `folder` with its size and sha256, or `only` some: then others may be added."""
+    """List every file below `folder` with its size and sha256, or those in `only`; then others may be added later."""
     files = _listed(folder)
     names = list(files) if only is None else list(only)
     manifest = {
@@ -69,10 +69,10 @@ def is_complete(path: str | os.PathLike[str]) -> bool:
 
 
 def foreign_entries(folder: Path) -> list[str]:
-    """What in a folder molora did not write: neither the manifest nor named in it; folders end in "/".
+    """Entries that molora did not write: all but the manifest and what it lists; folders end in "/".
 
     README.md is the model card, and ours however it was edited; hidden files are foreign, though checking
-    ignores them. Without a readable manifest all is foreign.
+    ignores them. Without a readable manifest everything is foreign.
 
     Raises:
         ConfigError: the folder cannot be read.
@@ -140,7 +140,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """Every file the manifest answers for: relative posix name -> path."""
+    """Every file that the manifest covers: relative posix name -> path."""
     listed = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -136,7 +136,7 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
 
 
 def active_adapter(model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant: the one named, or the only active one."""
+    """The adapter of that name, or the only active one."""
     if adapter_name is not None:
         if adapter_name not in model.peft_config:
             raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(model.peft_config)}.")

@@ -47,7 +47,7 @@ class _Part:
         return self.A.shape[0]
 
     def with_rule(self, root: bool) -> _Part:
-        """The same scaling from the other rule's alpha."""
+        """The same scaling, expressed by the other rule's alpha."""
         if root == self.root:
             return self
         return replace(self, root=root, alpha=self.scaling * (math.sqrt(self.rank) if root else self.rank))
@@ -100,7 +100,7 @@ def export_lora(
     with torch.no_grad():
         parts = {layer.sites[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
-        # A head that wraps the encoder is ours alone: the LoRA is one of the encoder.
+        # A head that wraps the encoder is molora's own: the LoRA belongs to the encoder.
         wrapper = getattr(wrapped.get_base_model(), "wraps", None)
         targets = [name.removeprefix(f"{wrapper}.") for name in short_names(wrapped, parts)]
         if wrapper is not None:
