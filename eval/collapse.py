@@ -1,4 +1,4 @@
-"""Routing collapse, seen and cured: one task mixture, trained without a remedy and with several.
+"""Measures routing collapse and its remedies: one task mixture, trained without a remedy and with several.
 
     python -m eval.collapse                # all arms, two seeds; writes eval/results/collapse.json and collapse.md
     python -m eval.collapse --quick OUT    # two arms, few steps, into the folder OUT
@@ -101,7 +101,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
 
 
 def page(results: dict[str, dict[str, Any]], steps: int, seeds: int) -> str:
-    """The table with what made it."""
+    """The table, with the settings behind it."""
     return (
         "# Routing collapse and its cures\n\n"
         f"Four tasks in one mixture of {EXPERTS} experts on the embedded base, top-{GATE['top_k']}, one gate per "

@@ -114,7 +114,7 @@ def read_sections(path: Path) -> dict[str, Any]:
 
 
 def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Run one cell and return what is kept of it."""
+    """Run one cell and return its result."""
     import molora
 
     began = time.time()
@@ -136,7 +136,7 @@ def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[st
 
 
 def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] | None = None) -> None:
-    """Every cell that is not there yet. A second process takes other cells: each is claimed by a file first."""
+    """Run every missing cell. Several processes share the work: each claims a cell by a file first."""
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, other)
     for cell in cells:
@@ -157,7 +157,7 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
 
 
 def check_settings(folder: Path, other: dict[str, Any] | None) -> None:
-    """SystemExit where a cell was made with other sections than these: a table must not mix the two."""
+    """SystemExit if a cell was made with other sections than these: a table must not mix the two."""
     for cell in load_cells(folder):
         if cell["settings"].get("recipe") != other:
             name = Cell(cell["suite"], cell["method"], cell["seed"]).name
@@ -176,7 +176,7 @@ def _claimed(claim: Path) -> bool:
 
 
 def load_cells(folder: Path = CELLS) -> list[dict[str, Any]]:
-    """Every cell that is there."""
+    """All finished cells."""
     return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 

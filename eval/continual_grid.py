@@ -57,7 +57,7 @@ class Cell:
 
 
 def grid() -> list[Cell]:
-    """The committed grid, what matters most first."""
+    """The committed grid, most important cells first."""
     once = (
         "color, as published",
         "o_lora, weak",

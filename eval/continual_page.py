@@ -23,7 +23,7 @@ def interval(runs: list[tuple[int, float | None]]) -> str:
 
     Args:
         runs: seed and value of each run; those without a value are left out, and none at all gives no text. Runs of one
-            seed are no independent samples: orders 1 and 2 begin with the same two tasks, and there the same seed
+            seed are not independent samples: orders 1 and 2 begin with the same two tasks, and there the same seed
             gives the same numbers.
     """
     values = [(seed, value) for seed, value in runs if value is not None]
@@ -34,7 +34,7 @@ def interval(runs: list[tuple[int, float | None]]) -> str:
     mean = statistics.fmean(means)
     if len(means) < 2:
         return f"{100 * mean:.1f}"
-    # At most ten seeds are in the table; for more the last one is only a little too careful.
+    # The list ends at ten seeds; for more, its last entry gives a slightly wide interval.
     quantile = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31}.get(len(means), 2.26)
     return f"{100 * mean:.1f} ± {100 * quantile * statistics.stdev(means) / math.sqrt(len(means)):.1f}"
 
@@ -68,7 +68,7 @@ def table(cells: list[dict[str, Any]], suites: tuple[str, ...]) -> str:
 
 
 def _value(cell: dict[str, Any], view: str, name: str) -> float | None:
-    """A number of the cell's summary; None where it has none."""
+    """A number of the cell's summary; None if it is missing."""
     from molora.evaluation.continual import AccuracyMatrix
 
     found = cell["matrices"].get(view)

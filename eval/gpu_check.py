@@ -35,7 +35,7 @@ Found = tuple[dict[str, Any], dict[str, bool]]  # figures, and checks by name
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run is about, and when it must be over."""
+    """Settings of a run, and when it must end."""
 
     device: str
     quick: bool
@@ -58,7 +58,7 @@ class Report:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def write(self) -> None:
-        """Replace the file by what there is: a reader never sees half of it."""
+        """Replace the file atomically with what there is so far."""
         found = {"stages": self.stages, "checks": self.checks, "skipped": self.skipped}
         partial = common.write(
             "gpu_check", found, device=self.device, path=self.path.with_suffix(".json.part")
@@ -147,7 +147,7 @@ def compiled_decode(settings: Settings) -> Found:
     return _bench(settings, "decode", shape, "--rounds", "15", "--compile")
 
 
-# Name -> the stage and the seconds it may take on a GPU; dear ones last, so that little is lost when time is short.
+# Name -> the stage and the seconds it may take on a GPU; expensive ones last, so that little is lost when time is short.
 STAGES: dict[str, tuple[Callable[[Settings], Found], int]] = {
     "environment": (environment, 5),
     "gemms": (gemms, 20),
@@ -171,13 +171,13 @@ def _sound(found: dict[str, Any]) -> dict[str, bool]:
 
 
 def _bench(settings: Settings, script: str, shape: str, *arguments: str) -> Found:
-    """One of eval/bench in a process of its own, for what is left of the budget: its figures, its bars as checks."""
+    """Run one of eval/bench in its own process within the remaining budget: its figures, and its bars as checks."""
     path = settings.scratch / f"{'_'.join((script, *arguments))}.json"
     command = [sys.executable, "-m", f"eval.bench.{script}", "--device", settings.device]
     command += ["--output", str(path), *arguments]
     if settings.quick:
         command.append("--quick")
-    if not settings.quick or shape.endswith("quick"):  # else all of the quick shapes
+    if not settings.quick or shape.endswith("quick"):  # otherwise all quick shapes
         command += ["--shapes", shape]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(1.0, settings.left))
     if done.returncode:
@@ -205,7 +205,7 @@ def run(settings: Settings, report: Report, wanted: list[str]) -> None:
         except subprocess.TimeoutExpired as cut:
             report.skipped[name] = f"cut off after {cut.timeout:.0f} s, the end of the budget"
             continue
-        except Exception:  # noqa: BLE001 - the other stages still tell something
+        except Exception:  # noqa: BLE001 - the other stages are still informative
             found, checks = {"error": traceback.format_exc()[-2000:]}, {"runs": False}
         report.stages[name] = {"seconds": round(time.perf_counter() - began, 1), **found}
         report.checks[name] = checks

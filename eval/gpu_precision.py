@@ -1,4 +1,4 @@
-"""Short trainings of one small model in every precision, and what must hold of them."""
+"""Short trainings of one small model in every precision, and the checks on them."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def mixture(base: nn.Module) -> Any:
 
 
 def batches(device: str, steps: int, size: tuple[int, int]) -> Iterator[Tensor]:
-    """Walks through a fixed random permutation of the vocabulary: every next token can be known.
+    """Walks through a fixed random permutation of the vocabulary: every next token is predictable.
 
     Without token 0: it pads, its embedding is zero, and the norm of a zero vector multiplies the gradient by 50 in
     every layer, which no loss scale survives, whatever is trained.
@@ -95,7 +95,7 @@ def batches(device: str, steps: int, size: tuple[int, int]) -> Iterator[Tensor]:
 
 @contextmanager
 def gate_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
-    """Dtypes of everything the gates answer inside."""
+    """Dtypes of all outputs of the gates within the block."""
     seen: set[torch.dtype] = set()
 
     def look(module: nn.Module, args: Any, routing: Any) -> None:
@@ -106,19 +106,19 @@ def gate_dtypes(model: nn.Module) -> Iterator[set[torch.dtype]]:
     yield seen
     for handle in handles:
         handle.remove()
-    # Without an answer there would be nothing to judge.
+    # Without any output there would be nothing to check.
     assert seen, "no gate was asked"
 
 
 def precision_runs(device: str, steps: int, *, quick: bool) -> dict[str, Any]:
-    """The same training in every precision. One that fails, or lacks its package, is a row that says so."""
+    """The same training in every precision. One that fails, or whose package is missing, becomes a row that says so."""
     found: dict[str, Any] = {}
     for name in PRECISIONS:
         try:
             found[name] = precision_run(name, device, steps, quick=quick)
         except ImportError as error:
             found[name] = {"skipped": str(error)}
-        except Exception as error:  # noqa: BLE001 - the other precisions still tell something
+        except Exception as error:  # noqa: BLE001 - the other precisions are still informative
             found[name] = {"error": f"{type(error).__name__}: {error}"[:2000]}
         gc.collect()
     return found
@@ -194,7 +194,7 @@ def _routed(model: Any, ids: Tensor, autocast: torch.dtype | None) -> bool:
 def _quantised(size: Size, device: str, options: Mapping[str, Any]) -> nn.Module:
     """The same base, through a folder: transformers quantises while it loads."""
     with tempfile.TemporaryDirectory() as folder:
-        # On the device: its generator draws other weights than the CPU's, and float32's are from there.
+        # On the device: its generator draws different weights than the CPU's, and the float32 run drew them there.
         peers.frozen_base(size, FP32, device).save_pretrained(folder)
         base = LlamaForCausalLM.from_pretrained(
             folder,
@@ -224,7 +224,7 @@ def judge_precision(found: Mapping[str, Any]) -> dict[str, bool]:
 
 
 def judge_run(row: Mapping[str, Any]) -> dict[str, bool]:
-    """What holds of a training whatever its precision."""
+    """The checks that hold in every precision."""
     return {
         "learns": row["last"] < row["first"],
         "all finite": row["finite"],

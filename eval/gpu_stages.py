@@ -1,4 +1,4 @@
-"""What eval/gpu_check.py measures and runs on a device: memory, products, both trainers."""
+"""The stages that eval/gpu_check.py runs on a device: memory, matrix products, both trainers."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def step_memory(
     """GiB of one case on a bf16 base with bf16 adapters: at rest, and what a training step adds at its peak.
 
     At rest are the base, the adapters, AdamW's two moments and the batch. On a CPU, which counts nothing, the step
-    runs all the same and the answer is empty.
+    still runs and the result is empty.
     """
     gc.collect()
     base = peers.frozen_base(size, torch.bfloat16, device)
@@ -59,7 +59,7 @@ def step_memory(
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     step = training_step(model, peers.batch(base, samples, seq))
-    step()  # the optimiser's state is allocated here
+    step()  # allocates the optimiser's state
     if device == "cpu":
         return {}
     torch.cuda.reset_peak_memory_stats()
@@ -130,7 +130,7 @@ def skinny_gemms(device: str, *, quick: bool) -> dict[str, Any]:
 
 
 def _seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 10) -> float:
-    """Of one call. On a GPU they are replayed as one graph: some take less time than their launch."""
+    """Seconds per call. On a GPU the calls are replayed as one graph: some take less time than their launch."""
 
     def run() -> None:
         for call in calls:

@@ -11,7 +11,7 @@ import importlib.abc
 import sys
 from typing import Any
 
-__version__ = "0.1.0"
+from molora.version import __version__ as __version__
 
 _PUBLIC = {
     "MoLoraConfig": "molora.tuner.config",

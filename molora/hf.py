@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-import molora
+from molora.tuner.api import aux_in_loss, aux_loss
 
 
 class MoLoraTrainerMixin:
@@ -24,12 +24,12 @@ class MoLoraTrainerMixin:
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The Trainer's loss plus the weighted auxiliary losses (training only)."""
-        with molora.aux_in_loss(model, False):
+        with aux_in_loss(model, False):
             loss, outputs = super().compute_loss(  # type: ignore[misc]
                 model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
             )
         if model.training:
-            loss = loss + self._aux_share(molora.aux_loss(model), num_items_in_batch)
+            loss = loss + self._aux_share(aux_loss(model), num_items_in_batch)
         return (loss, outputs) if return_outputs else loss
 
     def _aux_share(self, aux: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:

@@ -110,7 +110,7 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def environment(device: str = "cpu") -> dict[str, Any]:
-    """Machine, threads and versions: what a figure means nothing without."""
+    """Machine, threads and versions, which every figure depends on."""
     import torch
 
     found: dict[str, Any] = {

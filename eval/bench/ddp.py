@@ -3,7 +3,7 @@
     python -m eval.bench.ddp
 
 Each process has one thread and a batch of its own (weak scaling): perfect is a step as long as that of a single
-process that runs alone. Gradients are reduced by gloo. Wall time, since waiting is what is asked about: median of
+process that runs alone. Gradients are reduced by gloo. Wall time, since waiting is what we measure: median of
 the steps, the slower process counts; single and double take turns, as processes of their own. Two cores share their
 memory bandwidth, so a frozen base alone, which exchanges nothing, is measured as well. Writes eval/results/ddp.json.
 """
@@ -76,7 +76,7 @@ def run(name: str, processes: int, options: argparse.Namespace) -> dict[str, Any
         env |= {"RANK": str(rank), "WORLD_SIZE": str(processes), "LOCAL_RANK": str(rank)}
         started.append(subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True))
     while any(process.poll() is None for process in started):
-        if any(process.poll() for process in started):  # the others would wait for the one that failed
+        if any(process.poll() for process in started):  # the others would wait for it forever
             for process in started:
                 process.kill()
         time.sleep(0.1)

@@ -144,7 +144,7 @@ def steps_of(name: str, model: nn.Module, shape: Shape, *, compiled: bool) -> Ca
 
 
 def run_shape(name: str, shape: Shape, options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one shape, print its table and bars."""
+    """Measure one shape; print its table and bars."""
     torch.compiler.reset()
     base = peers.frozen_base(shape.size, shape.dtype, options.device)
     base.config.use_cache = True

@@ -76,7 +76,7 @@ def frozen_base(size: Size, dtype: torch.dtype, device: str = "cpu") -> nn.Modul
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=None,
-            use_cache=False,  # X-LoRA insists; in training nobody wants one
+            use_cache=False,  # X-LoRA requires it; in training nobody wants a cache
         )
         return LlamaForCausalLM(config).to(dtype).requires_grad_(False).train()
 
@@ -138,7 +138,7 @@ def peft_xlora(*, experts: int = EXPERTS, rank: int = RANK, train_experts: bool)
                 use_trainable_adapters=train_experts,
             )
             found = get_peft_model(model, config)
-        # By itself it leaves base weights trainable in one setting, and nothing in the other.
+        # Left alone, it trains base weights with one setting and nothing at all with the other.
         for name, parameter in found.named_parameters():
             is_expert, is_gate = _is_factor(name), "xlora_classifier" in name
             parameter.requires_grad_(is_gate or (is_expert and train_experts))
@@ -214,7 +214,7 @@ class LoopLinear(nn.Module):
 
 
 def loop(*, experts: int = EXPERTS, rank: int = RANK, top_k: int = TOP_K) -> Builder:
-    """`LoopLinear` in the place of every linear."""
+    """`LoopLinear` in place of every linear."""
 
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
         wanted = targets(model)

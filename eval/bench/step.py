@@ -133,11 +133,11 @@ BARS = (
 
 
 def cases_of(shape: Shape) -> list[str]:
-    """The cases that say something about a shape."""
+    """The cases that apply to a shape."""
     names = [
         name for name in CASES if not (shape.is_layer and "X-LoRA" in name)
     ]  # X-LoRA needs a whole model
-    if shape.autocast or shape.dtype == FP32:  # there PEFT's default is the dtype of all
+    if shape.autocast or shape.dtype == FP32:  # there PEFT's default is the same dtype
         names.remove(PEFT_SHIPPED)
     elif not shape.is_layer:
         names.append(SHIPPED_AUTOCAST)
@@ -189,7 +189,7 @@ def steps_of(
     for name in names:
         try:
             step = step_of(name, shape, base, compiled=compiled)
-            step()  # the optimiser's state is allocated here
+            step()  # allocates the optimiser's state
             steps[name] = step
         except torch.OutOfMemoryError:
             step = None

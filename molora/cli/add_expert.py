@@ -1,35 +1,49 @@
-"""`molora add-expert`: one more expert for a new task, in a new run."""
+"""`molora add-expert`: one more expert for a new task, in a new run, and every task before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
+
+from molora.cli.options import Overrides, RunFolder
 from molora.errors import ConfigError
 
 SOURCES = {".jsonl": "jsonl", ".gz": "jsonl", ".csv": "csv", ".parquet": "parquet"}
 
 
-def run(
-    path: Path,
-    overrides: Sequence[str] = (),
-    *,
-    recipe: Path | None = None,
-    task: str | None = None,
-    data: Path | None = None,
-    eval_data: Path | None = None,
-    synthetic: str | None = None,
-    resume: bool = False,
+def command(
+    run: RunFolder,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="A recipe of the new task and its training.")
+    ] = None,
+    task: Annotated[
+        str | None, typer.Option("--task", help="The new task's name, where there is no recipe.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", help="Its training records: .jsonl, .csv, .parquet.")
+    ] = None,
+    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Its held-out records.")] = None,
+    synthetic: Annotated[
+        str | None, typer.Option("--synthetic", help="A synthetic generator instead of --data.")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the latest run of this growth.")
+    ] = False,
 ) -> None:
-    """Grow, then print every task before and after."""
+    """Add an expert for a new task; the old ones stay as they are.
+
+    Example: molora add-expert runs/quickstart --task loud --synthetic loud train.max_steps=60
+    """
     source = _source(recipe, task, data, eval_data, synthetic)
 
     from molora.continual.grow import add_expert
     from molora.evaluation.report import Report
     from molora.report.tables import console, print_report
 
-    grown = add_expert(path, source, overrides, resume=resume or None)
+    grown = add_expert(run, source, overrides or [], resume=resume or None)
     to = console()
     print_report(Report.from_json((grown.path / "report.json").read_text(encoding="utf-8")), to=to)
     to.print(f"run: {grown.path}\nreport: {grown.path / 'report.html'}", markup=False)
@@ -37,7 +51,7 @@ def run(
 
 def _source(
     recipe: Path | None, task: str | None, data: Path | None, eval_data: Path | None, synthetic: str | None
-) -> Any:
+) -> Path | dict[str, Any]:
     """The recipe file, or a recipe made of the options."""
     if recipe is not None:
         if task or data or eval_data or synthetic:

@@ -1,31 +1,52 @@
-"""`molora compose`: a mixture out of ordinary LoRA folders; `molora export`: an expert as one."""
+"""`molora compose`: a mixture out of ordinary LoRA folders."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
 import typer
 
 from molora.errors import ConfigError
 
 
-def run(
-    base: str,
-    loras: Sequence[str],
-    out: Path,
-    *,
-    preset: str | None = None,
-    fit: str | None = None,
-    task_type: str = "CAUSAL_LM",
-    dtype: str = "float32",
-    tasks: Sequence[str] = (),
+def command(
+    base: Annotated[str, typer.Argument(metavar="BASE", help="The model the LoRAs were trained on.")],
+    loras: Annotated[
+        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Experts, each a LoRA folder.")
+    ],
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder for the adapter: new, empty, or written by molora.")
+    ],
+    preset: Annotated[
+        str | None, typer.Option("--preset", help="A method for the gate: xlora, arrow, ...")
+    ] = None,
+    fit: Annotated[
+        str | None, typer.Option("--fit", help="Set the gate without training: arrow or uniform.")
+    ] = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", metavar="NAME=EXPERT,...", help="A task and its experts.")
+    ] = None,
+    task_type: Annotated[
+        str, typer.Option("--task-type", help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")
+    ] = "CAUSAL_LM",
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="float32, bfloat16 or float16, of the base.")
+    ] = "float32",
 ) -> None:
-    """Compose, save the adapter, and say what was made."""
+    """Make a mixture of LoRAs that PEFT saved, of any ranks and targets; they stay exactly as they are.
+
+    Example: molora compose Qwen/Qwen2.5-0.5B math=loras/math code=loras/code --preset arrow --fit arrow --out mix
+    """
     folders = _named(loras, "FOLDER", "math=loras/math")
-    served = {task: names.split(",") for task, names in _named(tasks, "EXPERT,...", "sums=math,code").items()}
+    served = {
+        name: experts.split(",")
+        for name, experts in _named(task or (), "EXPERT,...", "sums=math,code").items()
+    }
 
     from molora.config import BaseConfig
+    from molora.disk.atomic import check_target, check_writable
     from molora.models.build import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
@@ -36,6 +57,8 @@ def run(
             f"--fit {fit} needs data of each expert.",
             hint='use Python: molora.compose(base, loras, fit="' + fit + '", data={expert: batches}).',
         )
+    check_target(out, base, *folders.values())
+    check_writable(out)
     settings = BaseConfig.model_validate({"model": base, "task_type": task_type, "dtype": dtype})
     with quiet_libraries():
         model, _ = load_base(settings)
@@ -46,18 +69,6 @@ def run(
         f"{len(folders)} experts ({', '.join(folders)}), frozen, under a gate of scope {config.gate.scope}"
     )
     typer.echo(f"adapter: {out}")
-
-
-def export(path: Path, out: Path, *, expert: str | None, task: str | None, fold_scaling: bool) -> None:
-    """Write an expert, or a task's experts, as an ordinary LoRA folder."""
-    from molora.models.build import load_trained
-    from molora.store.lora_export import export_lora
-    from molora.training.environment import quiet_libraries
-
-    with quiet_libraries():
-        model, _, _ = load_trained(path, device="cpu")
-    export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)
-    typer.echo(f"LoRA: {out}")
 
 
 def _named(items: Sequence[str], value: str, example: str) -> dict[str, str]:

@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
-def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
-    """Train the sequence, print the matrices and say where they are."""
+def command(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, resume_from: ResumeFrom = None
+) -> None:
+    """Train on tasks one after another and measure what is forgotten.
+
+    Example: molora continual recipes/continual_quickstart.yaml continual.strategy=o_lora
+    """
     from molora.config import load_recipe
 
-    config = load_recipe(recipe, overrides)
+    config = load_recipe(recipe, overrides or [])
 
     from molora.continual.sequence import train_sequence
     from molora.disk.manifest import read_json
     from molora.report.tables import console
 
-    done = train_sequence(config, resume=resume or None)
+    done = train_sequence(config, resume=resume_from or resume or None)
     to = console()
     _print(to, read_json(done.path / "matrix.json"))
     to.print(f"run: {done.path}\nmatrix: {done.path / 'matrix.png'}", markup=False)
 
 
-def _print(to: Any, found: dict[str, Any]) -> None:
+def _print(to: Console, found: dict[str, Any]) -> None:
     from molora.continual.tables import VIEWS
     from molora.evaluation.continual import AccuracyMatrix
     from molora.report.tables import accuracy_table

@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+import typer
+
+from molora.cli.options import AsJson, Overrides, RunFolder
 from molora.errors import ConfigError
 
 
-def run(
-    path: Path,
-    *,
-    overrides: Sequence[str] = (),
-    tasks: Sequence[str] | None = None,
-    modes: Sequence[str] | None = None,
-    recipe: Path | None = None,
-    out: Path | None = None,
-    fail_under: Sequence[str] = (),
-    as_json: bool = False,
+def command(
+    run: RunFolder,
+    overrides: Overrides = None,
+    task: Annotated[
+        list[str] | None, typer.Option("--task", help="Score this task only; may be repeated.")
+    ] = None,
+    mode: Annotated[
+        list[str] | None, typer.Option("--mode", help="gate, task or base; may be repeated.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="Data and settings other than the run's own.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report.")] = None,
+    fail_under: Annotated[
+        list[str] | None,
+        typer.Option("--fail-under", metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1."),
+    ] = None,
+    as_json: AsJson = False,
 ) -> None:
-    """Score, print tables or JSON, and raise ThresholdError (exit 6) for a score below its floor."""
-    floors = dict(_floor(text) for text in fail_under)
+    """Score a trained mixture: with the gate alone, by task id, and the base only.
+
+    Example: molora eval runs/quickstart --task pig --fail-under 0.9
+    """
+    floors = dict(_floor(text) for text in fail_under or ())
 
     from molora.evaluation.report import check_thresholds
     from molora.report.tables import console, print_report
     from molora.training.evaluate import evaluate
 
-    report = evaluate(path, tasks=tasks, modes=modes, recipe=recipe, overrides=overrides, out=out)
+    report = evaluate(run, tasks=task, modes=mode, recipe=recipe, overrides=overrides or [], out=out)
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)
     else:

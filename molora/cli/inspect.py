@@ -5,7 +5,11 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from molora.cli.options import AsJson, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -13,8 +17,17 @@ if TYPE_CHECKING:
     from molora.evaluation.routing import RoutingSummary
 
 
-def run(path: Path, *, out: Path | None = None, as_json: bool = False) -> None:
-    """Parameters by group, experts and tasks, initialisation, and the routing of the last evaluation."""
+def command(
+    run: RunFolder,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for the pictures; default: the run's.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show parameters, experts, tasks, and which expert does what.
+
+    Example: molora inspect runs/quickstart
+    """
     from molora.evaluation.report import Report
     from molora.models.build import load_trained
     from molora.report.tables import console
@@ -22,9 +35,9 @@ def run(path: Path, *, out: Path | None = None, as_json: bool = False) -> None:
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
-        model, _, config = load_trained(path, trainable=True)
+        model, _, config = load_trained(run, trainable=True)
     facts = describe(model)
-    folder = Run.find(path).path if config is not None else None
+    folder = Run.find(run).path if config is not None else None
     stored = folder / "report.json" if folder is not None else None
     report = (
         Report.from_json(stored.read_text(encoding="utf-8"))

@@ -3,30 +3,44 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from typing import TYPE_CHECKING
 
 import typer
-import yaml
 
-from molora.config.presets import PRESETS, preset_settings, summary
-from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
+from molora.cli.options import Name
+
+if TYPE_CHECKING:
+    from molora.config import AdapterConfig
+
+command = typer.Typer(
+    name="presets",
+    help="List or show the published methods a recipe can name.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
+@command.command("list")
 def show_list() -> None:
     """Name and method of every preset."""
+    from molora.config.presets import PRESETS, summary
+
     for name in sorted(PRESETS):
         typer.echo(f"{name:20} {summary(name)}")
 
 
 def table() -> str:
     """Every preset on the axes, as a Markdown table."""
+    from molora.config.presets import PRESETS
+
     head = ("preset", "gate reads", "one per", "score", "select", "experts", "on", "combined as", "losses")
     rows = [head, ("---",) * len(head), *(_row(name) for name in sorted(PRESETS))]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+@command.command("table")
 def show_table() -> None:
-    """Print the table."""
+    """Every preset on the axes of a mixture, as a Markdown table."""
     typer.echo(table())
 
 
@@ -56,14 +70,21 @@ def _row(name: str) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def _where(adapter: Any) -> str:
+def _where(adapter: AdapterConfig) -> str:
+    from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
+
     names = {FEED_FORWARD: "feed-forward", QUERY_VALUE: "query, value", "all-linear": "all linears"}
-    found = names.get(adapter.target_modules, str(adapter.target_modules))
+    found = names.get(str(adapter.target_modules), str(adapter.target_modules))
     return f"{found}; plain LoRA on attention" if adapter.plain_targets == ATTENTION else found
 
 
-def show(name: str) -> None:
-    """What a preset sets, as a recipe's `adapter` section, under its description."""
+@command.command()
+def show(name: Name) -> None:
+    """Print what a preset sets, its paper, and where it deviates."""
+    import yaml
+
+    from molora.config.presets import PRESETS, preset_settings
+
     settings = preset_settings(name, {})
     text = inspect.getdoc(PRESETS[name.replace("-", "_")]) or ""
     typer.echo("\n".join(f"# {line}".rstrip() for line in text.splitlines()))

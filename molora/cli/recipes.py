@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
-from importlib.resources.abc import Traversable
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from molora.cli.options import Name
 from molora.config.suggest import did_you_mean
-from molora.disk.atomic import write_file
 from molora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+command = typer.Typer(
+    name="recipes",
+    help="List, show or copy the recipes that come with molora.",
+    no_args_is_help=True,
+    add_completion=False,
+)
 
 
 def available() -> dict[str, Traversable]:
     """Name -> recipe file, sorted. They are installed as molora/recipes; a checkout has them at its top."""
+    from importlib.resources import files
+
     installed = files("molora").joinpath("recipes")
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
     found = {
@@ -32,21 +43,33 @@ def find(name: str) -> Traversable:
     return recipes[name]
 
 
+@command.command("list")
 def show_list() -> None:
-    """Name and purpose of every recipe; the purpose is its second line."""
-    width = max(map(len, available()))
-    for name, entry in available().items():
-        purpose = entry.read_text(encoding="utf-8").splitlines()[1].lstrip("# ")
+    """One line per recipe."""
+    recipes = available()
+    width = max(map(len, recipes))
+    for name, entry in recipes.items():
+        purpose = entry.read_text(encoding="utf-8").splitlines()[1].lstrip("# ")  # the second line says it
         typer.echo(f"{name:{width}} {purpose}")
 
 
-def show(name: str) -> None:
-    """Print a recipe as it is."""
+@command.command()
+def show(name: Name) -> None:
+    """Print a recipe."""
     typer.echo(find(name).read_text(encoding="utf-8"), nl=False)
 
 
-def copy(name: str, to: Path, *, force: bool = False) -> None:
-    """Copy a recipe into a folder, or to a file name; an existing file is kept unless `force`."""
+@command.command()
+def copy(
+    name: Name,
+    to: Annotated[
+        Path, typer.Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)
+    ] = Path(),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a recipe, to change it."""
+    from molora.disk.atomic import write_file
+
     recipe = find(name)
     target = to / recipe.name if to.is_dir() else to
     if target.exists() and not force:

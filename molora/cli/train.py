@@ -5,7 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
 from molora.errors import ConfigError
+
+
+def command(
+    recipe: RecipeFile, overrides: Overrides = None, resume: Resume = False, resume_from: ResumeFrom = None
+) -> None:
+    """Train a mixture, evaluate it and write a run folder.
+
+    Example: molora train recipes/quickstart.yaml train.max_steps=100
+    """
+    run(recipe, overrides or [], resume_from or resume)
 
 
 def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:

@@ -2,41 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from itertools import islice
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import typer
 from rich.console import Console
 from rich.text import Text
 
-from molora.config import DataConfig, load_grow, load_recipe
-from molora.config.grow import is_grow
+from molora.cli.options import Overrides, RecipeFile
 from molora.errors import ConfigError
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
-    from molora.config import RunConfig
+    from molora.config import DataConfig, RunConfig
     from molora.data.preview import Preview
     from molora.data.tasks import TaskSet
 
 RECORDS = 3
 
 
-def run(recipe: Path, overrides: Sequence[str], *, schema_only: bool = False) -> None:
-    """Check the schema, the data, the tokenizer, the targets and the parameters, in this order.
+def command(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    schema_only: Annotated[bool, typer.Option("--schema-only", help="Stop after checking the YAML.")] = False,
+) -> None:
+    """Check a recipe, its data and its base without training.
 
-    A recipe that adds an expert has no base of its own: its schema and its task are checked.
+    Example: molora validate recipes/quickstart.yaml
     """
+    from molora.config import DataConfig, load_grow, load_recipe
+    from molora.config.grow import is_grow
+
     console = Console(soft_wrap=True, highlight=False)
     config: RunConfig | None = None
-    if is_grow(recipe):
-        grow = load_grow(recipe, overrides)
+    if is_grow(recipe):  # it has no base of its own: its schema and its task are checked
+        grow = load_grow(recipe, overrides or [])
         data = DataConfig(tasks={grow.task.name: grow.task.as_task()})
     else:
-        config = load_recipe(recipe, overrides)
+        config = load_recipe(recipe, overrides or [])
         data = config.data
     console.print(f"1 schema      ok: {recipe}", markup=False)
     if not schema_only:

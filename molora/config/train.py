@@ -19,7 +19,6 @@ from molora.config.section import (
 
 PRECISIONS = ("32-true", "bf16-mixed", "16-mixed")
 Part = Literal["experts", "gates", "heads"]
-PARTS: tuple[Part, ...] = ("experts", "gates", "heads")
 
 
 class StageConfig(Section):
@@ -56,14 +55,6 @@ class TrainConfig(Section):
     devices: PositiveInt | list[int] | Literal["auto"] = 1
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
-
-    def roles_at(self, step: int) -> tuple[Part, ...]:
-        """What learns at optimiser step `step` (0 = the first)."""
-        for stage in self.stages:
-            if stage.steps is None or step < stage.steps:
-                return tuple(stage.train)
-            step -= stage.steps
-        return PARTS
 
     @model_validator(mode="before")
     @classmethod

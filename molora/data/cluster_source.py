@@ -1,14 +1,17 @@
-"""ClusterSource: features for gates of external scope, worked out from each call's prompt (MoCLE)."""
+"""ClusterSource: features for gates of external scope, computed from each call's prompt (MoCLE)."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from molora.data.clusters import TextClusters, encode
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class ClusterSource:
@@ -18,10 +21,10 @@ class ClusterSource:
     seen before are not encoded again.
 
     Args:
-        clusters: of the texts' embeddings.
+        clusters: the fitted clusters of text embeddings.
         encoder: any Hugging Face encoder, the one the clusters were fitted with; frozen, not part of the adapter.
-        encoder_tokenizer: the encoder's.
-        tokenizer: the base model's, to read its prompts.
+        encoder_tokenizer: the tokenizer of `encoder`.
+        tokenizer: the tokenizer of the base model, to decode its prompts.
     """
 
     def __init__(
@@ -29,7 +32,7 @@ class ClusterSource:
         clusters: TextClusters,
         encoder: nn.Module,
         encoder_tokenizer: Callable[..., Mapping[str, Any]],
-        tokenizer: Any,
+        tokenizer: PreTrainedTokenizerBase,
     ) -> None:
         self.clusters = clusters
         self.encoder = encoder
@@ -39,7 +42,7 @@ class ClusterSource:
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Features (sample, cluster) float32, on the CPU, of prompts given as token ids."""
-        texts = [self.tokenizer.decode(list(prompt), skip_special_tokens=True) for prompt in prompts]
+        texts = [str(self.tokenizer.decode(list(prompt), skip_special_tokens=True)) for prompt in prompts]
         fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
         if fresh:
             found = self.clusters.assign(encode(fresh, self.encoder, self.encoder_tokenizer))
@@ -48,4 +51,4 @@ class ClusterSource:
         return torch.nn.functional.one_hot(index, self.clusters.num_clusters).float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClusterSource:
-        return self  # nothing in it changes but what it remembers
+        return self  # only its cache ever changes

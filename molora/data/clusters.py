@@ -1,4 +1,4 @@
-"""Clusters of texts, which stand for tasks where data has no task labels.
+"""Clusters of texts, which take the place of tasks where the data has no task labels.
 
 MoCLE (arXiv:2312.12379): k-means over sentence embeddings of the instructions; a text's cluster then decides
 its experts. Axis names: text cluster d.
@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from molora.disk.atomic import write_file
 from molora.errors import AdapterError, ConfigError, DataError
 
-_RESTARTS = 10  # k-means keeps the best of so many starts: a single one may split a cluster and join two
+_RESTARTS = 10  # k-means keeps the best of these runs: a single one may split a cluster and merge two others
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class TextClusters:
         """Nearest cluster of each of `embeddings` (text, d), as (text,) int64; the lowest index on ties."""
         _check(embeddings, self.centroids.shape[1])
         centroids = self.centroids.to(embeddings.device)
-        # The matrix product would be faster, but rounds a text's distances by how many texts there are.
+        # A matrix product would be faster, but a text's rounded distances would depend on how many texts there are.
         exact = "donot_use_mm_for_euclid_dist"
         return torch.cdist(embeddings.detach().float(), centroids, compute_mode=exact).argmin(dim=1)
 
@@ -74,7 +74,7 @@ class TextClusters:
         return F.one_hot(self.assign(embeddings), self.num_clusters).float()
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write a .safetensors file, whole or not at all; makes its folder."""
+        """Write a .safetensors file atomically; creates its folder."""
         Path(path).absolute().parent.mkdir(parents=True, exist_ok=True)
         write_file(path, save({"centroids": self.centroids.detach().float().cpu().contiguous()}))
 
@@ -112,13 +112,13 @@ def encode(
     """Sentence embeddings (text, d): the mean of a text's last hidden states, of unit length.
 
     Computed on the model's device without dropout, returned as float32 on the CPU. A text without tokens
-    gets zeros. The tokenizer cuts texts off at its own maximum length.
+    gets zeros. The tokenizer truncates texts to its own maximum length.
 
     Args:
-        texts: any number of texts but none at all.
-        model: any encoder of Hugging Face whose output has `last_hidden_state`.
-        tokenizer: the model's own, or what returns `input_ids` and `attention_mask` as it does.
-        batch_size: texts a forward pass.
+        texts: at least one.
+        model: any Hugging Face encoder whose output has `last_hidden_state`.
+        tokenizer: the model's own, or anything that returns `input_ids` and `attention_mask` in the same way.
+        batch_size: texts per forward pass.
     """
     if not texts or batch_size < 1:
         raise DataError(f"{len(texts)} texts in batches of {batch_size}; allowed: 1 or more of both.")
@@ -144,7 +144,7 @@ def mean_vector(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode within; afterwards each module is as it was, which `model.train()` would not do."""
+    """Eval mode inside the block; afterwards every module has its own mode back, unlike with `model.train()`."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

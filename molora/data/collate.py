@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     """The id to pad with: the tokenizer's padding token, else its end-of-sequence token.
 
-    Padding is told by position (attention mask 0, label -100), never by its id, so an answer's own
+    Padding is recognised by position (attention mask 0, label -100), never by its id, so an answer's own
     end-of-sequence token is still learned. Raises ConfigError where the tokenizer has neither.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
@@ -48,7 +48,7 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
 
 
 def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different lengths as one tensor (batch, longest) filled up with `value`."""
+    """Rows of different lengths as one tensor (batch, longest), padded with `value`."""
     out = torch.full((len(rows), max(len(row) for row in rows)), value)
     for i, row in enumerate(rows):
         out[i, : len(row)] = torch.tensor(row, dtype=torch.long)

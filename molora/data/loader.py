@@ -1,4 +1,4 @@
-"""Loaders: one that trains on from where it stopped, to the batch, and one that reads in order."""
+"""Loaders: one for training that resumes at the exact batch, and one that reads in order."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Collate = Callable[[Sequence[Example]], Batch]
 class ResumableLoader:
     """Batches of shuffled, mixed tasks: an endless stream of epochs, and a position in it.
 
-    Iterating goes from the position to the end of its epoch, so stopping half-way and iterating again goes on.
+    Iterating runs from the position to the end of its epoch, so stopping half-way and iterating again continues.
     The position enters the next epoch together with an epoch's last batch: Lightning never asks a sized loader
     for one batch more. It counts batches handed out, so workers that read ahead do not move it. The order is a
     pure function of (seed, epoch), and no global random state is read or moved. Nothing is dropped: an epoch's
     last batch may be smaller. In distributed training each process gets its share, all equally many batches.
 
-    It is no DataLoader, so Lightning leaves its order and sharding alone.
+    It is not a DataLoader, so Lightning leaves its order and sharding alone.
     """
 
     def __init__(
@@ -74,11 +74,11 @@ class ResumableLoader:
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and what it only means something for; plain data."""
+        """The position, and the settings it is valid for; plain data."""
         return {"epoch": self.epoch, "batches": self.given, "made_for": self._made_for()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a position. Raises ConfigError in the middle of an epoch that this loader would cut otherwise."""
+        """Go to a position. Raises ConfigError inside an epoch that this loader would batch differently."""
         made_for, here = state["made_for"], self._made_for()
         changed = [
             f"{key}: {made_for.get(key)} then, {here[key]} now"
@@ -104,7 +104,7 @@ class ResumableLoader:
 
 def ordered_loader(
     examples: Sequence[Example], batch_size: int, collate: Collate, *, workers: int = 0
-) -> DataLoader[Any]:
+) -> DataLoader[Example]:
     """A loader that reads every example in order, each process its share; for validation.
 
     Its generator is its own: a DataLoader without one draws from the global random state at every start.

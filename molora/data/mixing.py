@@ -31,7 +31,7 @@ def mixing_counts(
     weights = weights or [1.0] * len(sizes)
     shares = [weight * size ** powers[mixing] for weight, size in zip(weights, sizes, strict=True)]
     exact = [share / sum(shares) * sum(sizes) for share in shares]
-    counts = [int(value + 1e-9) for value in exact]  # 2.9999999 is 3 that went through a division
+    counts = [int(value + 1e-9) for value in exact]  # 2.9999999 is 3 after a rounded division
     by_remainder = sorted(range(len(sizes)), key=lambda i: counts[i] - exact[i])
     for i in by_remainder[: sum(sizes) - sum(counts)]:
         counts[i] += 1
@@ -55,7 +55,7 @@ def epoch_order(sizes: Sequence[int], counts: Sequence[int], seed: int, epoch: i
 
 
 def shard(order: Tensor, rank: int, world_size: int) -> Tensor:
-    """Every `world_size`-th index from `rank` on; the first ones come again until all processes have as many."""
+    """Every `world_size`-th index from `rank` on; the first ones are repeated until every process has the same number."""
     missing = -len(order) % world_size
     repeated = order.repeat(-(-missing // len(order)) + 1)[: len(order) + missing]
     return repeated[rank::world_size]

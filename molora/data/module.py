@@ -12,22 +12,23 @@ import lightning as L
 
 from molora.config import DataConfig
 from molora.data.collate import collate, pad_token
-from molora.data.loader import ResumableLoader, ordered_loader
+from molora.data.loader import Collate, ResumableLoader, ordered_loader
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
 from molora.errors import DataError
 
 if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-CUT_WARNING = 0.01  # share of records cut by max_length from which a warning is given
+CUT_WARNING = 0.01  # warn when at least this share of the records is cut by max_length
 
 
 @dataclass(frozen=True)
 class SplitSummary:
-    """What encoding one split of one task gave. Counts of records, and of tokens after cutting."""
+    """The result of encoding one split of one task: numbers of records, and of tokens after cutting."""
 
     task: str
     task_id: int
@@ -35,7 +36,7 @@ class SplitSummary:
     records: int
     cut_prompts: int
     cut_targets: int
-    unlabelled: int  # nothing of the target left to learn; such records are left out
+    unlabelled: int  # records with no target token left to learn; they are skipped
     tokens: int
     longest: int
 
@@ -85,7 +86,7 @@ class MoLoraDataModule(L.LightningDataModule):
         self._summary = summary
 
     def train_dataloader(self) -> ResumableLoader:
-        """A loader at the start of the first epoch; it can be told to go on from a saved position."""
+        """A loader at the start of the first epoch; `load_state_dict` moves it to a saved position."""
         self.setup()
         return ResumableLoader(
             [self.examples(task.name, "train") for task in self.tasks],
@@ -98,8 +99,8 @@ class MoLoraDataModule(L.LightningDataModule):
             workers=self.config.workers,
         )
 
-    def val_dataloader(self) -> Any:
-        """Every evaluation record in order, task by task; an empty list, as Lightning wants it, without any."""
+    def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
+        """Every evaluation record in order, task by task; an empty list, as Lightning expects, if there are none."""
         self.setup()
         examples = [example for task in self.tasks for example in self.examples(task.name, "eval")]
         if not examples:
@@ -116,7 +117,7 @@ class MoLoraDataModule(L.LightningDataModule):
         self.setup()
         return list(self._summary)
 
-    def _collate(self) -> Any:
+    def _collate(self) -> Collate:
         return partial(collate, pad_id=pad_token(self.tokenizer))
 
 

@@ -25,7 +25,7 @@ class PreviewToken:
 
 @dataclass(frozen=True)
 class Preview:
-    """One record: the text a model is given, the text it learns, and the tokens of both in their order."""
+    """One record: the text given to the model, the text it learns, and the tokens of both in order."""
 
     where: str
     prompt: str

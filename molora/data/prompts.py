@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from molora.data.tasks import Task
 
-IGNORED = -100  # the label of a position that no loss may read
+IGNORED = -100  # the label of a position that the loss skips
 
 # -- text -------------------------------------------------------------------------------------------------
 
@@ -43,7 +43,7 @@ def label_index(task: Task, record: Mapping[str, Any]) -> int:
     if isinstance(value, str):
         if value in task.labels:
             return task.labels.index(value)
-        if value.isascii() and value.isdigit():  # CSV knows no numbers
+        if value.isascii() and value.isdigit():  # CSV has no numbers, only text
             value = int(value)
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
         return value
@@ -86,9 +86,9 @@ class Example:
     """One encoded record.
 
     input_ids: prompt and target of a causal model; the encoder's input of the others. Its first
-    `prompt_length` tokens are the prompt, which is all a model is given when it is to generate.
+    `prompt_length` tokens are the prompt, which is all the model is given to generate from.
     labels: one per input token (-100 on the prompt); the decoder's tokens of a seq2seq model; or one class index.
-    cut_prompt, cut_target: how many tokens `max_length` has cost each.
+    cut_prompt, cut_target: how many tokens of each were cut off by `max_length`.
     """
 
     input_ids: Sequence[int]
@@ -112,7 +112,7 @@ class Example:
         return any(label != IGNORED for label in (self.labels[1:] if causal else self.labels))
 
     def compact(self) -> Example:
-        """The same in four bytes a token, for keeping many."""
+        """The same example in four bytes per token, to keep many of them in memory."""
         labels = self.labels if isinstance(self.labels, int) else array("i", self.labels)
         return replace(self, input_ids=array("i", self.input_ids), labels=labels)
 
@@ -122,7 +122,7 @@ def encode(
 ) -> Example:
     """Tokens and labels of a record.
 
-    Causal: prompt and target are tokenised apart and joined, so that training sees the prompt's tokens exactly
+    Causal: prompt and target are tokenised separately and joined, so that training sees the prompt's tokens exactly
     as generation does (tokenising the joined text may merge across the boundary); the target ends with the
     end-of-sequence token. Over `max_length`, the prompt loses its beginning (after a start token), never the
     target; only a target that is too long by itself loses its end, and then one prompt token stays.
@@ -178,7 +178,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 
 
 def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """The prompt with the special tokens its tokenizer starts a text with, but not the one it ends it with."""
+    """The prompt's tokens, with the special tokens that start a text but not those that end it."""
     ids = list(tokenizer(text, verbose=False)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id and _tokens(tokenizer, text)[-1:] != ids[-1:]:
         ids.pop()
@@ -188,7 +188,7 @@ def prompt_tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
 def prompt_within(
     tokenizer: PreTrainedTokenizerBase, text: str, max_length: int, task_type: str
 ) -> list[int]:
-    """A prompt's tokens as `encode` cuts them for a base of this `task_type`, without room left for an answer."""
+    """A prompt's tokens as `encode` cuts them for a base of this `task_type`, with no room kept for an answer."""
     if task_type == "SEQ_CLS":
         return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
     whole = (
@@ -200,7 +200,7 @@ def prompt_within(
 
 
 def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
-    """`ids` without its beginning where it is longer than `room`, and how many were cut; a start token stays."""
+    """The last `room` of `ids` (a start token stays first), and how many were cut."""
     cut = max(0, len(ids) - room)
     if cut == 0:
         return list(ids), 0

@@ -13,7 +13,7 @@ from typing import Any, BinaryIO, NoReturn, cast
 
 from molora.errors import DataError
 
-MAX_LINE = 10_000_000  # bytes; a longer line is a file that is not one record per line
+MAX_LINE = 10_000_000  # bytes; a longer line means that the file does not hold one record per line
 
 _BYTE_ORDER_MARKS = ((b"\xff\xfe", "UTF-16 or UTF-32"), (b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32"))
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -29,7 +29,7 @@ class Record(dict[str, Any]):
 
 
 def where_of(record: Mapping[str, Any]) -> str:
-    """Where a record was read; plain dicts have no such place."""
+    """Where a record was read; a plain dict does not say."""
     return record.where if isinstance(record, Record) else "a record given in Python"
 
 
@@ -74,7 +74,7 @@ def _open(path: Path) -> BinaryIO:
 
 
 class _OwningGzip(gzip.GzipFile):
-    """Closes the file underneath as well, which GzipFile leaves open when it was given one."""
+    """Also closes the underlying file, which GzipFile leaves open when it did not open it itself."""
 
     def __init__(self, file: BinaryIO) -> None:
         super().__init__(fileobj=file, mode="rb")
@@ -201,7 +201,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def read_csv(path: str | Path) -> Iterator[Record]:
-    """The records of a comma-separated file with a header line; every value stays the text that is written.
+    """The records of a comma-separated file with a header line; every value stays text, exactly as written.
 
     Raises:
         DataError: as `read_lines`, and for a header with an empty or repeated name, a row with more or fewer
@@ -214,7 +214,7 @@ def read_csv(path: str | Path) -> Iterator[Record]:
     header: list[str] | None = None
     blank = 0
     while True:
-        first = rows.line_num + 1  # a quoted value may go over several lines
+        first = rows.line_num + 1  # a quoted value may span several lines
         try:
             row = next(rows)
         except StopIteration:

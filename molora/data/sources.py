@@ -6,18 +6,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from molora.config import TaskConfig
 from molora.data.records import READERS, Record
 from molora.data.synthetic import generate
 from molora.errors import DataError
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 Split = Literal["train", "eval"]
+T = TypeVar("T")
 
 
 class LazyRecords(Sequence[Record]):
-    """Records that are read, and checked, at the first look at them."""
+    """Records that are read and checked when they are first used."""
 
     def __init__(self, read: Callable[[], Sequence[Record]]) -> None:
         self._read = read
@@ -42,9 +46,9 @@ class LazyRecords(Sequence[Record]):
 
 
 class TableRecords(Sequence[Record]):
-    """Rows of a `datasets.Dataset`, made into records one by one: a large table stays on disk."""
+    """Rows of a `datasets.Dataset`, turned into records one at a time: a large table stays on disk."""
 
-    def __init__(self, table: Any, name: str) -> None:
+    def __init__(self, table: Dataset, name: str) -> None:
         self.table = table
         self.name = name
 
@@ -95,7 +99,7 @@ def _describe(task: TaskConfig, split: Split) -> str:
 
 # -- sources ----------------------------------------------------------------------------------------------
 # Each takes (task, split) and gives a function that reads, or None where the task has no such split.
-# They are partials of module functions, so that records can be sent to the loader's workers.
+# They are partials of module-level functions, so that records can be pickled for the loader's workers.
 
 Reader = Callable[[], Sequence[Record]]
 
@@ -217,12 +221,12 @@ def _split_name(task: TaskConfig, split: Split) -> str | None:
     return task.train_split if split == "train" else task.eval_split
 
 
-def _first(table: Any, size: int | None) -> Any:
+def _first(table: Dataset, size: int | None) -> Dataset:
     return table if size is None or size >= len(table) else table.select(range(size))
 
 
-def _load(name: str, load: Callable[[], Any]) -> Any:
-    """Call into `datasets`; what it raises depends on the format, so each failure is told with the name."""
+def _load(name: str, load: Callable[[], T]) -> T:
+    """Call into `datasets`; what it raises depends on the format, so every failure is reported with the name."""
     from datasets.exceptions import DatasetsError
 
     try:

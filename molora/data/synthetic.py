@@ -17,14 +17,14 @@ from molora.errors import ConfigError, DataError
 
 Split = Literal["train", "eval"]
 SPLITS: tuple[Split, ...] = ("train", "eval")
-EVAL_SHARE = 10  # one prompt in ten belongs to `eval`
+EVAL_SHARE = 10  # one prompt in ten goes to `eval`
 MAX_MISSES = 2000  # draws in a row without a new item before a generator counts as exhausted
 
 GENERATORS = MappingProxyType({generator.name: generator for generator in (*GENERAL, *DEMO)})
 
 
 def split_of(prompt: str) -> Split:
-    """The split a prompt belongs to, whatever the seed: no prompt is ever in both."""
+    """The split of a prompt. It does not depend on the seed, so no prompt is ever in both."""
     return "eval" if zlib.crc32(prompt.encode()) % EVAL_SHARE == 0 else "train"
 
 

@@ -1,4 +1,4 @@
-"""What a synthetic generator is, and the random arguments (words, lists, numbers) they share."""
+"""What a synthetic generator is, and the samplers of random arguments (words, lists, numbers) they share."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def spoken(rng: random.Random) -> tuple[str, ...]:
 
 
 def few_letters(rng: random.Random, low: int = 4, high: int = 8) -> str:
-    """A word over two to four different letters, so that letters come back."""
+    """A word over two to four different letters, so that letters repeat."""
     letters = rng.sample(LETTERS, rng.randint(2, 4))
     return "".join(rng.choices(letters, k=rng.randint(low, high)))
 

@@ -23,8 +23,8 @@ class Task:
 
     kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`;
     classification renders `text`, and `label` names the field with one of `labels` (or its index).
-    task_type: what the base is; a classification on a language model learns to write the label's name.
-    classes: of each label, its place in a head that serves the labels of all tasks; empty: its own index.
+    task_type: the type of the base; on a language model, a classification learns to write the label's name.
+    classes: the class of each label in a head shared by all tasks; empty: the label's own index.
     """
 
     name: str
@@ -134,7 +134,7 @@ def _labels(name: str, config: TaskConfig, train: LazyRecords) -> tuple[str, ...
 
 @dataclass(frozen=True)
 class TaskSet:
-    """Tasks in recipe order. `known_ids` holds every id ever given, those of tasks no longer here included."""
+    """Tasks in recipe order. `known_ids` holds every id ever given, even for tasks that are gone."""
 
     tasks: tuple[Task, ...]
     known_ids: Mapping[str, int]
@@ -161,7 +161,7 @@ class TaskSet:
 
     @classmethod
     def of(cls, *tasks: Task) -> TaskSet:
-        """Tasks that were made in Python; ConfigError where two share a name or an id."""
+        """A set of tasks built in Python; ConfigError if two share a name or an id."""
         ids = {task.name: task.id for task in tasks}
         if len(ids) < len(tasks):
             raise ConfigError(f"two tasks have the same name: {', '.join(task.name for task in tasks)}.")
@@ -178,7 +178,7 @@ class TaskSet:
         return distinct_labels(task.labels for task in self.tasks)
 
     def joined(self) -> TaskSet:
-        """The same tasks over one head for all their labels: a label two tasks share is one class, whatever its case."""
+        """The same tasks with one head for all labels: a label that two tasks share is one class, regardless of case."""
         place = {label.lower(): i for i, label in enumerate(self.label_texts)}
         for task in self:
             alike = [a for a in task.labels for b in task.labels if a < b and a.lower() == b.lower()]
@@ -204,7 +204,7 @@ class TaskSet:
         return iter(self.tasks)
 
     def __getitem__(self, name: str) -> Task:
-        """The task of that name; ConfigError names those there are."""
+        """The task of that name; otherwise a ConfigError that lists the known names."""
         for task in self.tasks:
             if task.name == name:
                 return task
@@ -215,7 +215,7 @@ class TaskSet:
 
 
 def distinct_labels(of_tasks: Iterable[Iterable[str]]) -> list[str]:
-    """Every label once, in order of appearance; those that differ only in upper and lower case are one."""
+    """Every label once, in order of appearance; labels that differ only in case count as one."""
     found: dict[str, str] = {}
     for labels in of_tasks:
         for label in labels:

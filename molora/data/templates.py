@@ -48,7 +48,7 @@ def fill_template(template: str, record: Mapping[str, Any]) -> str:
 
 
 def as_text(record: Mapping[str, Any], field: str) -> str:
-    """A field as text: text as it is, numbers and true/false as JSON writes them; nothing else has a text."""
+    """A field as text: text as it is, numbers and booleans as JSON writes them; anything else is an error."""
     value = field_of(record, field)
     if isinstance(value, str):
         return value
@@ -59,7 +59,7 @@ def as_text(record: Mapping[str, Any], field: str) -> str:
 
 
 def field_of(record: Mapping[str, Any], field: str) -> Any:
-    """`record[field]`, or a DataError that names the place and the fields there are."""
+    """`record[field]`, or a DataError that says where it is missing and which fields exist."""
     if field not in record:
         raise DataError(
             f"{where_of(record)}: has no field {field!r}.{did_you_mean(field, record)}",

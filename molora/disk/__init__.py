@@ -1,1 +1,1 @@
-"""Folders that are whole or absent: atomic replacement, manifests, fingerprints, cards."""
+"""Folders written completely or not at all: atomic replacement, manifests, fingerprints, cards."""

@@ -1,4 +1,4 @@
-"""Folders and files that are either complete or absent, whatever interrupts the writing."""
+"""Atomic writes: a folder or file is either complete or absent, whatever interrupts the writing."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from molora.disk.manifest import MANIFEST, write_manifest
+from molora.disk.manifest import MANIFEST, foreign_entries, write_manifest
 from molora.errors import AdapterError, ConfigError
 
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DAY = 86_400.0
-_open: set[Path] = set()  # temporaries this process is writing: in a container another run may have our pid
+_open: set[Path] = (
+    set()
+)  # temporary folders of this process: in a container another run may have the same pid
 
 
 @contextmanager
@@ -31,18 +33,19 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
 
     On success the folder gets its MANIFEST.json (last), files get the permissions of the umask
     (safetensors writes 0600), everything reaches the disk, and the folder is renamed. An existing folder
-    is renamed aside first and deleted last; a crash between the two renames leaves `path` missing and the
-    old folder aside, which `recover` puts back. On any exception the temporary is removed and `path` stays.
+    (see `check_target` for which) is renamed aside first and deleted last; a crash between the two renames
+    leaves `path` missing and the old folder aside, which `recover` puts back. On any exception the temporary
+    is removed and `path` stays.
 
     Args:
         path: the folder to create or replace.
-        size: bytes the caller is about to write, to refuse at once where they do not fit.
+        size: bytes about to be written; refused at once if they do not fit.
 
     Raises:
-        ConfigError: the target cannot be written (checked before the block runs).
+        ConfigError: the target cannot be written, or may not be replaced (checked before the block runs).
         AdapterError: the disk is full.
     """
-    target = Path(path).absolute()
+    target = check_target(path)
     check_writable(target)
     sweep(target.parent)
     _check_space(target.parent, size)
@@ -53,6 +56,7 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
         with _explain_no_space(target, temporary):
             yield temporary
             finish_folder(temporary)
+        check_target(target)  # again: the block may have taken a long time
         _swap(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -62,7 +66,7 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
 def finish_folder(folder: Path) -> None:
     """Write the manifest, set permissions by the umask and flush every file and folder to the disk."""
     write_manifest(folder)
-    mode = (folder / MANIFEST).stat().st_mode & 0o777  # a file Python made: its mode is the umask's
+    mode = (folder / MANIFEST).stat().st_mode & 0o777  # a file created by Python follows the umask
     for parent, _, files in os.walk(folder, topdown=False):
         for name in files:
             file = Path(parent, name)
@@ -89,12 +93,12 @@ def write_file(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    """`write_file` of readable JSON."""
+    """Write indented JSON atomically."""
     write_file(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def recover(path: str | os.PathLike[str]) -> Path:
-    """Return `path`, put back first where a crash fell between the two renames of a replacement."""
+    """Return `path`, after restoring it if a crash came between the two renames of a replacement."""
     target = Path(path).absolute()
     deadline = time.monotonic() + 2.0
     while not target.exists():
@@ -112,7 +116,7 @@ def recover(path: str | os.PathLike[str]) -> Path:
 
 
 def sweep(parent: str | os.PathLike[str]) -> list[Path]:
-    """Remove what killed writers left in `parent` and return it; writers still alive are spared."""
+    """Remove what killed writers left in `parent` and return it; leaves live writers alone."""
     removed = []
     for old in _leftovers(Path(parent)):
         if old["kind"] == "old":
@@ -128,16 +132,52 @@ def sweep(parent: str | os.PathLike[str]) -> list[Path]:
     return removed
 
 
-def is_leftover(path: Path) -> bool:
-    """Whether a name belongs to an unfinished write, which readers ignore."""
-    return _LEFTOVER.fullmatch(path.name) is not None
+def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
+    """The absolute `path`, if a folder may be written there: a new one, an empty one, or one molora wrote.
+
+    Replacing deletes what was there. So a folder that molora wrote must still hold only what its manifest
+    lists, and its README.md. Nothing is written here: call this before the expensive work.
+
+    Args:
+        path: the folder to create or replace.
+        sources: folders the content is made from, such as the run of an exported expert; those that exist.
+
+    Raises:
+        ConfigError: a file or a symbolic link, another folder that is not empty, the working folder or a
+            source, or a folder that holds one of these.
+    """
+    target = Path(path).absolute()
+    if target.name in ("", ".."):
+        target = target.resolve()
+    if target.is_symlink():
+        raise ConfigError(
+            f"{target} is a symbolic link, which is not replaced.",
+            hint=f"give the folder it points to, {target.resolve()}, or another one.",
+        )
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"{target} is a file, not a folder.", hint="choose another output folder.")
+    kept = [("the working folder", folder) for folder in _working_folder()]
+    kept += [("the source", Path(source).resolve()) for source in sources if Path(source).exists()]
+    real = target.resolve()
+    for what, folder in kept:
+        if real == folder or real in folder.parents:
+            relation = f"is {what}" if real == folder else f"holds {what} {folder}"
+            raise ConfigError(
+                f"{target} {relation}; writing there would delete it.", hint="choose a new folder."
+            )
+    if target.is_dir() and (foreign := foreign_entries(target)):
+        more = f" and {len(foreign) - 5} more" if len(foreign) > 5 else ""
+        raise ConfigError(
+            f"{target} holds what molora did not write, and writing there would delete it: "
+            f"{', '.join(foreign[:5])}{more}.",
+            hint="choose a new or empty folder, or one that molora wrote and nothing was added to.",
+        )
+    return target
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise ConfigError unless a folder can be made (or replaced) at `path`; creates its parent folders."""
+    """Raise ConfigError unless a folder can be made (or renamed) at `path`; creates its parent folders."""
     target = Path(path).absolute()
-    if target.exists() and not target.is_dir():
-        raise ConfigError(f"{target} is a file, not a folder.", hint="choose another output folder.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         probe = _sibling(target, "tmp")
@@ -148,6 +188,13 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             f"cannot write to {target.parent}: {error.strerror}.",
             hint="choose another output folder, or change its permissions.",
         ) from error
+
+
+def _working_folder() -> list[Path]:
+    try:
+        return [Path.cwd().resolve()]
+    except FileNotFoundError:  # deleted meanwhile
+        return []
 
 
 def _swap(temporary: Path, target: Path) -> None:
@@ -189,7 +236,7 @@ def _in_use(leftover: dict[str, Any]) -> bool:
         age = time.time() - path.stat().st_ctime  # renaming a folder sets ctime only
     except FileNotFoundError:
         return False
-    return process_alive(pid) and age < _DAY  # older: the process number was given to another program
+    return process_alive(pid) and age < _DAY  # after a day the pid belongs to another process
 
 
 def process_alive(pid: int) -> bool:

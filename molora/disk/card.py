@@ -1,4 +1,4 @@
-"""What an adapter folder says of itself to people: molora.json and the model card."""
+"""The readable description in an adapter folder: molora.json and the model card."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-import molora
 from molora.disk.atomic import write_file, write_json
 from molora.disk.fingerprint import describe as describe_base
 from molora.disk.manifest import MANIFEST, read_json, write_manifest
 from molora.disk.tensors import digest
+from molora.version import __version__
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -27,9 +27,9 @@ _ORDERED = (
 def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> None:
     """Add molora.json, the tensors' digest and the manifest to what PEFT wrote.
 
-    PEFT sorts the keys of its JSON, but in patterns the first match counts and tasks have an order: those
-    are written again as they are. The manifest lists the weights only if they are the ones with that
-    digest, just taken from the model (transformers writes the config before the weights).
+    PEFT sorts the keys of its JSON. Patterns (the first match counts) and tasks are ordered, so these are
+    written again in their own order. The manifest lists the weights only if they match that
+    digest, which was just taken from the model (transformers writes the config before the weights).
     """
     plain = config.to_dict()
     stored = read_json(folder / CONFIG_FILE)
@@ -60,7 +60,7 @@ def facts(config: Any) -> dict[str, Any]:
         "base_model": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
         "versions": {
-            "molora": molora.__version__,
+            "molora": __version__,
             **{name: metadata.version(name) for name in ("torch", "transformers", "peft")},
         },
     }

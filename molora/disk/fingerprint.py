@@ -1,4 +1,4 @@
-"""What tells one base model from another, whatever dtype or quantisation it was loaded in."""
+"""A fingerprint that identifies a base model in whatever dtype or quantisation it was loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class _Weight(NamedTuple):
     name: str
     tensor: Tensor
     shape: torch.Size  # before any quantisation
-    linear: bool  # of a linear layer: what quantisers replace
+    linear: bool  # weights of linear layers, which quantisers replace
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -55,10 +55,10 @@ def base_fingerprint(model: nn.Module) -> dict[str, Any]:
 
 
 def compare(stored: dict[str, Any] | None, actual: dict[str, Any]) -> None:
-    """Raise AdapterError where two fingerprints cannot be of one base; None matches everything.
+    """Raise AdapterError if two fingerprints cannot belong to one base; None matches everything.
 
-    Values are compared where both have them: exactly, except that a base loaded in float16 may differ by
-    one step of bfloat16, since it was rounded twice.
+    Values that both have must be equal, except that a base loaded in float16 may differ by one step of
+    bfloat16, since it was rounded twice.
     """
     if stored is None:
         return
@@ -93,7 +93,7 @@ def describe(fingerprint: dict[str, Any]) -> str:
 
 
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Name and module of everything in the base, adapters skipped: the names before any wrapping."""
+    """(name, module) of the base without adapters, under the names from before wrapping."""
     for prefix, module in _modules(_unwrap(model), ""):
         yield prefix.removesuffix("."), module
 
@@ -105,7 +105,7 @@ def _unwrap(model: nn.Module) -> nn.Module:
 
 
 def _weights(model: nn.Module) -> Iterator[_Weight]:
-    """Every parameter of the base, adapters and a quantiser's own tensors skipped."""
+    """Every parameter of the base, without adapters and the quantiser's own tensors."""
     for name, module in _modules(model, ""):
         linear = isinstance(module, Conv1D) or hasattr(module, "in_features")
         for key, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
@@ -128,7 +128,7 @@ def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
 def _shape(module: nn.Module, key: str, parameter: Tensor) -> torch.Size | None:
     """Shape before any quantisation, (d_out, d_in) for linears; None for a quantiser's own tensors."""
     if isinstance(module, Conv1D):
-        return parameter.shape[::-1]  # quantised, it becomes an ordinary linear
+        return parameter.shape[::-1]  # becomes an ordinary linear when quantised
     d_in, d_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
     if d_in is None or d_out is None:
         return parameter.shape
@@ -138,7 +138,7 @@ def _shape(module: nn.Module, key: str, parameter: Tensor) -> torch.Size | None:
 def _chosen(weights: list[_Weight]) -> list[_Weight]:
     """Weights to sample: some that quantisers leave alone (embeddings, norms), some of linears.
 
-    Chosen by name and shape only, so that every load of one base chooses the same.
+    Chosen by name and shape only, so every load of one base chooses the same ones.
     """
     base = [weight for weight in weights if not set(weight.name.split(".")) & _HEADS]
     chosen = []

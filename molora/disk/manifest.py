@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from molora.errors import AdapterError
+from molora.errors import AdapterError, ConfigError
 
 MANIFEST = "MANIFEST.json"
 FORMAT = 1
@@ -18,7 +18,7 @@ FREE = ("README.md",)
 
 
 def write_manifest(folder: Path, only: Sequence[str] | None = None) -> None:
-    """List every file below `folder` with its size and sha256, or `only` some: then others may be added."""
+    """List every file below `folder` with its size and sha256, or those in `only`; then others may be added later."""
     files = _listed(folder)
     names = list(files) if only is None else list(only)
     manifest = {
@@ -68,6 +68,31 @@ def is_complete(path: str | os.PathLike[str]) -> bool:
     return True
 
 
+def foreign_entries(folder: Path) -> list[str]:
+    """Entries that molora did not write: all but the manifest and what it lists; folders end in "/".
+
+    README.md is the model card, and ours however it was edited; hidden files are foreign, though checking
+    ignores them. Without a readable manifest everything is foreign.
+
+    Raises:
+        ConfigError: the folder cannot be read.
+    """
+    foreign = []
+    try:
+        ours = _ours(folder)
+        for parent, folders, files in os.walk(folder, onerror=_raise):
+            prefix = "" if Path(parent) == folder else Path(parent).relative_to(folder).as_posix() + "/"
+            below = [name for name in folders if any(f.startswith(f"{prefix}{name}/") for f in ours)]
+            foreign += [f"{prefix}{name}/" for name in folders if name not in below]
+            foreign += [f"{prefix}{name}" for name in files if f"{prefix}{name}" not in ours]
+            folders[:] = below
+    except OSError as error:
+        raise ConfigError(
+            f"cannot read {folder}: {error.strerror}.", hint="choose another folder."
+        ) from error
+    return sorted(foreign)
+
+
 def sha256(file: Path) -> str:
     """Hexadecimal sha256 of a file's bytes."""
     with file.open("rb") as stream:
@@ -82,6 +107,17 @@ def read_json(file: Path) -> Any:
         raise AdapterError(f"{file} is missing.") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file} is not valid JSON: {error}.", hint="copy the file again.") from error
+
+
+def _ours(folder: Path) -> set[str]:
+    try:
+        return {MANIFEST, *FREE, *_read(folder)["files"]}
+    except AdapterError:
+        return set()
+
+
+def _raise(error: OSError) -> None:
+    raise error
 
 
 def _entry(file: Path) -> dict[str, Any]:
@@ -104,7 +140,7 @@ def _read(folder: Path) -> dict[str, Any]:
 
 
 def _listed(folder: Path) -> dict[str, Path]:
-    """Every file the manifest answers for: relative posix name -> path."""
+    """Every file that the manifest covers: relative posix name -> path."""
     listed = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -1,4 +1,4 @@
-"""What must hold of an adapter's tensors before they enter a model."""
+"""Checks of an adapter's tensors before they are loaded into a model."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HINT = "the file is damaged or belongs to another adapter; copy it again."
 
 
 def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping[str, Tensor]) -> None:
-    """Compare loaded tensors, under the model's own names, with what the adapter in the model has.
+    """Compare tensors, under the model's own names, with those of the adapter in the model.
 
     Args:
         model: the model with the adapter in place.
@@ -59,7 +59,7 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
 def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
     """sha256 of the expert and gate tensors, whatever prefix and adapter name their keys have.
 
-    None where they are not in memory.
+    None if they are not in memory.
     """
     total = hashlib.sha256()
     ours = {_bare(name, adapter): tensor for name, tensor in tensors.items() if _is_ours(name)}
@@ -73,7 +73,7 @@ def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
 
 
 def _expected(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The adapter's own tensors by their name in the model."""
+    """The adapter's tensors by their names in the model."""
     found: dict[str, Tensor] = {}
     for name, module in model.named_modules():
         parent, _, leaf = name.rpartition(".")

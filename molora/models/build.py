@@ -273,7 +273,7 @@ def _base_of_adapter(folder: Path) -> tuple[BaseConfig, Labels]:
     if (stored.base_fingerprint or {}).get("architecture") == LabelMatcher.__name__:
         raise AdapterError(
             f"{folder} belongs to a base with `head: match`, whose labels only the recipe of its run knows.",
-            hint="give the run's folder instead, the one with recipe.yaml.",
+            hint="give the run's folder instead, the one with config.yaml.",
         )
     task_type = str(stored.task_type or "CAUSAL_LM")
     base = BaseConfig.model_validate({"model": stored.base_model_name_or_path, "task_type": task_type})

@@ -6,7 +6,7 @@ import csv
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Literal
 
 from molora.errors import DataError
 from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
 MODE_COLOURS = {"gate": "#2563a8", "task": "#5fa8d3", "base": "#b5b5b5"}
 BEFORE, AFTER = "#b5b5b5", "#2563a8"
 ANNOTATE_UP_TO = 400  # cells of a heat map that still have room for a number
-DPI = 130
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
@@ -142,7 +141,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Axes]:
     return figure, figure.add_subplot()
 
 
-def _grid(axes: Axes, *, axis: Any) -> None:
+def _grid(axes: Axes, *, axis: Literal["both", "x", "y"]) -> None:
     axes.grid(axis=axis, color="#e4e4e4", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -1,1 +1,1 @@
-"""What is on disk: atomic folders, base fingerprints, adapters, LoRA import and export, runs."""
+"""Adapters, ordinary LoRAs and runs on disk: save, load, import, export, compose."""

@@ -14,32 +14,33 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from torch import nn
 
-from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.disk.atomic import recover, write_folder
 from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE, write_card
 from molora.disk.fingerprint import base_fingerprint, compare
 from molora.disk.manifest import MANIFEST, read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
+from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
 
 _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write one adapter as a folder; an existing one is replaced atomically or stays as it was.
+    """Write one adapter as a folder; one that molora wrote is replaced atomically or stays as it was.
 
     Args:
         model: what `get_peft_model` or `load` returned.
-        path: the folder.
+        path: the folder: new, empty, or one that molora wrote and nothing was added to.
         adapter_name: which adapter; may be left out where one is active.
 
     Raises:
-        ConfigError: not a molora model, or the folder cannot be written.
+        ConfigError: not a molora model, or the folder cannot be written or may not be replaced.
         AdapterError: the disk is full.
     """
     model = peft_model(model)
     name = active_adapter(model, adapter_name)
+    check_adapter_name(name)
     config: Any = model.peft_config[name]
     with write_folder(path, size=_size(model, name)) as folder:
         # "auto" would ask the Hub whether the vocabulary was resized; experts never touch embeddings.
@@ -76,7 +77,7 @@ def load(
         AdapterError: a damaged or incomplete folder, or another base.
         ConfigError: a base that has adapters already, or a bad adapter name.
     """
-    check_name(adapter_name, "adapter")
+    check_adapter_name(adapter_name)
     if isinstance(base, PeftModel):
         raise ConfigError(
             "the base has adapters already.", hint="use model.load_adapter(path, adapter_name) for one more."
@@ -135,7 +136,7 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
 
 
 def active_adapter(model: PeftModel, adapter_name: str | None) -> str:
-    """The adapter meant: the one named, or the only active one."""
+    """The adapter of that name, or the only active one."""
     if adapter_name is not None:
         if adapter_name not in model.peft_config:
             raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(model.peft_config)}.")
@@ -153,7 +154,7 @@ def peft_model(model: nn.Module) -> PeftModel:
     ):
         raise ConfigError(
             f"{type(model).__name__} is not a molora model.",
-            hint="build one with peft.getpeft_model(base, MoLoraConfig(...)).",
+            hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
         )
     return model
 

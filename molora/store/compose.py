@@ -28,7 +28,7 @@ def compose(
     data: Batches | None = None,
     **settings: Any,
 ) -> PeftModel:
-    """A mixture whose experts are these LoRAs, of whatever ranks and targets, exactly as they are.
+    """A mixture whose experts are these LoRAs, of any ranks and targets, exactly as they are.
 
     The experts are frozen; the gate learns, or is fitted without training (`fit`). A layer that a LoRA does not
     cover has an expert that adds nothing. `molora.routing(model, experts=[name])` gives each LoRA's
@@ -82,7 +82,7 @@ def compose(
     if preset is not None:
         given = preset_settings(preset, given)
         chosen = given["gate"].get("top_k") if isinstance(given["gate"], Mapping) else None
-        if isinstance(chosen, int) and "gate" not in settings:  # a method's 3 of two LoRAs are both
+        if isinstance(chosen, int) and "gate" not in settings:  # a method that picks 3 of 2 LoRAs picks both
             given["gate"] = {**given["gate"], "top_k": min(chosen, len(loras))}
     config = MoLoraConfig(**given)
     model = get_peft_model(base, config)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from molora.disk.atomic import write_file, write_folder
+from molora.disk.atomic import check_target, write_file, write_folder
 from molora.disk.card import WEIGHTS_FILE
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
@@ -47,7 +47,7 @@ class _Part:
         return self.A.shape[0]
 
     def with_rule(self, root: bool) -> _Part:
-        """The same scaling from the other rule's alpha."""
+        """The same scaling, expressed by the other rule's alpha."""
         if root == self.root:
             return self
         return replace(self, root=root, alpha=self.scaling * (math.sqrt(self.rank) if root else self.rank))
@@ -76,7 +76,7 @@ def export_lora(
 
     Args:
         model: what `get_peft_model` or `molora.load` returned.
-        out: the folder to write; replaced atomically if it exists.
+        out: the folder to write: new, empty, or one that molora wrote, which is replaced atomically.
         expert: this expert alone, at weight 1.
         task: the experts of this task, where a task's weights do not depend on the input.
         weights: a fixed mixture by expert name; others get 0. With none of the three: the mixture itself
@@ -86,8 +86,10 @@ def export_lora(
             rsLoRA or patterns: for engines that read only `r` and `lora_alpha`.
 
     Raises:
-        ConfigError: unknown names, more than one of expert, task and weights, or weights that depend on the input.
+        ConfigError: unknown names, more than one of expert, task and weights, or weights that depend on the input;
+            `out` may not be replaced.
     """
+    check_target(out)
     if sum(choice is not None for choice in (expert, task, weights)) > 1:
         raise ConfigError("give one of expert=, task= and weights=.")
     wrapped = peft_model(model)
@@ -98,7 +100,7 @@ def export_lora(
     with torch.no_grad():
         parts = {layer.mounts[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
-        # A head that wraps the encoder is ours alone: the LoRA is one of the encoder.
+        # A head that wraps the encoder is molora's own: the LoRA belongs to the encoder.
         wrapper = getattr(wrapped.get_base_model(), "wraps", None)
         targets = [name.removeprefix(f"{wrapper}.") for name in short_names(wrapped, parts)]
         if wrapper is not None:

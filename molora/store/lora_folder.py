@@ -1,4 +1,4 @@
-"""An ordinary LoRA folder: read with everything that is not plain LoRA refused by name."""
+"""Reads an ordinary LoRA folder; every feature beyond plain LoRA is refused by name."""
 
 from __future__ import annotations
 
@@ -90,14 +90,14 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
 
 
 def short_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
-    """Targets for these modules of a base: last names where they mean exactly these, else full names."""
+    """Targets for these modules of a base: last names if they match exactly these modules, else full names."""
     keys = set(keys)
     last = {key.rpartition(".")[2] for key in keys}
     meant = {name for name, _ in base_modules(model) if name.rpartition(".")[2] in last}
     return sorted(last if meant == keys else keys)
 
 
-def _check_config(folder: Path, config: Any) -> None:
+def _check_config(folder: Path, config: object) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{folder} holds a {kind!r} adapter; only an ordinary LoRA can become an expert.")

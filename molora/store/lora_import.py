@@ -24,7 +24,7 @@ from molora.tuner.placement import experts_at, frozen_at
 
 @dataclass(frozen=True)
 class Imported:
-    """What an import did: the expert, how many layers it has factors in, what of the file was left out."""
+    """The result of an import: the expert, in how many layers it has factors, and which tensors were skipped."""
 
     expert: str
     layers: int

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from molora.config import RunConfig, load_recipe
 from molora.config.names import check_name
@@ -26,12 +26,12 @@ CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
 LATEST = "latest"
 LOCK_FILE = ".lock"
-_held: set[Path] = set()  # locks of this process: the kernel's are between processes only
+_held: set[Path] = set()  # locks held by this process: the kernel only locks out other processes
 
 
 @dataclass(frozen=True)
 class Run:
-    """One run folder, `<output>/<name>/<stamp>`; nothing is read before it is asked for."""
+    """One run folder, `<output>/<name>/<stamp>`; everything is read when it is first needed."""
 
     path: Path
 
@@ -147,7 +147,7 @@ def load_run(path: str | os.PathLike[str]) -> Run:
     return Run.find(path)
 
 
-def _acquire(stream: Any, run: Path) -> None:
+def _acquire(stream: TextIO, run: Path) -> None:
     try:
         fcntl.lockf(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -189,6 +189,6 @@ def _stamped(parent: Path) -> list[Path]:
 
 
 def _runs_near(folder: Path) -> str:
-    """The runs a mistyped path may have meant: those beside it."""
+    """The runs beside a mistyped path, which may be the one meant."""
     names = sorted({file.parent.parent.name for file in folder.parent.glob(f"*/*/{CONFIG_FILE}")})
     return f" Runs in {folder.parent}: {', '.join(names[:10])}." if names else ""

@@ -33,6 +33,10 @@ class FolderIO(CheckpointIO):
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` as the folder `path`, replacing a damaged one of that name."""
+        if Path(path).is_dir() and not is_complete(
+            path
+        ):  # worth nothing; its manifest may be what is damaged
+            shutil.rmtree(path)
         state = dict(checkpoint)
         weights = {name: tensor.contiguous() for name, tensor in state.pop("state_dict").items()}
         with write_folder(path) as folder:

@@ -16,7 +16,7 @@ from molora.config import RunConfig, dump_recipe, load_recipe
 from molora.data.clusters import TextClusters
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
-from molora.disk.atomic import write_json
+from molora.disk.atomic import check_target, write_json
 from molora.errors import ConfigError
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.report.plots import plot_loss
@@ -109,6 +109,8 @@ def fit(
     # Other processes of a distributed run learn the folder from the first one, see Checkpoints.setup.
     folder = run.path if run is not None else Path(config.output)
     with run.lock() if run is not None and first else nullcontext():
+        if run is not None and first:
+            check_target(run.adapter)  # a resumed run replaces it in the end
         checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
         if run is not None and first:
             write_config(run, config)

@@ -23,6 +23,7 @@ from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.forward.mount import InputGroup, Mount
 from molora.tuner import grow, parts
+from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import static_shares, static_weights
@@ -45,6 +46,7 @@ class MoLoraModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
+        check_adapter_name(adapter_name)
         # A copy: saving and growing note things in it, and the caller may put the same config on another base.
         config: MoLoraConfig = deepcopy(self.peft_config[adapter_name])  # type: ignore[assignment]
         self.peft_config[adapter_name] = config
@@ -188,6 +190,7 @@ class MoLoraModel(BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         # PEFT saves what this returns, then the config: the place to note whose tensors they are.
+        check_adapter_name(adapter_name)  # PEFT joins it to the folder it saves in
         selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
         config.base_fingerprint = base_fingerprint(model)
         config.taken_sha256 = digest(selected, adapter_name)

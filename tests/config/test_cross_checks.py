@@ -191,18 +191,6 @@ def test_a_task_map_may_give_lists_and_weights() -> None:
     assert config.adapter.tasks == {"a": ["expert_0", "expert_1"], "b": {"expert_2": 0.5}}
 
 
-def test_stages_say_what_learns_when() -> None:
-    stages = [
-        {"steps": 3, "train": ["experts"]},
-        {"steps": 2, "train": ["gates"]},
-        {"train": ["experts", "gates"]},
-    ]
-    config = load_recipe(train(stages=stages)).train
-    learns = [config.roles_at(step) for step in (0, 2, 3, 4, 5, 9)]
-    assert learns == [("experts",)] * 2 + [("gates",)] * 2 + [("experts", "gates")] * 2
-    assert load_recipe(small()).train.roles_at(0) == ("experts", "gates", "heads")
-
-
 def test_without_a_length_it_is_one_epoch() -> None:
     config = load_recipe(small(train={})).train
     assert (config.max_steps, config.epochs) == (None, 1)

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 import molora
 from molora.cli.main import _run
-from molora.cli.validate import run as validate
+from molora.cli.validate import command as validate
 from molora.config import load_recipe
 from molora.config.continual import GATED
 from molora.config.data import KIND_OF_TASK_TYPE

@@ -90,7 +90,7 @@ def test_sweep_removes_only_what_no_living_process_writes(tmp_path):
     with write_folder(tmp_path / "j") as ours:
         sweep(tmp_path)
         assert names(tmp_path) == sorted([f"h.tmp-{os.getppid()}-0123abcd", "keep", ours.name])
-        assert atomic.is_leftover(ours)
+        assert atomic._LEFTOVER.fullmatch(ours.name)
 
 
 @pytest.mark.parametrize("target", ["file", "file/below"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -123,6 +124,25 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     state.write_bytes(bytes(damaged))
     assert latest_valid(folder) == before
     assert_same_weights(full.adapter, train(recipe, resume=True).adapter)
+
+
+def test_a_newest_checkpoint_without_its_manifest_is_written_again(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "runs", **SETTINGS)
+    run = train(recipe)
+    newest = checkpoints(run.path / "checkpoints")[-1]
+    (newest / "MANIFEST.json").unlink()
+    train(recipe, resume=True)
+    assert latest_valid(run.path / "checkpoints") == newest
+
+
+def test_a_file_added_to_a_runs_adapter_stops_a_resume_before_it_trains(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path / "runs", **SETTINGS)
+    run = train(recipe)
+    (run.adapter / "notes.txt").write_text("mine")
+    shutil.rmtree(checkpoints(run.path / "checkpoints")[-1])
+    with pytest.raises(ConfigError, match=r": notes\.txt\."):
+        train(recipe, resume=True)
+    assert (run.adapter / "notes.txt").is_file() and len(checkpoints(run.path / "checkpoints")) == 1
 
 
 def test_resuming_with_another_recipe_is_refused(base: Path, full: Run) -> None:

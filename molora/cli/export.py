@@ -1,0 +1,40 @@
+"""`molora export`: an expert, or a task's experts, as an ordinary LoRA folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from molora.cli.options import RunFolder
+
+
+def command(
+    run: RunFolder,
+    out: Annotated[
+        Path, typer.Option("--out", help="A folder for the LoRA: new, empty, or written by molora.")
+    ],
+    expert: Annotated[str | None, typer.Option("--expert", help="This expert alone.")] = None,
+    task: Annotated[str | None, typer.Option("--task", help="The experts of this task.")] = None,
+    fold_scaling: Annotated[
+        bool, typer.Option("--fold-scaling", help="For engines that read only r and lora_alpha.")
+    ] = False,
+) -> None:
+    """Write an expert as an ordinary LoRA that PEFT loads without molora.
+
+    Example: molora export runs/task_routed --expert capitals --out loras/capitals
+    """
+    from molora.disk.atomic import check_target, check_writable
+    from molora.models.build import load_trained
+    from molora.store.lora_export import export_lora
+    from molora.store.runs import Run
+    from molora.training.environment import quiet_libraries
+
+    trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
+    check_target(out, run, *(() if trained is None else (trained.path, trained.adapter)))
+    check_writable(out)
+    with quiet_libraries():
+        model, _, _ = load_trained(run, device="cpu")
+    export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)
+    typer.echo(f"LoRA: {out}")

@@ -1,0 +1,22 @@
+"""Names of adapters: they become folder names, and keys of modules that PyTorch keeps by name."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from molora.config.names import check_name
+from molora.errors import ConfigError
+
+_MODULES = nn.ModuleDict()
+
+
+def check_adapter_name(name: object) -> None:
+    """Raise ConfigError unless an adapter may have this name.
+
+    The rule is that of all names (`check_name`), but without dots, and without the names that nn.ModuleDict
+    has itself, such as `keys` or `training`.
+    """
+    text = check_name(name, "adapter")
+    if "." in text or hasattr(_MODULES, text):
+        problem = "contains a dot" if "." in text else "is the name of something in every PyTorch module"
+        raise ConfigError(f"adapter name {text!r} {problem}.", hint="use another name, such as 'default'")
