@@ -11,6 +11,9 @@ differ, and answers must agree within 1e-6 (weights that were trained further: 1
 from __future__ import annotations
 
 import json
+import shutil
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +21,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import molora
 
@@ -39,8 +42,14 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def base(kind: str = "llama") -> Any:
+@cache
+def read_base(kind: str) -> Any:
     return BASES[kind].from_pretrained(HERE / "bases" / kind).requires_grad_(False).eval()
+
+
+def base(kind: str = "llama") -> Any:
+    """A base of one's own: loading an adapter changes it."""
+    return deepcopy(read_base(kind))
 
 
 def kind_of(adapter: str) -> str:
@@ -126,7 +135,7 @@ def test_an_adapter_answers_as_it_did(name: str, exact: bool) -> None:
     assert_answers(model, HERE / "expected" / f"{name}.safetensors", exact)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", ["top2", "task_grown", "head"])
 def test_peft_loads_it_too(name: str, exact: bool) -> None:
     model = PeftModel.from_pretrained(base(kind_of(name)), HERE / "adapters" / name)
     assert_answers(model.eval(), HERE / "expected" / f"{name}.safetensors", exact)
@@ -149,3 +158,94 @@ def test_an_adapter_goes_on_learning_what_it_learned(name: str) -> None:
     assert model.trainable_experts == [expert for expert in stored["expert_names"] if expert not in frozen]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert count == json_of(HERE / "expected" / "trainable.json")[name]
+
+
+# -- runs: their recipes name the base by a path from the repository's root ------------------------------------------
+
+SEQUENCES = ("color", "gated")
+
+
+@pytest.fixture
+def root(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(HERE.parents[1])
+    return HERE.parents[1]
+
+
+def sequence(name: str) -> Any:
+    return molora.load_run(HERE / "sequences" / name)
+
+
+def copied(run: Path, to: Path) -> Path:
+    shutil.copytree(run, to / "run")
+    return to / "run"
+
+
+def scores(run: Path) -> dict[str, Any]:
+    return json_of(run / "matrix.json")
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_every_stage_of_a_sequence_answers_as_it_did(name: str, exact: bool) -> None:
+    stages = sorted((sequence(name).path / "stages").iterdir())
+    assert len(stages) == len(sequence(name).config.data.tasks)
+    for stage in stages:
+        assert molora.load_run(stage).path == stage and molora.load_run(stage).config.continual is None
+        expected = HERE / "expected" / f"{name}-{stage.name}.safetensors"
+        assert_answers(molora.load(base(), stage / "adapter"), expected, exact)
+    assert_same_adapter(sequence(name).adapter, stages[-1] / "adapter")
+
+
+def test_the_prototypes_of_a_sequence_name_tasks_as_they_did() -> None:
+    kept = json_of(HERE / "expected" / "router.json")
+    router, run = molora.load_router(sequence("color")), sequence("color")
+    assert router.tasks == list(run.config.data.tasks)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "bases" / "llama")
+    assert router(molora.load(base(), run.adapter), tokenizer, kept["prompts"]) == kept["tasks"]
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_finished_sequence_is_scored_as_it_was(name: str, root: Path, tmp_path: Path) -> None:
+    run = copied(sequence(name).path, tmp_path)
+    mode = "task" if name == "color" else "gate"
+    report = molora.evaluate(run, modes=[mode])
+    last = scores(run)["matrices"]["shown"]["rows"][-1]
+    assert [report.score(task, mode).value for task in molora.load_run(run).config.data.tasks] == last
+    assert molora.load_run(run).report is not None
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_finished_sequence_stays_as_it_is(name: str, root: Path, tmp_path: Path) -> None:
+    run = copied(sequence(name).path, tmp_path)
+    before = scores(run)
+    molora.train_sequence(run / "config.yaml", resume=run)
+    assert scores(run) == before
+    assert_same_adapter(run / "adapter", sequence(name).adapter)
+
+
+@pytest.mark.parametrize("name", SEQUENCES)
+def test_a_sequence_goes_on_from_the_stage_before_the_last(
+    name: str, root: Path, tmp_path: Path, exact: bool
+) -> None:
+    whole, run = sequence(name).path, copied(sequence(name).path, tmp_path)
+    shutil.rmtree(sorted((run / "stages").iterdir())[-1])
+    shutil.rmtree(run / "adapter")
+    molora.train_sequence(run / "config.yaml", resume=run)
+    assert_same_weights(run / "adapter" / WEIGHTS, whole / "adapter" / WEIGHTS, exact)
+    if exact:
+        assert scores(run) == scores(whole)
+
+
+def test_an_interrupted_run_ends_as_it_would_have(root: Path, tmp_path: Path, exact: bool) -> None:
+    run = copied(molora.load_run(HERE / "resumed" / "interrupted").path, tmp_path)
+    assert [step.name for step in molora.load_run(run).checkpoints] == ["step-000004"]
+    done = molora.train(run / "config.yaml", resume=run)
+    assert done.path == run and done.report is not None
+    assert_same_weights(run / "adapter" / WEIGHTS, HERE / "expected" / "resumed.safetensors", exact)
+
+
+def assert_same_weights(now: Path, then: Path, exact: bool) -> None:
+    """Weights that were trained here: every rounding on the way counts."""
+    written, kept = load_file(now), load_file(then)
+    assert written.keys() == kept.keys()
+    for name, value in kept.items():
+        assert_same(written[name], value, exact, atol=1e-5)
