@@ -206,20 +206,18 @@ def test_the_prototypes_of_a_sequence_name_tasks_as_they_did() -> None:
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_a_finished_sequence_is_scored_as_it_was(name: str, root: Path, tmp_path: Path) -> None:
     run = copied(sequence(name).path, tmp_path)
-    mode = "task" if name == "color" else "gate"
+    mode, matrix = ("task", "shown") if name == "color" else ("gate", "hidden")
     report = molora.evaluate(run, modes=[mode])
-    last = scores(run)["matrices"]["shown"]["rows"][-1]
+    last = scores(run)["matrices"][matrix]["rows"][-1]
     assert [report.score(task, mode).value for task in molora.load_run(run).config.data.tasks] == last
-    assert molora.load_run(run).report is not None
 
 
-@pytest.mark.parametrize("name", SEQUENCES)
-def test_a_finished_sequence_stays_as_it_is(name: str, root: Path, tmp_path: Path) -> None:
-    run = copied(sequence(name).path, tmp_path)
+def test_a_finished_sequence_stays_as_it_is(root: Path, tmp_path: Path) -> None:
+    run = copied(sequence("color").path, tmp_path)
     before = scores(run)
     molora.train_sequence(run / "config.yaml", resume=run)
     assert scores(run) == before
-    assert_same_adapter(run / "adapter", sequence(name).adapter)
+    assert_same_adapter(run / "adapter", sequence("color").adapter)
 
 
 @pytest.mark.parametrize("name", SEQUENCES)
@@ -235,12 +233,17 @@ def test_a_sequence_goes_on_from_the_stage_before_the_last(
         assert scores(run) == scores(whole)
 
 
-def test_an_interrupted_run_ends_as_it_would_have(root: Path, tmp_path: Path, exact: bool) -> None:
-    run = copied(molora.load_run(HERE / "resumed" / "interrupted").path, tmp_path)
+def test_an_interrupted_run_ends_as_the_one_that_ran_through(tmp_path: Path, exact: bool) -> None:
+    finished = molora.load_run(HERE / "training" / "finished")
+    run = copied(molora.load_run(HERE / "training" / "interrupted").path, tmp_path)
     assert [step.name for step in molora.load_run(run).checkpoints] == ["step-000004"]
     done = molora.train(run / "config.yaml", resume=run)
-    assert done.path == run and done.report is not None
-    assert_same_weights(run / "adapter" / WEIGHTS, HERE / "expected" / "resumed.safetensors", exact)
+    assert done.path == run
+    assert_same_weights(run / "adapter" / WEIGHTS, finished.adapter / WEIGHTS, exact)
+    assert done.report is not None and finished.report is not None
+    assert done.report.keys() >= finished.report.keys()
+    if exact:
+        assert done.report["scores"] == finished.report["scores"]
 
 
 def assert_same_weights(now: Path, then: Path, exact: bool) -> None:
