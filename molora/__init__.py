@@ -68,18 +68,25 @@ def __dir__() -> list[str]:
 
 
 class _RegisterAfterPeft(importlib.abc.MetaPathFinder):
-    """Lets peft load as usual, then registers our method, once."""
+    """Lets peft load as usual, then registers our method. Others may look for peft first without loading it."""
+
+    _looking = False
 
     def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> Any:
-        if fullname != "peft":
+        if fullname != "peft" or self._looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec("peft")
+        self._looking = True
+        try:
+            spec = importlib.util.find_spec("peft")
+        finally:
+            self._looking = False
         if spec is not None and spec.loader is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 load(module)
+                if self in sys.meta_path:
+                    sys.meta_path.remove(self)
                 _register()
 
             spec.loader.exec_module = exec_module  # type: ignore[method-assign]
