@@ -4,8 +4,9 @@ The folder `tests/fixtures_v1` stands for what users have on their disks. It is 
 tests fails, the code is wrong. `make.py` in it says what each file holds.
 
 Answers are compared bit for bit wherever this machine computes as the one that wrote them does, which a probe tells: the
-logits of the bases alone, which no adapter touches, and a product of two matrices. Elsewhere the last bits of any matmul
-differ, and answers must agree within 1e-6 (weights that were trained further: 1e-5).
+logits of the bases alone, which no adapter touches, and products in the shapes that experts and gates have. Elsewhere the
+last bits of any matmul differ, and answers must agree within 1e-4: other kernels of one library were seen to move a logit by
+1.4e-5, and each adapter moves some logit by 0.14 or more (weights that were trained further: 1e-5).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import molora
+from tests.fixtures_v1.probe import digest_of_small_products
 
 HERE = Path(__file__).parents[1] / "fixtures_v1"
 ADAPTERS = sorted(path.name for path in (HERE / "adapters").iterdir())
@@ -78,6 +80,8 @@ def exact() -> bool:
     try:
         product = probe["left"] @ probe["right"]
         same = [torch.equal(product, probe["product"]), torch.equal(product.softmax(-1), probe["softmax"])]
+        pool = load_file(HERE / "bases" / "llama" / "model.safetensors")["lm_head.weight"]
+        same.append(digest_of_small_products(pool) == (HERE / "small_products.sha256").read_text().strip())
         for kind in BASES:
             kept = {name.split("/")[1]: value for name, value in probe.items() if name.startswith(kind)}
             logits = answer(base(kind), kept, "logits")
@@ -89,7 +93,7 @@ def exact() -> bool:
     return all(same)
 
 
-def assert_same(actual: torch.Tensor, kept: torch.Tensor, exact: bool, atol: float = 1e-6) -> None:
+def assert_same(actual: torch.Tensor, kept: torch.Tensor, exact: bool, atol: float = 1e-4) -> None:
     """Bit for bit where the machine allows it."""
     if exact:
         assert torch.equal(actual, kept), f"differs by up to {(actual - kept).abs().max():.2e}"
@@ -115,15 +119,15 @@ def settings_of(file: Path) -> dict[str, Any]:
 
 
 def assert_same_adapter(now: Path, then: Path) -> None:
-    """Every tensor and every setting of the folder `then` is in `now`; new settings may be there too."""
+    """The tensors and settings of both folders are equal, but for what is of the environment."""
     written, kept = load_file(now / WEIGHTS), load_file(then / WEIGHTS)
     assert written.keys() == kept.keys()
     assert [name for name in kept if not torch.equal(written[name], kept[name])] == []
     assert {name: value.dtype for name, value in written.items()} == {n: v.dtype for n, v in kept.items()}
     for file, left_out in ((CONFIG, ELSEWHERE), (FACTS, ("versions", "base_model"))):
         new, old = settings_of(now / file), settings_of(then / file)
-        kept_settings = {key: value for key, value in old.items() if key not in left_out}
-        assert {key: new.get(key, "gone") for key in kept_settings} == kept_settings
+        assert new.keys() == old.keys()
+        assert [key for key in old if key not in left_out and new[key] != old[key]] == []
     for key in ("tasks", "task_ids", "rank_pattern", "alpha_pattern", "always_on"):  # their order counts
         new, old = json_of(now / CONFIG)[key], json_of(then / CONFIG)[key]
         assert list(new or ()) == list(old or ())
