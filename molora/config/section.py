@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import MISSING
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -24,6 +25,13 @@ class Section(BaseModel):
     """Unknown keys are errors, types are exact (no "yes" for true, no 1.0 for 1), values do not change later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A section that inherits a declaration has its defaults, those that are made anew among them."""
+        super().__init_subclass__(**options)
+        for declared in getattr(cls, "__dataclass_fields__", {}).values():
+            if declared.default_factory is not MISSING and declared.name not in vars(cls):
+                setattr(cls, declared.name, Field(default_factory=declared.default_factory))
 
 
 def refuse(problems: Sequence[Problem]) -> None:

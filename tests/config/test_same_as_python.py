@@ -7,6 +7,7 @@ from dataclasses import MISSING, asdict, fields
 from typing import Any, get_args
 
 import pytest
+from molora.tuner.gate_config import gate_from_kind
 
 from molora import GateConfig, MoLoraConfig, losses
 from molora.config import AdapterConfig, GateSection, load_recipe
@@ -14,7 +15,6 @@ from molora.config.choices import AUX_LOSSES, GATE_CHOICES, GATE_KINDS
 from molora.errors import ConfigError
 from molora.experts.init import INIT_KINDS
 from molora.tuner.config import SCALINGS
-from molora.tuner.gate_config import gate_from_kind
 from tests.config.recipes import small
 
 # Where a recipe, which always trains, says more than the PEFT config, which also describes a saved adapter.

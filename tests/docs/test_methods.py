@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from molora.cli.presets import table
-from molora.config.choices import AUX_LOSSES
+from molora.config.losses import AUX_LOSSES
 
 TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 CHECK = """
