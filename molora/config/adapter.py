@@ -13,7 +13,7 @@ from molora.config.gate_rules import gate_problems
 from molora.config.loss_rules import aux_problems
 from molora.config.mixture import Mixture
 from molora.config.mixture_rules import mixture_problems, rank_problems
-from molora.config.presets import PRESETS, preset_settings
+from molora.config.presets import preset_settings
 from molora.config.section import (
     ExpertName,
     Positive,
@@ -25,6 +25,7 @@ from molora.config.section import (
     without_default,
 )
 from molora.config.suggest import did_you_mean
+from molora.errors import ConfigError
 
 
 class GateSection(Section, GateSettings):
@@ -41,26 +42,18 @@ class GateSection(Section, GateSettings):
         given = {key: value for key, value in data.items() if key != "kind"}
         kind = data["kind"]
         if kind not in GATE_KINDS:
-            allowed = ", ".join(GATE_KINDS)
-            refuse(
-                [
-                    (
-                        ("kind",),
-                        f"{kind!r} is not a kind of gate.{did_you_mean(kind, GATE_KINDS)} Allowed: {allowed}.",
-                    )
-                ]
-            )
+            hint = did_you_mean(kind, GATE_KINDS)
+            text = f"{kind!r} is not a kind of gate.{hint} Allowed: {', '.join(GATE_KINDS)}."
+            refuse([(("kind",), text)])
         legal = GATE_KIND_KEYS[kind]
-        settings = ", ".join(("kind", *legal))
-        foreign: list[Problem] = [
-            (
-                (key,),
-                f"not a setting of gate kind {kind!r}.{did_you_mean(key, legal)} Its settings: {settings}.",
-            )
-            for key in given
-            if key not in legal
-        ]
-        refuse(foreign)
+        rest = f"Its settings: {', '.join(('kind', *legal))}."
+        refuse(
+            [
+                ((key,), f"not a setting of gate kind {kind!r}.{did_you_mean(key, legal)} {rest}")
+                for key in given
+                if key not in legal
+            ]
+        )
         return GATE_KINDS[kind] | given
 
     @model_validator(mode="after")
@@ -84,14 +77,13 @@ class AdapterConfig(Section, Mixture):
         if isinstance(data, dict) and isinstance(data.get("from_loras"), dict):
             data = _of_loras(data)
         if isinstance(data, dict) and "preset" in data:
-            name = str(data["preset"]).replace("-", "_")
-            if name not in PRESETS:
-                hint = did_you_mean(name, PRESETS)
-                refuse([(("preset",), f"no preset {name!r}.{hint} Presets: {', '.join(PRESETS)}.")])
             given = {key: value for key, value in data.items() if key != "preset"}
             if isinstance(given.get("gate"), str):
                 given["gate"] = {"kind": given["gate"]}
-            data = preset_settings(name, given)
+            try:
+                data = preset_settings(str(data["preset"]), given)
+            except ConfigError as error:
+                refuse([(("preset",), error.message)])
         if isinstance(data, dict) and data.get("num_experts") == 1:
             return without_default(data, "gate", {"top_k": 1})
         return data

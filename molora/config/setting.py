@@ -13,12 +13,10 @@ from dataclasses import MISSING, Field, field, fields
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic.fields import FieldInfo
-
+from molora.config.section import Bound
 from molora.config.suggest import did_you_mean
 
 T = TypeVar("T")
-_FORMS = "a number, a list by block, or a map of name patterns"
 
 
 def setting(
@@ -102,55 +100,31 @@ def idle_problems(declared: Any) -> Iterator[tuple[str, str]]:
 
 def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
     """Name and message of the fields whose annotations do not allow their values: names of a choice, and numbers."""
-    for name, limits in limits_of(declared).items():
+    for name, (choices, bound, several) in limits_of(declared).items():
         value = getattr(values, name)
         if isinstance(value, str):
-            if limits.choices and value not in limits.choices:
-                hint = did_you_mean(value, limits.choices)
-                number = "a number or " if limits.number else ""
-                yield name, f"{value!r} is not {number}one of {', '.join(limits.choices)}.{hint}"
-        elif value is not None and limits.number is not None:
-            fault = limits.number.fault(value, limits.several)
-            if fault:
-                yield name, fault
-
-
-class Number(NamedTuple):
-    """A type of number and its bounds."""
-
-    whole: bool
-    least: float | None = None
-    above: float | None = None
-    below: float | None = None
-
-    def fault(self, value: Any, several: bool) -> str | None:
-        """What is wrong with a number, or with a field that may hold several of them."""
-        found = numbers_of(value)
-        if self.whole:
-            wrong = any(type(n) is not int or n < (self.least or 0) for n in found)
-            if several and (wrong or value in ([], ())):
-                return f"must be an integer of at least {self.least:g} everywhere: {_FORMS}."
-            return f"must be at least {self.least:g}." if wrong else None
-        for n in found:
-            if isinstance(n, (int, float)) and not self._holds(n):
-                return self._words() if math.isfinite(n) else "must be a finite number."
-        return None
-
-    def _holds(self, n: float) -> bool:
-        above = (self.least is None or n >= self.least) and (self.above is None or n > self.above)
-        return math.isfinite(n) and above and (self.below is None or n < self.below)
-
-    def _words(self) -> str:
-        if self.below is not None:
-            return f"must be in [{self.least:g}, {self.below:g})."
-        return "must not be negative." if self.above is None else "must be positive."
+            if choices and value not in choices:
+                number = "a number or " if bound else ""
+                yield (
+                    name,
+                    f"{value!r} is not {number}one of {', '.join(choices)}.{did_you_mean(value, choices)}",
+                )
+            elif bound and not choices:
+                yield name, f"must be a number, not {value!r}."
+        elif value is not None and bound is not None:
+            wrong = [n for n in numbers_of(value) if not bound.holds(n)]
+            if bound.whole and several and (wrong or value == []):
+                yield name, f"{bound.words} everywhere: a number, a list by block, or a map of name patterns."
+            elif wrong:
+                infinite = isinstance(wrong[0], float) and not math.isfinite(wrong[0])
+                yield name, "must be a finite number." if infinite else f"{bound.words}."
 
 
 class Limits(NamedTuple):
-    """What an annotation allows: names, numbers, or several numbers in a list or map."""
+    """What an annotation allows: names, numbers, and whether several of them in a list or map."""
 
     choices: tuple[str, ...]
-    number: Number | None
+    bound: Bound | None
     several: bool
 
 
@@ -158,14 +132,14 @@ class Limits(NamedTuple):
 def limits_of(declared: type) -> dict[str, Limits]:
     """The limits of each field of a declaration, from its annotations."""
     hints = get_type_hints(declared, include_extras=True)
-    return {f.name: _limits(hints[f.name]) for f in fields(declared)}
+    return {f.name: _limits([*_parts(hints[f.name])]) for f in fields(declared)}
 
 
-def _limits(annotation: Any) -> Limits:
-    parts = [*_parts(annotation)]
+def _limits(parts: list[Any]) -> Limits:
     choices = tuple(name for part in parts if get_origin(part) is Literal for name in get_args(part))
-    number = next((found for part in parts if (found := _number(part)) is not None), None)
-    return Limits(choices, number, any(get_origin(part) in (list, dict) for part in parts))
+    extras = [extra for part in parts if get_origin(part) is Annotated for extra in get_args(part)]
+    bound = next((extra for extra in extras if isinstance(extra, Bound)), None)
+    return Limits(choices, bound, any(get_origin(part) in (list, dict) for part in parts))
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
@@ -173,20 +147,6 @@ def _parts(annotation: Any) -> Iterator[Any]:
     if get_origin(annotation) not in (Annotated, Literal):
         for part in get_args(annotation):
             yield from _parts(part)
-
-
-def _number(annotation: Any) -> Number | None:
-    if get_origin(annotation) is not Annotated:
-        return None
-    kind, *extras = get_args(annotation)
-    bounds = [bound for extra in extras if isinstance(extra, FieldInfo) for bound in extra.metadata]
-    if kind not in (int, float) or not bounds:
-        return None
-
-    def bound(name: str) -> float | None:
-        return next((getattr(b, name) for b in bounds if hasattr(b, name)), None)
-
-    return Number(kind is int, bound("ge"), bound("gt"), bound("lt"))
 
 
 def numbers_of(value: Any) -> list[Any]:
