@@ -103,6 +103,9 @@ class Roster:
     def write(self, mixture: SavedMixture) -> None:
         """Make a config say the same, with a gate that fits so many experts."""
         rows, names = self.experts, self.names
+        if len(rows) != mixture.num_experts:
+            for field, value in fitting(mixture.gate, len(rows)).items():
+                setattr(mixture.gate, field, value)
         mixture.num_experts, mixture.expert_names = len(rows), names
         mixture.frozen_experts = [row.name for row in rows if row.frozen]
         mixture.free_rows = [row.name for row in rows if row.free_row]
@@ -114,8 +117,6 @@ class Roster:
         mixture.tasks = {name: _copied(task.experts) for name, task in self.tasks.items()}
         mixture.task_ids = {name: task.id for name, task in self.tasks.items()}
         mixture.next_task_id, mixture.frozen_extras = self.next_task_id, self.frozen_extras
-        for field, value in fitting(mixture.gate, len(rows)).items():
-            setattr(mixture.gate, field, value)
 
 
 def added(
