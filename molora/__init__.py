@@ -15,7 +15,7 @@ from molora.version import __version__ as __version__
 
 _PUBLIC = {
     "MoLoraConfig": "molora.tuner.config",
-    "GateConfig": "molora.tuner.gate_config",
+    "GateConfig": "molora.config.gate_config",
     "MoLoraModel": "molora.tuner.model",
     "MoLoraLayer": "molora.tuner.layer",
     "preset": "molora.tuner.presets",

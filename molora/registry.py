@@ -26,12 +26,14 @@ class Lazy(Generic[T]):
 
     def __init__(self, where: str) -> None:
         self.where = where
+        self._found: list[T] = []
 
     def load(self) -> T:
-        """Import it."""
-        module, _, attribute = self.where.partition(":")
-        part: Any = getattr(importlib.import_module(f"molora.{module}"), attribute)
-        return part
+        """Import it, once: a graph that is traced later finds it here."""
+        if not self._found:
+            module, _, attribute = self.where.partition(":")
+            self._found.append(getattr(importlib.import_module(f"molora.{module}"), attribute))
+        return self._found[0]
 
 
 class Registry(Mapping[str, T], Generic[T]):

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from molora.config.gate_rules import UNNORMALISED
+from molora.config.gate import UNNORMALISED, GateSettings
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
 from molora.gates.scores import GateRows
@@ -55,39 +55,6 @@ class Routing:
             return self.decided.detach()
         chosen = (self.decided.detach() != 0).to(self.weights.dtype)
         return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
-
-
-class GateSettings(Protocol):
-    """The fields of GateConfig a gate reads."""
-
-    scope: str
-    pool: str
-    blend: str
-    score: str
-    norm: str
-    absolute: bool
-    splits: int
-    transform: str
-    select: str
-    top_k: int | list[int] | dict[str, int]
-    top_p: float
-    min_k: int
-    threshold: float | None
-    entropy_threshold: float
-    entropy_index: float
-    renorm: str | None
-    balance_rate: float
-    temperature: float
-    noise: str | None
-    noise_std: float
-    init_std: float
-    start: float
-
-    @property
-    def alone_is_one(self) -> bool: ...
-
-    @property
-    def by_sample(self) -> bool: ...
 
 
 class Gate(nn.Module):

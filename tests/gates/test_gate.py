@@ -7,9 +7,9 @@ import torch
 from torch.testing import assert_close
 
 from molora import ConfigError, GateConfig, MoLoraConfig
+from molora.config.gate_config import gate_from_kind
 from molora.gates.gate import Gate
 from molora.gates.scores import GateRows
-from molora.tuner.gate_config import gate_from_kind
 from molora.tuner.parts import new_gate
 
 

@@ -282,7 +282,7 @@ def test_a_pickle_is_never_opened(copy, capsys):
     ("changes", "message"),
     [
         ({"num_expert": 3}, "'num_expert' is not a setting.*num_experts"),
-        ({"num_experts": 2}, "expert_names lists 3"),
+        ({"num_experts": 2}, "expert_names: names 3 experts"),
         ({"peft_type": "LORA"}, "import_lora"),
         ({"gate": {"scope": "tokens"}}, "is not one of"),
     ],
