@@ -15,7 +15,7 @@ from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
 from molora.forward.group_routing import experts_of, recorded, task_map_of
 from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from molora.calls.call import RoutingContext
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
 from molora.forward.root_hooks import layers_of
-from molora.gates.gate import Gate
+from molora.gates.gate import Gate, Routing
 from molora.gates.prototypes import MeanActivation, arrow
 from molora.tuner.api import find_context, routing
 from molora.tuner.config import MoLoraConfig
@@ -169,8 +170,6 @@ def _phatgoose(
             for name, batches in data.items():
                 _train_rows(model, config, leaders, adapter, name, batches, steps, lr)
     finally:
-        for gate in gates:
-            gate.solo = None
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
 
@@ -186,22 +185,49 @@ def _train_rows(
     lr: float,
 ) -> None:
     """The rows of one expert; those of the others get zero gradients, which move nothing without decay."""
-    rows = []
+    solo: dict[Gate, int | None] = {}
     for layer in leaders:
-        gate, here = layer.molora_gate[adapter], experts_at(config, layer.sites[adapter].key)
-        gate.solo = here.index(name) if name in here else len(here)
-        rows += list(gate.rows.parameters())
+        here = experts_at(config, layer.sites[adapter].key)
+        solo[layer.molora_gate[adapter]] = here.index(name) if name in here else None
+    rows = [p for gate in solo if gate.rows is not None for p in gate.rows.parameters()]
     optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=0.0)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     stream = _repeated(batches)
-    for _ in range(steps):
-        loss = model(**next(stream)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with one_expert(solo):
+        for _ in range(steps):
+            loss = model(**next(stream)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     optimizer.zero_grad()
+
+
+@contextmanager
+def one_expert(solo: Mapping[Gate, int | None]) -> Iterator[None]:
+    """Within, each gate gives weight to one expert alone, or to none: the sigmoid of its row's product with x."""
+
+    def weighted(
+        gate: Gate, args: tuple[Tensor, ...], options: dict[str, Any], routing: Routing, expert: int | None
+    ) -> Routing:
+        products, experts = options.get("products"), options.get("experts")
+        if products is None:
+            assert gate.rows is not None
+            products = gate.rows.logits(args[0])
+        columns = torch.arange(products.shape[-1], device=products.device)
+        weights = products.sigmoid().masked_fill(columns != (-1 if expert is None else expert), 0.0)
+        return Routing(weights if experts is None else weights[:, list(experts)], experts)
+
+    handles = [
+        gate.register_forward_hook(partial(weighted, expert=expert), with_kwargs=True)
+        for gate, expert in solo.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def _named(config: MoLoraConfig, layer: MoLoraLayer, adapter: str, data: Batches) -> Tensor:
