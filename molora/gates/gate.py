@@ -181,14 +181,15 @@ class Gate(nn.Module):
         """
         settings, noise = self.settings, self.noise if self.training else None
         disturbed = noise.add(x, settings.noise_std) if noise is not None and noise.on_input else x
-        logits = self._logits(disturbed, products)
-        if allowed is not None:
-            logits, allowed = self._with_allowed(logits, allowed)
-        if settings.splits > 1:
-            logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=settings.splits)
+        logits = self.score(disturbed, products)
+        if self.bias is not None:
+            logits = logits + self.bias.table().to(logits.dtype)
+        if settings.absolute:
+            logits = logits.abs()
+        if allowed is not None or settings.splits > 1:
+            logits, allowed = self._by_sample(logits, allowed)
         if experts is not None and len(experts) < logits.shape[-1]:
-            logits = logits[:, list(experts)]
-            beside = None if beside is None else beside[:, list(experts)]
+            logits, beside = logits[:, list(experts)], None if beside is None else beside[:, list(experts)]
         clean = None if noise is None else logits
         if noise is not None and not noise.on_input:
             logits = noise.add(logits, settings.noise_std)
@@ -202,29 +203,28 @@ class Gate(nn.Module):
             weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
         )  # fmt: skip
 
-    def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:
-        logits = self.score(x, products)
-        if self.bias is not None:
-            logits = logits + self.bias.table().to(logits.dtype)
-        return logits.abs() if self.settings.absolute else logits
-
-    def _with_allowed(self, logits: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-        """A constant gate gets a row for each sample, which differ by what they may use; splits a row for each."""
-        if len(logits) == 1:
-            logits = logits.expand(len(allowed), -1)
+    def _by_sample(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A row for each split; a constant gate has one for each sample, where they differ by what they may use."""
         splits = self.settings.splits
-        return logits, allowed if splits == 1 else allowed.repeat_interleave(splits, dim=0)
+        if allowed is not None and len(logits) == 1:
+            logits = logits.expand(len(allowed), -1)
+        if splits > 1:
+            logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=splits)
+            allowed = None if allowed is None else allowed.repeat_interleave(splits, dim=0)
+        return logits, allowed
 
     def _how(
         self, x: Tensor, experts: tuple[int, ...] | None, allowed: Tensor | None, balance: Tensor | None
     ) -> How:
-        balance = self.balance if balance is None else balance
+        settings = self.settings
+        if balance is None and settings.balance_rate:
+            balance = self.balance
         if balance is not None and experts is not None:
             balance = balance[list(experts)]
-        threshold: Tensor | float | None = self.settings.threshold
+        threshold: Tensor | float | None = settings.threshold
         if self.threshold is not None and threshold is not None:  # `sigmoid(w x + b)` times the largest one
             threshold = threshold * affine(x, self.threshold).sigmoid()
-        return How(self.settings, self.transform, self.top_k, self.renorm, threshold, balance, allowed)
+        return How(settings, self.transform, self.top_k, self.renorm, threshold, balance, allowed)
 
     def apply_freeze(self) -> None:
         """Frozen parts stay frozen, whatever marked the adapter as trainable."""
