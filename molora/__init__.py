@@ -15,7 +15,7 @@ __version__ = "0.1.0"
 
 _PUBLIC = {
     "MoLoraConfig": "molora.tuner.config",
-    "GateConfig": "molora.tuner.gate_config",
+    "GateConfig": "molora.config.gate_config",
     "MoLoraModel": "molora.tuner.model",
     "MoLoraLayer": "molora.tuner.layer",
     "preset": "molora.tuner.presets",

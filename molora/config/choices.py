@@ -1,4 +1,4 @@
-"""The closed lists of names a recipe may use for gates and auxiliary losses, known without torch."""
+"""The closed lists of names a recipe may use for gates, known without torch."""
 
 from __future__ import annotations
 
@@ -78,23 +78,3 @@ GATE_CHOICES: dict[str, Collection[str]] = {
     "noise": NOISES,
 }
 SHARES = ("linear", "group", "block", "global")
-
-_MASK = {"mask": ("padding", "response")}
-
-# Every auxiliary loss with the options it takes beside its coefficient: a tuple of names, the first of which is
-# the default, or the default of a number (None: one that the loss works out).
-AUX_LOSSES: dict[str, dict[str, tuple[str, ...] | float | None]] = {
-    "balance": {**_MASK},
-    "importance": {**_MASK},
-    "load": {**_MASK},
-    "localized": {**_MASK, "alpha": 0.8},
-    "z": {**_MASK},
-    "entropy": {**_MASK, "index": 1.0},
-    "mutual_information": {**_MASK, "free_bits": None},
-    "task_label": {**_MASK},
-    "similarity": {**_MASK},
-    "contrastive": {**_MASK, "temperature": 0.1},
-    "l1": {**_MASK},
-    "expert_similarity": {"factor": ("A", "B", "both")},
-    "orthogonal": {"norm": ("l1", "squared")},
-}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 from molora.config.choices import GATE_CHOICES, GATE_KINDS, SHARES
+from molora.config.gate import UNNORMALISED, GateSettings
+from molora.config.setting import acts, default_of, idle_problems, numbers_of, value_problems
 from molora.config.suggest import did_you_mean
 
 _READS = ("linear", "mlp", "cosine")
@@ -20,70 +23,17 @@ SCORES: dict[str, tuple[str, ...]] = {
 }
 """The scores that go with each scope. Scores that users register go with every scope that reads something."""
 
-UNNORMALISED = ("identity", "gain")
-"""Transforms that give no probabilities."""
-
-BY_SAMPLE = ("sequence", "task", "external", "constant")
-"""Scopes whose weights are the same for all tokens of a sample."""
-
-
-# Fields that act only beside others: their defaults, where they act, and whether they do.
-_BESIDE: dict[str, tuple[Any, str, Callable[[Mapping[str, Any]], bool]]] = {
-    "pool": (
-        "mean",
-        "scope: sequence or blend: sequence",
-        lambda g: "sequence" in (g["scope"], g["blend"]),
-    ),
-    "blend_spread": (2.0, "blend: sequence", lambda g: g["blend"] != "none"),
-    "hidden": (32, "score: mlp", lambda g: g["score"] == "mlp"),
-    "embedding_dim": (64, "score: embedding", lambda g: g["score"] == "embedding"),
-    "top_p": (0.8, "select: top_p or entropy", lambda g: g["select"] in ("top_p", "entropy")),
-    "min_k": (1, "select: top_p or entropy", lambda g: g["select"] in ("top_p", "entropy")),
-    "threshold": (None, "select: threshold", lambda g: g["select"] == "threshold"),
-    "entropy_threshold": (0.9, "select: entropy", lambda g: g["select"] == "entropy"),
-    "entropy_index": (1.1, "select: entropy", lambda g: g["select"] == "entropy"),
-    "noise_std": (1.0, "noise", lambda g: g["noise"] is not None),
-}
-_DEFAULTS = {"scope": "token", "blend": "none", "score": "linear", "select": "top_k", "noise": None}
-
 
 def without_idle(gate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     """A gate's fields (or its `kind` and some of them) without those that do not act, but for the ones in `given`."""
-    whole = {**_DEFAULTS, **GATE_KINDS.get(gate.get("kind", ""), {}), **gate}
-    idle = [name for name, (_, _, acts) in _BESIDE.items() if name in gate and not acts(whole)]
+    declared = fields(GateSettings)
+    whole = {f.name: default_of(f) for f in declared} | GATE_KINDS.get(gate.get("kind", ""), {}) | dict(gate)
+    idle = [f.name for f in declared if f.name in gate and not acts(f, whole)]
     return {name: value for name, value in gate.items() if name in given or name not in idle}
 
 
-def is_hard_task(gate: Mapping[str, Any]) -> bool:
-    """Whether the task id alone decides, with nothing to learn."""
-    return bool(gate["scope"] == "task" and gate["score"] == "none")
-
-
-def default_renorm(gate: Mapping[str, Any]) -> str:
-    """What `renorm: None` stands for."""
-    several = gate["select"] == "threshold" or (gate["select"] == "top_k" and gate["top_k"] != 1)
-    return "sum" if several and gate["transform"] not in UNNORMALISED else "none"
-
-
-def sums_to_one(gate: Mapping[str, Any]) -> bool:
-    """Whether a token's weights always sum to 1 (or 0, where nothing passes a threshold)."""
-    if gate["transform"] in UNNORMALISED:
-        return is_hard_task(gate)
-    renorm = gate["renorm"] or default_renorm(gate)
-    if gate["select"] == "top_k" and gate["top_k"] != 1 and 1 in numbers_of(gate["top_k"]):
-        return False  # the one expert of some layers is weighted by its probability
-    return gate["select"] in ("dense", "hard") or renorm in ("sum", "softmax")
-
-
-def numbers_of(setting: Any) -> list[Any]:
-    """The numbers in a setting that is one, a list by block, or `{pattern: number}`."""
-    if isinstance(setting, dict):
-        return [*setting.values()]
-    return setting if isinstance(setting, list) else [setting]
-
-
-def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Field and message of everything wrong with a gate's long fields, by itself."""
+def gate_problems(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    """Field and message of everything wrong with a gate by itself."""
     unknown = [*_unknown_choices(gate)]
     yield from unknown
     if unknown:
@@ -93,34 +43,31 @@ def gate_problems(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield from _score(gate)
     yield from _noise(gate)
     yield from _selection(gate)
-    for name, (default, where, acts) in _BESIDE.items():
-        if gate[name] != default and not acts(gate):
-            yield name, f"acts only with {where}."
+    yield from idle_problems(gate)
 
 
-def mixture_problems(gate: Mapping[str, Any], num_experts: int) -> Iterator[tuple[str, str]]:
+def size_problems(gate: GateSettings, num_experts: int) -> Iterator[tuple[str, str]]:
     """Field and message of what is wrong with a gate over so many experts."""
-    top_k = gate["top_k"]
-    largest = max(numbers_of(top_k))
-    if gate["select"] == "top_k" and largest > num_experts:
+    largest = max(numbers_of(gate.top_k))
+    if gate.select == "top_k" and largest > num_experts:
         why = " Strategies that add an expert for each task start with one." if num_experts == 1 else ""
         yield "top_k", f"{largest} is more than num_experts = {num_experts}.{why}"
-    if gate["select"] in ("top_p", "entropy") and gate["min_k"] > num_experts:
-        yield "min_k", f"{gate['min_k']} is more than num_experts = {num_experts}."
-    alone = gate["select"] == "top_k" and top_k == 1 and num_experts > 1
-    if alone and gate["renorm"] in ("sum", "softmax"):
+    if gate.select in ("top_p", "entropy") and gate.min_k > num_experts:
+        yield "min_k", f"{gate.min_k} is more than num_experts = {num_experts}."
+    alone = gate.select == "top_k" and gate.top_k == 1 and num_experts > 1
+    if alone and gate.renorm in ("sum", "softmax"):
         yield (
             "renorm",
-            f"{gate['renorm']!r} with top_k: 1 makes every weight 1, so the gate would never learn; use none.",
+            f"{gate.renorm!r} with top_k: 1 makes every weight 1, so the gate would never learn; use none.",
         )
 
 
-def _unknown_choices(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _unknown_choices(gate: GateSettings) -> Iterator[tuple[str, str]]:
     for name, allowed in GATE_CHOICES.items():
-        value = gate[name]
+        value = getattr(gate, name)
         if value is not None and value not in allowed:
             yield name, f"{value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
-    share = gate["share"]
+    share = gate.share
     if share not in SHARES:
         try:
             groups = re.compile(share).groups
@@ -135,95 +82,76 @@ def _unknown_choices(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
             )
 
 
-def _numbers(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for name in ("min_k", "hidden", "embedding_dim", "splits"):
-        if gate[name] < 1:
-            yield name, "must be at least 1."
-    top_k = gate["top_k"]
-    values = numbers_of(top_k)
-    if not values or any(not isinstance(k, int) or k < 1 for k in values):
-        yield "top_k", "must be at least 1 everywhere: a number, a list by block, or a map of name patterns."
-    if gate["temperature"] <= 0:
-        yield "temperature", "must be positive."
-    for name in ("noise_std", "init_std", "balance_rate", "blend_spread"):
-        if gate[name] < 0:
-            yield name, "must not be negative."
-    if not 0 < gate["top_p"] <= 1:
+def _numbers(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    yield from value_problems(gate, GateSettings)
+    if gate.top_p > 1:
         yield "top_p", "must be above 0 and at most 1."
-    if gate["threshold"] is not None and not 0 <= gate["threshold"] < 1:
+    if gate.threshold is not None and gate.threshold >= 1:
         yield "threshold", "must be at least 0 and below 1; leave it out for 1 / num_experts."
-    if not 0 < gate["entropy_threshold"] <= 1:
+    if gate.entropy_threshold > 1:
         yield "entropy_threshold", "must be above 0 and at most 1: it is a share of the largest entropy."
 
 
-def _scope(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    scope, hard = gate["scope"], is_hard_task(gate)
-    if gate["share"] == "global" and scope in ("token", "sequence"):
+def _scope(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    scope, hard = gate.scope, not gate.learned
+    if gate.share == "global" and scope in ("token", "sequence"):
         yield (
             "share",
             f"'global' cannot read each layer's own {'tokens' if scope == 'token' else 'sequence'}; use linear, "
             "group or block, or a gate that reads something else: scope task, external, two_pass or constant.",
         )
-    if hard != (gate["transform"] == "identity" and gate["select"] == "hard"):
+    if hard != (gate.transform == "identity" and gate.select == "hard"):
         yield (
             "transform",
             "identity with select: hard goes with scope: task and score: none, and nothing else does.",
         )
-    if scope == "external" and gate["feature_dim"] is None:
+    if scope == "external" and gate.feature_dim is None:
         yield "feature_dim", "is needed with scope: external: the width of the features you will give."
-    if gate["feature_dim"] is not None and scope not in ("external", "two_pass"):
+    if gate.feature_dim is not None and scope not in ("external", "two_pass"):
         yield "feature_dim", "acts only with scope: external."
-    if gate["start"] and scope != "constant":
-        yield "start", "acts only with scope: constant."
-    if gate["blend"] != "none" and (scope != "token" or gate["transform"] != "softmax"):
+    if gate.blend != "none" and (scope != "token" or gate.transform != "softmax"):
         yield "blend", "mixes the probabilities of two gates: it needs scope: token and transform: softmax."
-    if gate["splits"] > 1 and gate["score"] != "table":
+    if gate.splits > 1 and gate.score != "table":
         yield "splits", "needs score: table: every split has weights of its own for a task."
 
 
-def _score(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    scope, score = gate["scope"], gate["score"]
+def _score(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    scope, score = gate.scope, gate.score
     scores, built_in = SCORES[scope], {name for names in SCORES.values() for name in names}
     reads = "linear" in scores
     if score not in scores and (score in built_in or not reads):
         yield "score", f"must be {' or '.join(map(repr, scores))} with scope: {scope}."
-    if gate["bias"] and score not in ("linear", "mlp", "embedding"):
+    if gate.bias and score not in ("linear", "mlp", "embedding"):
         yield "bias", f"acts only with score: linear, mlp or embedding, not {score}."
-    if gate["norm"] == "layer" and score != "cosine":
-        yield "norm", "acts only with score: cosine."
-    if gate["absolute"] and score not in ("linear", "cosine"):
-        yield "absolute", "acts only with score: linear or cosine."
 
 
-def _noise(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    noise = gate["noise"]
-    if noise is not None and not gate["noise_std"]:
+def _noise(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    noise = gate.noise
+    if noise is not None and not gate.noise_std:
         yield "noise_std", f"of 0 is no noise; leave noise={noise!r} out, or give its strength."
-    if noise == "jitter" and gate["scope"] in ("task", "constant"):
+    if noise == "jitter" and gate.scope in ("task", "constant"):
         yield "noise", "'jitter' multiplies what the gate reads; this gate reads nothing."
-    if noise == "logistic" and gate["transform"] != "sigmoid":
+    if noise == "logistic" and gate.transform != "sigmoid":
         yield "noise", "'logistic' (a relaxed Bernoulli) goes with transform: sigmoid."
-    if noise == "gumbel" and gate["transform"] != "softmax":
+    if noise == "gumbel" and gate.transform != "softmax":
         yield "noise", "'gumbel' goes with transform: softmax."
-    if is_hard_task(gate) and noise is not None:
+    if not gate.learned and noise is not None:
         yield "noise", "task ids are exact; a task gate with nothing to learn takes no noise."
 
 
-def _selection(gate: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    select, renorm = gate["select"], gate["renorm"]
+def _selection(gate: GateSettings) -> Iterator[tuple[str, str]]:
+    select, renorm = gate.select, gate.renorm
     if renorm in ("sum", "softmax") and select in ("dense", "hard"):
         yield "renorm", f"{renorm!r} does not act with select: {select}, whose weights already sum to 1."
-    if renorm == "sum" and gate["transform"] == "identity":
+    if renorm == "sum" and gate.transform == "identity":
         yield "renorm", "'sum' needs weights that are not negative: transform: softmax or sigmoid."
     if renorm == "softmax" and select != "top_k":
         yield "renorm", "'softmax' over the selected scores goes with select: top_k."
-    if gate["threshold_learned"] and select != "threshold":
-        yield "threshold_learned", "acts only with select: threshold."
-    if gate["threshold_learned"] and gate["scope"] in ("task", "constant"):
+    if gate.threshold_learned and gate.scope in ("task", "constant"):
         yield "threshold_learned", "is a function of what the gate reads; this gate reads nothing."
-    if gate["transform"] in UNNORMALISED and select in ("top_p", "threshold"):
+    if gate.transform in UNNORMALISED and select in ("top_p", "threshold"):
         yield "transform", f"select: {select} needs probabilities: transform: softmax or sigmoid."
-    if select == "entropy" and gate["transform"] != "softmax":
+    if select == "entropy" and gate.transform != "softmax":
         yield "transform", "select: entropy needs probabilities: transform: softmax."
-    if gate["balance_rate"] and select != "top_k":
+    if gate.balance_rate and select != "top_k":
         yield "balance_rate", "moves which experts top_k selects; it needs select: top_k."

@@ -5,23 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from molora.config.choices import AUX_LOSSES
-from molora.config.gate_rules import UNNORMALISED, is_hard_task, sums_to_one
+from molora.config.gate import UNNORMALISED, GateSettings
+from molora.config.losses import AUX_LOSSES
+from molora.config.mixture import Mixture
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
-
-WITHOUT_GATE = ("contrastive", "expert_similarity", "orthogonal")
-"""Losses of the experts alone."""
-
-BY_TASK = ("localized", "task_label")
-"""Losses that go by each task's own experts."""
-
-_OF_PROBABILITIES = ("balance", "importance", "localized", "entropy", "mutual_information", "similarity")
-_ONE_ANSWER = {
-    "z": "softmax ignores a common shift of its logits",
-    "mutual_information": "it gives every token the same weights",
-    "similarity": "it gives every sample the same weights",
-}
 
 
 def aux_problems(losses: Mapping[str, Any]) -> Iterator[Problem]:
@@ -41,7 +29,7 @@ def aux_problems(losses: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _setting_problems(name: str, key: str, setting: Any) -> Iterator[Problem]:
-    options = AUX_LOSSES[name]
+    options = AUX_LOSSES[name].settings
     number = (
         isinstance(setting, (int, float)) and not isinstance(setting, bool) and 0 <= setting < float("inf")
     )
@@ -60,67 +48,48 @@ def _setting_problems(name: str, key: str, setting: Any) -> Iterator[Problem]:
         yield (name, key), "must be positive: similarities are divided by it."
 
 
-def fit_problems(
-    losses: Mapping[str, Any], gate: Mapping[str, Any], tasks: Mapping[str, Any], num_experts: int
-) -> Iterator[Problem]:
-    """Losses that this gate would give no meaning or no gradient.
-
-    Args:
-        losses: `aux_losses`, each known.
-        gate: the gate's long fields.
-        tasks: task -> its experts.
-        num_experts: how many there are.
-    """
-    constant = gate["scope"] == "constant"
-    for name in losses:
-        if name in WITHOUT_GATE:
-            continue
-        if is_hard_task(gate):
-            yield (name,), "needs a gate that learns; a task gate without a score has nothing to learn."
-        elif name in _OF_PROBABILITIES and gate["transform"] in UNNORMALISED:
-            text = (
-                f"is of probabilities, and transform: {gate['transform']} gives none; use softmax or sigmoid."
-            )
-            yield (name,), text
-        elif name in BY_TASK and constant:
-            yield (
-                (name,),
-                "goes by each task's own experts, and a constant gate gives all tasks the same weights.",
-            )
-        elif name in _ONE_ANSWER and constant:
-            yield (name,), f"is meaningless on a constant gate: {_ONE_ANSWER[name]}."
-        elif name == "z" and gate["score"] == "table":
-            yield (name,), f"is meaningless on a table of logits: {_ONE_ANSWER[name]}."
-        elif name == "z" and gate["blend"] != "none":
-            yield (
-                (name,),
-                "is meaningless on blended gates: the logarithms of their probabilities have no size.",
-            )
-        elif name == "load" and (gate["select"] != "top_k" or gate["noise"] != "gaussian"):
-            yield (name,), "is smooth only through the noise: it needs select: top_k and noise: gaussian."
-        elif name == "l1" and sums_to_one(gate):
-            yield (
-                (name,),
-                "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm.",
-            )
-        elif name in BY_TASK and (num_experts == 1 or (tasks and not _differ(tasks, num_experts))):
-            yield (name,), "goes by each task's own experts; give `tasks` whose experts differ."
+def fit_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
+    """Losses, each known, that this gate and this way of combining experts give no meaning or no gradient."""
+    for name in mixture.aux_losses:
+        fault = _fault(name, mixture, gate) if AUX_LOSSES[name].of_gate else None
+        if fault:
+            yield (name,), fault
+    yield from _expert_problems(mixture)
 
 
-def mixture_fit_problems(losses: Mapping[str, Any], settings: Mapping[str, Any]) -> Iterator[Problem]:
-    """Losses of the experts that this way of combining them leaves nothing to act on.
+def _fault(name: str, mixture: Mixture, gate: GateSettings) -> str | None:
+    spec, constant = AUX_LOSSES[name], gate.scope == "constant"
+    if not gate.learned:
+        return "needs a gate that learns; a task gate without a score has nothing to learn."
+    if spec.of_probabilities and gate.transform in UNNORMALISED:
+        return f"is of probabilities, and transform: {gate.transform} gives none; use softmax or sigmoid."
+    if spec.by_task and constant:
+        return "goes by each task's own experts, and a constant gate gives all tasks the same weights."
+    if spec.one_answer and constant:
+        return f"is meaningless on a constant gate: {spec.one_answer}."
+    if name == "z" and gate.score == "table":
+        return f"is meaningless on a table of logits: {spec.one_answer}."
+    if name == "z" and gate.blend != "none":
+        return "is meaningless on blended gates: the logarithms of their probabilities have no size."
+    if name == "load" and (gate.select != "top_k" or gate.noise != "gaussian"):
+        return "is smooth only through the noise: it needs select: top_k and noise: gaussian."
+    if name == "l1" and gate.sums_to_one:
+        return "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm."
+    tasks, several = mixture.tasks or {}, mixture.most_experts
+    if spec.by_task and (several == 1 or (tasks and not _differ(tasks, several))):
+        return "goes by each task's own experts; give `tasks` whose experts differ."
+    return None
 
-    Args:
-        losses: `aux_losses`, each known.
-        settings: combine, share_A and ffn_targets of the adapter.
-    """
-    if "contrastive" in losses and (settings["combine"] == "factors" or settings["ffn_targets"]):
-        what = "combine: factors" if settings["combine"] == "factors" else "ffn_targets"
+
+def _expert_problems(mixture: Mixture) -> Iterator[Problem]:
+    losses = mixture.aux_losses
+    if "contrastive" in losses and (mixture.combine == "factors" or mixture.ffn_targets):
+        what = "combine: factors" if mixture.combine == "factors" else "ffn_targets"
         yield (
             ("contrastive",),
             f"compares the outputs of experts on single linears; with {what} there are none.",
         )
-    if not settings["share_A"]:
+    if not mixture.share_A:
         return
     if "orthogonal" in losses:
         yield ("orthogonal",), "keeps A's apart, and with share_A there is one."

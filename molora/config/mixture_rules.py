@@ -1,65 +1,96 @@
-"""What makes sense together in a whole mixture: gate, combination and experts. For recipes and Python, no torch."""
+"""What makes sense together in a whole mixture: numbers, names, gate and combination. For recipes and Python, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from molora.config.gate_rules import BY_SAMPLE, sums_to_one
+from molora.config.gate import BY_SAMPLE, GateSettings
+from molora.config.gate_rules import size_problems
+from molora.config.loss_rules import fit_problems
+from molora.config.mixture import Mixture
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
 
-COMBINES = ("outputs", "factors")
+
+def mixture_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
+    """Path and message of everything wrong with a mixture whose parts are fine alone."""
+    for name, message in size_problems(gate, mixture.most_experts):
+        yield ("gate", name), message
+    yield from _combination(mixture, gate)
+    for path, message in fit_problems(mixture, gate):
+        yield ("aux_losses", *path), message
+    yield from _names(mixture)
+    yield from _tasks(mixture)
 
 
-def combination_problems(
-    settings: Mapping[str, Any], gate: Mapping[str, Any], names: Sequence[str]
-) -> Iterator[Problem]:
-    """What is wrong between a gate and how the experts are combined.
+def rank_problems(mixture: Mixture) -> Iterator[Problem]:
+    """Ranks and scalings that are given twice."""
+    if not isinstance(mixture.r, int) and mixture.rank_pattern:
+        yield ("rank_pattern",), "r already gives ranks by layer or pattern; write only one of the two."
+    if mixture.use_rslora and mixture.scaling is not None:
+        yield ("scaling",), "use_rslora: true already means alpha_over_sqrt_r; write only one of the two."
 
-    Args:
-        settings: combine, always_on, share_A, task_cores, ffn_targets and init of the adapter.
-        gate: the gate's long fields.
-        names: the experts'.
-    """
-    combine = settings["combine"]
-    if combine not in COMBINES:
-        yield (
-            ("combine",),
-            f"{combine!r} is not one of {', '.join(COMBINES)}.{did_you_mean(combine, COMBINES)}",
-        )
-    if combine == "factors":
-        if gate["scope"] not in BY_SAMPLE:
+
+def _names(mixture: Mixture) -> Iterator[Problem]:
+    names, known = mixture.expert_names or [], mixture.experts
+    if mixture.expert_names is not None and len(names) != mixture.most_experts:
+        text = f"names {len(names)} experts, but num_experts = {mixture.most_experts}."
+        yield ("expert_names",), text
+    for i, name in enumerate(names):
+        if name.casefold() in [other.casefold() for other in names[:i]]:  # folders may ignore case
+            yield ("expert_names", i), f"{name!r} is there twice (upper and lower case count as one)."
+    for name in mixture.frozen_experts:
+        if name not in known:
+            yield ("frozen_experts",), _unknown(name, known)
+
+
+def _tasks(mixture: Mixture) -> Iterator[Problem]:
+    for task, chosen in (mixture.tasks or {}).items():
+        if not chosen:
+            yield ("tasks", task), "names no expert; a task needs at least one."
+        for i, name in enumerate(chosen):
+            key = i if isinstance(chosen, list) else name
+            if name not in mixture.experts:
+                yield ("tasks", task, key), _unknown(name, mixture.experts)
+            elif isinstance(chosen, list) and name in chosen[:i]:
+                yield ("tasks", task, key), f"{name!r} is there twice."
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    return f"unknown expert {name!r}.{did_you_mean(name, known)} Allowed: {', '.join(known)}."
+
+
+def _combination(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
+    if mixture.combine == "factors":
+        if gate.scope not in BY_SAMPLE:
             yield (
                 ("combine",),
-                f"'factors' would need a weight matrix per token with gate scope {gate['scope']}; mix outputs, or use "
+                f"'factors' would need a weight matrix per token with gate scope {gate.scope}; mix outputs, or use "
                 f"a gate whose weights are one per sample: scope {', '.join(BY_SAMPLE)}.",
             )
-        if settings["ffn_targets"] or settings["share_A"]:
+        if mixture.ffn_targets or mixture.share_A:
             yield ("combine",), "'factors' goes with neither ffn_targets nor share_A, which mix outputs."
-    elif gate["splits"] > 1:
+    elif gate.splits > 1:
         yield ("gate", "splits"), "acts only with combine: factors."
-    yield from _always_on(settings["always_on"], names)
-    if settings["ffn_targets"]:
-        yield from _feed_forward(gate, settings["always_on"])
-    if settings["task_cores"] and not (settings["share_A"] and gate["scope"] == "task"):
+    yield from _always_on(mixture.always_on, mixture.experts)
+    if mixture.ffn_targets:
+        yield from _feed_forward(gate, mixture.always_on)
+    if mixture.task_cores and not (mixture.share_A and gate.scope == "task"):
         yield (
             ("task_cores",),
             "stand between a shared A and the experts of a task: they need share_A and scope: task.",
         )
-    if settings["task_cores"] and settings["ffn_targets"]:
+    if mixture.task_cores and mixture.ffn_targets:
         yield ("task_cores",), "do not go with ffn_targets."
-    if settings["share_A"] and settings["init"] == "svd_segments":
+    if mixture.share_A and mixture.init == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
 
 
 def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:
     for name, weight in always_on.items():
         if name not in names:
-            yield (
-                ("always_on", name),
-                f"unknown expert {name!r}.{did_you_mean(name, names)} Allowed: {', '.join(names)}.",
-            )
+            yield ("always_on", name), _unknown(name, names)
         number = (
             isinstance(weight, (int, float)) and not isinstance(weight, bool) and abs(weight) < float("inf")
         )
@@ -69,20 +100,20 @@ def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
         yield ("always_on",), "leaves the gate no expert to decide over."
 
 
-def _feed_forward(gate: Mapping[str, Any], always_on: Mapping[str, Any]) -> Iterator[Problem]:
+def _feed_forward(gate: GateSettings, always_on: Mapping[str, Any]) -> Iterator[Problem]:
     for name, weight in always_on.items():
         if isinstance(weight, (int, float)) and weight < 0:
             yield (
                 ("always_on", name),
                 f"{weight} does not go with ffn_targets, whose experts are averaged; it must not be negative.",
             )
-    if not sums_to_one(gate):
+    if not gate.sums_to_one:
         yield (
             ("gate", "renorm"),
             "whole feed-forwards are averaged, the frozen one among them, so weights must sum to 1; use renorm: sum, "
             "or select: hard for one expert.",
         )
-    if gate["scope"] == "sequence":
+    if gate.scope == "sequence":
         yield (
             ("gate", "scope"),
             "'sequence' does not go with ffn_targets; use token, task, external or two_pass.",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Annotated, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING
+from typing import Annotated, Any, NamedTuple
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from pydantic_core import PydanticCustomError
@@ -14,16 +15,38 @@ from molora.errors import ConfigError
 CLASH = "clash"
 Problem = tuple[tuple[str | int, ...], str]  # (path below the section, what is wrong and what is allowed)
 
-PositiveInt = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0, lt=1)]
-NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+class Bound(NamedTuple):
+    """The bounds of a type of number, as Python checks and says them: pydantic has them beside it."""
+
+    words: str
+    holds: Callable[[Any], bool]
+    whole: bool = False
+
+
+PositiveInt = Annotated[
+    int, Field(ge=1), Bound("must be at least 1", lambda n: type(n) is int and n >= 1, whole=True)
+]
+Fraction = Annotated[float, Field(ge=0, lt=1), Bound("must be in [0, 1)", lambda n: 0 <= n < 1)]
+NonNegative = Annotated[
+    float, Field(ge=0, allow_inf_nan=False), Bound("must not be negative", lambda n: 0 <= n < float("inf"))
+]
+Positive = Annotated[
+    float, Field(gt=0, allow_inf_nan=False), Bound("must be positive", lambda n: 0 < n < float("inf"))
+]
 
 
 class Section(BaseModel):
     """Unknown keys are errors, types are exact (no "yes" for true, no 1.0 for 1), values do not change later."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """A section that inherits a declaration has its defaults, those that are made anew among them."""
+        super().__init_subclass__(**options)
+        for declared in getattr(cls, "__dataclass_fields__", {}).values():
+            if declared.default_factory is not MISSING and declared.name not in vars(cls):
+                setattr(cls, declared.name, Field(default_factory=declared.default_factory))
 
 
 def refuse(problems: Sequence[Problem]) -> None:

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor, distributed
 
 from molora import losses
-from molora.config.choices import AUX_LOSSES
-from molora.config.loss_rules import WITHOUT_GATE
-from molora.config.names import check_name
-from molora.errors import ConfigError
+from molora.config.losses import AUX_LOSSES, MASK, LossSpec
 from molora.experts.bank import ExpertBank
 from molora.forward.gate_view import GateView
 from molora.forward.group_routing import GateRecord
@@ -22,19 +19,6 @@ from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import frozen_rows_at
 
 GateLoss = Callable[[GateView, Mapping[str, Any]], Tensor]
-
-GATE_LOSSES: dict[str, GateLoss] = {
-    "balance": lambda v, o: losses.balance(v.probs, v.selected, v.mask),
-    "importance": lambda v, o: losses.importance(v.probs, v.mask),
-    "load": lambda v, o: losses.load(v.clean, v.logits, v.top_k, v.noise_std, v.mask),
-    "localized": lambda v, o: losses.localized(v.weights, v.own, o["alpha"], v.samples, v.batch, v.mask),
-    "z": lambda v, o: losses.z(v.logits, v.mask),
-    "entropy": lambda v, o: losses.entropy(v.probs, v.mask, o["index"], v.choices),
-    "mutual_information": lambda v, o: losses.mutual_information(v.probs, v.mask, o["free_bits"]),
-    "task_label": lambda v, o: losses.task_label(v.logits, v.own, v.mask),
-    "similarity": lambda v, o: losses.similarity(v.mean_probs, v.mean_inputs),
-    "l1": lambda v, o: losses.l1(v.weights, v.mask),
-}
 
 
 def register_loss(name: str, function: GateLoss, **settings: float) -> None:
@@ -49,11 +33,7 @@ def register_loss(name: str, function: GateLoss, **settings: float) -> None:
     Raises:
         ConfigError: the name is taken, or is no name.
     """
-    check_name(name, "loss")
-    if name in AUX_LOSSES:
-        raise ConfigError(f"there is an auxiliary loss {name!r} already.")
-    AUX_LOSSES[name] = {"mask": ("padding", "response"), **settings}
-    GATE_LOSSES[name] = function
+    AUX_LOSSES.add(name, LossSpec(function, {**MASK, **settings}), source=function.__module__)
 
 
 def aux_losses_of(
@@ -67,11 +47,12 @@ def aux_losses_of(
         with torch.autocast(device.type, enabled=False):
             if name == "contrastive":
                 values = _contrastive(adapter, layers, settings)
-            elif name in WITHOUT_GATE:
+            elif not AUX_LOSSES[name].of_gate:
                 values = _of_experts(name, adapter, layers, settings)
             else:
+                loss = AUX_LOSSES[name].load()
                 views = [GateView(record, config, settings["mask"]) for record in records]
-                values = [GATE_LOSSES[name](view, settings) for view in views if view.learned]
+                values = [loss(view, settings) for view in views if view.learned]
         found[name] = torch.stack(values).mean() if values else torch.zeros((), device=device)
     for layer in layers:
         layer.samples.pop(adapter, None)

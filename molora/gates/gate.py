@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.config.choices import NOISES, SELECTIONS, TRANSFORMS
-from molora.config.gate_rules import UNNORMALISED
+from molora.config.gate import UNNORMALISED, GateSettings
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
 from molora.gates.noise import Noise
 from molora.gates.rows import GateRows
 from molora.gates.selection import How, Selection, Transform
-from molora.gates.settings import GateSettings
 
 
 @dataclass

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.config.choices import SCORES
+from molora.config.gate import GateSettings
 from molora.experts.kernel import scores as exact_scores
 from molora.gates.gate import Gate, GatePlace, affine
 from molora.gates.rows import GateRows
-from molora.gates.settings import GateSettings
 
 _SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
 

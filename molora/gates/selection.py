@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from molora.config.choices import TRANSFORMS
-from molora.gates.settings import GateSettings
+from molora.config.gate import GateSettings
 
 Transform = Callable[[Tensor], Tensor]
 

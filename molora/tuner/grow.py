@@ -5,7 +5,6 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
-from typing import Any
 
 import torch
 from peft.utils.other import AuxiliaryTrainingWrapper
@@ -14,15 +13,15 @@ from torch.nn import functional as F
 
 from molora.calls.call import AdapterRouting, RoutingContext
 from molora.config.gate_rules import UNNORMALISED
-from molora.config.names import check_name
-from molora.config.suggest import did_you_mean
+from molora.config.normalise import normalise
+from molora.config.roster import added, removed
+from molora.config.roster import frozen as with_frozen
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, mean_delta
 from molora.experts.cores import TaskCores
 from molora.experts.init import low_rank
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
-from molora.tuner.config_checks import normalise
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.parts import new_expert, scaling_of
 from molora.tuner.placement import (
@@ -69,20 +68,16 @@ def add_expert(
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
     config: MoLoraConfig = context.adapters[adapter].config
-    check_name(name, "expert")
-    for i, task in enumerate(tasks):
-        check_name(task, "task")
-        if task in tasks[:i]:
-            raise ConfigError(f"tasks names {task!r} twice.")
-    if name in (config.expert_names or []):
-        raise ConfigError(
-            f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}."
-        )
     _check_growable(model, config, adapter, spec)
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(source)
-    _grow_config(config, name, tasks, spec, freeze_others=freeze_others, isolate=isolate)
+    roster, learned = config.roster, config.gate.learned
+    grown = added(
+        roster, name, tasks, learned=learned, spec=spec, freeze_others=freeze_others, isolate=isolate
+    )
+    grown.write(config)
+    config.inference_mode = False
     for layer in _layers(model, adapter):
         bank, site = layer.molora_experts[adapter], layer.sites[adapter]
         if site.plain:
@@ -90,10 +85,10 @@ def add_expert(
             continue
         here = [n for n in experts_at(config, site.key) if n != name]
         local = here.index(source) if source in here else None
-        grown = [*bank.experts(), _initial(config, bank, name, site.key, init, local)]
+        expert = _initial(config, bank, name, site.key, init, local)
         if factors is not None:
-            grown[-1] = factors(site.key, grown[-1])
-        bank.assign(grown, frozen_at(config, site.key))
+            expert = factors(site.key, expert)
+        bank.assign([*bank.experts(), expert], frozen_at(config, site.key))
         if bank.cores is not None:
             _grow_cores(config, bank.cores)
         if adapter in layer.molora_gate:
@@ -158,60 +153,20 @@ def remove_expert(
 ) -> None:
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
     config: MoLoraConfig = context.adapters[adapter].config
-    _index(config, name)
-    if config.num_experts == 1:
-        raise ConfigError(f"{name!r} is the only expert left; delete the adapter instead.")
+    shrunk = removed(config.roster, name, drop_tasks=drop_tasks)
     for layer in _layers(model, adapter):
         if not layer.sites[adapter].plain and experts_at(config, layer.sites[adapter].key) == [name]:
             raise ConfigError(f"{name!r} is the only expert of {layer.sites[adapter].key}.")
     _check_growable(model, config, adapter, None)
     before = _experts_of_layers(model, adapter, config)
     trial = deepcopy(config)
-    _shrink_config(trial, name, drop_tasks)
+    shrunk.write(trial)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # said when the config was made
         normalise(trial)  # what could not be loaded again is refused before anything changes
-    _shrink_config(config, name, drop_tasks)
+    shrunk.write(config)
     _reassign(model, adapter, config, before)
     _refresh(model, context, adapter)
-
-
-def _shrink_config(config: MoLoraConfig, name: str, drop_tasks: bool) -> None:
-    orphans = [task for task, experts in config.tasks.items() if set(experts) == {name}]
-    if orphans and not drop_tasks:
-        raise ConfigError(
-            f"{name!r} is the only expert of task {', '.join(map(repr, orphans))}.",
-            hint="give the task another expert first, or pass drop_tasks=True to forget the task as well.",
-        )
-    task_ids = config.task_ids or {}
-    for task in orphans:
-        del config.tasks[task], task_ids[task]
-    for task, experts in config.tasks.items():
-        config.tasks[task] = _without(experts, name)
-    assert config.expert_names is not None and config.gate_blocks is not None
-    config.expert_names.remove(name)
-    config.gate_blocks = [kept for block in config.gate_blocks if (kept := [n for n in block if n != name])]
-    config.frozen_experts = [n for n in config.frozen_experts if n != name]
-    config.isolated_experts = [n for n in config.isolated_experts if n != name]
-    config.free_rows = [n for n in config.free_rows if n != name]
-    config.expert_specs.pop(name, None)
-    config.always_on.pop(name, None)
-    config.num_experts -= 1
-    gate, most = config.gate, config.num_experts
-    gate.min_k = min(gate.min_k, most)
-    if isinstance(gate.top_k, dict):
-        gate.top_k = {pattern: min(k, most) for pattern, k in gate.top_k.items()}
-    elif isinstance(gate.top_k, list):
-        gate.top_k = [min(k, most) for k in gate.top_k]
-    else:
-        gate.top_k = min(gate.top_k, most)
-    _renorm_of_one(config)
-
-
-def _renorm_of_one(config: MoLoraConfig) -> None:
-    """The weight of a single chosen expert is its probability, or the gate would never learn."""
-    if config.gate.select == "top_k" and config.gate.top_k == 1:
-        config.gate.renorm = "none"
 
 
 def set_frozen(
@@ -219,18 +174,10 @@ def set_frozen(
 ) -> None:
     """Freeze or unfreeze experts together with their gate rows; with the last frozen one, also what froze with them."""
     config: MoLoraConfig = context.adapters[adapter].config
-    names = as_sequence(names)
-    for name in names:
-        _index(config, name)
-    before = set(config.frozen_experts)
-    after = before | set(names) if frozen else before - set(names)
-    config.frozen_experts = [name for name in config.expert_names or [] if name in after]
-    config.free_rows = [name for name in config.free_rows if name not in names]
-    assert config.gate_blocks is not None
-    parts = [[[n for n in b if n in after], [n for n in b if n not in after]] for b in config.gate_blocks]
-    config.gate_blocks = [part for pair in parts for part in pair if part]
-    if config.frozen_extras and not after:
-        config.frozen_extras = False
+    before = config.roster
+    after = with_frozen(before, as_sequence(names), frozen)
+    after.write(config)
+    if before.frozen_extras and not after.frozen_extras:
         for layer in _layers(model, adapter):
             if layer.sites[adapter].plain:
                 bank = layer.molora_experts[adapter]
@@ -259,13 +206,6 @@ def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
         site.names = None if site.plain else names_at(config, site.key)
 
 
-def _index(config: MoLoraConfig, name: str) -> int:
-    names = config.expert_names or []
-    if name not in names:
-        raise ConfigError(f"no expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}.")
-    return names.index(name)
-
-
 def _check_growable(model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
@@ -284,7 +224,7 @@ def _source(config: MoLoraConfig, init: str) -> str | None:
     kind, _, source = init.partition(":")
     if kind != "copy" or not source:
         raise ConfigError(f"init={init!r} is not one of 'new', 'copy:<expert>', 'mean'.")
-    _index(config, source)
+    config.roster.index(source)
     return source
 
 
@@ -307,53 +247,6 @@ def _initial(
             A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
         fresh = Expert(A.to(fresh.A.dtype), B.to(fresh.A.dtype), scaling_of(config, name, key))
     return fresh
-
-
-def _grow_config(
-    config: MoLoraConfig,
-    name: str,
-    tasks: Sequence[str],
-    spec: ExpertSpec | None,
-    *,
-    freeze_others: bool,
-    isolate: bool,
-) -> None:
-    assert config.expert_names is not None and config.gate_blocks is not None and config.task_ids is not None
-    if freeze_others:
-        config.frozen_experts, config.free_rows = list(config.expert_names), []
-        config.frozen_extras = True
-    config.expert_names.append(name)
-    config.num_experts += 1
-    _renorm_of_one(config)
-    config.gate_blocks.append([name])
-    if spec is not None:
-        config.expert_specs[name] = spec
-    if isolate:
-        config.isolated_experts.append(name)
-    config.inference_mode = False
-    for task in tasks:
-        if task in config.tasks:
-            config.tasks[task] = _with(config.tasks[task], name)
-            continue
-        config.tasks[task] = list(config.expert_names) if config.gate.learned else [name]
-        config.task_ids[task] = config.next_task_id or 0
-        config.next_task_id = config.task_ids[task] + 1
-
-
-def _with(experts: Any, name: str) -> Any:
-    if isinstance(experts, dict):  # the newcomer gets the mean weight; the sum stays
-        share = sum(experts.values()) / (len(experts) + 1)
-        factor = 1 - 1 / (len(experts) + 1)
-        return {**{expert: weight * factor for expert, weight in experts.items()}, name: share}
-    return [*experts, name]
-
-
-def _without(experts: Any, name: str) -> Any:
-    if not isinstance(experts, dict):
-        return [expert for expert in experts if expert != name]
-    kept = {expert: weight for expert, weight in experts.items() if expert != name}
-    scale = sum(experts.values()) / (sum(kept.values()) or 1.0)
-    return {expert: weight * scale for expert, weight in kept.items()}
 
 
 def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:

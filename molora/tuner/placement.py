@@ -116,10 +116,10 @@ def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
 
     A task learns as long as one of its experts does.
     """
-    count = max(config.next_task_id or 0, 1)
-    ids = config.task_ids or {}
+    roster = config.roster
+    count = max(roster.next_task_id, 1)
     frozen = [True] * count
-    for task, i in ids.items():
-        frozen[i] = all(n in config.frozen_experts and n not in config.free_rows for n in config.tasks[task])
+    for task, row in roster.tasks.items():
+        frozen[row.id] = roster.task_frozen(task)
     parts = [[i for i in range(count) if frozen[i] == state] for state in (True, False)]
     return [part for part in parts if part], frozen

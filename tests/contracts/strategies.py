@@ -6,8 +6,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from molora.config.choices import AUX_LOSSES, GATE_CHOICES
-from molora.config.gate_rules import BY_SAMPLE, SCORES, without_idle
+from molora.config.choices import GATE_CHOICES
+from molora.config.gate import BY_SAMPLE
+from molora.config.gate_rules import SCORES, without_idle
+from molora.config.losses import AUX_LOSSES
 from tests.zoo import FEED_FORWARD, TASKS
 
 SEEDS = st.integers(0, 99)

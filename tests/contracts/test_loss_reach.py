@@ -8,12 +8,11 @@ from torch.testing import assert_close
 
 import molora
 from molora import ConfigError, GateConfig
-from molora.config.choices import AUX_LOSSES
-from molora.config.loss_rules import WITHOUT_GATE
+from molora.config.losses import AUX_LOSSES
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, HARD, SHARED, TASKS, batch_for, gradients, molora_model, routed
 
-GATE_LOSSES = [name for name in AUX_LOSSES if name not in WITHOUT_GATE and name != "load"]
+GATE_LOSSES = [name for name in AUX_LOSSES if AUX_LOSSES[name].of_gate and name != "load"]
 # Gates given so that most losses are allowed on them.
 MORE = {
     "noisy-top1": GateConfig(top_k=1, noise="gaussian", noise_std=0.5, share="linear"),

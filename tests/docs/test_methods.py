@@ -7,8 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from molora.cli.presets import table
-from molora.config.choices import AUX_LOSSES
+from molora.config.gate import GateSettings
+from molora.config.losses import AUX_LOSSES
+from molora.config.mixture import Mixture
+from molora.config.setting import settings_table
 
 TEXT = (Path(__file__).parents[2] / "docs" / "methods.md").read_text(encoding="utf-8")
 CHECK = """
@@ -40,6 +45,11 @@ else:
 
 def test_the_table_is_the_presets() -> None:
     assert table() in TEXT, "run `molora presets table` and put it into docs/methods.md"
+
+
+@pytest.mark.parametrize("declared", [GateSettings, Mixture], ids=lambda c: c.__name__)
+def test_the_settings_are_the_declared_ones(declared: type) -> None:
+    assert settings_table(declared) in TEXT, f"put settings_table({declared.__name__}) into docs/methods.md"
 
 
 def test_every_loss_is_described() -> None:

@@ -8,9 +8,9 @@ from torch.testing import assert_close
 
 from molora import ConfigError, GateConfig, MoLoraConfig
 from molora.config.choices import SCORES
+from molora.config.gate_config import gate_from_kind
 from molora.gates.gate import GatePlace
 from molora.gates.rows import GateRows
-from molora.tuner.gate_config import gate_from_kind
 from molora.tuner.parts import new_gate
 
 

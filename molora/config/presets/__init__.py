@@ -15,10 +15,12 @@ from molora.config.gate_rules import without_idle
 from molora.config.presets import over_loras, sample_gates, token_gates
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
+from molora.registry import Registry
 
-PRESETS: dict[str, Callable[[], dict[str, Any]]] = {
-    method.__name__: method for module in (token_gates, sample_gates, over_loras) for method in module.METHODS
-}
+PRESETS: Registry[Callable[[], dict[str, Any]]] = Registry("preset")
+for _module in (token_gates, sample_gates, over_loras):
+    for _method in _module.METHODS:
+        PRESETS.add(_method.__name__, _method)
 
 
 def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:

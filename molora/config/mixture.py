@@ -1,0 +1,141 @@
+"""Mixture: the settings of a mixture of experts, declared once, for recipes and for MoLoraConfig."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from molora.config.losses import AUX_LOSSES
+from molora.config.section import ExpertName, Fraction, Positive, PositiveInt
+from molora.config.setting import numbers_of, setting
+
+
+@dataclass
+class ExpertSpec:
+    """Rank and scaling of one expert that differs from the config's own, in PEFT's LoraConfig terms."""
+
+    r: int
+    lora_alpha: float
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] = setting(make=dict)
+    alpha_pattern: dict[str, float] = setting(make=dict)
+    scaling: str | float | None = None
+
+
+@dataclass
+class Mixture:
+    """How many experts of which rank sit on which layers, and how they are mixed; PEFT's spelling where PEFT has one."""
+
+    num_experts: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
+        8,
+        "experts per target layer: a number, a list (one per transformer block), or `{pattern: number}` (layers without a "
+        "pattern have the largest number).",
+    )
+    r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
+        8, "rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`."
+    )
+    lora_alpha: Positive = setting(16.0, "scaling numerator.")
+    lora_dropout: Fraction = setting(0.0, "dropout on the experts' input.")
+    use_rslora: bool = setting(False, "scale by alpha/√r instead of alpha/r.")
+    scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "alpha"] | Positive | None = setting(
+        None, "the rule by name (`alpha_over_r`, `alpha_over_sqrt_r`, `alpha`) or a number."
+    )
+    init: Literal["kaiming", "gaussian", "rescaled", "orthogonal", "svd_segments"] = setting(
+        "kaiming",
+        "how A starts: `kaiming`, `gaussian`, `rescaled`, `orthogonal`, or `svd_segments` (GOAT: A and B from equal segments "
+        "of the base weight's singular vectors).",
+    )
+    init_std: Positive = setting(0.02, "σ of gaussian and rescaled.")
+    init_gain: Positive = setting(1.0, "factor on A's initial standard deviation.")
+    rank_pattern: dict[str, PositiveInt] = setting(
+        make=dict, doc="`{pattern: rank}` exceptions from r, as in PEFT."
+    )
+    alpha_pattern: dict[str, Positive] = setting(
+        make=dict, doc="`{pattern: alpha}` exceptions from lora_alpha, as in PEFT."
+    )
+    target_modules: str | list[str] | None = setting(
+        None, 'list of suffixes, a regex, or "all-linear", which a recipe has by default.'
+    )
+    exclude_modules: str | list[str] | None = setting(None, "suffixes or a regex never to touch.")
+    layers_to_transform: int | list[int] | None = setting(None, "block indices to adapt, as in PEFT.")
+    layers_pattern: str | list[str] | None = setting(None, "name of the block list, as in PEFT.")
+    plain_targets: str | list[str] | None = setting(
+        None, "suffixes or a regex that get one ordinary LoRA instead of experts."
+    )
+    modules_to_save: list[str] | None = setting(None, "modules trained and saved whole (heads).")
+    expert_names: list[ExpertName] | None = setting(None, "the experts' names; by default `expert_0`...")
+    tasks: Any = setting(
+        None, "`{task: [experts]}` or `{task: {expert: weight}}`; in Python a list of task names as well."
+    )
+    gate: Any = setting(None, "GateConfig, or a map of its fields (with `kind` for the shorthand).")
+    combine: Literal["outputs", "factors"] = setting(
+        "outputs",
+        "`outputs` (a sum of the experts' outputs), or `factors`: each sample has one LoRA whose A and B are the experts' "
+        "mixed; only for gates whose weights are the same for all tokens of a sample.",
+    )
+    frozen_experts: list[ExpertName] = setting(make=list, doc="experts that do not train.")
+    always_on: dict[ExpertName, float | Literal["rest"]] = setting(
+        make=dict,
+        doc="`{expert: weight}` of experts that the gate does not decide over; `rest` means 1 minus the largest weight it gave.",
+    )
+    share_A: bool = setting(False, "all experts of a layer have one A (HydraLoRA).")
+    task_cores: bool = setting(
+        False,
+        "each task has a matrix (rank, rank) of its own between the shared A and the experts (MTL-LoRA).",
+    )
+    ffn_targets: str | list[str] | None = setting(
+        None,
+        "suffixes or a regex of the linears of a whole feed-forward block: experts are mixed after the block's last linear, "
+        "over whole non-linear feed-forwards (MixLoRA). Targets all the same. The weights are divided by their sum, those of "
+        "tasks too.",
+    )
+    aux_losses: dict[str, float | dict[str, Any]] = setting(
+        make=dict, doc='`{name: coefficient}`, or `{name: {"coefficient": c, ...settings}}`.'
+    )
+
+    @property
+    def experts(self) -> list[str]:
+        """The experts' names: as given, or expert_0, expert_1, ..."""
+        return self.expert_names or [f"expert_{i}" for i in range(self.most_experts)]
+
+    @property
+    def most_experts(self) -> int:
+        """How many experts the layers with the most have."""
+        return int(max(numbers_of(self.num_experts)))
+
+    def aux_coefficient(self, name: str) -> float:
+        """The weight of one auxiliary loss in the training loss."""
+        value = self.aux_losses[name]
+        return float(value["coefficient"] if isinstance(value, dict) else value)
+
+    def aux_settings(self, name: str) -> dict[str, Any]:
+        """Its settings with defaults filled in."""
+        value = self.aux_losses[name]
+        given = value if isinstance(value, dict) else {}
+        return {key: given.get(key, default) for key, default in AUX_LOSSES[name].defaults().items()}
+
+
+@dataclass
+class SavedMixture(Mixture):
+    """A mixture with what an adapter's file keeps beside the settings: what the expert verbs did to it, and its base."""
+
+    add_aux_to_loss: bool = setting(True, "add the weighted auxiliary losses to `out.loss` in training.")
+    task_ids: dict[str, int] | None = setting(
+        None, "a task's id; kept by the expert verbs, as all that follows."
+    )
+    next_task_id: int | None = setting(None, "the id of the next task; ids are not used again.")
+    frozen_extras: bool = setting(False, "plain LoRAs and heads are frozen too.")
+    free_rows: list[str] = setting(make=list, doc="frozen experts whose gate rows learn.")
+    isolated_experts: list[str] = setting(make=list, doc="experts hidden from older tasks.")
+    expert_specs: dict[str, Any] = setting(make=dict, doc="rank and scaling of experts that have their own.")
+    gate_blocks: list[list[str]] | None = setting(None, "experts whose gate rows are one Parameter.")
+    experts_by_layer: list[int] | dict[str, int] | None = setting(
+        None, "a num_experts that differs by layer."
+    )
+    first_experts: list[str] | None = setting(None, "the experts that `experts_by_layer` counts.")
+    depth: int = setting(0, "the base's blocks; set by wrapping.")
+    base_fingerprint: dict[str, Any] | None = setting(None, "what the base was; set by saving.")
+    weights_sha256: str | None = setting(
+        None, "of the file this config was read from; set by saving, used up by loading."
+    )
+    bias: str = setting("none", "PEFT's; only `none`.")

@@ -1,0 +1,139 @@
+"""What a MoLoraConfig does when it is made: check every field, and bring each to one form."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import fields, replace
+from typing import Any
+
+from molora.config.gate_config import GateConfig, gate_from_kind
+from molora.config.gate_rules import size_problems
+from molora.config.loss_rules import aux_problems
+from molora.config.losses import AUX_LOSSES
+from molora.config.mixture import ExpertSpec, Mixture, SavedMixture
+from molora.config.mixture_rules import mixture_problems, rank_problems
+from molora.config.names import check_name
+from molora.config.section import Problem
+from molora.config.setting import value_problems
+from molora.config.suggest import did_you_mean
+from molora.errors import ConfigError
+
+
+def normalise(config: SavedMixture) -> None:
+    """Check a config and fill in what follows from it; ConfigError says what cannot be, and what can."""
+    for name, message in value_problems(config, Mixture):
+        raise ConfigError(f"{name}={getattr(config, name)!r}: {message}")
+    if config.bias != "none":
+        raise ConfigError(f"bias={config.bias!r} is not supported; only 'none'.")
+    if config.init == "rescaled" and not config.use_rslora and config.scaling in (None, "alpha_over_r"):
+        warnings.warn(
+            "init='rescaled' already shrinks A by 1/sqrt(r); with alpha/r the updates shrink twice as r grows. "
+            "Use scaling='alpha' (the article's form) or a plain init with use_rslora=True.",
+            stacklevel=4,
+        )
+    _refuse(rank_problems(config))
+    if isinstance(config.r, dict):
+        config.rank_pattern, config.r = dict(config.r), 8
+    if not isinstance(config.num_experts, int):  # the largest one, and `experts_by_layer`
+        given = config.num_experts
+        config.experts_by_layer, config.num_experts = given, config.most_experts
+    _gate(config)
+    config.expert_names = [check_name(name, "expert") for name in config.experts]
+    _tasks(config)
+    _refuse((("aux_losses", *path), message) for path, message in aux_problems(config.aux_losses))
+    _refuse(mixture_problems(config, config.gate))
+    _kept(config)
+
+
+def _refuse(problems: Iterable[Problem]) -> None:
+    for path, message in problems:
+        raise ConfigError(f"{'.'.join(map(str, path))}: {message}")
+
+
+def _gate(config: SavedMixture) -> None:
+    if config.gate is None:
+        config.gate = GateConfig(top_k=min(2, config.most_experts))
+    elif isinstance(config.gate, dict):
+        settings = dict(config.gate)
+        kind = settings.pop("kind", None)
+        known = [f.name for f in fields(GateConfig)]
+        for name in settings:
+            if name not in known:
+                raise ConfigError(
+                    f"gate.{name} is not a setting.{did_you_mean(name, known)} Settings: {', '.join(known)}."
+                )
+        config.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
+    gate: GateConfig = replace(config.gate)  # the caller's object stays as it is
+    config.gate = gate
+    for field, message in size_problems(gate, config.most_experts):
+        raise ConfigError(f"gate.{field}={getattr(gate, field)!r}: {message}")
+    gate.renorm = gate.renorm or gate.default_renorm()
+    if gate.select == "threshold" and gate.threshold is None:  # a number: it stays when experts are added
+        gate.threshold = 1 / max(2, config.most_experts)
+
+
+def _tasks(config: SavedMixture) -> None:
+    """Tasks as a map, with ids."""
+    own = not config.gate.learned or any(
+        name in AUX_LOSSES and AUX_LOSSES[name].by_task for name in config.aux_losses
+    )
+    if config.tasks is None:  # where tasks are needed, one for each expert, of the same name
+        needed = (own or config.gate.scope == "task") and config.task_ids is None
+        config.tasks = [name for name in config.experts if name not in config.always_on] if needed else {}
+    if not isinstance(config.tasks, dict):
+        config.tasks = _default_tasks(config, list(config.tasks), own)
+    # Copies: the verbs that change experts change these too.
+    config.tasks = {t: dict(e) if isinstance(e, dict) else list(e) for t, e in config.tasks.items()}
+    config.always_on = dict(config.always_on)
+    for task in config.tasks:
+        check_name(task, "task")
+    if config.task_ids is None:
+        config.task_ids = {task: i for i, task in enumerate(config.tasks)}
+    ids = config.task_ids
+    if set(ids) != set(config.tasks) or len(set(ids.values())) != len(ids):
+        raise ConfigError(
+            f"task_ids {ids} must give each of the tasks {list(config.tasks)} one id of its own."
+        )
+    if any(i < 0 for i in ids.values()):
+        raise ConfigError("task_ids must not be negative: -1 means the base model only.")
+    config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
+
+
+def _default_tasks(config: SavedMixture, names: list[str], own: bool) -> dict[str, list[Any]]:
+    """Task i -> expert i where each task has its own (hard task gates, losses that go by it); else every expert."""
+    experts = [expert for expert in config.experts if expert not in config.always_on]
+    if not own:
+        return dict.fromkeys(names, config.experts)
+    if len(names) > len(experts):
+        raise ConfigError(
+            f"{len(names)} tasks, but num_experts={config.num_experts}: each task gets an expert of its own.",
+            hint="raise num_experts, or map tasks to experts with tasks={task: [expert, ...]}.",
+        )
+    return {name: [experts[i]] for i, name in enumerate(names)}
+
+
+def _kept(config: SavedMixture) -> None:
+    """What the expert verbs keep, which must speak of the experts there are."""
+    names = config.experts
+    for what in ("free_rows", "isolated_experts", "expert_specs"):
+        for name in getattr(config, what):
+            if name not in names:
+                raise ConfigError(
+                    f"{what} names {name!r}, which is not an expert.{did_you_mean(name, names)} "
+                    f"Experts: {', '.join(names)}."
+                )
+    config.expert_specs = {
+        name: ExpertSpec(**spec) if isinstance(spec, dict) else spec
+        for name, spec in config.expert_specs.items()
+    }
+    if config.share_A and config.expert_specs:
+        raise ConfigError(
+            "share_A: experts with one A have one rank and scaling; expert_specs gives some their own."
+        )
+    if config.gate_blocks is None:
+        config.gate_blocks = [list(names)]
+    if sorted(name for block in config.gate_blocks for name in block) != sorted(names):
+        raise ConfigError("gate_blocks must name every expert exactly once.")
+    if config.experts_by_layer is not None and config.first_experts is None:
+        config.first_experts = list(names)
