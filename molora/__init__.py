@@ -24,7 +24,7 @@ _PUBLIC = {
     "record_routing": "molora.tuner.api",
     "fit_gate": "molora.tuner.fit_gate",
     "set_feature_source": "molora.tuner.api",
-    "register_score": "molora.gates.registry",
+    "register_score": "molora.gates.scores",
     "register_loss": "molora.forward.auxiliary",
     "register_strategy": "molora.continual.registry",
     "expert_allocation": "molora.tuner.allocation",

@@ -89,7 +89,7 @@ class Registry(Mapping[str, T], Generic[T]):
         return f"{name!r} is not one of {', '.join(self._parts)}.{did_you_mean(str(name), self._parts)}"
 
     def __contains__(self, name: object) -> bool:
-        return name in self._parts
+        return isinstance(name, str) and name in self._parts
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._parts)

@@ -1,6 +1,11 @@
-"""The closed lists of names a recipe may use for gates. Pure data, no imports."""
+"""The closed lists of names a recipe may use for gates, known without torch."""
 
 from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+from molora.registry import Lazy, Registry
 
 _SOFTMAX = {"transform": "softmax", "select": "dense"}
 
@@ -39,16 +44,37 @@ GATE_KIND_KEYS: dict[str, tuple[str, ...]] = {
     "constant": (*_COMMON, *_CHOOSING, "splits", "start"),
 }
 
+
+def _parts(what: str, module: str, **names: str) -> Registry[Any]:
+    """What the names of one sort of part stand for, in a module of `molora.gates`."""
+    made = Registry[Any](what)
+    for name, part in names.items():
+        made.add(name, Lazy(f"gates.{module}:{part}"))
+    return made
+
+
+SCORES = _parts(
+    "score", "scores", linear="LinearGate", mlp="MlpGate", cosine="CosineGate", table="table_gate", embedding="EmbeddingGate"
+)  # fmt: skip
+SCORES.add("none", None)  # the task ids decide: there is no gate
+TRANSFORMS = _parts(
+    "transform", "selection", softmax="softmax", sigmoid="sigmoid", identity="identity", gain="gain"
+)
+SELECTIONS = _parts(
+    "select", "selection", dense="dense", top_k="top_k", top_p="top_p", threshold="threshold", entropy="entropy", hard="hard"
+)  # fmt: skip
+NOISES = _parts("noise", "noise", gaussian="GAUSSIAN", jitter="JITTER", gumbel="GUMBEL", logistic="LOGISTIC")
+
 # The values each long field may take, where it is a choice. `share` may be a regex with one group as well.
-GATE_CHOICES: dict[str, tuple[str, ...]] = {
+GATE_CHOICES: dict[str, Collection[str]] = {
     "scope": ("token", "sequence", "task", "external", "two_pass", "constant"),
     "pool": ("mean", "last", "first"),
     "blend": ("none", "sequence"),
-    "score": ("linear", "mlp", "cosine", "table", "embedding", "none"),
+    "score": SCORES,
     "norm": ("unit", "layer"),
-    "transform": ("softmax", "sigmoid", "identity", "gain"),
-    "select": ("dense", "top_k", "top_p", "threshold", "entropy", "hard"),
+    "transform": TRANSFORMS,
+    "select": SELECTIONS,
     "renorm": ("none", "sum", "softmax"),
-    "noise": ("gaussian", "jitter", "gumbel", "logistic"),
+    "noise": NOISES,
 }
 SHARES = ("linear", "group", "block", "global")

@@ -8,7 +8,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 
 
 class TaskCores(GateRows):

@@ -15,7 +15,7 @@ from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
 from molora.experts.bank import ExpertBank
 from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 
 PLAIN = "plain"
 """The slot of ordinary LoRAs, whose weight is 1."""

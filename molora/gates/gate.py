@@ -1,22 +1,23 @@
-"""Gate: score, noise, transform, select, renormalise; returns a Routing over experts."""
+"""Gate: a short pipeline from what it reads to a Routing over experts. Its score stands in `scores.py`."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Self
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.config.choices import NOISES, SELECTIONS, TRANSFORMS
 from molora.config.gate import UNNORMALISED, GateSettings
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
-from molora.gates.scores import GateRows
-
-_SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
+from molora.gates.noise import Noise
+from molora.gates.rows import GateRows
+from molora.gates.selection import How, Selection, Transform
 
 
 @dataclass
@@ -57,60 +58,86 @@ class Routing:
         return chosen / chosen.sum(dim=-1, keepdim=True).clamp(min=1)
 
 
-class Gate(nn.Module):
-    """A learned gate: `transform((score + noise) / temperature)`, then select, then renormalise.
+@dataclass
+class GatePlace:
+    """Where a gate stands: all that differs between gates of the same settings."""
 
-    Arithmetic is float32 whatever the autocast dtype (float64 for float64 inputs). Noise is drawn in
-    training only. It reads the rows it is given and nothing else: no other sample, no later token.
+    d_in: int  # width of what it reads
+    blocks: list[list[int]]  # the experts whose rows are one Parameter
+    frozen: list[bool]  # by expert
+    top_k: int = 1  # experts per row
+    tasks: tuple[list[list[int]], list[bool]] | None = None  # both for its rows by task id, where it has them
+    blend: float = 0.0  # logit at which the part of the second gate starts
+    spread: bool = False  # whether a constant gate starts at random, not at equal weights
+
+    @property
+    def num_experts(self) -> int:
+        """How many experts there are."""
+        return len(self.frozen)
+
+    def rows(self, weight: Tensor) -> GateRows:
+        """Rows of the experts, (expert, ...)."""
+        return GateRows(weight, self.blocks, self.frozen)
+
+
+class Gate(nn.Module):
+    """A learned gate: score, noise, temperature, blend, mask, then transform, select and renormalise.
+
+    A class per score (`scores.py`) makes the rows and what else it needs, and computes the logits; all the rest is
+    here, or a function that the settings name. Arithmetic is float32 whatever the autocast dtype (float64 for float64
+    inputs). Noise is drawn in training only. A gate reads the rows it is given and nothing else: no other sample, no
+    later token.
+
+    The names of its parts are those on disk; the order in which they are set is that of an optimiser's state.
 
     Args:
         settings: the axes.
-        top_k: experts per row under `select: top_k`, where that differs by layer.
-        rows: one row per expert; None for a task's table and for custom scores.
-        bias: one number per expert.
-        hidden: of score "mlp"; serves all experts, and is frozen once their rows are. So is `threshold`, a learned one.
-        tasks: one row per task id: its logits (score "table") or its vector ("embedding").
-        second: one row per expert of the gate that is blended in, which reads the pooled sequence.
-        blend: logit of the second gate's part, where there is one.
-        custom: a registered score: (n, d_in) -> (n, expert).
-        num_experts: how many there are.
+        place: what differs from gate to gate.
     """
 
+    rows: GateRows | None  # one row per expert; none for a task's table and for scores of users
+    bias: GateRows | None  # one number per expert
+    hidden: nn.Linear | None  # serves all experts, as do `threshold`, `blend` and `custom`
+    threshold: nn.Linear | None  # a learned threshold: (tokens, d_in) -> (tokens, 1)
+    tasks: GateRows | None  # one row per task id: its logits, or a vector that is scored
+    second: (
+        GateRows | None
+    )  # one row per expert of the gate that is blended in, which reads the pooled sequence
+    blend: nn.Parameter | None  # logit of that gate's part
+    custom: nn.Module | None  # a score of a user: (n, d_in) -> (n, expert)
     balance: Tensor | None
 
-    def __init__(
-        self,
-        settings: GateSettings,
-        rows: GateRows | None,
-        *,
-        top_k: int | None = None,
-        bias: GateRows | None = None,
-        hidden: nn.Linear | None = None,
-        threshold: nn.Linear | None = None,
-        tasks: GateRows | None = None,
-        second: GateRows | None = None,
-        blend: float = 0.0,
-        custom: nn.Module | None = None,
-        num_experts: int | None = None,
-    ) -> None:
+    from_products = False  # whether logits begin with the products of the rows and what the gate reads
+
+    def __init__(self, settings: GateSettings, place: GatePlace) -> None:
         super().__init__()
         self.settings = settings
-        everywhere = settings.top_k if isinstance(settings.top_k, int) else 1
-        self.top_k = everywhere if top_k is None else top_k
-        self.rows = rows
-        self.bias = bias
-        self.hidden = hidden
-        self.threshold = threshold
-        self.tasks = tasks
-        self.second = second
-        self.blend = None if second is None else nn.Parameter(torch.tensor(float(blend)))
-        self.custom = custom
+        self.top_k = place.top_k
+        self.noise: Noise | None = None if settings.noise is None else NOISES[settings.noise]
+        self.transform: Transform = TRANSFORMS[settings.transform]
+        self.select: Selection = SELECTIONS[settings.select]
         self.frozen_shared = False
-        self.solo: int | None = None
-        experts = num_experts or (rows.num_experts if rows is not None else 0)
-        self.register_buffer("balance", torch.zeros(experts) if settings.balance_rate else None)
-        plain = settings.score == "linear" or (settings.score == "cosine" and settings.norm == "unit")
-        self._direct = settings.scope == "token" and plain
+        self.rows = self.bias = self.hidden = self.tasks = self.custom = None
+        self.make(place)
+        self.threshold = nn.Linear(place.d_in, 1) if settings.threshold_learned else None
+        self.second = self.blend = None
+        if settings.blend == "sequence":
+            self.second = place.rows(torch.randn(place.num_experts, place.d_in) * settings.init_std)
+            self.blend = nn.Parameter(torch.tensor(float(place.blend)))
+        self.register_buffer("balance", torch.zeros(place.num_experts) if settings.balance_rate else None)
+
+    def make(self, place: GatePlace) -> None:
+        """Set the parts that the score needs, at their start."""
+        raise NotImplementedError
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        """Logits (rows, expert) of what the gate reads, without its bias, in float32 or better.
+
+        Args:
+            x: (rows, d_in); (samples, task) shares for a task gate.
+            products: (rows, expert) of the gate's rows and x, where somebody computed them.
+        """
+        raise NotImplementedError
 
     @property
     def grown(self) -> list[GateRows]:
@@ -126,25 +153,8 @@ class Gate(nn.Module):
     @property
     def scores_x(self) -> bool:
         """Whether its logits begin with the products of its rows and x itself, which others may compute for it."""
-        return self._direct and not (self.training and self.settings.noise == "jitter")
-
-    def apply_freeze(self) -> None:
-        """Frozen parts stay frozen, whatever marked the adapter as trainable."""
-        for rows in (*self.grown, *([] if self.tasks is None else [self.tasks])):
-            rows.apply_freeze()
-        if self.frozen_shared:
-            self._shared_requires_grad(False)
-
-    def freeze_shared(self, frozen: bool) -> None:
-        """Freeze or unfreeze what serves all experts."""
-        self.frozen_shared = frozen
-        self._shared_requires_grad(True)
-        self.apply_freeze()
-
-    def _shared_requires_grad(self, value: bool) -> None:
-        for part in (self.hidden, self.threshold, self.custom, self.blend):
-            if part is not None:
-                part.requires_grad_(value)
+        jitters = self.training and self.noise is not None and self.noise.on_input
+        return self.from_products and self.settings.scope == "token" and not jitters
 
     def forward(
         self,
@@ -168,38 +178,70 @@ class Gate(nn.Module):
             balance: (expert,) the balance to choose by, where it is not the present one.
             beside: (tokens, expert) or (1, expert) logits of the second gate, where one is blended in.
         """
-        settings = self.settings
-        if self.solo is not None:
-            return self._alone(x, products, experts)
-        if (
-            products is not None
-            and settings.score == "linear"
-            and self.bias is None
-            and not settings.absolute
-        ):
-            logits = products
-        else:
-            logits = self._logits(x, products)
-        if allowed is not None and len(logits) == 1:  # a constant gate: samples differ by what they may use
-            logits = logits.expand(len(allowed), -1)
-        if settings.splits > 1:
-            logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=settings.splits)
-            allowed = None if allowed is None else allowed.repeat_interleave(settings.splits, dim=0)
+        settings, noise = self.settings, self.noise if self.training else None
+        disturbed = noise.add(x, settings.noise_std) if noise is not None and noise.on_input else x
+        logits = self.score(disturbed, products)
+        if self.bias is not None:
+            logits = logits + self.bias.table().to(logits.dtype)
+        if settings.absolute:
+            logits = logits.abs()
+        if allowed is not None or settings.splits > 1:
+            logits, allowed = self._by_sample(logits, allowed)
         if experts is not None and len(experts) < logits.shape[-1]:
-            logits = logits[:, list(experts)]
-            beside = None if beside is None else beside[:, list(experts)]
-        clean = None
-        if settings.noise is not None and self.training:
-            clean, logits = logits, self._noisy(logits)
+            logits, beside = logits[:, list(experts)], None if beside is None else beside[:, list(experts)]
+        clean = None if noise is None else logits
+        if noise is not None and not noise.on_input:
+            logits = noise.add(logits, settings.noise_std)
         scores = logits if settings.temperature == 1.0 else logits / settings.temperature
-        if beside is not None:
-            logits = scores = self._blended(scores, beside / settings.temperature, allowed)
+        if beside is not None and self.blend is not None:
+            logits = scores = blended(scores, beside / settings.temperature, self.blend, allowed)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self._select(x, scores, experts, self.balance if balance is None else balance, allowed)
+        weights = self.select(scores, self._how(x, experts, allowed, balance))
         return Routing(
             weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
         )  # fmt: skip
+
+    def _by_sample(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A row for each split; a constant gate has one for each sample, where they differ by what they may use."""
+        splits = self.settings.splits
+        if allowed is not None and len(logits) == 1:
+            logits = logits.expand(len(allowed), -1)
+        if splits > 1:
+            logits = rearrange(logits, "n (splits expert) -> (n splits) expert", splits=splits)
+            allowed = None if allowed is None else allowed.repeat_interleave(splits, dim=0)
+        return logits, allowed
+
+    def _how(
+        self, x: Tensor, experts: tuple[int, ...] | None, allowed: Tensor | None, balance: Tensor | None
+    ) -> How:
+        settings = self.settings
+        if balance is None and settings.balance_rate:
+            balance = self.balance
+        if balance is not None and experts is not None:
+            balance = balance[list(experts)]
+        threshold: Tensor | float | None = settings.threshold
+        if self.threshold is not None and threshold is not None:  # `sigmoid(w x + b)` times the largest one
+            threshold = threshold * affine(x, self.threshold).sigmoid()
+        return How(settings, self.transform, self.top_k, self.renorm, threshold, balance, allowed)
+
+    def apply_freeze(self) -> None:
+        """Frozen parts stay frozen, whatever marked the adapter as trainable."""
+        for rows in (*self.grown, *([] if self.tasks is None else [self.tasks])):
+            rows.apply_freeze()
+        if self.frozen_shared:
+            self._shared_requires_grad(False)
+
+    def freeze_shared(self, frozen: bool) -> None:
+        """Freeze or unfreeze what serves all experts."""
+        self.frozen_shared = frozen
+        self._shared_requires_grad(True)
+        self.apply_freeze()
+
+    def _shared_requires_grad(self, value: bool) -> None:
+        for part in (self.hidden, self.threshold, self.custom, self.blend):
+            if part is not None:
+                part.requires_grad_(value)
 
     @torch.no_grad()
     def move_balance(self, missing: Tensor) -> None:
@@ -218,7 +260,7 @@ class Gate(nn.Module):
                 self.settings.balance_rate * missing.sign() * (missing.abs() > 1e-3 / len(missing))
             )
 
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The balance stays float32 on a 16-bit base: small steps would be rounded away."""
         before = self.balance
         super()._apply(fn, recurse)
@@ -228,114 +270,28 @@ class Gate(nn.Module):
             self.balance = self.balance.to(before.dtype) if lost else before.to(there)
         return self
 
-    def _alone(self, x: Tensor, products: Tensor | None, experts: tuple[int, ...] | None) -> Routing:
-        """The expert `solo` alone, weighted by the sigmoid of its row's product with x: how PHATGOOSE trains rows."""
-        assert self.rows is not None
-        logits = self.rows.logits(x) if products is None else products
-        others = torch.arange(logits.shape[-1], device=logits.device) != int(self.solo or 0)
-        weights = logits.sigmoid().masked_fill(others, 0.0)
-        return Routing(weights if experts is None else weights[:, list(experts)], experts)
 
-    def _logits(self, x: Tensor, products: Tensor | None) -> Tensor:
-        settings = self.settings
-        if settings.scope == "constant":
-            assert self.rows is not None
-            return self.rows.table()
-        if self.tasks is not None:
-            x = exact_scores(x.to(self.tasks.weight.dtype), [self.tasks.weight.t()])
-            if settings.score == "table":
-                return x
-        elif settings.noise == "jitter" and self.training:  # on a copy: the experts read x as it is
-            x = x * torch.empty_like(x).uniform_(1 - settings.noise_std, 1 + settings.noise_std)
-        if self.custom is not None:
-            with torch.autocast(x.device.type, enabled=False):
-                return self.custom(x if x.dtype == torch.float64 else x.float())
-        logits = self._scored(x, products)
-        if self.bias is not None:
-            logits = logits + self.bias.table().to(logits.dtype)
-        return logits.abs() if settings.absolute else logits
-
-    def _scored(self, x: Tensor, products: Tensor | None) -> Tensor:
-        """Linear, mlp and cosine scores (tokens, expert)."""
-        assert self.rows is not None
-        if self.hidden is not None:
-            inner = exact_scores(x, [self.hidden.weight])
-            return self.rows.logits((inner + self.hidden.bias.to(inner.dtype)).relu())
-        if self.settings.score == "cosine" and self.settings.norm == "layer":
-            d_in = x.shape[-1]
-            blocks = [_standard(block, d_in) for block in self.rows.blocks]
-            return self.rows.in_order(exact_scores(_standard(x, d_in), blocks)) / math.sqrt(d_in)
-        if products is None:
-            products = self.rows.logits(x)
-        if self.settings.score == "cosine":
-            lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=products.dtype)
-            rows = torch.linalg.vector_norm(self.rows.weight, dim=-1, dtype=products.dtype)
-            product = lengths * rows
-            # A vector without length has no direction, and no gradient: 1 / length would be one without bound.
-            products = (products / product.clamp_min(_SHORT)).masked_fill(product < _SHORT, 0.0)
-        return products
-
-    def _blended(self, own: Tensor, beside: Tensor, allowed: Tensor | None) -> Tensor:
-        """Logarithms of the mixed probabilities of both gates: their softmax is the mixture again."""
-        assert self.blend is not None
-        if allowed is not None:  # each gate's probabilities are of the allowed experts
-            # Finite: logaddexp of two -inf has no gradient.
-            lowest = torch.finfo(own.dtype).min / 4
-            own, beside = own.masked_fill(~allowed, lowest), beside.masked_fill(~allowed, lowest)
-        part = F.logsigmoid(self.blend.to(own.dtype)), F.logsigmoid(-self.blend.to(own.dtype))
-        return torch.logaddexp(
-            own.log_softmax(dim=-1) + part[1], beside.to(own.dtype).log_softmax(dim=-1) + part[0]
-        )
-
-    def _noisy(self, logits: Tensor) -> Tensor:
-        noise, std = self.settings.noise, self.settings.noise_std
-        if noise == "gaussian":
-            return logits + torch.randn_like(logits) * std
-        if noise == "jitter":  # is on x already
-            return logits
-        uniform = torch.rand_like(logits).clamp(1e-7, 1 - 1e-7)
-        if noise == "gumbel":
-            return logits - (-uniform.log()).log() * std
-        return logits + torch.logit(uniform) * std
-
-    def _select(
-        self,
-        x: Tensor,
-        scores: Tensor,
-        experts: tuple[int, ...] | None,
-        balance: Tensor | None,
-        allowed: Tensor | None,
-    ) -> Tensor:
-        settings = self.settings
-        if settings.select == "top_k":
-            if balance is not None and experts is not None:
-                balance = balance[list(experts)]
-            return selection.top_k_weights(scores, self.top_k, self.renorm, settings.transform, balance)
-        probs = selection.probabilities(scores, settings.transform)
-        if settings.select == "dense":
-            return probs
-        if settings.select == "hard":
-            return selection.hard_weights(probs)
-        if settings.select == "threshold":
-            return selection.threshold_weights(probs, self._threshold(x), settings.renorm)
-        if settings.select == "top_p":
-            return selection.top_p_weights(probs, settings.top_p, settings.min_k, settings.renorm)
-        return selection.entropy_weights(
-            probs, settings.top_p, settings.min_k, settings.entropy_threshold, settings.entropy_index, settings.renorm,
-            None if allowed is None else allowed.sum(dim=-1),
-        )  # fmt: skip
-
-    def _threshold(self, x: Tensor) -> Tensor | float:
-        """The threshold in use: fixed, or `sigmoid(w x + b)` times the largest one, (tokens, 1)."""
-        largest = self.settings.threshold
-        assert largest is not None  # the config filled it in
-        if self.threshold is None:
-            return largest
-        score = exact_scores(x, [self.threshold.weight])
-        return largest * (score + self.threshold.bias.to(score.dtype)).sigmoid()
+def affine(x: Tensor, linear: nn.Linear) -> Tensor:
+    """`W x + b` (rows, d_out) in float32 or better, whatever the autocast dtype."""
+    product = exact_scores(x, [linear.weight])
+    return product + linear.bias.to(product.dtype)
 
 
-def _standard(values: Tensor, d_in: int) -> Tensor:
-    """Rows with mean 0 and variance 1, in float32 or better."""
-    with torch.autocast(values.device.type, enabled=False):
-        return F.layer_norm(values.to(torch.promote_types(values.dtype, torch.float32)), (d_in,))
+def blended(own: Tensor, beside: Tensor, blend: Tensor, allowed: Tensor | None) -> Tensor:
+    """Logarithms of the mixed probabilities of two gates, (tokens, expert): their softmax is the mixture again.
+
+    Args:
+        own: (tokens, expert) scores of one.
+        beside: (tokens, expert) or (1, expert) scores of the other.
+        blend: the logit of the other's part.
+        allowed: (tokens, expert) bool; each gate's probabilities are of the allowed experts.
+    """
+    if allowed is not None:
+        # Finite: logaddexp of two -inf has no gradient.
+        lowest = torch.finfo(own.dtype).min / 4
+        own, beside = own.masked_fill(~allowed, lowest), beside.masked_fill(~allowed, lowest)
+    blend = blend.to(own.dtype)
+    return torch.logaddexp(
+        own.log_softmax(dim=-1) + F.logsigmoid(-blend),
+        beside.to(own.dtype).log_softmax(dim=-1) + F.logsigmoid(blend),
+    )

@@ -1,119 +1,179 @@
-"""Gate scores: the rows that turn an input, or nothing at all, into router logits."""
+"""Scores: a gate for each way to turn what it reads into router logits. One class and one registry line each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from molora.experts.kernel import scores
+from molora.config.choices import SCORES
+from molora.config.gate import GateSettings
+from molora.experts.kernel import scores as exact_scores
+from molora.gates.gate import Gate, GatePlace, affine
+from molora.gates.rows import GateRows
+
+_SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
+
+ScoreFactory = Callable[[int, int], nn.Module]
 
 
-class GateRows(nn.Module):
-    """One row per expert: a vector (d_in,) for a linear score, a scalar (one per split) for a table.
+class _RowsGate(Gate):
+    """A gate with a row per expert, small and random at first: a zero router never breaks ties."""
 
-    The same class holds one row per task, for gates that learn from the task id.
+    rows: GateRows
 
-    Rows live in blocks, one Parameter each, in the order in which experts were added. A block is
-    multiplied on its own, so the logits of earlier experts are bit-equal however many come later, and
-    frozen rows are frozen Parameters. On disk there is one `weight` in expert order.
+    def make(self, place: GatePlace) -> None:
+        self.make_rows(place, place.d_in)
+
+    def make_rows(self, place: GatePlace, width: int) -> None:
+        """Rows (expert, width), and zeros as biases."""
+        self.rows = place.rows(torch.randn(place.num_experts, width) * self.settings.init_std)
+        self.bias = place.rows(torch.zeros(place.num_experts)) if self.settings.bias else None
+
+
+class LinearGate(_RowsGate):
+    """`w_e · x`."""
+
+    from_products = True
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        return self.rows.logits(x) if products is None else products
+
+
+class MlpGate(_RowsGate):
+    """`w_e · relu(W x + b)`."""
+
+    hidden: nn.Linear
+
+    def make(self, place: GatePlace) -> None:
+        hidden = nn.Linear(place.d_in, self.settings.hidden)
+        self.make_rows(place, self.settings.hidden)
+        self.hidden = hidden  # after the rows: the order of an optimiser's state
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        return self.rows.logits(affine(x, self.hidden).relu())
+
+
+class CosineGate(_RowsGate):
+    """The cosine of w_e and x; under `norm: layer` both are standardised first: `w_e · x / √d`."""
+
+    def make(self, place: GatePlace) -> None:
+        self.from_products = self.settings.norm == "unit"
+        super().make(place)
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        if not self.from_products:
+            d_in = x.shape[-1]
+            blocks = [_standard(block, d_in) for block in self.rows.blocks]
+            return self.rows.in_order(exact_scores(_standard(x, d_in), blocks)) / math.sqrt(d_in)
+        products = self.rows.logits(x) if products is None else products
+        lengths = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=products.dtype)
+        rows = torch.linalg.vector_norm(self.rows.weight, dim=-1, dtype=products.dtype)
+        product = lengths * rows
+        # A vector without length has no direction, and no gradient: 1 / length would be one without bound.
+        return (products / product.clamp_min(_SHORT)).masked_fill(product < _SHORT, 0.0)
+
+
+class ConstantGate(Gate):
+    """A number per expert (one per split), whatever x is."""
+
+    rows: GateRows
+
+    def make(self, place: GatePlace) -> None:
+        settings, experts = self.settings, place.num_experts
+        shape = (experts, settings.splits) if settings.splits > 1 else (experts,)
+        spread = torch.randn(shape) * settings.init_std if place.spread else torch.zeros(shape)
+        self.rows = place.rows(settings.start + spread)
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        return self.rows.table()
+
+
+class _TaskGate(Gate):
+    """A gate with a row per task id, which reads each task's share (samples, task)."""
+
+    tasks: GateRows
+
+    def make_tasks(self, place: GatePlace, width: int, std: float) -> GateRows:
+        """Random rows (task, width)."""
+        assert place.tasks is not None
+        blocks, frozen = place.tasks
+        return GateRows(torch.randn(len(frozen), width) * std, blocks, frozen)
+
+    def task_rows(self, shares: Tensor) -> Tensor:
+        """The mean row of each sample's tasks, (samples, width)."""
+        weight = self.tasks.weight
+        return exact_scores(shares.to(weight.dtype), [weight.t()])
+
+
+class TaskTableGate(_TaskGate):
+    """A number per task and expert (and split)."""
+
+    def make(self, place: GatePlace) -> None:
+        columns = place.num_experts * self.settings.splits
+        self.tasks = self.make_tasks(place, columns, self.settings.init_std)
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        return self.task_rows(x)
+
+
+class EmbeddingGate(_TaskGate, _RowsGate):
+    """`w_e · v`, v the vector of the task."""
+
+    def make(self, place: GatePlace) -> None:
+        width = self.settings.embedding_dim
+        tasks = self.make_tasks(place, width, 1.0)
+        self.make_rows(place, width)
+        self.tasks = tasks  # after the rows: the order of an optimiser's state
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        return self.rows.logits(self.task_rows(x))
+
+
+class CustomGate(Gate):
+    """A score that a user registered; `factory` makes it."""
+
+    custom: nn.Module
+
+    def __init__(self, factory: ScoreFactory, settings: GateSettings, place: GatePlace) -> None:
+        custom = factory(place.d_in, place.num_experts)
+        super().__init__(settings, place)
+        self.custom = custom
+
+    def make(self, place: GatePlace) -> None:
+        torch.randn(place.num_experts, place.d_in)  # of no use, but a seed gives what it always gave
+
+    def score(self, x: Tensor, products: Tensor | None) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            logits: Tensor = self.custom(x if x.dtype == torch.float64 else x.float())
+        return logits
+
+
+def table_gate(settings: GateSettings, place: GatePlace) -> Gate:
+    """Numbers by task, or the same for all."""
+    return TaskTableGate(settings, place) if settings.scope == "task" else ConstantGate(settings, place)
+
+
+def register_score(name: str, factory: ScoreFactory) -> None:
+    """Make `GateConfig(score=name)` mean a score of your own, in Python and in recipes.
+
+    Args:
+        name: a new name.
+        factory: (d_in, num_experts) -> a module that maps what the gate reads, (tokens, d_in), to logits (tokens,
+            expert), both float32 or better; row by row, or batches would depend on who is in them. Its parameters
+            are saved with the adapter. Register it under the same name before loading that.
+
+    Raises:
+        ConfigError: the name is taken, or is no name.
     """
+    SCORES.add(name, partial(CustomGate, factory), getattr(factory, "__module__", "molora"))
 
-    def __init__(self, weight: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
-        super().__init__()
-        self.assign(weight, blocks, frozen)
 
-    def assign(self, weight: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
-        """Replace all rows; `weight` (expert, ...) is in expert order, `blocks` partition the experts."""
-        self.order = tuple(tuple(block) for block in blocks)
-        flat = [i for block in self.order for i in block]
-        self.num_experts = len(flat)
-        self._sorted = flat == sorted(flat)
-        self.frozen_blocks = tuple(all(frozen[i] for i in block) for block in self.order)
-        for name in list(self._parameters):
-            delattr(self, name)
-        for i, (block, is_frozen) in enumerate(zip(self.order, self.frozen_blocks, strict=True)):
-            rows = nn.Parameter(weight[list(block)].detach().clone(), requires_grad=not is_frozen)
-            self.register_parameter(f"block_{i}", rows)
-
-    @property
-    def blocks(self) -> list[nn.Parameter]:
-        """The Parameters, in block order."""
-        return list(self._parameters.values())  # type: ignore[arg-type]
-
-    def apply_freeze(self) -> None:
-        """Frozen rows stay frozen, whatever marked the adapter as trainable."""
-        for block, is_frozen in zip(self.blocks, self.frozen_blocks, strict=True):
-            if is_frozen:
-                block.requires_grad_(False)
-
-    @property
-    def weight(self) -> Tensor:
-        """All rows in expert order, (expert, d_in) or (expert,)."""
-        return self._in_order(torch.cat([*self.blocks]), dim=0)
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Write all rows in place, given in expert order."""
-        self._load_rows(weight, replace=False)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """Linear scores in float32 (float64 for float64 x): (tokens, d_in) -> (tokens, expert)."""
-        return self.in_order(scores(x, self.blocks))
-
-    def in_order(self, logits: Tensor) -> Tensor:
-        """Scores (tokens, expert) in expert order from those of the blocks, side by side."""
-        return self._in_order(logits, dim=-1)
-
-    def table(self) -> Tensor:
-        """Scores that read nothing: (1, expert), or (1, splits * expert), in float32 or better."""
-        weight = self.weight
-        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        return weight.t().reshape(1, -1)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
-        if name == "weight":
-            self._load_rows(value, replace=False)
-        else:
-            super().__setattr__(name, value)
-
-    def _in_order(self, values: Tensor, dim: int) -> Tensor:
-        if self._sorted:
-            return values
-        flat = [i for block in self.order for i in block]
-        return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        weight = self.weight
-        destination[prefix + "weight"] = weight if keep_vars else weight.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        key = prefix + "weight"
-        if key not in state_dict:
-            missing_keys.append(key)
-            return
-        found, wanted = tuple(state_dict[key].shape), tuple(self.weight.shape)
-        if found != wanted:
-            error_msgs.append(f"size mismatch for {key}: {found} in the file, {wanted} in the model.")
-            return
-        self._load_rows(state_dict[key], replace=local_metadata.get("assign_to_params_buffers", False))
-
-    def _load_rows(self, weight: Tensor, *, replace: bool) -> None:
-        for i, (block, rows) in enumerate(zip(self.blocks, self.order, strict=True)):
-            value = weight[list(rows)].detach()
-            if replace or block.is_meta:
-                setattr(self, f"block_{i}", nn.Parameter(value.clone(), requires_grad=block.requires_grad))
-            else:
-                with torch.no_grad():
-                    block.copy_(value)
+def _standard(values: Tensor, d_in: int) -> Tensor:
+    """Rows with mean 0 and variance 1, in float32 or better."""
+    with torch.autocast(values.device.type, enabled=False):
+        return F.layer_norm(values.to(torch.promote_types(values.dtype, torch.float32)), (d_in,))

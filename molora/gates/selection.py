@@ -1,108 +1,127 @@
-"""Transform, select, renormalise: from gate scores to expert weights. Pure functions of (tokens, expert)."""
+"""Transform, select, renormalise: from gate scores to expert weights. Pure functions of (tokens, expert).
+
+A transform turns scores into the weights of all experts. A selection turns scores into the weights of the chosen ones:
+`select(scores, how)`, with all else it may look at in `how`. In scores -inf forbids an expert: its weight is 0.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from molora.config.choices import TRANSFORMS
+from molora.config.gate import GateSettings
 
-def probabilities(scores: Tensor, transform: str) -> Tensor:
-    """Scores to weights of all experts: "softmax", "sigmoid" (divided by its sum), "identity", or "gain".
+Transform = Callable[[Tensor], Tensor]
 
-    Gain is `|2 sigmoid(4 score) - 1|` (GainLoRA, arXiv:2505.15424): 0 for a score of 0, near 1 for one of ±1.
 
-    A score of -inf forbids an expert: its weight is 0.
-    """
-    if transform == "softmax":
-        return scores.softmax(dim=-1)
-    if transform == "sigmoid":
-        gates = scores.sigmoid()
-        return gates / gates.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
-    if transform == "gain":
-        return (2 * (4 * scores).sigmoid() - 1).abs().masked_fill(scores == float("-inf"), 0.0)
+class How(NamedTuple):
+    """What a selection may look at beside the scores (tokens, expert)."""
+
+    settings: GateSettings
+    transform: Transform
+    top_k: int  # experts per token, in this layer
+    renorm: (
+        str | None
+    )  # kept weights: "sum" divides by their sum, "softmax" is that of their scores, else as they are
+    threshold: Tensor | float | None = None  # (tokens, 1), or one for all
+    balance: Tensor | None = (
+        None  # (expert,) added to the probabilities for the choice alone, not for the weights
+    )
+    allowed: Tensor | None = None  # (tokens, expert) bool, where not every token may use all of the experts
+
+
+Selection = Callable[[Tensor, How], Tensor]
+
+
+def softmax(scores: Tensor) -> Tensor:
+    """The softmax over the experts."""
+    return scores.softmax(dim=-1)
+
+
+def sigmoid(scores: Tensor) -> Tensor:
+    """Sigmoids, divided by their sum."""
+    return _over_sum(scores.sigmoid())
+
+
+def identity(scores: Tensor) -> Tensor:
+    """The scores themselves."""
     return scores.masked_fill(scores == float("-inf"), 0.0)
 
 
-def top_k_weights(
-    scores: Tensor, k: int, renorm: str | None, transform: str = "softmax", balance: Tensor | None = None
-) -> Tensor:
-    """Weights (tokens, expert) that are zero outside each token's k best experts.
+def gain(scores: Tensor) -> Tensor:
+    """`|2 sigmoid(4 score) - 1|` (GainLoRA, arXiv:2505.15424): 0 for a score of 0, near 1 for one of ±1."""
+    return (2 * (4 * scores).sigmoid() - 1).abs().masked_fill(scores == float("-inf"), 0.0)
 
-    Args:
-        scores: (tokens, expert); -inf forbids an expert.
-        k: experts per token, at most as many as there are.
-        renorm: "softmax" takes the softmax over the kept scores alone; "sum" divides the kept weights by their
-            sum, which is the same for softmax probabilities; otherwise they stay as they are.
-        transform: see `probabilities`.
-        balance: (expert,) added to the probabilities for the choice alone, not for the weights.
-    """
-    k = min(k, scores.shape[-1])
-    if balance is not None:
-        return _balanced(scores, k, renorm, transform, balance)
-    if renorm == "softmax" or (renorm == "sum" and transform == "softmax"):
+
+def probabilities(scores: Tensor, transform: str) -> Tensor:
+    """Weights of all experts, by the name of the transform."""
+    return TRANSFORMS[transform](scores)
+
+
+def dense(scores: Tensor, how: How) -> Tensor:
+    """All experts."""
+    return how.transform(scores)
+
+
+def top_k(scores: Tensor, how: How) -> Tensor:
+    """Weights that are zero outside each token's k best experts, or of all where there are fewer."""
+    k, transform = min(how.top_k, scores.shape[-1]), how.settings.transform
+    if how.balance is not None:
+        return _balanced(scores, k, how, how.balance)
+    if how.renorm == "softmax" or (how.renorm == "sum" and transform == "softmax"):  # which are the same
         best, indices = scores.topk(k, dim=-1)
         values = best.softmax(dim=-1)
     else:
-        weights = probabilities(scores, transform)
+        weights = how.transform(scores)
         # Scores that are weights may be below the 0 of a forbidden expert.
         indices = (scores if transform == "identity" else weights).topk(k, dim=-1).indices
-        values = weights.gather(-1, indices)
-        if renorm == "sum":
-            values = _over_sum(values)
+        values = _renormalised(weights.gather(-1, indices), how)
     return torch.zeros_like(scores).scatter_(-1, indices, values)
 
 
-def _balanced(scores: Tensor, k: int, renorm: str | None, transform: str, balance: Tensor) -> Tensor:
-    probs = probabilities(scores, transform)
+def _balanced(scores: Tensor, k: int, how: How, balance: Tensor) -> Tensor:
+    probs = how.transform(scores)
     biased = probs.detach() + balance.to(probs.dtype)
     indices = biased.masked_fill(scores == float("-inf"), float("-inf")).topk(k, dim=-1).indices
-    if renorm == "softmax":
+    if how.renorm == "softmax":
         values = scores.gather(-1, indices).softmax(dim=-1)
     else:
-        values = probs.gather(-1, indices)
-        values = _over_sum(values) if renorm == "sum" else values
+        values = _renormalised(probs.gather(-1, indices), how)
     return torch.zeros_like(scores).scatter_(-1, indices, values)
 
 
-def top_p_weights(probs: Tensor, p: float, min_k: int, renorm: str | None) -> Tensor:
+def top_p(scores: Tensor, how: How) -> Tensor:
     """Keep the most probable experts until they make up p, the one that crosses it included, at least min_k.
 
     Reference: top-p routing of MixLoRA-dynamic and DynMoLE (arXiv:2504.00661).
     """
-    return _kept(probs, _nucleus(probs, p, min_k), renorm)
+    probs = how.transform(scores)
+    return _renormalised(probs * _nucleus(probs, how), how)
 
 
-def threshold_weights(probs: Tensor, threshold: Tensor | float, renorm: str | None) -> Tensor:
+def threshold(scores: Tensor, how: How) -> Tensor:
     """`relu(probs - threshold)`; a token below it everywhere has no expert at all.
-
-    Args:
-        probs: (tokens, expert).
-        threshold: a number, or (tokens, 1).
-        renorm: "sum" divides by the sum where it is not zero.
 
     Reference: AdaMoLE, arXiv:2405.00361.
     """
-    weights = (probs - threshold).relu()
-    return _over_sum(weights) if renorm == "sum" else weights
+    assert how.threshold is not None  # the config filled it in
+    return _renormalised((how.transform(scores) - how.threshold).relu(), how)
 
 
-def entropy_weights(
-    probs: Tensor,
-    p: float,
-    min_k: int,
-    switch: float,
-    index: float,
-    renorm: str | None,
-    choices: Tensor | None = None,
-) -> Tensor:
-    """All experts for tokens the gate is unsure about, `top_p_weights` for the others.
+def entropy(scores: Tensor, how: How) -> Tensor:
+    """All experts for tokens the gate is unsure about, `top_p` for the others.
 
-    Unsure: the Tsallis entropy of `index` (1: Shannon's), over its largest value, is above `switch`. `choices`: see
-    `relative_entropy`.
+    Unsure: the Tsallis entropy, over its largest value among the allowed experts, is above `entropy_threshold`.
     Reference: DynMoLE, arXiv:2504.00661.
     """
-    unsure = relative_entropy(probs, index, choices) > switch
-    return _kept(probs, _nucleus(probs, p, min_k) | unsure.unsqueeze(-1), renorm)
+    probs, settings = how.transform(scores), how.settings
+    choices = None if how.allowed is None else how.allowed.sum(dim=-1)
+    unsure = relative_entropy(probs, settings.entropy_index, choices) > settings.entropy_threshold
+    return _renormalised(probs * (_nucleus(probs, how) | unsure.unsqueeze(-1)), how)
 
 
 def relative_entropy(probs: Tensor, index: float = 1.0, choices: Tensor | None = None) -> Tensor:
@@ -120,23 +139,24 @@ def relative_entropy(probs: Tensor, index: float = 1.0, choices: Tensor | None =
     return torch.where(choices > 1, found / torch.where(choices > 1, largest, 1.0), 0.0)
 
 
-def hard_weights(probs: Tensor) -> Tensor:
+def hard(scores: Tensor, how: How) -> Tensor:
     """One-hot at the largest; its gradient is that of the probabilities (straight-through)."""
+    probs = how.transform(scores)
     index = probs.argmax(dim=-1, keepdim=True)
     one_hot = torch.zeros_like(probs).scatter_(-1, index, 1.0)
     return one_hot + (probs - probs.detach())
 
 
-def _nucleus(probs: Tensor, p: float, min_k: int) -> Tensor:
+def _nucleus(probs: Tensor, how: How) -> Tensor:
     best, indices = probs.sort(dim=-1, descending=True)
     before = best.cumsum(dim=-1) - best  # what the better experts already make up
-    kept = (before < p) | (torch.arange(probs.shape[-1], device=probs.device) < min_k)
+    first = torch.arange(probs.shape[-1], device=probs.device) < how.settings.min_k
+    kept = (before < how.settings.top_p) | first
     return torch.zeros_like(kept).scatter_(-1, indices, kept)
 
 
-def _kept(probs: Tensor, kept: Tensor, renorm: str | None) -> Tensor:
-    weights = probs * kept
-    return _over_sum(weights) if renorm == "sum" else weights
+def _renormalised(weights: Tensor, how: How) -> Tensor:
+    return _over_sum(weights) if how.renorm == "sum" else weights
 
 
 def _over_sum(weights: Tensor) -> Tensor:

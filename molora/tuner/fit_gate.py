@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +13,13 @@ from torch import Tensor, nn
 from molora.calls.context import RoutingContext
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
-from molora.gates.gate import Gate
+from molora.forward.mount import Mount, MountPoint
+from molora.forward.root_hooks import mounts_of
+from molora.gates.gate import Gate, Routing
 from molora.gates.prototypes import MeanActivation, arrow
+from molora.gates.rows import GateRows
 from molora.tuner.api import find_context, routing
 from molora.tuner.config import MoLoraConfig
-from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import experts_at
 
 METHODS = ("arrow", "average", "phatgoose", "uniform")
@@ -53,28 +56,21 @@ def fit_gate(
     context = find_context(model)
     adapter = adapter_name or _only(context)
     config: MoLoraConfig = context.adapters[adapter].config
-    leaders = [
-        m
-        for m in model.modules()
-        if isinstance(m, MoLoraLayer) and adapter in m.mounts and m.mounts[adapter].gate is not None
-    ]
-    _check(config, method, leaders, adapter, data)
+    leaders = [mount for mount in mounts_of(context, model, adapter) if mount.gate is not None]
+    _check(config, method, data)
     if method == "arrow":
-        for layer in leaders:
-            _set_rows(layer.mounts[adapter].gate, arrow(layer.mounts[adapter].bank.experts()))
+        for mount in leaders:
+            _set_rows(mount, arrow(mount.bank.experts()))
     elif method == "uniform":
-        for layer in leaders:
-            gate = layer.mounts[adapter].gate
-            _set_rows(gate, torch.zeros_like(gate.rows.weight))
+        for mount in leaders:
+            _set_rows(mount, torch.zeros_like(_rows(mount).weight))
     elif method == "average":
-        _average(model, config, leaders, adapter, data or {})
+        _average(model, config, leaders, data or {})
     else:
-        _phatgoose(model, config, leaders, adapter, data or {}, steps, lr)
+        _phatgoose(model, config, leaders, data or {}, steps, lr)
 
 
-def _check(
-    config: MoLoraConfig, method: str, leaders: list[MoLoraLayer], adapter: str, data: Batches | None
-) -> None:
+def _check(config: MoLoraConfig, method: str, data: Batches | None) -> None:
     if method not in METHODS:
         raise ConfigError(
             f"method={method!r} is not one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
@@ -102,48 +98,34 @@ def _check(
 
 
 @torch.no_grad()
-def _average(
-    model: nn.Module, config: MoLoraConfig, leaders: list[MoLoraLayer], adapter: str, data: Batches
-) -> None:
+def _average(model: nn.Module, config: MoLoraConfig, leaders: list[Mount], data: Batches) -> None:
     means: dict[str, MeanActivation] = {}
     with _eval_mode(model):
         for name, batches in data.items():
-            with _seen(leaders, adapter, config, name, means), routing(model, experts=[name]):
+            with _seen(model, leaders, config, name, means), routing(model, experts=[name]):
                 for batch in batches:
                     model(**batch)
-    for layer in leaders:
-        key, gate = layer.mounts[adapter].key, layer.mounts[adapter].gate
-        rows = gate.rows.weight.detach()
-        _set_rows(gate, torch.where(_named(config, layer, adapter, data), means[key].rows().to(rows), rows))
+    for mount in leaders:
+        rows = _rows(mount).weight.detach()
+        seen = means[mount.key].rows().to(rows)
+        _set_rows(mount, torch.where(_named(config, mount, data), seen, rows))
 
 
 @contextmanager
 def _seen(
-    leaders: list[MoLoraLayer],
-    adapter: str,
-    config: MoLoraConfig,
-    name: str,
-    means: dict[str, MeanActivation],
+    model: nn.Module, leaders: list[Mount], config: MoLoraConfig, name: str, means: dict[str, MeanActivation]
 ) -> Iterator[None]:
     """Count what the gates' layers read towards the expert `name`."""
     handles = []
-    for layer in leaders:
-        key, gate = layer.mounts[adapter].key, layer.mounts[adapter].gate
-        here = experts_at(config, key)
-        mean = means.setdefault(
-            key, MeanActivation(len(here), gate.rows.weight.shape[1], gate.rows.weight.device)
-        )
-        if name not in here:
+    for layer in model.modules():
+        mount = layer.mounts.get(leaders[0].adapter) if isinstance(layer, MountPoint) else None
+        if mount not in leaders:
             continue
-
-        def count(
-            module: Any, args: tuple[Tensor, ...], mean: MeanActivation = mean, index: int = here.index(name)
-        ) -> None:
-            x = args[0]
-            mask = module.context.call.mask(module.mounts[adapter].stream, x.shape[:-1])
-            mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
-
-        handles.append(layer.register_forward_pre_hook(count))  # type: ignore[attr-defined]
+        here, weight = experts_at(config, mount.key), _rows(mount).weight
+        mean = means.setdefault(mount.key, MeanActivation(len(here), weight.shape[1], weight.device))
+        if name in here:
+            count = partial(_count, mount=mount, mean=mean, index=here.index(name))
+            handles.append(layer.register_forward_pre_hook(count))
     try:
         yield
     finally:
@@ -151,29 +133,28 @@ def _seen(
             handle.remove()
 
 
-def _phatgoose(
-    model: nn.Module,
-    config: MoLoraConfig,
-    leaders: list[MoLoraLayer],
-    adapter: str,
-    data: Batches,
-    steps: int,
-    lr: float,
+def _count(
+    module: nn.Module, args: tuple[Tensor, ...], *, mount: Mount, mean: MeanActivation, index: int
 ) -> None:
-    gates: list[Gate] = [layer.mounts[adapter].gate for layer in leaders]
+    x = args[0]
+    mask = mount.context.call.mask(mount.stream, x.shape[:-1])
+    mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
+
+
+def _phatgoose(
+    model: nn.Module, config: MoLoraConfig, leaders: list[Mount], data: Batches, steps: int, lr: float
+) -> None:
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
-    for layer, gate in zip(leaders, gates, strict=True):
-        assert gate.rows is not None
-        _set_rows(gate, gate.rows.weight.detach().masked_fill(_named(config, layer, adapter, data), 0.0))
-        gate.rows.requires_grad_(True)
+    for mount in leaders:
+        rows = _rows(mount)
+        _set_rows(mount, rows.weight.detach().masked_fill(_named(config, mount, data), 0.0))
+        rows.requires_grad_(True)
     try:
         with _eval_mode(model):
             for name, batches in data.items():
-                _train_rows(model, config, leaders, adapter, name, batches, steps, lr)
+                _train_rows(model, config, leaders, name, batches, steps, lr)
     finally:
-        for gate in gates:
-            gate.solo = None
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
 
@@ -181,38 +162,63 @@ def _phatgoose(
 def _train_rows(
     model: nn.Module,
     config: MoLoraConfig,
-    leaders: list[MoLoraLayer],
-    adapter: str,
+    leaders: list[Mount],
     name: str,
     batches: Iterable[Mapping[str, Any]],
     steps: int,
     lr: float,
 ) -> None:
     """The rows of one expert; those of the others get zero gradients, which move nothing without decay."""
-    rows = []
-    for layer in leaders:
-        gate, here = layer.mounts[adapter].gate, experts_at(config, layer.mounts[adapter].key)
-        gate.solo = here.index(name) if name in here else len(here)
-        rows += list(gate.rows.parameters())
+    solo: dict[Gate, int | None] = {}
+    for mount in leaders:
+        here = experts_at(config, mount.key)
+        assert mount.gate is not None
+        solo[mount.gate] = here.index(name) if name in here else None
+    rows = [p for gate in solo if gate.rows is not None for p in gate.rows.parameters()]
     optimizer = torch.optim.AdamW(rows, lr=lr, weight_decay=0.0)
     warmup = max(1, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     stream = _repeated(batches)
-    for _ in range(steps):
-        loss = model(**next(stream)).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    with one_expert(solo):
+        for _ in range(steps):
+            loss = model(**next(stream)).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
     optimizer.zero_grad()
 
 
-def _named(config: MoLoraConfig, layer: MoLoraLayer, adapter: str, data: Batches) -> Tensor:
+@contextmanager
+def one_expert(solo: Mapping[Gate, int | None]) -> Iterator[None]:
+    """Within, each gate gives weight to one expert alone, or to none: the sigmoid of its row's product with x."""
+
+    def weighted(
+        gate: Gate, args: tuple[Tensor, ...], options: dict[str, Any], routing: Routing, expert: int | None
+    ) -> Routing:
+        products, experts = options.get("products"), options.get("experts")
+        if products is None:
+            assert gate.rows is not None
+            products = gate.rows.logits(args[0])
+        columns = torch.arange(products.shape[-1], device=products.device)
+        weights = products.sigmoid().masked_fill(columns != (-1 if expert is None else expert), 0.0)
+        return Routing(weights if experts is None else weights[:, list(experts)], experts)
+
+    handles = [
+        gate.register_forward_hook(partial(weighted, expert=expert), with_kwargs=True)
+        for gate, expert in solo.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _named(config: MoLoraConfig, mount: Mount, data: Batches) -> Tensor:
     """Which of a layer's experts there are data of, (expert, 1)."""
-    here = experts_at(config, layer.mounts[adapter].key)
-    return torch.tensor(
-        [[name in data] for name in here], device=layer.mounts[adapter].gate.rows.weight.device
-    )
+    here = experts_at(config, mount.key)
+    return torch.tensor([[name in data] for name in here], device=_rows(mount).weight.device)
 
 
 def _repeated(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -223,9 +229,13 @@ def _repeated(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any
         yield from kept
 
 
-def _set_rows(gate: Gate, rows: Tensor) -> None:
-    assert gate.rows is not None
-    gate.rows.set_weight(rows)
+def _rows(mount: Mount) -> GateRows:
+    assert mount.gate is not None and mount.gate.rows is not None  # of the scores that `_check` lets in
+    return mount.gate.rows
+
+
+def _set_rows(mount: Mount, rows: Tensor) -> None:
+    _rows(mount).set_weight(rows)
 
 
 @contextmanager

@@ -11,14 +11,13 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.config.choices import SCORES
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank
 from molora.experts.cores import TaskCores
 from molora.experts.init import expected_std, init_A, svd_segments
 from molora.forward.mount import MountPoint
-from molora.gates.gate import Gate
-from molora.gates.registry import SCORES
-from molora.gates.scores import GateRows
+from molora.gates.gate import Gate, GatePlace
 from molora.tuner.config import ExpertSpec, MoLoraConfig
 from molora.tuner.placement import (
     blend_at,
@@ -115,40 +114,20 @@ def new_bank(config: MoLoraConfig, key: str, base: nn.Module, *, plain: bool) ->
 
 
 def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
-    """A fresh gate: small random rows (a zero router never breaks ties), zeros for a constant table and biases."""
-    gate, blocks, frozen = config.gate, blocks_at(config, key), frozen_rows_at(config, key)
-    experts = len(frozen)
-    options: dict[str, Any] = {"top_k": top_k_at(config, key), "num_experts": experts}
-    if gate.scope == "constant":
-        shape = (experts, gate.splits) if gate.splits > 1 else (experts,)
-        # With one A for all, experts under equal weights would stay equal for ever.
-        weight = gate.start + (torch.randn(shape) * gate.init_std if config.share_A else torch.zeros(shape))
-        return Gate(gate, GateRows(weight, blocks, frozen), **options)
-    if gate.scope == "task":
-        width = experts * gate.splits if gate.score == "table" else gate.embedding_dim
-        task_parts, task_frozen = task_blocks(config)
-        std = gate.init_std if gate.score == "table" else 1.0
-        options["tasks"] = GateRows(torch.randn(len(task_frozen), width) * std, task_parts, task_frozen)
-        if gate.score == "table":
-            return Gate(gate, None, **options)
-    d_in, blends = _reads(config, d_in), gate.blend == "sequence"
-    if gate.score in SCORES:
-        options["custom"] = SCORES[gate.score](d_in, experts)
-    hidden = torch.nn.Linear(d_in, gate.hidden) if gate.score == "mlp" else None
-    width = d_in if hidden is None else gate.hidden
-    rows = GateRows(torch.randn(experts, width) * gate.init_std, blocks, frozen)
-    made = Gate(
-        gate,
-        None if "custom" in options else rows,
-        bias=GateRows(torch.zeros(experts), blocks, frozen) if gate.bias else None,
-        hidden=hidden,
-        threshold=torch.nn.Linear(d_in, 1) if gate.threshold_learned else None,
-        second=GateRows(torch.randn(experts, d_in) * gate.init_std, blocks, frozen) if blends else None,
-        blend=blend_at(config, key) if blends else 0.0,
-        **options,
+    """A fresh gate at the layer named `key`, whose x is d_in wide."""
+    settings = config.gate
+    place = GatePlace(
+        d_in=_reads(config, d_in),
+        blocks=blocks_at(config, key),
+        frozen=frozen_rows_at(config, key),
+        top_k=top_k_at(config, key),
+        tasks=task_blocks(config) if settings.scope == "task" else None,
+        blend=blend_at(config, key),
+        spread=config.share_A,  # with one A for all, experts under equal weights would stay equal for ever
     )
-    made.freeze_shared(shared_frozen_at(config, key))
-    return made
+    gate: Gate = SCORES[settings.score](settings, place)
+    gate.freeze_shared(shared_frozen_at(config, key))
+    return gate
 
 
 def _reads(config: MoLoraConfig, d_in: int) -> int:

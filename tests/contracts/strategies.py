@@ -38,8 +38,8 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
     )
     gate |= {
         "share": draw(st.sampled_from(shares)),
-        "transform": draw(sometimes(st.sampled_from(GATE_CHOICES["transform"]), "softmax")),
-        "select": draw(st.sampled_from(GATE_CHOICES["select"])),
+        "transform": draw(sometimes(st.sampled_from([*GATE_CHOICES["transform"]]), "softmax")),
+        "select": draw(st.sampled_from([*GATE_CHOICES["select"]])),
         "renorm": draw(sometimes(st.sampled_from(GATE_CHOICES["renorm"]), None)),
         "temperature": draw(sometimes(st.floats(0.2, 3.0), 1.0)),
         "noise": draw(sometimes(st.sampled_from(["gaussian", "gumbel", "logistic"]), None)),

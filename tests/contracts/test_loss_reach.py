@@ -165,12 +165,15 @@ def test_loss_free_balance_is_not_rounded_on_a_16_bit_base():
 
 
 def test_loss_free_balance_chooses_but_does_not_weight():
-    from molora.gates.selection import top_k_weights
+    from molora.gates.selection import How, softmax, top_k
+
+    def weights_of(k, renorm, balance=None):
+        return top_k(scores, How(GateConfig(), softmax, k, renorm, balance=balance))
 
     scores = torch.tensor([[2.0, 1.0, 0.0]])
     probs = scores.softmax(-1)
-    weights = top_k_weights(scores, 1, "none", "softmax", torch.tensor([-1.0, 0.0, 0.0]))
+    weights = weights_of(1, "none", torch.tensor([-1.0, 0.0, 0.0]))
     assert_close(weights, torch.tensor([[0.0, probs[0, 1].item(), 0.0]]))
     for k in (1, 2, 3):
-        plain = top_k_weights(scores, k, "sum" if k > 1 else "none", "softmax", torch.zeros(3))
-        assert_close(plain, top_k_weights(scores, k, "sum" if k > 1 else "none", "softmax"))
+        renorm = "sum" if k > 1 else "none"
+        assert_close(weights_of(k, renorm, torch.zeros(3)), weights_of(k, renorm))

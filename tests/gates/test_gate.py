@@ -7,15 +7,19 @@ import torch
 from torch.testing import assert_close
 
 from molora import ConfigError, GateConfig, MoLoraConfig
+from molora.config.choices import SCORES
 from molora.config.gate_config import gate_from_kind
-from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
+from molora.gates.gate import GatePlace
+from molora.gates.rows import GateRows
 from molora.tuner.parts import new_gate
 
 
 def gate(weight, **settings):
-    experts = len(weight)
-    return Gate(GateConfig(**settings), GateRows(weight, [list(range(experts))], [False] * experts))
+    config, experts = GateConfig(**settings), len(weight)
+    place = GatePlace(weight.shape[-1], [list(range(experts))], [False] * experts, top_k=config.top_k)
+    made = SCORES[config.score](config, place)
+    made.rows.set_weight(weight)
+    return made
 
 
 def test_dense_is_a_softmax_with_temperature():

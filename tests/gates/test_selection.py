@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from molora import GateConfig
+from molora.config.choices import SELECTIONS, TRANSFORMS
 from molora.gates import selection
+from molora.gates.selection import How
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
 
@@ -17,6 +20,14 @@ EXACT = {"atol": 1e-12, "rtol": 1e-12}
 def scores():
     torch.manual_seed(0)
     return torch.randn(40, 5, dtype=torch.float64, requires_grad=True)
+
+
+def selected(scores, *, threshold=None, balance=None, **settings):
+    """Weights by the settings of a gate, which name what transforms and what selects."""
+    config = GateConfig(**settings)
+    transform = TRANSFORMS[config.transform]
+    how = How(config, transform, config.top_k, config.renorm, threshold, balance)
+    return SELECTIONS[config.select](scores, how)
 
 
 def weighted(weights):
@@ -63,9 +74,10 @@ def test_top_k(scores, k, renorm, transform):
         return weights / weights.sum() if renorm == "sum" else weights
 
     if k == 1 and renorm != "none":  # every weight is 1: no gradient, which the config refuses
-        assert_close(selection.top_k_weights(scores, k, renorm, transform), loop(scores, choose), **EXACT)
+        found = selected(scores, top_k=k, renorm=renorm, transform=transform)
+        assert_close(found, loop(scores, choose), **EXACT)
         return
-    agree(selection.top_k_weights(scores, k, renorm, transform), loop(scores, choose), scores)
+    agree(selected(scores, top_k=k, renorm=renorm, transform=transform), loop(scores, choose), scores)
 
 
 def nucleus(probs, p, min_k):
@@ -85,7 +97,8 @@ def test_top_p(scores, p, min_k, renorm):
         weights = probs * nucleus(probs, p, min_k)
         return weights / weights.sum() if renorm == "sum" else weights
 
-    agree(selection.top_p_weights(scores.softmax(-1), p, min_k, renorm), loop(scores, choose), scores)
+    found = selected(scores, select="top_p", top_p=p, min_k=min_k, renorm=renorm)
+    agree(found, loop(scores, choose), scores)
 
 
 @pytest.mark.parametrize("renorm", ["none", "sum"])
@@ -97,7 +110,7 @@ def test_thresholds_fixed_and_per_token(scores, renorm):
             cut = threshold if isinstance(threshold, float) else threshold[t, 0]
             weights = (row.softmax(-1) - cut).clamp(min=0)
             rows.append(weights / weights.sum() if renorm == "sum" and weights.sum() > 0 else weights)
-        found = selection.threshold_weights(scores.softmax(-1), threshold, renorm)
+        found = selected(scores, select="threshold", threshold=threshold, renorm=renorm)
         agree(found, torch.stack(rows), scores)
     assert (found.sum(-1) == 0).any()  # a token below the threshold everywhere has no expert, and no NaN
 
@@ -117,18 +130,20 @@ def test_entropy_switch(scores, index):
     assert_close(selection.relative_entropy(probs, index), loop(probs, entropy), **EXACT)
     uniform = torch.full((1, 5), 0.2, dtype=torch.float64)
     assert_close(selection.relative_entropy(uniform, index), torch.ones(1, dtype=torch.float64), **EXACT)
-    found = selection.entropy_weights(probs, 0.5, 2, 0.8, index, None)
+    nucleus_of = {"top_p": 0.5, "min_k": 2}
+    settings = {"select": "entropy", "entropy_index": index, **nucleus_of}
+    found = selected(scores, entropy_threshold=0.8, **settings)
     agree(found, loop(scores, choose), scores)
     assert 0 < (found != 0).all(-1).float().mean() < 1
     assert torch.equal(
-        selection.entropy_weights(probs, 0.5, 2, 1.0, index, None),
-        selection.top_p_weights(probs, 0.5, 2, None),
+        selected(scores, entropy_threshold=1.0, **settings),
+        selected(scores, select="top_p", **nucleus_of),
     )
 
 
 def test_hard_is_one_hot_with_the_gradient_of_the_probabilities(scores):
     probs = scores.softmax(-1)
-    weights = selection.hard_weights(probs)
+    weights = selected(scores, select="hard")
     assert_close(weights, torch.nn.functional.one_hot(scores.argmax(-1), 5).double(), **EXACT)
     found, expected = (
         torch.autograd.grad(weighted(w), scores, retain_graph=True)[0] for w in (weights, probs)
@@ -139,13 +154,13 @@ def test_hard_is_one_hot_with_the_gradient_of_the_probabilities(scores):
 @pytest.mark.parametrize("transform", ["softmax", "sigmoid"])
 def test_a_forbidden_expert_gets_nothing_and_no_gradient_is_lost(scores, transform):
     masked = scores.masked_fill(torch.tensor([False, True, False, True, True]), float("-inf"))
-    probs = selection.probabilities(masked, transform)
-    for weights in (
-        selection.top_k_weights(masked, 3, "sum", transform),
-        selection.top_p_weights(probs, 0.9, 3, "sum"),
-        selection.threshold_weights(probs, 0.1, "sum"),
-        selection.hard_weights(probs),
+    for settings in (
+        {"top_k": 3, "renorm": "sum"},
+        {"select": "top_p", "top_p": 0.9, "min_k": 3, "renorm": "sum"},
+        {"select": "threshold", "threshold": 0.1, "renorm": "sum"},
+        {"select": "hard"},
     ):
+        weights = selected(masked, transform=transform, **settings)
         assert not weights[:, [1, 3, 4]].any()
         gradient = torch.autograd.grad(weighted(weights), scores, retain_graph=True)[0]
         assert gradient.isfinite().all() and gradient[:, [0, 2]].abs().max() > 0
