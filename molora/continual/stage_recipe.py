@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from molora.config import RunConfig, load_recipe
-from molora.config.continual import ONE_EXPERT
 
 SHARED = "shared"  # the expert's name where one serves all tasks
 
@@ -22,7 +21,7 @@ def stage_recipe(
     names = list(config.data.tasks)
     plain = config.model_dump(mode="json")
     adapter = plain["adapter"]
-    if config.continual.strategy.kind in ONE_EXPERT:
+    if config.continual.strategy.spec.one_expert:
         several = adapter["expert_names"] is not None or config.adapter.most_experts > 1
         adapter["expert_names"] = config.adapter.experts if several else [SHARED]
         adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])

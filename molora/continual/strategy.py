@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.config.continual import ONE_EXPERT, StrategyConfig
+from molora.config.continual import StrategyConfig
 from molora.data.tasks import Task
 from molora.evaluation.runner import inference
 from molora.experts.bank import ExpertBank
@@ -65,7 +65,7 @@ class Strategy:
     @property
     def one_expert(self) -> bool:
         """Whether all tasks train the same experts; else each task adds one, and the others are frozen."""
-        return self.settings.kind in ONE_EXPERT
+        return self.settings.spec.one_expert
 
     def number(self, name: str) -> float:
         """A setting that this strategy has."""

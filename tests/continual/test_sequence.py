@@ -12,9 +12,9 @@ import molora
 from molora.cli.main import _run
 from molora.cli.validate import run as validate
 from molora.config import load_recipe
-from molora.config.continual import GATED
+from molora.config.continual import GATED, STRATEGIES
 from molora.config.data import KIND_OF_TASK_TYPE
-from molora.continual import grow, registry, sequence
+from molora.continual import grow, sequence
 from molora.continual.gated import Gated
 from molora.continual.grow import add_expert
 from molora.continual.strategy import Strategy, expert_layers
@@ -315,15 +315,10 @@ class Shrinking(Strategy):
 @pytest.fixture
 def own_strategies():
     """What a test registers is forgotten after it."""
-    kept = {
-        name: getattr(registry, name).copy()
-        for name in ("KINDS", "STRATEGIES", "GATES", "ONE_EXPERT", "WITHOUT_MEMORY")
-    }
+    kept = list(STRATEGIES)
     yield
-    for name, before in kept.items():
-        table = getattr(registry, name)
-        table.clear()
-        table.update(before) if isinstance(table, dict) else table.extend(before)
+    for name in [name for name in STRATEGIES if name not in kept]:
+        STRATEGIES.remove(name)
 
 
 @pytest.mark.usefixtures("own_strategies")
@@ -344,7 +339,7 @@ def test_a_strategy_of_ones_own(tmp_path):
             molora.register_strategy("mild", Shrinking, **wrong)
     with pytest.raises(ConfigError, match="no subclass"):
         molora.register_strategy("mild", int)
-    assert "mild" not in registry.STRATEGIES
+    assert "mild" not in STRATEGIES
     with pytest.raises(ConfigError, match="Did you mean 'shrinking'"):
         load_recipe(recipe(tmp_path, "shrinkin"))
 
@@ -369,6 +364,22 @@ def test_a_strategy_of_ones_own_says_how_it_works(tmp_path):
     assert read_config(run.adapter).gate.scope == "task"
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "shrinking"})
     assert "continual/small" in (done.path / "metrics.csv").read_text()
+
+
+@pytest.mark.usefixtures("own_strategies")
+@pytest.mark.parametrize("change", [{"mixing": "equal"}, {"mixing_temperature": 9.0}, {"weight": 2.0}])
+def test_a_mix_is_refused_under_a_strategy_of_ones_own_that_trains_on_one_task_at_a_time(change, tmp_path):
+    molora.register_strategy("shrinking", Shrinking, settings={"coefficient": 0.1})
+    data = recipe(tmp_path)["data"]
+    if "weight" in change:
+        data["tasks"]["pig"] |= change
+    else:
+        data |= change
+    with pytest.raises(ConfigError, match="strategy shrinking trains on one task at a time"):
+        load_recipe(recipe(tmp_path, "shrinking", data=data))
+    molora.register_strategy("rehearsal", Rehearsal, one_expert=True)
+    rehearsed = recipe(tmp_path, {"kind": "rehearsal"}, data=data)
+    assert load_recipe(rehearsed).continual.strategy.kind == "rehearsal"
 
 
 def test_a_sum_of_experts_stays_one(tmp_path):

@@ -16,10 +16,10 @@ from molora import MoLoraConfig
 from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyConfig
 from molora.continual.gated import gates
 from molora.continual.inf_lora import covariances
-from molora.continual.registry import KINDS, build_strategy
+from molora.continual.registry import build_strategy
 from molora.continual.router import PrototypeRouter
 from molora.continual.slao import merged, orthonormal
-from molora.continual.strategy import Stage, expert_layers
+from molora.continual.strategy import Stage, Strategy, expert_layers
 from molora.continual.subspace import grown_basis, leading, overlap, residual, without
 from molora.data.tasks import Task
 from tests.zoo import base_model, batch_for, gradients, randomise
@@ -63,8 +63,11 @@ def data(seed, rows=None):
     return lambda: iter([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
 
 
-def test_every_kind_has_a_class_and_settings():
-    assert set(KINDS) == set(STRATEGIES)
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_every_kind_has_a_class_and_what_is_said_of_it_is_so(kind):
+    spec = STRATEGIES[kind]
+    assert issubclass(spec.load(), Strategy)
+    assert spec.task_by_task == (spec.load().training_tasks is Strategy.training_tasks)
 
 
 # -- experts that add up -----------------------------------------------------------------------------------
