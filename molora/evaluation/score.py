@@ -1,4 +1,4 @@
-"""One task, one number: held-out records -> batches -> the task's metric."""
+"""One task's held-out records: what the model answers to each, and what comes of every answer."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from molora.data.prompts import Example, encode, render
 from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import batches_by_length, generate_answers
-from molora.evaluation.metrics import TokenLoss, accuracy, exact_match, match_label
+from molora.evaluation.metrics import METRICS, Result, match_label, mean, token_nll
+
+Answer = Tensor | str | tuple[float, int]
+"""To one record: a classifier's logits (class,), a text, or nats and number of the target's tokens."""
 
 
 @dataclass(frozen=True)
@@ -31,87 +34,108 @@ class Limits:
 
 def score_task(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
-) -> tuple[float, int]:
-    """The task's metric over its held-out records, and how many there are.
+) -> tuple[float, list[Result]]:
+    """The task's metric over its held-out records, and what came of each.
 
     The model answers as it is set up: call it inside the mode's context, in eval mode, without gradients.
 
     Raises:
         DataError: the task has no held-out records.
     """
+    examples = held_out(task, tokenizer, limits)
+    answers = ask(model, tokenizer, task, examples, limits)
+    found = [result_of(task, i, example, answers[i]) for i, example in enumerate(examples)]
+    return mean(METRICS[task.metric], found), found
+
+
+def held_out(task: Task, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[Example]:
+    """The task's held-out records, encoded; DataError where there are none."""
     if not len(task.eval):
         raise DataError(
             f"task {task.name!r} has no held-out records to score.",
             hint="give it `eval` (files), `eval_split` or `eval_size`.",
         )
-    examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
-    if task.task_type == "SEQ_CLS":
-        value = _classified(model, tokenizer, task, examples, limits)
-    elif task.metric == "loss":
-        value = _token_loss(model, tokenizer, examples, limits)
-    else:
-        value = _answered(model, tokenizer, task, examples, limits)
-    return value, len(examples)
+    return [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
 
 
-def _answered(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Exact match of generated answers, or accuracy of the label they name."""
-    answers = generate_answers(
+def ask(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    limits: Limits,
+    rows: Sequence[int] | None = None,
+) -> dict[int, Answer]:
+    """The model's answer to each of these rows of the examples; None: to all."""
+    rows = range(len(examples)) if rows is None else rows
+    if task.task_type == "SEQ_CLS" or task.metric == "loss":
+        return dict(_forward(model, tokenizer, task, examples, limits, rows))
+    texts = generate_answers(
         model,
         tokenizer,
-        [list(example.input_ids[: example.prompt_length]) for example in examples],
+        [list(examples[i].prompt) for i in rows],
         batch_size=limits.batch_size,
         max_new_tokens=limits.max_new_tokens,
         num_beams=limits.num_beams,
     )
-    targets = [render(task, record)[1] for record in task.eval]
+    return dict(zip(rows, texts, strict=True))
+
+
+def _forward(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    limits: Limits,
+    rows: Sequence[int],
+) -> Iterator[tuple[int, Answer]]:
+    """Answers that a forward pass gives: logits (class,) of a classifier, or the loss on the target."""
+    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
+    for part in batches_by_length([len(examples[i].input_ids) for i in rows], limits.batch_size):
+        chosen = [rows[i] for i in part]
+        batch = inputs_of([examples[i] for i in chosen], model, tokenizer)
+        if task.task_type == "SEQ_CLS":
+            yield from zip(chosen, model(**batch).logits.float().cpu(), strict=True)
+            continue
+        labels = batch["labels"] if encoder_decoder else batch.pop("labels")
+        nll, tokens = token_nll(model(**batch).logits, labels, shift=not encoder_decoder)
+        yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+
+
+def inputs_of(
+    examples: Sequence[Example], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Padded input_ids and attention_mask of whole examples on the model's device, and the targets of generative models.
+
+    They say where the prompt ends, which is what gates read in training and when the model answers.
+    """
+    batch = collate(examples, pad_token(tokenizer))
+    keys = ["input_ids", "attention_mask"]
+    if batch["labels"].dim() == 2:
+        keys.append("labels")
+    device = next(model.parameters()).device
+    return {key: batch[key].to(device) for key in keys}
+
+
+def result_of(
+    task: Task, record: int, example: Example, answer: Answer, classes: Sequence[int] | None = None
+) -> Result:
+    """What comes of a record with this answer; `classes`: what a classifier chooses from, default the task's own."""
+    if isinstance(answer, Tensor):
+        assert isinstance(example.labels, int)
+        logits = only_classes(answer, classes or task.classes or range(len(task.labels)))
+        nll = float(F.cross_entropy(logits, torch.tensor(example.labels)))
+        return Result(record, int(logits.argmax()), example.labels, nll)
+    if not isinstance(answer, str):
+        return Result(record, nll=answer[0], count=answer[1])
+    target = render(task, task.eval[record])[1]
     if task.metric == "accuracy" and task.labels:
-        return accuracy([match_label(answer, task.labels) for answer in answers], targets)
-    return exact_match(answers, targets)
-
-
-def _classified(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Accuracy or mean loss in nats of a classification head, over the task's own labels."""
-    right, loss = 0, 0.0
-    for batch in _batches(model, tokenizer, examples, limits):
-        labels = batch.pop("labels")
-        logits = only_classes(model(**batch).logits, task.classes or range(len(task.labels)))
-        right += int((logits.argmax(dim=-1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return (loss if task.metric == "loss" else right) / len(examples)
+        return Result(record, match_label(answer, task.labels), target)
+    return Result(record, answer.strip(), target.strip())
 
 
 def only_classes(logits: Tensor, classes: Sequence[int]) -> Tensor:
-    """Logits (batch, class) in float32 with -inf for every class but these."""
+    """Logits (class,) in float32 with -inf for every class but these."""
     kept = torch.full_like(logits, float("-inf"), dtype=torch.float32)
-    kept[:, list(classes)] = logits[:, list(classes)].float()
+    kept[list(classes)] = logits[list(classes)].float()
     return kept
-
-
-def _token_loss(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Mean loss in nats per target token."""
-    losses = TokenLoss()
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    for batch in _batches(model, tokenizer, examples, limits):
-        labels = batch["labels"]
-        inputs = batch if encoder_decoder else {key: batch[key] for key in ("input_ids", "attention_mask")}
-        losses.update(model(**inputs).logits, labels, shift=not encoder_decoder)
-    return losses.mean
-
-
-def _batches(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limits: Limits
-) -> Iterator[dict[str, Tensor]]:
-    """Padded batches on the model's device, without task ids: the mode's context gives them, or nobody."""
-    pad = pad_token(tokenizer)
-    for chosen in batches_by_length([len(example.input_ids) for example in examples], limits.batch_size):
-        batch = collate([examples[i] for i in chosen], pad)
-        batch.pop("routing_task_ids")
-        device = next(model.parameters()).device
-        yield {key: value.to(device) for key, value in batch.items()}
