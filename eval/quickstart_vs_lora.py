@@ -27,7 +27,8 @@ from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_json
 from molora.evaluation.runner import inference
 from molora.evaluation.score import Limits, score_task
-from molora.models.build import build_model, load_base
+from molora.models.base import load_base
+from molora.models.build import build_model
 from molora.training.environment import describe_environment, prepare_process
 from molora.training.optimizer import build_optimizer, build_scheduler
 

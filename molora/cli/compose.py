@@ -26,7 +26,7 @@ def run(
     served = {task: names.split(",") for task, names in _named(tasks, "EXPERT,...", "sums=math,code").items()}
 
     from molora.config import BaseConfig
-    from molora.models.build import load_base
+    from molora.models.base import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
     from molora.training.environment import quiet_libraries

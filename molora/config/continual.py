@@ -180,9 +180,8 @@ class ContinualConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _router_of_the_strategy(cls, data: Any) -> Any:
-        if not isinstance(data, dict) or (kind := strategy_kind(data)) not in STRATEGIES:
-            return data
-        return without_default(data, "router", STRATEGIES[kind].router)
+        spec: StrategySpec | None = STRATEGIES.get(strategy_kind(data) or "")
+        return without_default(data, "router", spec.router) if spec is not None and spec.router else data
 
 
 def strategy_kind(section: Any) -> str | None:

@@ -81,10 +81,9 @@ class RunConfig(Section):
         adapter = data.get("adapter") or {}
         if not isinstance(adapter, dict) or "preset" in adapter or adapter.get("from_loras"):
             return data
-        kind = strategy_kind(data["continual"])
-        if kind not in STRATEGIES:  # its own check reports it
-            kind = "sequential"
-        gate, experts = STRATEGIES[kind].gate, adapter.get("num_experts") or 1
+        # A strategy that nobody knows is reported by its own check.
+        spec = STRATEGIES.get(strategy_kind(data["continual"]) or "", STRATEGIES["sequential"])
+        gate, experts = spec.gate, adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
 
     @model_validator(mode="before")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Note, Stage, Strategy, watch
+from molora.continual.strategy import Batches, Note, Strategy, Turn, watch
 from molora.continual.subspace import grown_basis, without
 from molora.gates.gate import Gate
 
@@ -33,8 +33,8 @@ class Gated(Strategy):
         self.bases: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
-        means = {key: (total / count) for key, (total, count, _) in read_by(model, stage.batches).items()}
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
+        means = {key: (total / count) for key, (total, count, _) in read_by(model, turn.batches).items()}
         for key, gate in gates(model):
             assert gate.rows is not None
             row = without(means[key].unsqueeze(0), self.bases.get(key))
@@ -49,8 +49,8 @@ class Gated(Strategy):
                 newest = gate.rows.blocks[-1]
                 newest.copy_(without(newest, self.bases[key].to(newest)))
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
-        for key, (_, _, covariance) in read_by(model, stage.batches).items():
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
+        for key, (_, _, covariance) in read_by(model, turn.batches).items():
             grown = grown_basis(self.bases.get(key), covariance, self.number("energy"))
             self.bases[key] = grown.float().cpu()
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Note, Stage, Strategy, expert_layers, watch
+from molora.continual.strategy import Batches, Note, Strategy, Turn, expert_layers, watch
 from molora.continual.subspace import grown_basis, leading, residual
 from molora.tuner.layer import MoLoraLayer
 
@@ -32,8 +32,8 @@ class InfLoRA(Strategy):
         self.bases: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
-        seen = covariances(model, stage.batches)
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
+        seen = covariances(model, turn.batches)
         for key, _, bank in expert_layers(model):
             assert bank.lora_A is not None
             (new,) = bank.trainable
@@ -43,10 +43,10 @@ class InfLoRA(Strategy):
             bank.lora_A[0, : len(rows)].copy_(rows)
             bank.lora_A.requires_grad_(False)
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
         start, end = self.number("energy"), self.number("energy_end")
-        energy = start + (end - start) * stage.index / max(1, len(stage.tasks))
-        for key, covariance in covariances(model, stage.batches).items():
+        energy = start + (end - start) * turn.index / max(1, len(turn.tasks))
+        for key, covariance in covariances(model, turn.batches).items():
             self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
 
     def tensors(self) -> dict[str, Tensor]:

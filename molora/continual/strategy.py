@@ -23,7 +23,7 @@ Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Turn:
     """One task's turn. `batches()` is a pass over its training data as a model is called with it, on its device.
 
     Those of generative models have the targets in `labels`, those of classifiers have no labels.
@@ -73,11 +73,11 @@ class Strategy:
         assert value is not None, f"{self.settings.kind} has no {name}"
         return float(value)
 
-    def training_tasks(self, stage: Stage) -> Sequence[Task]:
-        """What is trained on in this stage."""
-        return [stage.task]
+    def training_tasks(self, turn: Turn) -> Sequence[Task]:
+        """What is trained on in this turn."""
+        return [turn.task]
 
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the task's expert in place, before the optimiser is built."""
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -87,7 +87,7 @@ class Strategy:
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimiser step."""
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the trained model, before it is scored."""
 
     def tensors(self) -> dict[str, Tensor]:

@@ -19,15 +19,17 @@ from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_json
 from molora.errors import ConfigError
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
+from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
 from molora.store.runs import Run
-from molora.training.checkpoint import checkpoint_step, latest_valid
+from molora.training.callbacks import Interrupt
+from molora.training.checkpoint import Checkpoints, checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
-from molora.training.features import CLUSTERS_FILE, fit_features, load_features
-from molora.training.module import Companion, MoLoraModule
-from molora.training.trainer import build_trainer, check_device, total_steps
+from molora.training.loggers import build_loggers
+from molora.training.objective import Companion
+from molora.training.optimise import check_device, optimise, total_steps
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 Conclude = Callable[[Run, PeftModel, PreTrainedTokenizerBase, TaskSet], None]
@@ -112,14 +114,16 @@ def fit(
         checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
         if run is not None and first:
             write_config(run, config)
-        step = checkpoint_step(checkpoint)
-        trainer = build_trainer(settings, folder, steps, resume_step=step, validation=validation)
-        model.train()
-        trainer.fit(
-            MoLoraModule(model, settings, companion),
-            datamodule=data,
-            ckpt_path=checkpoint,
-            weights_only=True if checkpoint else None,
+        writer = Checkpoints(folder / "checkpoints", settings.save_every or steps, settings.keep_checkpoints)
+        trainer = optimise(
+            model,
+            data,
+            settings,
+            companion=companion,
+            validation=validation,
+            callbacks=[writer, Interrupt(writer)],
+            loggers=build_loggers(folder, steps, checkpoint_step(checkpoint)),
+            checkpoint=checkpoint,
         )
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:

@@ -19,7 +19,7 @@ from molora.continual.inf_lora import covariances
 from molora.continual.registry import build_strategy
 from molora.continual.router import PrototypeRouter
 from molora.continual.slao import merged, orthonormal
-from molora.continual.strategy import Stage, Strategy, expert_layers
+from molora.continual.strategy import Strategy, Turn, expert_layers
 from molora.continual.subspace import grown_basis, leading, overlap, residual, without
 from molora.data.tasks import Task
 from tests.zoo import base_model, batch_for, gradients, randomise
@@ -52,7 +52,7 @@ def grown(gate, dtype=torch.float64, experts=("b",)):
 
 
 def stage(index, batches=lambda: iter(()), seed=0):
-    return Stage(index, TASKS, batches, seed)
+    return Turn(index, TASKS, batches, seed)
 
 
 def data(seed, rows=None):
@@ -424,7 +424,7 @@ def test_replay_keeps_a_part_and_trains_on_it_again(settings, count):
 def test_replay_keeps_only_what_the_task_reads():
     records = [{"prompt": "a", "target": "b", "when": datetime.date(2026, 1, 2), "picture": b"x"}]
     own = strategy("replay", count=1)
-    own.after_task(torch.nn.Identity(), Stage(0, [Task("a", 0, records)], lambda: iter(()), 0))
+    own.after_task(torch.nn.Identity(), Turn(0, [Task("a", 0, records)], lambda: iter(()), 0))
     assert json.loads(json.dumps(own.plain())) == {"kept": {"a": [{"prompt": "a", "target": "b"}]}}
 
 

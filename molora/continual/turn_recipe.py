@@ -1,4 +1,4 @@
-"""A stage of a sequence as a recipe of its own: the tasks and experts there are by then."""
+"""A turn of a sequence as a recipe of its own: the tasks and experts there are by then."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from molora.config import RunConfig, load_recipe
 SHARED = "shared"  # the expert's name where one serves all tasks
 
 
-def stage_recipe(
+def turn_recipe(
     config: RunConfig, known_ids: Mapping[str, int], turn: int = 0
 ) -> tuple[RunConfig, dict[str, int]]:
     """The recipe after the task number `turn` has come, and the ids of the tasks the adapter knows by then.
