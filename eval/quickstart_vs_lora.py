@@ -70,10 +70,8 @@ def exact_match(
     model: Any, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet, config: RunConfig
 ) -> dict[str, float]:
     """Greedy exact match on the held-out items of every task."""
-    settings = config.eval
-    limits = Limits(settings.batch_size, settings.max_new_tokens, settings.num_beams, config.data.max_length)
     with inference(model):
-        return {task.name: score_task(model, tokenizer, task, limits)[0] for task in tasks}
+        return {task.name: score_task(model, tokenizer, task, Limits.of(config))[0] for task in tasks}
 
 
 def run_arm(arm: str, config: RunConfig, parameters: int) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from molora.data.prompts import encode
 from molora.data.tasks import Task
 from molora.evaluation.metrics import METRICS, mean
 from molora.evaluation.runner import in_mode, inference
-from molora.evaluation.score import Answer, Limits, ask, held_out, inputs_of, result_of, score_task
+from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 
 BASE = None  # the route of the base without experts
 OPEN = ""  # the route of nobody in particular: the gate decides
@@ -30,19 +30,11 @@ def on_route(model: Any, route: str | None) -> AbstractContextManager[Any]:
     return in_mode(model, route, "base" if route is BASE else "gate" if route == OPEN else "task")
 
 
-class Answers:
-    """A model's answers to one task's held-out records under several routes, each worked out once.
-
-    Args:
-        model: a PEFT model, in eval mode.
-        tokenizer: its tokenizer.
-        task: the task.
-        limits: batch sizes and lengths.
-    """
+class Answers(HeldOut):
+    """A model's answers to one task's held-out records under several routes, each worked out once."""
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
-        self.model, self.tokenizer, self.task, self.limits = model, tokenizer, task, limits
-        self.examples = held_out(task, tokenizer, limits)
+        super().__init__(model, tokenizer, task, limits)
         self._known: dict[str | None, dict[int, Answer]] = {}
 
     def score(self, routes: Sequence[str | None], classes: Sequence[Sequence[int]]) -> float:
@@ -57,12 +49,10 @@ class Answers:
             missing = [i for i, other in enumerate(routes) if other == route and i not in known]
             if missing:
                 with on_route(self.model, route):
-                    known |= ask(self.model, self.tokenizer, self.task, self.examples, self.limits, missing)
-        found = [
-            result_of(self.task, i, example, self._known[routes[i]][i], classes[i])
-            for i, example in enumerate(self.examples)
-        ]
-        return mean(METRICS[self.task.metric], found)
+                    known |= self.ask(missing)
+        answered = enumerate(zip(routes, classes, strict=True))
+        results = [self.result(i, self._known[route][i], among) for i, (route, among) in answered]
+        return mean(METRICS[self.task.metric], results)
 
 
 def probe_logits(
@@ -81,7 +71,7 @@ def score_base(
 ) -> dict[str, float]:
     """Accuracy of the base alone on each task, over the task's own classes."""
     with inference(model), on_route(model, BASE):
-        return {task.name: score_task(model, tokenizer, task, _limits(config))[0] for task in tasks}
+        return {task.name: score_task(model, tokenizer, task, Limits.of(config))[0] for task in tasks}
 
 
 def score_turn(
@@ -112,7 +102,7 @@ def score_turn(
             if route is BASE:
                 row["shown"][task.name] = base[task.name]
                 continue
-            answers = Answers(model, tokenizer, task, _limits(config))
+            answers = Answers(model, tokenizer, task, Limits.of(config))
             count = len(answers.examples)
             row["shown"][task.name] = answers.score([route] * count, [task.classes] * count)
             if not known:
@@ -158,8 +148,3 @@ def overlaps(model: Any) -> dict[str, Any]:
         if pairs:
             by_layer[key] = fmean(pairs)
     return {"mean": fmean(by_layer.values()) if by_layer else None, "layers": by_layer}
-
-
-def _limits(config: RunConfig) -> Limits:
-    settings = config.eval
-    return Limits(settings.batch_size, settings.max_new_tokens, settings.num_beams, config.data.max_length)

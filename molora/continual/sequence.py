@@ -130,14 +130,7 @@ def _check_data(config: RunConfig, tasks: TaskSet) -> None:
 def _read_row(folder: Path) -> dict[str, Any]:
     """A complete turn's row; AdapterError where somebody changed its form."""
     row = read_json(folder / ROW_FILE)
-    parts = {
-        "joint": bool,
-        "shown": dict,
-        "hidden": dict,
-        "inferred": dict,
-        "unchanged": dict,
-        "overlap": dict,
-    }
+    parts = {"joint": bool, **dict.fromkeys(("shown", "hidden", "inferred", "unchanged", "overlap"), dict)}
     if not isinstance(row, dict) or any(not isinstance(row.get(name), kind) for name, kind in parts.items()):
         raise AdapterError(
             f"{folder / ROW_FILE} is not a row of the matrix.",

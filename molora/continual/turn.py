@@ -6,8 +6,7 @@ Sequences play one turn after another, `add_expert` a single one.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
 
 import torch
 from peft import PeftModel
@@ -25,7 +24,7 @@ from molora.models.label_match import compete
 from molora.store.adapter import save
 from molora.store.runs import Run
 from molora.training.environment import prepare_process
-from molora.training.train import fit
+from molora.training.train import Conclude, fit
 
 PASS_RECORDS = 2000  # of a task's training data that strategies look at before and after training
 
@@ -36,7 +35,7 @@ def play_turn(
     tokenizer: PreTrainedTokenizerBase,
     turn: Turn,
     strategy: Strategy,
-    conclude: Callable[[Run, PeftModel], None],
+    conclude: Conclude,
     *,
     known_ids: Mapping[str, int],
     expert: NewExpert | None = None,
@@ -65,8 +64,8 @@ def play_turn(
     compete(model, turn.competing(softmax or strategy.softmax))
     strategy.before_task(model, turn)
 
-    def after(done: Run, trained: PeftModel, *_: Any) -> None:
-        strategy.after_task(trained.eval(), turn)
+    def after(done: Run, trained: PeftModel) -> None:
+        strategy.after_task(trained, turn)
         if strategy.changes_weights:
             save(trained, done.adapter)
         conclude(done, trained)

@@ -26,10 +26,7 @@ def evaluate_tasks(
     tasks: Iterable[Task],
     *,
     modes: Sequence[str] = MODES,
-    batch_size: int = 32,
-    max_new_tokens: int = 32,
-    num_beams: int = 1,
-    max_length: int = 512,
+    limits: Limits | None = None,
 ) -> Report:
     """Score a PEFT model with a molora adapter on the held-out records of each task.
 
@@ -44,7 +41,7 @@ def evaluate_tasks(
     modes, notes = usable_modes(model, modes)
     if "task" in modes:
         check_tasks_known([task.name for task in tasks], model.tasks)
-    limits = Limits(batch_size, max_new_tokens, num_beams, max_length)
+    limits = limits or Limits()
     recorded_mode = next((mode for mode in modes if mode != "base"), None)
     scores, recorded = [], {}
     with inference(model):

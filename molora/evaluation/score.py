@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from molora.config import RunConfig
 from molora.data.collate import collate, pad_token
 from molora.data.prompts import Example, encode, render
 from molora.data.tasks import Task
@@ -31,75 +32,82 @@ class Limits:
     num_beams: int = 1
     max_length: int = 512
 
+    @classmethod
+    def of(cls, config: RunConfig) -> Limits:
+        """Those of a recipe."""
+        found = config.eval
+        return cls(found.batch_size, found.max_new_tokens, found.num_beams, config.data.max_length)
+
 
 def score_task(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
 ) -> tuple[float, list[Result]]:
-    """The task's metric over its held-out records, and what came of each.
+    """The task's metric over its held-out records, and what came of each; see `HeldOut`."""
+    held_out = HeldOut(model, tokenizer, task, limits)
+    answers = held_out.ask(range(len(task.eval)))
+    results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
+    return mean(METRICS[task.metric], results), results
 
-    The model answers as it is set up: call it inside the mode's context, in eval mode, without gradients.
+
+class HeldOut:
+    """A task's held-out records, encoded once.
+
+    The model answers as it is set up: ask inside the context of a mode, in eval mode, without gradients.
 
     Raises:
         DataError: the task has no held-out records.
     """
-    examples = held_out(task, tokenizer, limits)
-    answers = ask(model, tokenizer, task, examples, limits)
-    found = [result_of(task, i, example, answers[i]) for i, example in enumerate(examples)]
-    return mean(METRICS[task.metric], found), found
 
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
+        if not len(task.eval):
+            raise DataError(
+                f"task {task.name!r} has no held-out records to score.",
+                hint="give it `eval` (files), `eval_split` or `eval_size`.",
+            )
+        self.model, self.tokenizer, self.task, self.limits = model, tokenizer, task, limits
+        self.examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
 
-def held_out(task: Task, tokenizer: PreTrainedTokenizerBase, limits: Limits) -> list[Example]:
-    """The task's held-out records, encoded; DataError where there are none."""
-    if not len(task.eval):
-        raise DataError(
-            f"task {task.name!r} has no held-out records to score.",
-            hint="give it `eval` (files), `eval_split` or `eval_size`.",
+    def ask(self, records: Sequence[int]) -> dict[int, Answer]:
+        """The model's answer to each of these records."""
+        if self.task.task_type == "SEQ_CLS" or self.task.metric == "loss":
+            return dict(self._forward(records))
+        texts = generate_answers(
+            self.model,
+            self.tokenizer,
+            [list(self.examples[i].prompt) for i in records],
+            batch_size=self.limits.batch_size,
+            max_new_tokens=self.limits.max_new_tokens,
+            num_beams=self.limits.num_beams,
         )
-    return [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
+        return dict(zip(records, texts, strict=True))
 
+    def _forward(self, records: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+        """Answers that a forward pass gives: logits of a classifier, or the loss on the target."""
+        encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        lengths = [len(self.examples[i].input_ids) for i in records]
+        for part in batches_by_length(lengths, self.limits.batch_size):
+            chosen = [records[i] for i in part]
+            batch = inputs_of([self.examples[i] for i in chosen], self.model, self.tokenizer)
+            if self.task.task_type == "SEQ_CLS":
+                yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
+                continue
+            labels = batch["labels"] if encoder_decoder else batch.pop("labels")
+            nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
+            yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
 
-def ask(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    limits: Limits,
-    rows: Sequence[int] | None = None,
-) -> dict[int, Answer]:
-    """The model's answer to each of these rows of the examples; None: to all."""
-    rows = range(len(examples)) if rows is None else rows
-    if task.task_type == "SEQ_CLS" or task.metric == "loss":
-        return dict(_forward(model, tokenizer, task, examples, limits, rows))
-    texts = generate_answers(
-        model,
-        tokenizer,
-        [list(examples[i].prompt) for i in rows],
-        batch_size=limits.batch_size,
-        max_new_tokens=limits.max_new_tokens,
-        num_beams=limits.num_beams,
-    )
-    return dict(zip(rows, texts, strict=True))
-
-
-def _forward(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    task: Task,
-    examples: Sequence[Example],
-    limits: Limits,
-    rows: Sequence[int],
-) -> Iterator[tuple[int, Answer]]:
-    """Answers that a forward pass gives: logits (class,) of a classifier, or the loss on the target."""
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    for part in batches_by_length([len(examples[i].input_ids) for i in rows], limits.batch_size):
-        chosen = [rows[i] for i in part]
-        batch = inputs_of([examples[i] for i in chosen], model, tokenizer)
-        if task.task_type == "SEQ_CLS":
-            yield from zip(chosen, model(**batch).logits.float().cpu(), strict=True)
-            continue
-        labels = batch["labels"] if encoder_decoder else batch.pop("labels")
-        nll, tokens = token_nll(model(**batch).logits, labels, shift=not encoder_decoder)
-        yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+    def result(self, record: int, answer: Answer, classes: Sequence[int] | None = None) -> Result:
+        """What comes of an answer; `classes`: those that a classifier chooses from, default the task's own."""
+        task = self.task
+        if isinstance(answer, Tensor):
+            label = torch.tensor(self.examples[record].labels)
+            logits = only_classes(answer, classes or task.classes or range(len(task.labels)))
+            return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
+        if not isinstance(answer, str):
+            return Result(record, nll=answer[0], count=answer[1])
+        target = render(task, task.eval[record])[1]
+        if task.metric == "accuracy" and task.labels:
+            return Result(record, match_label(answer, task.labels), target)
+        return Result(record, answer.strip(), target.strip())
 
 
 def inputs_of(
@@ -115,23 +123,6 @@ def inputs_of(
         keys.append("labels")
     device = next(model.parameters()).device
     return {key: batch[key].to(device) for key in keys}
-
-
-def result_of(
-    task: Task, record: int, example: Example, answer: Answer, classes: Sequence[int] | None = None
-) -> Result:
-    """What comes of a record with this answer; `classes`: what a classifier chooses from, default the task's own."""
-    if isinstance(answer, Tensor):
-        assert isinstance(example.labels, int)
-        logits = only_classes(answer, classes or task.classes or range(len(task.labels)))
-        nll = float(F.cross_entropy(logits, torch.tensor(example.labels)))
-        return Result(record, int(logits.argmax()), example.labels, nll)
-    if not isinstance(answer, str):
-        return Result(record, nll=answer[0], count=answer[1])
-    target = render(task, task.eval[record])[1]
-    if task.metric == "accuracy" and task.labels:
-        return Result(record, match_label(answer, task.labels), target)
-    return Result(record, answer.strip(), target.strip())
 
 
 def only_classes(logits: Tensor, classes: Sequence[int]) -> Tensor:

@@ -32,7 +32,7 @@ from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, total_steps
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
-Conclude = Callable[[Run, PeftModel, PreTrainedTokenizerBase, TaskSet], None]
+Conclude = Callable[[Run, PeftModel], None]
 
 # A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
 FREE_ON_RESUME = (
@@ -129,10 +129,13 @@ def fit(
         if trainer.is_global_zero:
             save(model, run.adapter)
             if settings.strategy == "fsdp2":
-                model = load_trained(run.path)[
-                    0
-                ]  # a sharded one answers only where all processes ask together
-            (conclude or finish)(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
+                # A sharded one answers only where all processes ask together.
+                model, _, _ = load_trained(run.path)
+            model = model.to(trainer.strategy.root_device).eval()
+            if conclude is not None:
+                conclude(run, model)
+            else:
+                finish(run, model, tokenizer, tasks)
     return run
 
 
@@ -234,4 +237,4 @@ def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:
 def finish(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> None:
     """Draw the loss and score every task."""
     plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
-    evaluate_run(run, model.eval(), tokenizer, tasks)
+    evaluate_run(run, model, tokenizer, tasks)
