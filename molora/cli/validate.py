@@ -82,7 +82,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     _show_records(console, config, tasks, tokenizer)
     first, ids = config, tasks.ids
     if config.continual is not None:
-        from molora.continual.turn_recipe import turn_recipe
+        from molora.continual.turn import turn_recipe
 
         first, ids = turn_recipe(config, tasks.ids)
     with quiet_libraries():

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Note, Strategy, Turn, expert_layers, watch
+from molora.continual.strategy import Batches, KeepsBases, Note, Turn, expert_layers, watch
 from molora.continual.subspace import grown_basis, leading, residual
 from molora.tuner.layer import MoLoraLayer
 
@@ -17,7 +15,7 @@ from molora.tuner.layer import MoLoraLayer
 _NOTHING = 1e-9
 
 
-class InfLoRA(Strategy):
+class InfLoRA(KeepsBases):
     """A of the new expert is designed and frozen, only B learns; experts add up.
 
     Before a task: the covariance of each layer's inputs on its data, without the directions of old tasks, gives
@@ -26,10 +24,6 @@ class InfLoRA(Strategy):
     CVPR 2024. Deviation: A's directions are the principal ones of the projected inputs, those of P H P for the covariance
     H; the published code takes the left singular vectors of P H.
     """
-
-    def __init__(self, settings: StrategyConfig) -> None:
-        super().__init__(settings)
-        self.bases: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def before_task(self, model: nn.Module, turn: Turn) -> None:
@@ -48,12 +42,6 @@ class InfLoRA(Strategy):
         energy = start + (end - start) * turn.index / max(1, len(turn.tasks))
         for key, covariance in covariances(model, turn.batches).items():
             self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
 
 
 def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:

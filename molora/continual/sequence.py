@@ -25,8 +25,7 @@ from molora.continual.registry import build_strategy
 from molora.continual.scoring import score_base, score_turn
 from molora.continual.strategy import Turn
 from molora.continual.tables import write_tables
-from molora.continual.turn import drawn, passes, play_turn
-from molora.continual.turn_recipe import turn_recipe
+from molora.continual.turn import drawn, passes, play_turn, turn_recipe
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_folder, write_json

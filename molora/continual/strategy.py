@@ -102,6 +102,20 @@ class Strategy:
         """Undo `tensors` and `plain`."""
 
 
+class KeepsBases(Strategy):
+    """A strategy that remembers, by layer or gate, an orthonormal basis (d, k) of what earlier tasks read."""
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
+        self.bases: dict[str, Tensor] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
+
+
 def hold_sum(model: nn.Module) -> None:
     """Keep a gate that adds experts up at 1, as published: its numbers are Parameters, but not to be learned."""
     for gate in (m for m in model.modules() if isinstance(m, Gate)):

@@ -1,4 +1,4 @@
-"""One task's turn: its expert joins the model, a strategy trains it, and what comes after is left to the caller.
+"""One task's turn: its recipe; its expert joins the model, a strategy trains it, the caller does what comes after.
 
 Sequences play one turn after another, `add_expert` a single one.
 """
@@ -13,7 +13,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.config import RunConfig
+from molora.config import RunConfig, load_recipe
 from molora.config.grow import NewExpert
 from molora.continual.strategy import Strategy, Turn, hold_sum
 from molora.data.prompts import Example, encode
@@ -26,7 +26,36 @@ from molora.store.runs import Run
 from molora.training.environment import prepare_process
 from molora.training.train import Conclude, fit
 
+SHARED = "shared"  # the expert's name where one serves all tasks
 PASS_RECORDS = 2000  # of a task's training data that strategies look at before and after training
+
+
+def turn_recipe(
+    config: RunConfig, known_ids: Mapping[str, int], turn: int = 0
+) -> tuple[RunConfig, dict[str, int]]:
+    """The recipe after the task number `turn` has come, and the ids of the tasks the adapter knows by then.
+
+    Where one expert (or mixture) serves all tasks, it knows all of them from the start; else the tasks so far, each
+    with an expert of its name.
+    """
+    assert config.continual is not None
+    names = list(config.data.tasks)
+    plain = config.model_dump(mode="json")
+    adapter = plain["adapter"]
+    if config.continual.strategy.spec.one_expert:
+        several = adapter["expert_names"] is not None or config.adapter.most_experts > 1
+        adapter["expert_names"] = config.adapter.experts if several else [SHARED]
+        adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
+    else:
+        names = names[: turn + 1]
+        alone = (
+            config.adapter.gate.score == "none"
+        )  # the task id decides; a learned gate may use the older ones too
+        adapter["num_experts"], adapter["expert_names"] = len(names), names
+        adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
+    plain["continual"] = None
+    plain["data"]["tasks"] = {name: plain["data"]["tasks"][name] for name in names}
+    return load_recipe(plain), {name: known_ids[name] for name in names}
 
 
 def play_turn(

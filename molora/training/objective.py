@@ -19,14 +19,6 @@ class Companion(Protocol):
     def after_step(self, model: Any) -> None: ...
 
 
-class Objective(Protocol):
-    """Something to minimise."""
-
-    def loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch (a scalar with its graph), and metrics by name (scalars)."""
-        ...
-
-
 class Supervised:
     """The task's own loss, auxiliary losses weighted and counted once, and what a companion adds.
 
@@ -38,7 +30,10 @@ class Supervised:
         self.companion = companion
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """See `Objective`. Metrics: `loss` of the task, `aux/<name>` unweighted, `continual/<name>` of the companion."""
+        """The loss of a batch (a scalar with its graph), and metrics by name (scalars).
+
+        Metrics are `loss`, that of the task alone, `aux/<name>` unweighted, and `continual/<name>` of the companion.
+        """
         task = forward(model, **batch).loss
         metrics = {"loss": task} | {f"aux/{name}": value for name, value in molora.aux_losses(model).items()}
         total = task + molora.aux_loss(model)
