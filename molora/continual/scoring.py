@@ -88,7 +88,7 @@ def score_turn(
         `shown` {task: accuracy with its id given, over its own classes}; `hidden` {seen task: accuracy without, over
         the classes seen, or those of the inferred task; None where nobody can tell}; `inferred` {seen task: share of
         samples whose task the router named}; `unchanged` {seen task: whether logits with its id are bit-equal to
-        those after its own stage}; `overlap` between experts, averaged over layers and pairs, and by layer.
+        those after its own turn}; `overlap` between experts, averaged over layers and pairs, and by layer.
     """
     joint = config.continual is not None and config.continual.strategy.spec.at_once
     row: dict[str, Any] = {"task": turn.task.name, "joint": joint}

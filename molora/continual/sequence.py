@@ -54,7 +54,7 @@ def train_sequence(
 
     Returns:
         The run: `matrix.json`, `matrix.csv` and `matrix.png`, `stages/NN-task` with a run folder each, and
-        `adapter`, that of the last stage.
+        `adapter`, that of the last turn.
 
     Raises:
         ConfigError, DataError: before anything is written. DivergedError, InterruptedRun: as `molora.train`.
@@ -225,7 +225,7 @@ class SequenceRun:
         write_json(done.path / ROW_FILE, row)
 
     def _publish(self, last: Path) -> None:
-        """The last stage's adapter as the run's own, so that every verb that takes a run takes this one."""
+        """The last turn's adapter as the run's own, so that every verb that takes a run takes this one."""
         if self.run.adapter.is_dir():
             return
         verify_folder(last / "adapter")

@@ -5,9 +5,10 @@ that of the task plus auxiliary losses plus a companion's terms (objective.py), 
 divides by the number of accumulated batches, which `_window_correction` mends where an epoch's last window is short,
 and runs backward. At the end of a window `on_before_optimizer_step` averages gradients where the base is sharded and
 drops those of parts that the present stage does not train; `configure_gradient_clipping` clips and notes the norm;
-`optimizer_step` moves the weights, and the companion looks at them. The scheduler steps. `on_train_batch_end` reports
-the meter's means every `log_every` steps. Then the callbacks, in their order: the random state is kept, a loss that is
-not finite stops the run, held-out batches are measured, a checkpoint is written, a signal ends it (optimise.py).
+`optimizer_step` moves the weights, and the companion looks at them. The scheduler steps. Then the callbacks, in their
+order: the random state is kept, a loss that is not finite stops the run, held-out batches are measured, a checkpoint is
+written, a signal ends it (optimise.py, train.py). Last, `on_train_batch_end` reports the meter's means every `log_every`
+steps.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, dump_recipe, load_recipe
-from molora.data.clusters import TextClusters
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_json
@@ -100,7 +99,11 @@ def fit(
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
-    clusters = _features(config, model, data, tokenizer, run)
+    clusters = None
+    if run is None:
+        clusters = fit_features(config, model, data, tokenizer)
+    else:  # what a resumed run reads stays what it was
+        load_features(config, run.path, model, tokenizer)
     steps = total_steps(settings, len(data.train_dataloader()))
     validation = _validation(config, data)
     first = _is_first_process()
@@ -137,20 +140,6 @@ def fit(
             else:
                 finish(run, model, tokenizer, tasks)
     return run
-
-
-def _features(
-    config: RunConfig,
-    model: PeftModel,
-    data: MoLoraDataModule,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run | None,
-) -> TextClusters | None:
-    """The clusters of a new run; those of a resumed one are read, so that they stay what they were."""
-    if run is None:
-        return fit_features(config, model, data, tokenizer)
-    load_features(config, run.path, model, tokenizer)
-    return None
 
 
 def _is_first_process() -> bool:
