@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-import molora
+from molora.tuner.api import aux_in_loss, aux_loss, aux_losses
 
 
 class Companion(Protocol):
@@ -35,8 +35,8 @@ class Supervised:
         Metrics are `loss`, that of the task alone, `aux/<name>` unweighted, and `continual/<name>` of the companion.
         """
         task = forward(model, **batch).loss
-        metrics = {"loss": task} | {f"aux/{name}": value for name, value in molora.aux_losses(model).items()}
-        total = task + molora.aux_loss(model)
+        metrics = {"loss": task} | {f"aux/{name}": value for name, value in aux_losses(model).items()}
+        total = task + aux_loss(model)
         if self.companion is not None:
             terms = self.companion.loss(model)
             metrics |= {f"continual/{name}": value for name, value in terms.items()}
@@ -46,7 +46,7 @@ class Supervised:
 
 def forward(model: Any, **inputs: Any) -> Any:
     """The model's own output; `out.loss` without auxiliary losses."""
-    with molora.aux_in_loss(model, False):
+    with aux_in_loss(model, False):
         return model(**inputs)
 
 
