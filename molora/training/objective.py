@@ -23,7 +23,7 @@ class Supervised:
     """The task's own loss, auxiliary losses weighted and counted once, and what a companion adds.
 
     Batches are dicts of model inputs with `labels`: next tokens, a class, or the nearest label text, as the base takes
-    them. They are means over one batch, so their mean over accumulated batches is that of one large batch.
+    them. Everything is a mean over the batch, so that accumulated batches are averaged like it.
     """
 
     def __init__(self, companion: Companion | None = None) -> None:
