@@ -27,7 +27,8 @@ from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_json
 from molora.evaluation.runner import inference
 from molora.evaluation.score import Limits, score_task
-from molora.models.build import build_model, load_base
+from molora.models.base import load_base
+from molora.models.build import build_model
 from molora.training.environment import describe_environment, prepare_process
 from molora.training.optimizer import build_optimizer, build_scheduler
 
@@ -69,10 +70,8 @@ def exact_match(
     model: Any, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet, config: RunConfig
 ) -> dict[str, float]:
     """Greedy exact match on the held-out items of every task."""
-    settings = config.eval
-    limits = Limits(settings.batch_size, settings.max_new_tokens, settings.num_beams, config.data.max_length)
     with inference(model):
-        return {task.name: score_task(model, tokenizer, task, limits)[0] for task in tasks}
+        return {task.name: score_task(model, tokenizer, task, Limits.of(config))[0] for task in tasks}
 
 
 def run_arm(arm: str, config: RunConfig, parameters: int) -> dict[str, Any]:

@@ -47,7 +47,7 @@ def command(
 
     from molora.config import BaseConfig
     from molora.disk.atomic import check_target, check_writable
-    from molora.models.build import load_base
+    from molora.models.base import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
     from molora.training.environment import quiet_libraries

@@ -68,7 +68,8 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
-    from molora.models.build import build_skeleton, labels_of_tasks, load_tokenizer
+    from molora.models.base import load_tokenizer
+    from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
 
     try:
@@ -86,9 +87,9 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     _show_records(console, config, tasks, tokenizer)
     first, ids = config, tasks.ids
     if config.continual is not None:
-        from molora.continual.stage_recipe import stage_recipe
+        from molora.continual.turn import turn_recipe
 
-        first, ids = stage_recipe(config, tasks.ids)
+        first, ids = turn_recipe(config, tasks.ids)
     with quiet_libraries():
         model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     tuner: Any = model.base_model

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -16,50 +18,78 @@ from molora.config.section import (
     without_default,
 )
 from molora.config.suggest import did_you_mean
-
-# What each strategy takes beside `kind`, with its defaults.
-STRATEGIES: dict[str, dict[str, Any]] = {
-    "sequential": {},
-    "independent": {},
-    "inc_lora": {},
-    "replay": {"ratio": 0.02, "count": None},
-    "joint": {},
-    "o_lora": {"coefficient": 0.5, "norm": "l1", "factor": "A", "l2": 0.0},
-    "n_lora": {"coefficient": 0.4},
-    "inf_lora": {"energy": 0.98, "energy_end": 1.0},
-    "slao": {},
-    "ella": {"coefficient": 5e6},
-    "gated": {"energy": 0.995},
-    "color": {},
-}
-
-ONE_EXPERT = ["sequential", "replay", "joint", "slao"]
-"""Strategies in which all tasks train the same experts."""
-
-TASK_BY_TASK = frozenset(STRATEGIES) - {"replay", "joint"}
-"""Strategies that train on the present task's records alone."""
+from molora.registry import Lazy, Registry
 
 # Gates that strategies bring where the recipe's adapter says nothing of one.
 SUM = {"kind": "constant", "share": "global", "transform": "identity", "start": 1.0}
 BY_TASK = {"kind": "task", "share": "global"}
 GATED = {"kind": "sequence", "score": "cosine", "transform": "gain"}
-GATES: dict[str, dict[str, Any] | str] = {
-    kind: {"independent": BY_TASK, "color": BY_TASK, "gated": GATED}.get(kind, SUM) for kind in STRATEGIES
-}
+
+_SUMMED = {"scope": "constant", "transform": "identity"}
+_ONLY_BY_TASK = {"scope": "task"}
 
 
-WITHOUT_MEMORY = ["inc_lora", "o_lora", "n_lora", "ella"]
-"""Strategies that need nothing of earlier tasks but their experts, so that any trained run can go on with them."""
+@dataclass(frozen=True)
+class StrategySpec:
+    """All that is known of a strategy before it runs.
+
+    Args:
+        strategy: its class, a subclass of `molora.continual.strategy.Strategy`.
+        settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
+        gate: the gate it brings where the recipe's adapter says nothing of one.
+        needs: what it cannot do without in a gate that the recipe gives instead.
+        router: the router it has where the recipe names none.
+        one_expert: all tasks train the same experts; else each task adds one and the others are frozen.
+        without_memory: it needs nothing of earlier tasks but their experts, so any trained run can go on with it.
+        task_by_task: it trains on the present task's records alone.
+        at_once: all tasks are learned in one turn.
+    """
+
+    strategy: type | Lazy[type]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | str = field(default_factory=lambda: SUM)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+    router: str | None = None
+    one_expert: bool = False
+    without_memory: bool = False
+    task_by_task: bool = True
+    at_once: bool = False
+
+    def load(self) -> type:
+        """The class."""
+        return self.strategy.load() if isinstance(self.strategy, Lazy) else self.strategy
 
 
-# What a strategy cannot do without in a gate that the recipe gives instead of its own.
-NEEDED_GATE: dict[str, dict[str, Any]] = {
-    "independent": {"scope": "task"},
-    "color": {"scope": "task"},
-    "gated": {"scope": "sequence", "score": "cosine", "transform": "gain", "norm": "unit"},
-    "inf_lora": {"scope": "constant", "transform": "identity"},
-    "slao": {"scope": "constant", "transform": "identity"},
-}
+STRATEGIES: Registry[StrategySpec] = Registry("strategy")
+
+_PLAIN: Lazy[type] = Lazy("continual.strategy:Strategy")
+_PENALTIES = "continual.penalties"
+_O_LORA = {"coefficient": 0.5, "norm": "l1", "factor": "A", "l2": 0.0}
+
+for _name, _spec in {
+    "sequential": StrategySpec(_PLAIN, one_expert=True),
+    "independent": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK),
+    "inc_lora": StrategySpec(_PLAIN, without_memory=True),
+    "replay": StrategySpec(
+        Lazy("continual.replay:Replay"), {"ratio": 0.02, "count": None}, one_expert=True, task_by_task=False
+    ),
+    "joint": StrategySpec(Lazy("continual.replay:Joint"), one_expert=True, task_by_task=False, at_once=True),
+    "o_lora": StrategySpec(Lazy(f"{_PENALTIES}:OLoRA"), _O_LORA, without_memory=True),
+    "n_lora": StrategySpec(Lazy(f"{_PENALTIES}:NLoRA"), {"coefficient": 0.4}, without_memory=True),
+    "inf_lora": StrategySpec(
+        Lazy("continual.inf_lora:InfLoRA"), {"energy": 0.98, "energy_end": 1.0}, needs=_SUMMED
+    ),
+    "slao": StrategySpec(Lazy("continual.slao:Slao"), needs=_SUMMED, one_expert=True),
+    "ella": StrategySpec(Lazy(f"{_PENALTIES}:Ella"), {"coefficient": 5e6}, without_memory=True),
+    "gated": StrategySpec(
+        Lazy("continual.gated:Gated"),
+        {"energy": 0.995},
+        gate=GATED,
+        needs={"scope": "sequence", "score": "cosine", "transform": "gain", "norm": "unit"},
+    ),
+    "color": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK, router="prototypes"),
+}.items():
+    STRATEGIES.add(_name, _spec)
 
 
 class StrategyConfig(Section):
@@ -92,7 +122,7 @@ class StrategyConfig(Section):
                     )
                 ]
             )
-        own = STRATEGIES[kind]
+        own = STRATEGIES[kind].settings
         settings = ", ".join(own) or "none"
         refuse(
             [
@@ -107,6 +137,11 @@ class StrategyConfig(Section):
         if data.get("count") is not None and "ratio" in own:
             own = {**own, "ratio": None}
         return {**own, **{key: value for key, value in data.items() if value is not None}}
+
+    @property
+    def spec(self) -> StrategySpec:
+        """What is known of the strategy."""
+        return STRATEGIES[self.kind]
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -144,10 +179,9 @@ class ContinualConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _router_of_color(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        return without_default(data, "router", "prototypes") if strategy_kind(data) == "color" else data
+    def _router_of_the_strategy(cls, data: Any) -> Any:
+        spec: StrategySpec | None = STRATEGIES.get(strategy_kind(data) or "")
+        return without_default(data, "router", spec.router) if spec is not None and spec.router else data
 
 
 def strategy_kind(section: Any) -> str | None:

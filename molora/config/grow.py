@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
-from molora.config.continual import WITHOUT_MEMORY, StrategyConfig
+from molora.config.continual import STRATEGIES, StrategyConfig
 from molora.config.data import KIND_OF_TASK_TYPE, TaskConfig
 from molora.config.load import Recipe, load_section, read_text
 from molora.config.loss_rules import aux_problems
@@ -76,8 +76,9 @@ class GrowConfig(Section):
     @field_validator("strategy")
     @classmethod
     def _check_strategy(cls, value: StrategyConfig) -> StrategyConfig:
-        if value.kind not in WITHOUT_MEMORY:
-            why = f"needs what a sequence keeps of earlier tasks (molora continual). Allowed: {', '.join(WITHOUT_MEMORY)}."
+        if not value.spec.without_memory:
+            allowed = ", ".join(name for name, spec in STRATEGIES.items() if spec.without_memory)
+            why = f"needs what a sequence keeps of earlier tasks (molora continual). Allowed: {allowed}."
             refuse([(("kind",), f"{value.kind} {why}")])
         return value
 

@@ -7,15 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from molora.config.adapter import AdapterConfig
-from molora.config.continual import GATES as STRATEGY_GATES
-from molora.config.continual import (
-    NEEDED_GATE,
-    ONE_EXPERT,
-    STRATEGIES,
-    TASK_BY_TASK,
-    ContinualConfig,
-    strategy_kind,
-)
+from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
@@ -89,10 +81,9 @@ class RunConfig(Section):
         adapter = data.get("adapter") or {}
         if not isinstance(adapter, dict) or "preset" in adapter or adapter.get("from_loras"):
             return data
-        kind = strategy_kind(data["continual"])
-        if kind not in STRATEGIES:  # its own check reports it
-            kind = "sequential"
-        gate, experts = STRATEGY_GATES[kind], adapter.get("num_experts") or 1
+        # A strategy that nobody knows is reported by its own check.
+        spec = STRATEGIES.get(strategy_kind(data["continual"]) or "", STRATEGIES["sequential"])
+        gate, experts = spec.gate, adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
 
     @model_validator(mode="before")
@@ -150,11 +141,11 @@ class RunConfig(Section):
             problems.append(
                 (("continual", "order"), f"must name every task of data.tasks once: {', '.join(known)}.")
             )
-        kind = self.continual.strategy.kind
-        if kind not in ONE_EXPERT and self.adapter.num_experts != 1:
+        kind, spec = self.continual.strategy.kind, self.continual.strategy.spec
+        if not spec.one_expert and self.adapter.num_experts != 1:
             text = f"strategy {kind} starts with one expert and adds one for each task; leave it out."
             problems.append((("adapter", "num_experts"), text))
-        for key in ("tasks", "frozen_experts", *(() if kind in ONE_EXPERT else ("expert_names",))):
+        for key in ("tasks", "frozen_experts", *(() if spec.one_expert else ("expert_names",))):
             if getattr(self.adapter, key) not in (None, []):
                 problems.append((("adapter", key), "is the strategy's to say; leave it out."))
         if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
@@ -170,7 +161,7 @@ class RunConfig(Section):
 
     def _mix_problems(self, kind: str) -> list[Problem]:
         """Settings of a mix, where each task is trained on alone."""
-        if kind not in TASK_BY_TASK:
+        if not STRATEGIES[kind].task_by_task:
             return []
         text = f"does nothing: strategy {kind} trains on one task at a time."
         found: list[Problem] = [
@@ -189,7 +180,7 @@ class RunConfig(Section):
         assert self.continual is not None
         problems: list[Problem] = []
         gate, strategy = self.adapter.gate.model_dump(), self.continual.strategy
-        wrong = [f"{key} {value}" for key, value in NEEDED_GATE.get(kind, {}).items() if gate[key] != value]
+        wrong = [f"{key} {value}" for key, value in strategy.spec.needs.items() if gate[key] != value]
         if wrong:
             text = f"strategy {kind} needs a gate of {', '.join(wrong)}; leave the gate out to get it."
             problems.append((("adapter", "gate"), text))
@@ -201,7 +192,7 @@ class RunConfig(Section):
         softmax = self.continual.softmax
         if softmax is not None and self.base.head != "match":
             problems.append((("continual", "softmax"), "acts only with base.head: match."))
-        elif softmax == "own" and kind in ("replay", "joint"):
+        elif softmax == "own" and not strategy.spec.task_by_task:
             text = f"'own' leaves out the labels of other tasks, which {kind} trains on; leave it out."
             problems.append((("continual", "softmax"), text))
         return problems

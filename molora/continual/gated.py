@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Note, Stage, Strategy, watch
+from molora.continual.strategy import Batches, KeepsBases, Note, Turn, watch
 from molora.continual.subspace import grown_basis, without
 from molora.gates.gate import Gate
 
@@ -17,7 +16,7 @@ from molora.gates.gate import Gate
 _NOTHING = 1e-5
 
 
-class Gated(Strategy):
+class Gated(KeepsBases):
     """`y = W x + Σ_e |2σ(4 cos(k_e, z)) - 1| s B_e A_e x`, z the mean of the layer's inputs over the sample.
 
     The key k of a new expert starts as the mean z of its task and is kept orthogonal to the directions that hold
@@ -28,13 +27,9 @@ class Gated(Strategy):
     read, where theirs is one MLP of token embeddings for all.
     """
 
-    def __init__(self, settings: StrategyConfig) -> None:
-        super().__init__(settings)
-        self.bases: dict[str, Tensor] = {}
-
     @torch.no_grad()
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
-        means = {key: (total / count) for key, (total, count, _) in read_by(model, stage.batches).items()}
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
+        means = {key: (total / count) for key, (total, count, _) in read_by(model, turn.batches).items()}
         for key, gate in gates(model):
             assert gate.rows is not None
             row = without(means[key].unsqueeze(0), self.bases.get(key))
@@ -49,16 +44,10 @@ class Gated(Strategy):
                 newest = gate.rows.blocks[-1]
                 newest.copy_(without(newest, self.bases[key].to(newest)))
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
-        for key, (_, _, covariance) in read_by(model, stage.batches).items():
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
+        for key, (_, _, covariance) in read_by(model, turn.batches).items():
             grown = grown_basis(self.bases.get(key), covariance, self.number("energy"))
             self.bases[key] = grown.float().cpu()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
 
 
 def gates(model: nn.Module) -> Iterator[tuple[str, Gate]]:

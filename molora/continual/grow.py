@@ -14,25 +14,22 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import GrowConfig, RunConfig, load_grow, load_recipe
 from molora.continual.registry import build_strategy
-from molora.continual.strategy import Stage, hold_sum
-from molora.data.collate import collate, pad_token
-from molora.data.prompts import encode
-from molora.data.tasks import Task, TaskSet
+from molora.continual.scoring import probe_logits
+from molora.continual.strategy import Turn
+from molora.continual.turn import passes, play_turn
+from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
-from molora.evaluation.runner import inference
-from molora.models.build import load_trained, ready_to_train, tasks_of
-from molora.models.label_match import add_labels, compete
+from molora.models.build import load_trained, tasks_of
+from molora.models.label_match import add_labels
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
-from molora.training.train import find_run, fit, with_labels
-from molora.training.trainer import check_device
-from molora.tuner.api import routing
+from molora.training.optimise import check_device
+from molora.training.train import find_run, with_labels
 from molora.tuner.config import MoLoraConfig
 
-PROBE = 16  # held-out records per old task whose logits are compared before and after
 UNCHANGED = "old tasks bit-equal with task ids given"
 
 
@@ -72,35 +69,40 @@ def add_expert(
             add_labels(model, tokenizer, tasks.label_texts)
         target = find_run(config, resume)
         new = tasks[grow.task.name]
-        known = [task for task in tasks if task is not new and len(task.eval)]
+        old_tasks = [task for task in tasks if task is not new]
+        known = [task for task in old_tasks if len(task.eval)]
         before = _scores_before(config, model, tokenizer, known, new)
-        probes = {task.name: _probe(config, tokenizer, task) for task in known}
-        logits = {name: _routed_logits(model, name, batch) for name, batch in probes.items()}
-        prepare_process(config.seed)  # the new expert starts alike, however much was drawn while scoring
-        model.add_expert(
-            expert_name(grow),
-            tasks=[new.name],
-            init=grow.expert.init,
-            freeze_others=True,
-            isolate=grow.expert.isolate,
-        )
-        model.active_peft_config.aux_losses = dict(grow.aux_losses)
-        ready_to_train(model.get_base_model(), config.train)
-        hold_sum(model)
-        strategy = build_strategy(grow.strategy)
-        stage = Stage(len(tasks) - 1, [*(task for task in tasks if task is not new), new])
-        compete(model, stage.competing(grow.softmax))
-        strategy.before_task(model, stage)
 
-        def conclude(done: Run, grown: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
+        def probed(model: PeftModel) -> list[Tensor]:
+            length = config.data.max_length
+            return [probe_logits(model, tokenizer, task, task.name, length) for task in known]
+
+        logits = probed(model)
+
+        def conclude(done: Run, grown: PeftModel) -> None:
             plot_loss(done.path / "metrics.csv", done.path / "loss.png", ["loss", "val_loss"])
-            report = score(config, grown.eval(), tokenizer, [*known, *([new] if len(new.eval) else [])])
+            report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
             report.before = before
-            same = [torch.equal(_routed_logits(grown, name, probes[name]), logits[name]) for name in probes]
-            report.facts = {"parent": str(parent.path), UNCHANGED: all(same)}
+            same = all(map(torch.equal, probed(grown), logits))
+            report.facts = {"parent": str(parent.path), UNCHANGED: same}
             write_report(report, done.path, config)
 
-        return fit(config, model, tokenizer, TaskSet((new,), tasks.known_ids), target, conclude, strategy)
+        model.active_peft_config.aux_losses = dict(grow.aux_losses)
+        turn = Turn(
+            len(old_tasks), [*old_tasks, new], lambda: passes(config, model, tokenizer, new), config.seed
+        )
+        return play_turn(
+            config,
+            model,
+            tokenizer,
+            turn,
+            build_strategy(grow.strategy),
+            conclude,
+            known_ids=tasks.known_ids,
+            expert=grow.expert,
+            softmax=grow.softmax,
+            run=target,
+        )
 
 
 def expert_name(grow: GrowConfig) -> str:
@@ -157,17 +159,3 @@ def _scores_before(
     if modes and len(new.eval):
         scores += score(config, model, tokenizer, [new], modes).scores
     return scores
-
-
-def _probe(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: Task) -> dict[str, Tensor]:
-    """One fixed batch of a task: bit-equality is a promise about a fixed shape."""
-    examples = [encode(task, record, tokenizer, config.data.max_length) for record in list(task.eval)[:PROBE]]
-    batch = collate(examples, pad_token(tokenizer))
-    batch.pop("routing_task_ids")
-    return batch
-
-
-def _routed_logits(model: Any, task: str, batch: Mapping[str, Tensor]) -> Tensor:
-    device = next(model.parameters()).device
-    with inference(model), routing(model, task_ids=task, by="task"):
-        return model(**{key: value.to(device) for key, value in batch.items()}).logits.cpu()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Batches, Note, Stage, Strategy, expert_layers, watch
+from molora.continual.strategy import Batches, KeepsBases, Note, Turn, expert_layers, watch
 from molora.continual.subspace import grown_basis, leading, residual
 from molora.tuner.layer import MoLoraLayer
 
@@ -17,7 +15,7 @@ from molora.tuner.layer import MoLoraLayer
 _NOTHING = 1e-9
 
 
-class InfLoRA(Strategy):
+class InfLoRA(KeepsBases):
     """A of the new expert is designed and frozen, only B learns; experts add up.
 
     Before a task: the covariance of each layer's inputs on its data, without the directions of old tasks, gives
@@ -27,13 +25,9 @@ class InfLoRA(Strategy):
     H; the published code takes the left singular vectors of P H.
     """
 
-    def __init__(self, settings: StrategyConfig) -> None:
-        super().__init__(settings)
-        self.bases: dict[str, Tensor] = {}
-
     @torch.no_grad()
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
-        seen = covariances(model, stage.batches)
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
+        seen = covariances(model, turn.batches)
         for key, _, bank in expert_layers(model):
             assert bank.lora_A is not None
             (new,) = bank.trainable
@@ -43,17 +37,11 @@ class InfLoRA(Strategy):
             bank.lora_A[0, : len(rows)].copy_(rows)
             bank.lora_A.requires_grad_(False)
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
         start, end = self.number("energy"), self.number("energy_end")
-        energy = start + (end - start) * stage.index / max(1, len(stage.tasks))
-        for key, covariance in covariances(model, stage.batches).items():
+        energy = start + (end - start) * turn.index / max(1, len(turn.tasks))
+        for key, covariance in covariances(model, turn.batches).items():
             self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
-
-    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
-        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
 
 
 def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:

@@ -7,11 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from molora.continual.answers import features
-from molora.continual.router import PrototypeRouter
+from molora.continual.memory import stored
+from molora.continual.router import PrototypeRouter, features
 from molora.data.prompts import prompt_within
 from molora.disk.manifest import verify_folder
 from molora.errors import ConfigError
@@ -64,11 +63,6 @@ def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
             hint="train with `molora continual` and `continual.router: prototypes`, which strategy color has anyway.",
         )
     verify_folder(memories[-1])
-    stored = {
-        name.removeprefix("router/"): tensor
-        for name, tensor in load_file(memories[-1] / "memory.safetensors").items()
-        if name.startswith("router/")
-    }
     router = PrototypeRouter(section.router.clusters, section.router.metric)
-    router.restore(stored, list(run.config.data.tasks))
+    router.restore(stored(memories[-1], "router"), list(run.config.data.tasks))
     return TaskNamer(router, section.router.depth, run.config.data.max_length, run.config.base.task_type)

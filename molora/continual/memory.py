@@ -13,21 +13,19 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.continual import RouterConfig
-from molora.continual.answers import OPEN, features, inputs_of, on_route, prompt
-from molora.continual.router import PrototypeRouter
+from molora.continual.router import PrototypeRouter, features
 from molora.continual.strategy import Strategy
-from molora.data.prompts import Example, encode
+from molora.data.prompts import Example
 from molora.data.tasks import Task
 from molora.disk.atomic import write_folder
 from molora.disk.manifest import read_json, verify_folder
-from molora.evaluation.runner import inference
 
-PROBE = 16  # held-out records per task whose logits are compared ever after
+TENSORS_FILE = "memory.safetensors"
 FEATURE_BATCH = 64
 
 
 class Memory:
-    """Grows by one task at a time; saved with each stage and read by the next."""
+    """Grows by one task at a time; saved after each turn and read by the next."""
 
     def __init__(self, strategy: Strategy, router: RouterConfig | None) -> None:
         self.strategy = strategy
@@ -45,76 +43,57 @@ class Memory:
         seed: int,
     ) -> None:
         """Prototypes of a task from its training examples."""
-        if self.router is not None and self.settings is not None:
-            first = [prompt(example) for example in examples]
-            found = features(model, tokenizer, first, FEATURE_BATCH, self.settings.depth)
-            self.router.fit(task.name, found, seed)
+        if self.router is not None:
+            self.router.fit(task.name, self._read(model, tokenizer, examples), seed)
 
     def infer(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]
     ) -> list[str] | None:
         """The task that the router takes each held-out example for; None without a router."""
-        if self.router is None or self.settings is None:
+        if self.router is None:
             return None
         if task.name not in self._features:
-            self._features[task.name] = features(
-                model, tokenizer, [prompt(e) for e in examples], FEATURE_BATCH, self.settings.depth
-            )
+            self._features[task.name] = self._read(model, tokenizer, examples)
         return self.router.predict(self._features[task.name])
 
-    def unchanged(
-        self,
-        model: Any,
-        tokenizer: PreTrainedTokenizerBase,
-        tasks: Sequence[Task],
-        routes: Sequence[str],
-        length: int,
-    ) -> dict[str, bool]:
-        """Whether the logits of each task seen are bit by bit what they were after its own stage; notes new tasks'."""
-        found = {}
-        for task, route in zip(tasks, routes, strict=True):
-            records = list(task.eval)[:PROBE]
-            batch = inputs_of([encode(task, r, tokenizer, length) for r in records], model, tokenizer)
-            with inference(model), on_route(model, route):
-                logits = model(**batch).logits.float().cpu().contiguous()
-            digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
-            found[task.name] = self.digests.setdefault(task.name, digest) == digest
-        return found
+    def _read(self, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
+        assert self.settings is not None
+        prompts = [example.prompt for example in examples]
+        return features(model, tokenizer, prompts, FEATURE_BATCH, self.settings.depth)
+
+    def unchanged(self, task: str, logits: Tensor) -> bool:
+        """Whether a task's logits are bit by bit what they were when this was first asked, after its own turn."""
+        digest = hashlib.sha256(logits.numpy().tobytes()).hexdigest()
+        return self.digests.setdefault(task, digest) == digest
 
     def save(self, folder: Path) -> None:
         """Write everything, whole or not at all."""
+        parts = {"strategy": self.strategy.tensors(), "router": self.router.tensors() if self.router else {}}
         tensors = {
-            f"strategy/{name}": value.detach().cpu().contiguous()
-            for name, value in self.strategy.tensors().items()
+            f"{part}/{name}": value.detach().cpu().contiguous()
+            for part, found in parts.items()
+            for name, value in found.items()
         }
-        if self.router is not None:
-            tensors |= {f"router/{name}": value.contiguous() for name, value in self.router.tensors().items()}
         plain = {"strategy": self.strategy.plain(), "digests": self.digests}
         with write_folder(folder) as temporary:
-            save_file(tensors, temporary / "memory.safetensors")
+            save_file(tensors, temporary / TENSORS_FILE)
             (temporary / "memory.json").write_text(json.dumps(plain, ensure_ascii=False), encoding="utf-8")
 
     def load(self, folder: Path, tasks: Sequence[Task]) -> None:
         """Read what `save` wrote; AdapterError where it is damaged."""
         verify_folder(folder)
-        tensors, plain = load_file(folder / "memory.safetensors"), read_json(folder / "memory.json")
-        own = {
-            name.removeprefix("strategy/"): t for name, t in tensors.items() if name.startswith("strategy/")
-        }
-        self.strategy.restore(own, plain["strategy"])
+        plain = read_json(folder / "memory.json")
+        self.strategy.restore(stored(folder, "strategy"), plain["strategy"])
         self.digests = dict(plain["digests"])
         if self.router is not None:
-            centres = {
-                name.removeprefix("router/"): t for name, t in tensors.items() if name.startswith("router/")
-            }
-            self.router.restore(centres, [task.name for task in tasks])
+            self.router.restore(stored(folder, "router"), [task.name for task in tasks])
 
 
-def shown_route(model: Any, task: Task, known: bool) -> str | None:
-    """Who answers for a task whose id is given: its own experts, everybody, or (still unknown) nobody."""
-    gate = model.active_peft_config.gate
-    if gate.scope == "constant":
-        return OPEN
-    if known:
-        return task.name
-    return None if gate.scope == "task" else OPEN
+def stored(folder: Path, part: str) -> dict[str, Tensor]:
+    """The tensors of one part of a memory on disk: "strategy" or "router"."""
+    tensors = load_file(folder / TENSORS_FILE)
+    return {
+        name.removeprefix(f"{part}/"): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(f"{part}/")
+    }

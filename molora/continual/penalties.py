@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Stage, Strategy, expert_layers
+from molora.continual.strategy import Strategy, Turn, expert_layers
 from molora.experts.bank import ExpertBank
 from molora.losses import orthogonal
 
@@ -78,7 +78,7 @@ class Ella(Strategy):
         super().__init__(settings)
         self._past: dict[str, Tensor] = {}
 
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
         self._past = {
             key: torch.stack([bank.expert(e).delta().detach().float() for e in bank.frozen]).sum(dim=0)
             for key, _, bank in expert_layers(model)

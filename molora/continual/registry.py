@@ -6,36 +6,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from molora.config.adapter import AdapterConfig
-from molora.config.continual import GATES, ONE_EXPERT, STRATEGIES, SUM, WITHOUT_MEMORY, StrategyConfig
+from molora.config.continual import STRATEGIES, SUM, StrategyConfig, StrategySpec
 from molora.config.load import load_section
-from molora.config.names import check_name
-from molora.continual.gated import Gated
-from molora.continual.inf_lora import InfLoRA
-from molora.continual.penalties import Ella, NLoRA, OLoRA
-from molora.continual.replay import Joint, Replay
-from molora.continual.slao import Slao
 from molora.continual.strategy import Strategy
 from molora.errors import ConfigError
-
-KINDS: dict[str, type[Strategy]] = {
-    "sequential": Strategy,
-    "independent": Strategy,
-    "inc_lora": Strategy,
-    "replay": Replay,
-    "joint": Joint,
-    "o_lora": OLoRA,
-    "n_lora": NLoRA,
-    "inf_lora": InfLoRA,
-    "slao": Slao,
-    "ella": Ella,
-    "gated": Gated,
-    "color": Strategy,
-}
 
 
 def build_strategy(settings: StrategyConfig) -> Strategy:
     """The strategy of a recipe."""
-    return KINDS[settings.kind](settings)
+    made: Strategy = settings.spec.load()(settings)
+    return made
 
 
 def register_strategy(
@@ -62,24 +42,24 @@ def register_strategy(
     Raises:
         ConfigError: the name is taken or no name; the class is no strategy; wrong settings, or a wrong gate.
     """
-    check_name(name, "strategy")
-    if name in KINDS:
-        raise ConfigError(f"there is a strategy {name!r} already.")
     if not (isinstance(strategy, type) and issubclass(strategy, Strategy)):
         raise ConfigError(f"{strategy!r} is no subclass of molora.continual.strategy.Strategy.")
     known = [field for field in StrategyConfig.model_fields if field != "kind"]
     for key in settings or {}:
         if key not in known:
             raise ConfigError(f"{key!r} is no setting of strategies. Allowed: {', '.join(known)}.")
-    brought = SUM if gate is None else gate if isinstance(gate, str) else dict(gate)
-    load_section(AdapterConfig, {"num_experts": 1, "gate": brought})
-    STRATEGIES[name] = dict(settings or {})
+    spec = StrategySpec(
+        strategy,
+        settings=dict(settings or {}),
+        gate=SUM if gate is None else gate if isinstance(gate, str) else dict(gate),
+        one_expert=one_expert,
+        without_memory=without_memory,
+        task_by_task=strategy.training_tasks is Strategy.training_tasks,
+    )
+    load_section(AdapterConfig, {"num_experts": 1, "gate": spec.gate})
+    STRATEGIES.add(name, spec, source=strategy.__module__)
     try:
         load_section(StrategyConfig, {"kind": name})
     except ConfigError:
-        del STRATEGIES[name]
+        STRATEGIES.remove(name)
         raise
-    KINDS[name], GATES[name] = strategy, brought
-    for chosen, names in ((one_expert, ONE_EXPERT), (without_memory, WITHOUT_MEMORY)):
-        if chosen:
-            names.append(name)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Stage, Strategy
+from molora.continual.strategy import Strategy, Turn
 from molora.data.tasks import Task
 
 
@@ -27,17 +27,17 @@ class Replay(Strategy):
         super().__init__(settings)
         self.kept: dict[str, list[dict[str, Any]]] = {}
 
-    def training_tasks(self, stage: Stage) -> Sequence[Task]:
-        old = [replace(task, train=self.kept[task.name]) for task in stage.seen if task.name in self.kept]
-        return [stage.task, *old]
+    def training_tasks(self, turn: Turn) -> Sequence[Task]:
+        old = [replace(task, train=self.kept[task.name]) for task in turn.seen if task.name in self.kept]
+        return [turn.task, *old]
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
-        records = stage.task.train
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
+        records = turn.task.train
         ratio = self.settings.ratio
         count = self.settings.count if ratio is None else max(1, round(ratio * len(records)))
-        chosen = random.Random(stage.seed).sample(range(len(records)), min(count or 1, len(records)))
-        fields = stage.task.fields
-        self.kept[stage.task.name] = [
+        chosen = random.Random(turn.seed).sample(range(len(records)), min(count or 1, len(records)))
+        fields = turn.task.fields
+        self.kept[turn.task.name] = [
             {name: records[i][name] for name in fields if name in records[i]} for i in sorted(chosen)
         ]
 
@@ -53,5 +53,5 @@ class Joint(Strategy):
 
     softmax = "all"
 
-    def training_tasks(self, stage: Stage) -> Sequence[Task]:
-        return stage.tasks
+    def training_tasks(self, turn: Turn) -> Sequence[Task]:
+        return turn.tasks

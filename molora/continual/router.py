@@ -1,13 +1,21 @@
-"""PrototypeRouter: names the task of a sample that comes without an id, by the nearest of some prototypes per task."""
+"""PrototypeRouter: names the task of a sample that comes without an id, by the nearest of some prototypes per task.
+
+`features` are what it reads: hidden states of the base without experts.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
-from molora.data.clusters import TextClusters
+from molora.data.clusters import TextClusters, mean_vector
+from molora.data.collate import pad_right, pad_token
+from molora.evaluation.generate import batches_by_length
+from molora.evaluation.runner import inference
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity, so that few samples are enough
 
@@ -70,3 +78,29 @@ class PrototypeRouter:
         """Undo `tensors`; `order` is that of the tasks, which a file does not keep."""
         self.centres = {task: tensors[f"centres/{task}"] for task in order if f"centres/{task}" in tensors}
         self.spreads = {task: tensors[f"spreads/{task}"] for task in order if f"spreads/{task}" in tensors}
+
+
+def features(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    depth: float = 1.0,
+) -> Tensor:
+    """Frozen features (sample, d) of prompts (token ids): mean hidden states of the base without experts, of unit length.
+
+    `depth`: 0 are the embeddings, 1 the last layer's output, 0.5 that of the middle layer.
+    """
+    rows: dict[int, Tensor] = {}
+    device = next(model.parameters()).device
+    base = model.get_base_model()
+    reader = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
+    with inference(model), model.disable_adapter():
+        for part in batches_by_length([len(p) for p in prompts], batch_size):
+            ids = pad_right([prompts[i] for i in part], pad_token(tokenizer)).to(device)
+            lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+            mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
+            out = reader(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
+            layer = round(depth * (len(out.hidden_states) - 1))
+            rows.update(zip(part, mean_vector(out.hidden_states[layer], mask).cpu(), strict=True))
+    return torch.stack([rows[i] for i in range(len(prompts))])

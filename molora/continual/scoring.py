@@ -1,42 +1,86 @@
-"""Score every task of a sequence after a stage: with task ids, without, and how well ids are inferred."""
+"""Score every task of a sequence after a turn: with task ids, without, and how well ids are inferred."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from statistics import fmean
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
-from molora.continual.answers import BASE, OPEN, Answers
-from molora.continual.memory import Memory, shown_route
-from molora.continual.strategy import Stage, expert_layers
+from molora.continual.memory import Memory
+from molora.continual.strategy import Turn, expert_layers
 from molora.continual.subspace import overlap
+from molora.data.prompts import encode
 from molora.data.tasks import Task
-from molora.evaluation.runner import inference
-from molora.evaluation.score import Limits
+from molora.evaluation.metrics import METRICS, mean
+from molora.evaluation.runner import in_mode, inference
+from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
+
+BASE = None  # the route of the base without experts
+OPEN = ""  # the route of nobody in particular: the gate decides
+PROBE = 16  # held-out records per task whose logits are compared before and after others are learned
+
+
+def on_route(model: Any, route: str | None) -> AbstractContextManager[Any]:
+    """The context in which a task's experts answer, the gate alone (OPEN), or the base (BASE)."""
+    return in_mode(model, route, "base" if route is BASE else "gate" if route == OPEN else "task")
+
+
+class Answers(HeldOut):
+    """A model's answers to one task's held-out records under several routes, each worked out once."""
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
+        super().__init__(model, tokenizer, task, limits)
+        self._known: dict[str | None, dict[int, Answer]] = {}
+
+    def score(self, routes: Sequence[str | None], classes: Sequence[Sequence[int]]) -> float:
+        """The task's metric where each record is answered on a route of its own.
+
+        Args:
+            routes: of each record, the task whose experts answer, OPEN or BASE.
+            classes: of each record, the classes a classifier may choose from.
+        """
+        for route in dict.fromkeys(routes):
+            known = self._known.setdefault(route, {})
+            missing = [i for i, other in enumerate(routes) if other == route and i not in known]
+            if missing:
+                with on_route(self.model, route):
+                    known |= self.ask(missing)
+        answered = enumerate(zip(routes, classes, strict=True))
+        results = [self.result(i, self._known[route][i], among) for i, (route, among) in answered]
+        return mean(METRICS[self.task.metric], results)
+
+
+def probe_logits(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, route: str | None, max_length: int
+) -> Tensor:
+    """Logits of one fixed batch of a task, on the CPU: bit-equality is a promise about a fixed shape."""
+    records = list(task.eval)[:PROBE]
+    batch = inputs_of([encode(task, r, tokenizer, max_length) for r in records], model, tokenizer)
+    with inference(model), on_route(model, route):
+        logits: Tensor = model(**batch).logits.float().cpu().contiguous()
+    return logits
 
 
 def score_base(
     config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
 ) -> dict[str, float]:
     """Accuracy of the base alone on each task, over the task's own classes."""
-    found = {}
-    with inference(model):
-        for task in tasks:
-            answers = Answers(model, tokenizer, task, _limits(config))
-            found[task.name] = _share(answers.right([BASE] * len(answers), [task.classes] * len(answers)))
-    return found
+    with inference(model), on_route(model, BASE):
+        return {task.name: score_task(model, tokenizer, task, Limits.of(config))[0] for task in tasks}
 
 
-def score_stage(
+def score_turn(
     config: RunConfig,
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
-    stage: Stage,
+    turn: Turn,
     memory: Memory,
-    base: dict[str, float],
+    base: Mapping[str, float],
 ) -> dict[str, Any]:
     """One row of the matrices.
 
@@ -44,48 +88,55 @@ def score_stage(
         `shown` {task: accuracy with its id given, over its own classes}; `hidden` {seen task: accuracy without, over
         the classes seen, or those of the inferred task; None where nobody can tell}; `inferred` {seen task: share of
         samples whose task the router named}; `unchanged` {seen task: whether logits with its id are bit-equal to
-        those after its own stage}; `overlap` between experts, averaged over layers and pairs, and by layer.
+        those after its own turn}; `overlap` between experts, averaged over layers and pairs, and by layer.
     """
-    joint = config.continual is not None and config.continual.strategy.kind == "joint"
-    row: dict[str, Any] = {"task": stage.task.name, "joint": joint, "shown": {}, "hidden": {}, "inferred": {}}
-    seen = {task.name: task for task in stage.seen}
-    open_classes = sorted({c for task in stage.seen for c in task.classes})
-    routes: dict[str, str | None] = {}
+    joint = config.continual is not None and config.continual.strategy.spec.at_once
+    row: dict[str, Any] = {"task": turn.task.name, "joint": joint}
+    row |= {"shown": {}, "hidden": {}, "inferred": {}, "unchanged": {}}
+    seen = {task.name: task for task in turn.seen}
+    open_classes = sorted({c for task in turn.seen for c in task.classes})
     with inference(model):
-        for task in stage.tasks:
+        for task in turn.tasks:
             known = task.name in seen
-            route = routes[task.name] = shown_route(model, task, known)
+            route = shown_route(model, task, known)
             if route is BASE:
                 row["shown"][task.name] = base[task.name]
                 continue
-            answers = Answers(model, tokenizer, task, _limits(config))
-            right = answers.right([route] * len(answers), [task.classes] * len(answers))
-            row["shown"][task.name] = _share(right)
+            answers = Answers(model, tokenizer, task, Limits.of(config))
+            count = len(answers.examples)
+            row["shown"][task.name] = answers.score([route] * count, [task.classes] * count)
             if not known:
                 continue
             named = memory.infer(model, tokenizer, task, answers.examples)
-            row["hidden"][task.name] = _hidden(model, answers, named, seen, open_classes)
+            row["hidden"][task.name] = _hidden(answers, named, seen, open_classes)
             if named is not None:
-                row["inferred"][task.name] = _share([name == task.name for name in named])
-        known_routes = [route if (route := routes[name]) is not None else OPEN for name in seen]
-        row["unchanged"] = memory.unchanged(
-            model, tokenizer, list(seen.values()), known_routes, config.data.max_length
-        )
+                row["inferred"][task.name] = named.count(task.name) / count
+            logits = probe_logits(model, tokenizer, task, route, config.data.max_length)
+            row["unchanged"][task.name] = memory.unchanged(task.name, logits)
     row["overlap"] = overlaps(model)
     return row
 
 
+def shown_route(model: Any, task: Task, known: bool) -> str | None:
+    """Who answers for a task whose id is given: its own experts, everybody, or (still unknown) nobody."""
+    gate = model.active_peft_config.gate
+    if gate.scope == "constant":
+        return OPEN
+    if known:
+        return task.name
+    return BASE if gate.scope == "task" else OPEN
+
+
 def _hidden(
-    model: Any, answers: Answers, named: Sequence[str] | None, seen: dict[str, Task], classes: Sequence[int]
+    answers: Answers, named: Sequence[str] | None, seen: Mapping[str, Task], classes: Sequence[int]
 ) -> float | None:
     """Accuracy without a task id; with a router, under what it takes each sample for."""
+    scope = answers.model.active_peft_config.gate.scope
+    count = len(answers.examples)
     if named is None:
-        if model.active_peft_config.gate.scope == "task":
-            return None
-        return _share(answers.right([OPEN] * len(answers), [classes] * len(answers)))
-    open_gate = model.active_peft_config.gate.scope == "constant"
-    routes = [OPEN if open_gate else name for name in named]
-    return _share(answers.right(routes, [seen[name].classes for name in named]))
+        return None if scope == "task" else answers.score([OPEN] * count, [classes] * count)
+    routes = [OPEN] * count if scope == "constant" else named
+    return answers.score(routes, [seen[name].classes for name in named])
 
 
 def overlaps(model: Any) -> dict[str, Any]:
@@ -97,12 +148,3 @@ def overlaps(model: Any) -> dict[str, Any]:
         if pairs:
             by_layer[key] = fmean(pairs)
     return {"mean": fmean(by_layer.values()) if by_layer else None, "layers": by_layer}
-
-
-def _limits(config: RunConfig) -> Limits:
-    settings = config.eval
-    return Limits(settings.batch_size, settings.max_new_tokens, settings.num_beams, config.data.max_length)
-
-
-def _share(right: Sequence[bool]) -> float:
-    return sum(right) / len(right)

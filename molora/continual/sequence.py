@@ -1,59 +1,45 @@
-"""The sequence runner: each task in turn is trained, then every task is scored; resumable between and inside tasks.
+"""The sequence runner: each task in turn is trained, then every task is scored; resumable between and inside turns.
 
-A sequence is a run folder with one run folder per task in `stages/`. A stage is complete once its `row.json` is
-there, which is written last; what a stage needs of earlier ones it reads from their folders, so a resumed sequence
+A sequence is a run folder with one run folder per turn in `stages/`. A turn is complete once its `row.json` is
+there, which is written last; what a turn needs of earlier ones it reads from their folders, so a resumed sequence
 does what an uninterrupted one would have done.
 """
 
 from __future__ import annotations
 
 import os
-import random
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
-from molora.continual.answers import inputs_of
+from molora.config.grow import NewExpert
 from molora.continual.memory import Memory
 from molora.continual.registry import build_strategy
-from molora.continual.scoring import score_base, score_stage
-from molora.continual.stage_recipe import stage_recipe
-from molora.continual.strategy import Stage, hold_sum
+from molora.continual.scoring import score_base, score_turn
+from molora.continual.strategy import Turn
 from molora.continual.tables import write_tables
+from molora.continual.turn import drawn, passes, play_turn, turn_recipe
 from molora.data.module import MoLoraDataModule
-from molora.data.prompts import Example, encode
-from molora.data.tasks import Task, TaskSet
+from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_folder, write_json
 from molora.disk.manifest import read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
-from molora.models.build import (
-    build_model,
-    build_skeleton,
-    labels_of_tasks,
-    load_base,
-    load_tokenizer,
-    ready_to_train,
-    tasks_of,
-)
-from molora.models.label_match import compete
-from molora.store.adapter import load, save
+from molora.models.base import load_base, load_tokenizer
+from molora.models.build import build_model, build_skeleton, labels_of_tasks, tasks_of
+from molora.store.adapter import load
 from molora.store.runs import Run
 from molora.training.environment import prepare_process, quiet_libraries
-from molora.training.train import check_output, find_run, fit, start_run, with_labels, write_config
-from molora.training.trainer import check_device
+from molora.training.optimise import check_device
+from molora.training.train import check_output, find_run, start_run, with_labels
 
 ROW_FILE = "row.json"
-PASS_RECORDS = (
-    2000  # of a task's training data that strategies and the router look at before and after training
-)
 
 
 def train_sequence(
@@ -68,7 +54,7 @@ def train_sequence(
 
     Returns:
         The run: `matrix.json`, `matrix.csv` and `matrix.png`, `stages/NN-task` with a run folder each, and
-        `adapter`, that of the last stage.
+        `adapter`, that of the last turn.
 
     Raises:
         ConfigError, DataError: before anything is written. DivergedError, InterruptedRun: as `molora.train`.
@@ -108,7 +94,7 @@ def check_sequence(config: RunConfig) -> None:
             hint="add `continual: {strategy: ...}`, or use `molora train`.",
         )
     for turn in (0, len(config.data.tasks) - 1):  # a mixture must stay valid as it grows
-        stage_recipe(config, dict.fromkeys(config.data.tasks, 0), turn)
+        turn_recipe(config, dict.fromkeys(config.data.tasks, 0), turn)
     if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
         raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
     if config.continual.router is not None and find_spec("sklearn") is None:
@@ -119,7 +105,7 @@ def check_sequence(config: RunConfig) -> None:
 
 
 def _check_same(config: RunConfig, run: Run | None) -> None:
-    """What may change when a single run is resumed would make this one's stages differ from each other."""
+    """What may change when a single run is resumed would make this one's turns differ from each other."""
     if run is None:
         return
     for section, names in (
@@ -134,23 +120,16 @@ def _check_same(config: RunConfig, run: Run | None) -> None:
 
 def _check_data(config: RunConfig, tasks: TaskSet) -> None:
     """Find the targets and encode every task's records: a faulty one of the last task must not show after hours."""
-    first, ids = stage_recipe(config, tasks.ids)
+    first, ids = turn_recipe(config, tasks.ids)
     build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     tokenizer = load_tokenizer(config.base)
     MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed).setup("fit")
 
 
 def _read_row(folder: Path) -> dict[str, Any]:
-    """A complete stage's row; AdapterError where somebody changed its form."""
+    """A complete turn's row; AdapterError where somebody changed its form."""
     row = read_json(folder / ROW_FILE)
-    parts = {
-        "joint": bool,
-        "shown": dict,
-        "hidden": dict,
-        "inferred": dict,
-        "unchanged": dict,
-        "overlap": dict,
-    }
+    parts = {"joint": bool, **dict.fromkeys(("shown", "hidden", "inferred", "unchanged", "overlap"), dict)}
     if not isinstance(row, dict) or any(not isinstance(row.get(name), kind) for name, kind in parts.items()):
         raise AdapterError(
             f"{folder / ROW_FILE} is not a row of the matrix.",
@@ -166,117 +145,87 @@ class SequenceRun:
         assert config.continual is not None
         self.config, self.settings, self.run = config, config.continual, run
         self.tasks = list(tasks)
-        self.known_ids = tasks.known_ids
         self.all_tasks = tasks
         self.strategy = build_strategy(self.settings.strategy)
         self.memory = Memory(self.strategy, self.settings.router)
 
     @property
     def stages(self) -> list[Path]:
-        """The stages' folders."""
-        turns = [self.tasks[-1]] if self.joint else self.tasks
-        names = ["all"] if self.joint else [task.name for task in turns]
+        """The turns' folders."""
+        names = ["all"] if self.joint else [task.name for task in self.tasks]
         return [self.run.path / "stages" / f"{i + 1:02d}-{name}" for i, name in enumerate(names)]
 
     @property
     def joint(self) -> bool:
-        return self.settings.strategy.kind == "joint"
+        return self.settings.strategy.spec.at_once
 
     def play(self) -> Run:
-        """Every stage that is not complete, then the tables; returns the run."""
+        """Every turn that is not complete, then the tables; returns the run."""
         for index, folder in enumerate(self.stages):
             if not (folder / ROW_FILE).is_file():
-                self._play_stage(index, folder)
+                self._play_turn(index, folder)
             write_tables(self.run.path, self.tasks, [_read_row(f) for f in self.stages[: index + 1]])
         self._publish(self.stages[-1])
         return self.run
 
-    def _play_stage(self, index: int, folder: Path) -> None:
+    def _play_turn(self, index: int, folder: Path) -> None:
         seed = (self.config.seed + index) % 2**32
         prepare_process(seed)
         model, tokenizer = self._model(index)
-        turn = len(self.tasks) - 1 if self.joint else index
-        stage = Stage(turn, self.tasks, lambda: self._passes(model, tokenizer, turn), seed)
+        place = len(self.tasks) - 1 if self.joint else index
+        task = self.tasks[place]
+        turn = Turn(place, self.tasks, lambda: passes(self.config, model, tokenizer, task), seed)
         if index:
             self.memory.load(self.stages[index - 1] / "memory", self.tasks)
-        prepare_process(seed)
-        self._admit(model, stage, index)
-        self.strategy.before_task(model, stage)
-        config = self._stage_config(seed, turn)
         folder.mkdir(parents=True, exist_ok=True)
-        write_config(Run(folder), config)
-        trained = TaskSet(tuple(self.strategy.training_tasks(stage)), self.known_ids)
-
-        def conclude(done: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, _: TaskSet) -> None:
-            self._conclude(done, model.eval(), tokenizer, stage)
-
-        fit(config, model, tokenizer, trained, Run(folder), conclude, self.strategy)
+        play_turn(
+            self._turn_config(seed, place),
+            model,
+            tokenizer,
+            turn,
+            self.strategy,
+            lambda done, trained: self._conclude(done, trained, tokenizer, turn),
+            known_ids=self.all_tasks.known_ids,
+            expert=NewExpert() if index and not self.strategy.one_expert else None,
+            softmax=self.settings.softmax,
+            run=Run(folder),
+        )
 
     def _model(self, index: int) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-        """The model as the stage before left it; before the first, a new one with the first task's expert."""
+        """The model as the turn before left it; before the first, a new one with the first task's expert."""
         config, labels = self.config, labels_of_tasks(self.config.base, self.all_tasks)
         if index:
             base, tokenizer = load_base(config.base, labels)
-            ready_to_train(base, config.train)
             model = load(base, self.stages[index - 1] / "adapter", is_trainable=True)
         else:
-            first, ids = stage_recipe(config, self.known_ids)
+            first, ids = turn_recipe(config, self.all_tasks.known_ids)
             model, tokenizer = build_model(first, ids, labels)
         device = "cuda" if torch.cuda.is_available() and config.train.accelerator != "cpu" else "cpu"
         return model.to(device), tokenizer
 
-    def _admit(self, model: Any, stage: Stage, index: int) -> None:
-        """Give the stage's task its expert, and a classifier the classes that compete in its loss."""
-        if index and not self.strategy.one_expert:
-            model.add_expert(stage.task.name, tasks=[stage.task.name], freeze_others=True)
-        hold_sum(model)
-        compete(model, stage.competing(self.settings.softmax or self.strategy.softmax))
-
-    def _stage_config(self, seed: int, turn: int) -> RunConfig:
-        """The recipe with the stage's seed; all tasks at once get as many steps as they get one by one."""
+    def _turn_config(self, seed: int, place: int) -> RunConfig:
+        """The recipe with the turn's seed; all tasks at once get as many steps as they get one by one."""
         train, many = self.config.train, len(self.tasks) if self.joint else 1
         if train.max_steps is not None:
             train = train.model_copy(update={"max_steps": train.max_steps * many})
-        recipe, _ = stage_recipe(self.config, self.known_ids, turn)
+        recipe, _ = turn_recipe(self.config, self.all_tasks.known_ids, place)
         return recipe.model_copy(update={"seed": seed, "train": train})
 
-    def _passes(
-        self, model: Any, tokenizer: PreTrainedTokenizerBase, turn: int
-    ) -> Iterator[dict[str, Tensor]]:
-        """A pass over (a part of) a task's training data, with its id where the gate wants one."""
-        task, size = self.tasks[turn], self.config.train.batch_size
-        examples = self._encoded(task, tokenizer, PASS_RECORDS)
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            batch = inputs_of(part, model, tokenizer)
-            if model.active_peft_config.gate.scope == "task":
-                batch["routing_task_ids"] = torch.full((len(part),), task.id)
-            yield batch
-
-    def _encoded(self, task: Task, tokenizer: PreTrainedTokenizerBase, count: int) -> list[Example]:
-        """So many of a task's training records, drawn at random: files are often sorted by label."""
-        everything = range(len(task.train))
-        chosen = sorted(random.Random(self.config.seed).sample(everything, min(count, len(everything))))
-        return [encode(task, task.train[i], tokenizer, self.config.data.max_length) for i in chosen]
-
-    def _conclude(self, done: Run, model: Any, tokenizer: PreTrainedTokenizerBase, stage: Stage) -> None:
-        """After training: what the strategy does, what must be remembered, every task's score; the row comes last."""
-        self.strategy.after_task(model, stage)
-        if self.strategy.changes_weights:
-            save(model, done.adapter)
+    def _conclude(self, done: Run, model: Any, tokenizer: PreTrainedTokenizerBase, turn: Turn) -> None:
+        """After training: what must be remembered, and every task's score; the row comes last."""
         if (router := self.settings.router) is not None:
-            for task in self.tasks if self.joint else [stage.task]:
-                examples = self._encoded(task, tokenizer, router.records)
-                self.memory.learn(model, tokenizer, task, examples, stage.seed)
+            for task in self.tasks if self.joint else [turn.task]:
+                examples = drawn(self.config, tokenizer, task, router.records)
+                self.memory.learn(model, tokenizer, task, examples, turn.seed)
         base_file = self.run.path / "base.json"
         if not base_file.is_file():
             write_json(base_file, score_base(self.config, model, tokenizer, self.tasks))
-        row = score_stage(self.config, model, tokenizer, stage, self.memory, read_json(base_file))
+        row = score_turn(self.config, model, tokenizer, turn, self.memory, read_json(base_file))
         self.memory.save(done.path / "memory")
         write_json(done.path / ROW_FILE, row)
 
     def _publish(self, last: Path) -> None:
-        """The last stage's adapter as the run's own, so that every verb that takes a run takes this one."""
+        """The last turn's adapter as the run's own, so that every verb that takes a run takes this one."""
         if self.run.adapter.is_dir():
             return
         verify_folder(last / "adapter")

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.config.continual import StrategyConfig
-from molora.continual.strategy import Stage, Strategy, expert_layers
+from molora.continual.strategy import Strategy, Turn, expert_layers
 
 
 class Slao(Strategy):
@@ -27,20 +27,20 @@ class Slao(Strategy):
         self._merged: dict[str, Tensor] = {}
 
     @torch.no_grad()
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
         self._merged = {}
         for key, _, bank in expert_layers(model):
             assert bank.lora_A is not None and bank.lora_B is not None
             self._merged[key] = bank.lora_B.detach().clone()
-            if stage.index:
+            if turn.index:
                 for A in bank.lora_A:
                     A.copy_(orthonormal(A))
 
     @torch.no_grad()
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
         for key, _, bank in expert_layers(model):
             assert bank.lora_B is not None
-            bank.lora_B.copy_(merged(self._merged[key].to(bank.lora_B), bank.lora_B, stage.index + 1))
+            bank.lora_B.copy_(merged(self._merged[key].to(bank.lora_B), bank.lora_B, turn.index + 1))
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         self._merged = {}

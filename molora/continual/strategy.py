@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from molora.config.continual import ONE_EXPERT, StrategyConfig
+from molora.config.continual import StrategyConfig
 from molora.data.tasks import Task
 from molora.evaluation.runner import inference
 from molora.experts.bank import ExpertBank
@@ -23,7 +23,7 @@ Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
 
 @dataclass(frozen=True)
-class Stage:
+class Turn:
     """One task's turn. `batches()` is a pass over its training data as a model is called with it, on its device.
 
     Those of generative models have the targets in `labels`, those of classifiers have no labels.
@@ -65,7 +65,7 @@ class Strategy:
     @property
     def one_expert(self) -> bool:
         """Whether all tasks train the same experts; else each task adds one, and the others are frozen."""
-        return self.settings.kind in ONE_EXPERT
+        return self.settings.spec.one_expert
 
     def number(self, name: str) -> float:
         """A setting that this strategy has."""
@@ -73,11 +73,11 @@ class Strategy:
         assert value is not None, f"{self.settings.kind} has no {name}"
         return float(value)
 
-    def training_tasks(self, stage: Stage) -> Sequence[Task]:
-        """What is trained on in this stage."""
-        return [stage.task]
+    def training_tasks(self, turn: Turn) -> Sequence[Task]:
+        """What is trained on in this turn."""
+        return [turn.task]
 
-    def before_task(self, model: nn.Module, stage: Stage) -> None:
+    def before_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the task's expert in place, before the optimiser is built."""
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -87,7 +87,7 @@ class Strategy:
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimiser step."""
 
-    def after_task(self, model: nn.Module, stage: Stage) -> None:
+    def after_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the trained model, before it is scored."""
 
     def tensors(self) -> dict[str, Tensor]:
@@ -100,6 +100,20 @@ class Strategy:
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         """Undo `tensors` and `plain`."""
+
+
+class KeepsBases(Strategy):
+    """A strategy that remembers, by layer or gate, an orthonormal basis (d, k) of what earlier tasks read."""
+
+    def __init__(self, settings: StrategyConfig) -> None:
+        super().__init__(settings)
+        self.bases: dict[str, Tensor] = {}
+
+    def tensors(self) -> dict[str, Tensor]:
+        return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
+
+    def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
 
 
 def hold_sum(model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""The matrices of a sequence as files: JSON, CSV and a picture, rewritten after every stage."""
+"""The matrices of a sequence as files: JSON, CSV and a picture, rewritten after every turn."""
 
 from __future__ import annotations
 
@@ -52,11 +52,11 @@ def write_tables(folder: Path, tasks: Sequence[Task], rows: Sequence[Mapping[str
 
 
 def draw(matrix: AccuracyMatrix, out: Path, view: str) -> Path:
-    """The matrix as coloured cells: tasks from left to right, stages from top to bottom."""
-    stages = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.stage_names]
+    """The matrix as coloured cells: tasks from left to right, turns from top to bottom."""
+    turns = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.turn_names]
     values = [
         [math.nan if v is None else v for v in row]
         for row in [*([matrix.base] if matrix.base else []), *matrix.rows]
     ]
-    shown = Matrix(stages, list(matrix.tasks), values)
+    shown = Matrix(turns, list(matrix.tasks), values)
     return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="", unit="accuracy")

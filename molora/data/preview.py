@@ -48,10 +48,10 @@ def preview_record(
     """One record. Its texts are read back from its tokens, so special tokens and cuts show."""
     example = encode(task, record, tokenizer, max_length)
     target, learned = _target(task, example, tokenizer)
-    given = [PreviewToken(_text(tokenizer, [i]), False) for i in example.input_ids[: example.prompt_length]]
+    given = [PreviewToken(_text(tokenizer, [i]), False) for i in example.prompt]
     return Preview(
         where=where_of(record),
-        prompt=_text(tokenizer, example.input_ids[: example.prompt_length]),
+        prompt=_text(tokenizer, example.prompt),
         target=target,
         tokens=(*given, *learned),
         cut_prompt=example.cut_prompt,

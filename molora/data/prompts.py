@@ -99,6 +99,11 @@ class Example:
     cut_target: int = 0
 
     @property
+    def prompt(self) -> Sequence[int]:
+        """The tokens a model is given before it answers."""
+        return self.input_ids[: self.prompt_length]
+
+    @property
     def truncated(self) -> bool:
         """Whether anything was cut off."""
         return self.cut_prompt > 0 or self.cut_target > 0

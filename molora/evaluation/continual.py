@@ -16,7 +16,7 @@ from typing import Any
 
 @dataclass
 class AccuracyMatrix:
-    """Rows are stages (the base, then after each task), columns tasks in the order they are learned.
+    """Rows are turns (the base, then after each task), columns tasks in the order they are learned.
 
     base: accuracies of the base alone, None where they were not measured.
     rows: one per task learned so far; None in a row: not measured, as for a task that is still unknown.
@@ -29,8 +29,8 @@ class AccuracyMatrix:
     joint: bool = False
 
     @property
-    def stage_names(self) -> list[str]:
-        """What was learned in each stage."""
+    def turn_names(self) -> list[str]:
+        """What was learned in each turn."""
         return ["all tasks"] if self.joint else self.tasks[: len(self.rows)]
 
     @property
@@ -39,7 +39,7 @@ class AccuracyMatrix:
         return self.joint or len(self.rows) == len(self.tasks)
 
     def average_accuracy(self) -> float:
-        """AA: mean accuracy on the tasks seen, after the last stage."""
+        """AA: mean accuracy on the tasks seen, after the last turn."""
         seen = len(self.tasks) if self.joint else len(self.rows)
         return fmean(self._known(self.rows[-1][:seen]))
 
@@ -48,7 +48,7 @@ class AccuracyMatrix:
         return fmean(self._known([row[i] for i, row in enumerate(self.rows)]))
 
     def forgetting(self) -> float:
-        """Mean over old tasks of the best accuracy they ever had before the last stage minus the last; 0 for one task."""
+        """Mean over old tasks of the best accuracy they ever had before the last turn minus the last; 0 for one task."""
         last = len(self.rows) - 1
         drops = [
             max(self._known([row[j] for row in self.rows[:last]])) - self._at(last, j) for j in range(last)
@@ -103,17 +103,17 @@ class AccuracyMatrix:
         )
 
     def to_csv(self) -> str:
-        """One line per stage; an accuracy that was not measured is empty."""
+        """One line per turn; an accuracy that was not measured is empty."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["after", *self.tasks])
-        stages = [*([["base", *self.base]] if self.base else [])]
-        stages += [[name, *row] for name, row in zip(self.stage_names, self.rows, strict=True)]
-        writer.writerows([["" if value is None else value for value in row] for row in stages])
+        turns = [*([["base", *self.base]] if self.base else [])]
+        turns += [[name, *row] for name, row in zip(self.turn_names, self.rows, strict=True)]
+        writer.writerows([["" if value is None else value for value in row] for row in turns])
         return out.getvalue()
 
-    def _at(self, stage: int, task: int) -> float:
-        value = self.rows[stage][task]
+    def _at(self, turn: int, task: int) -> float:
+        value = self.rows[turn][task]
         return math.nan if value is None else value
 
     @staticmethod

@@ -1,34 +1,69 @@
-"""Metrics: pure functions from predictions and targets to one number, and one streaming sum."""
+"""Metrics: what each held-out record's result is worth. A score is the mean of that, and it is taken here alone."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-IGNORED = -100  # the label of a position that no loss may read (prompt and padding)
+from molora.data.prompts import IGNORED
+from molora.registry import Registry
 
 
-def exact_match(predictions: Sequence[str], targets: Sequence[str]) -> float:
-    """Share (0..1) of predictions that equal their target once whitespace around both is stripped.
+@dataclass(frozen=True)
+class Result:
+    """What came of one held-out record.
 
-    Raises ValueError when the two differ in length or are empty: a score over nothing means nothing.
+    record: its place among the task's held-out records. prediction: an answer, the label it names (None: no label),
+    or a class; target: what it should have been. nll: negative log-likelihood of the target in nats, where the
+    metric is the loss. count: how many things the metric's value is a sum over: the target's tokens, or one record.
     """
-    _same_length(predictions, targets)
-    return sum(p.strip() == t.strip() for p, t in zip(predictions, targets, strict=True)) / len(targets)
+
+    record: int
+    prediction: str | int | None = None
+    target: str | int | None = None
+    nll: float = math.nan
+    count: int = 1
 
 
-def accuracy(predictions: Sequence[object], targets: Sequence[object]) -> float:
-    """Share (0..1) of predictions equal to their target; a prediction of None counts as wrong.
+Metric = Callable[[Result], float]
 
-    Raises ValueError when the two differ in length or are empty.
+
+def exact_match(result: Result) -> float:
+    """1 for an answer that equals its target once whitespace around both is stripped, else 0."""
+    return float(str(result.prediction).strip() == str(result.target).strip())
+
+
+def accuracy(result: Result) -> float:
+    """1 for the right label or class, else 0; naming no label is wrong."""
+    return float(result.prediction is not None and result.prediction == result.target)
+
+
+def loss(result: Result) -> float:
+    """Nats over all of the target."""
+    return result.nll
+
+
+METRICS: Registry[Metric] = Registry("metric")
+for _metric in (exact_match, accuracy, loss):
+    METRICS.add(_metric.__name__, _metric)
+
+
+def mean(metric: Metric, results: Iterable[Result]) -> float:
+    """A metric over all results: every record, or every target token, weighs the same.
+
+    Raises ValueError where nothing was counted: a score over nothing means nothing.
     """
-    _same_length(predictions, targets)
-    return sum(p is not None and p == t for p, t in zip(predictions, targets, strict=True)) / len(targets)
+    results = list(results)
+    count = sum(result.count for result in results)
+    if not results:
+        raise ValueError("there are no results to take the mean of")
+    if not count:
+        raise ValueError("no labelled token was seen: every target is empty or was cut off by max_length")
+    return sum(map(metric, results)) / count
 
 
 def match_label(text: str, labels: Sequence[str]) -> str | None:
@@ -37,18 +72,16 @@ def match_label(text: str, labels: Sequence[str]) -> str | None:
     return next((label for label in labels if label.strip().casefold() == wanted), None)
 
 
-def token_nll(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[float, int]:
-    """Summed negative log-likelihood in nats, and how many tokens it is the sum of.
+def token_nll(logits: Tensor, labels: Tensor, *, shift: bool) -> tuple[Tensor, Tensor]:
+    """Each sample's summed negative log-likelihood (batch,) in nats, and the number of tokens (batch,) it sums over.
 
     logits (batch, seq, vocab), labels (batch, seq) with -100 where nothing is to be predicted. `shift`:
     position i predicts label i+1 (decoder-only models); without it, label i (encoder-decoder models).
     """
     if shift:
         logits, labels = logits[:, :-1], labels[:, 1:]
-    total = F.cross_entropy(
-        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-    )
-    return float(total), int((labels != IGNORED).sum())
+    nll = F.cross_entropy(logits.mT.float(), labels, ignore_index=IGNORED, reduction="none")
+    return nll.sum(dim=1), (labels != IGNORED).sum(dim=1)
 
 
 def perplexity(loss: float) -> float:
@@ -57,32 +90,3 @@ def perplexity(loss: float) -> float:
         return math.exp(loss)
     except OverflowError:
         return math.inf
-
-
-@dataclass
-class TokenLoss:
-    """Streaming mean loss in nats per token: every token weighs the same, however batches were cut."""
-
-    total: float = 0.0
-    tokens: int = 0
-
-    @torch.no_grad()
-    def update(self, logits: Tensor, labels: Tensor, *, shift: bool) -> None:
-        """Add one batch; shapes as in `token_nll`."""
-        total, tokens = token_nll(logits, labels, shift=shift)
-        self.total += total
-        self.tokens += tokens
-
-    @property
-    def mean(self) -> float:
-        """Nats per token; raises ValueError before any labelled token was seen."""
-        if self.tokens == 0:
-            raise ValueError("no labelled token was seen: every target is empty or was cut off by max_length")
-        return self.total / self.tokens
-
-
-def _same_length(predictions: Sequence[object], targets: Sequence[object]) -> None:
-    if len(predictions) != len(targets) or not targets:
-        raise ValueError(
-            f"need as many predictions as targets, at least one: got {len(predictions)} and {len(targets)}"
-        )

@@ -26,10 +26,7 @@ def evaluate_tasks(
     tasks: Iterable[Task],
     *,
     modes: Sequence[str] = MODES,
-    batch_size: int = 32,
-    max_new_tokens: int = 32,
-    num_beams: int = 1,
-    max_length: int = 512,
+    limits: Limits | None = None,
 ) -> Report:
     """Score a PEFT model with a molora adapter on the held-out records of each task.
 
@@ -44,7 +41,7 @@ def evaluate_tasks(
     modes, notes = usable_modes(model, modes)
     if "task" in modes:
         check_tasks_known([task.name for task in tasks], model.tasks)
-    limits = Limits(batch_size, max_new_tokens, num_beams, max_length)
+    limits = limits or Limits()
     recorded_mode = next((mode for mode in modes if mode != "base"), None)
     scores, recorded = [], {}
     with inference(model):
@@ -52,12 +49,12 @@ def evaluate_tasks(
             for task in tasks:
                 with in_mode(model, task.name, mode):
                     if mode != recorded_mode:
-                        value, count = score_task(model, tokenizer, task, limits)
+                        value, results = score_task(model, tokenizer, task, limits)
                     else:
                         with record_routing(model) as record:
-                            value, count = score_task(model, tokenizer, task, limits)
+                            value, results = score_task(model, tokenizer, task, limits)
                         recorded[task.name] = (record.tokens, record.table())
-                scores.append(Score(task.name, mode, task.metric, value, count))
+                scores.append(Score(task.name, mode, task.metric, value, len(results)))
     summary = summarise(recorded_mode, recorded) if recorded_mode else None
     return Report(scores=scores, routing=summary, notes=notes)
 
@@ -97,13 +94,11 @@ def check_tasks_known(names: Iterable[str], known: Iterable[str]) -> None:
             )
 
 
-def in_mode(model: Any, task: str, mode: str) -> AbstractContextManager[Any]:
+def in_mode(model: Any, task: str | None, mode: str) -> AbstractContextManager[Any]:
     """The context in which the model answers for `task` in `mode`."""
     if mode == "base":
         return model.disable_adapter()
-    if mode == "task":
-        return routing(model, task_ids=task, by="task")
-    return nullcontext()
+    return routing(model, task_ids=task, by="task") if mode == "task" else nullcontext()
 
 
 @contextmanager

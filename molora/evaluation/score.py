@@ -1,4 +1,4 @@
-"""One task, one number: held-out records -> batches -> the task's metric."""
+"""One task's held-out records: what the model answers to each, and what comes of every answer."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
+from molora.config import RunConfig
 from molora.data.collate import collate, pad_token
 from molora.data.prompts import Example, encode, render
 from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import batches_by_length, generate_answers
-from molora.evaluation.metrics import TokenLoss, accuracy, exact_match, match_label
+from molora.evaluation.metrics import METRICS, Result, match_label, mean, token_nll
+
+Answer = Tensor | str | tuple[float, int]
+"""To one record: a classifier's logits (class,), a text, or nats and number of the target's tokens."""
 
 
 @dataclass(frozen=True)
@@ -28,90 +32,101 @@ class Limits:
     num_beams: int = 1
     max_length: int = 512
 
+    @classmethod
+    def of(cls, config: RunConfig) -> Limits:
+        """Those of a recipe."""
+        found = config.eval
+        return cls(found.batch_size, found.max_new_tokens, found.num_beams, config.data.max_length)
+
 
 def score_task(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
-) -> tuple[float, int]:
-    """The task's metric over its held-out records, and how many there are.
+) -> tuple[float, list[Result]]:
+    """The task's metric over its held-out records, and what came of each; see `HeldOut`."""
+    held_out = HeldOut(model, tokenizer, task, limits)
+    answers = held_out.ask(range(len(task.eval)))
+    results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
+    return mean(METRICS[task.metric], results), results
 
-    The model answers as it is set up: call it inside the mode's context, in eval mode, without gradients.
+
+class HeldOut:
+    """A task's held-out records, encoded once.
+
+    The model answers as it is set up: ask inside the context of a mode, in eval mode, without gradients.
 
     Raises:
         DataError: the task has no held-out records.
     """
-    if not len(task.eval):
-        raise DataError(
-            f"task {task.name!r} has no held-out records to score.",
-            hint="give it `eval` (files), `eval_split` or `eval_size`.",
+
+    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
+        if not len(task.eval):
+            raise DataError(
+                f"task {task.name!r} has no held-out records to score.",
+                hint="give it `eval` (files), `eval_split` or `eval_size`.",
+            )
+        self.model, self.tokenizer, self.task, self.limits = model, tokenizer, task, limits
+        self.examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
+
+    def ask(self, records: Sequence[int]) -> dict[int, Answer]:
+        """The model's answer to each of these records."""
+        if self.task.task_type == "SEQ_CLS" or self.task.metric == "loss":
+            return dict(self._forward(records))
+        texts = generate_answers(
+            self.model,
+            self.tokenizer,
+            [list(self.examples[i].prompt) for i in records],
+            batch_size=self.limits.batch_size,
+            max_new_tokens=self.limits.max_new_tokens,
+            num_beams=self.limits.num_beams,
         )
-    examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
-    if task.task_type == "SEQ_CLS":
-        value = _classified(model, tokenizer, task, examples, limits)
-    elif task.metric == "loss":
-        value = _token_loss(model, tokenizer, examples, limits)
-    else:
-        value = _answered(model, tokenizer, task, examples, limits)
-    return value, len(examples)
+        return dict(zip(records, texts, strict=True))
+
+    def _forward(self, records: Sequence[int]) -> Iterator[tuple[int, Answer]]:
+        """Answers that a forward pass gives: logits of a classifier, or the loss on the target."""
+        encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        lengths = [len(self.examples[i].input_ids) for i in records]
+        for part in batches_by_length(lengths, self.limits.batch_size):
+            chosen = [records[i] for i in part]
+            batch = inputs_of([self.examples[i] for i in chosen], self.model, self.tokenizer)
+            if self.task.task_type == "SEQ_CLS":
+                yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
+                continue
+            labels = batch["labels"] if encoder_decoder else batch.pop("labels")
+            nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
+            yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+
+    def result(self, record: int, answer: Answer, classes: Sequence[int] | None = None) -> Result:
+        """What comes of an answer; `classes`: those that a classifier chooses from, default the task's own."""
+        task = self.task
+        if isinstance(answer, Tensor):
+            label = torch.tensor(self.examples[record].labels)
+            logits = only_classes(answer, classes or task.classes or range(len(task.labels)))
+            return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
+        if not isinstance(answer, str):
+            return Result(record, nll=answer[0], count=answer[1])
+        target = render(task, task.eval[record])[1]
+        if task.metric == "accuracy" and task.labels:
+            return Result(record, match_label(answer, task.labels), target)
+        return Result(record, answer.strip(), target.strip())
 
 
-def _answered(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Exact match of generated answers, or accuracy of the label they name."""
-    answers = generate_answers(
-        model,
-        tokenizer,
-        [list(example.input_ids[: example.prompt_length]) for example in examples],
-        batch_size=limits.batch_size,
-        max_new_tokens=limits.max_new_tokens,
-        num_beams=limits.num_beams,
-    )
-    targets = [render(task, record)[1] for record in task.eval]
-    if task.metric == "accuracy" and task.labels:
-        return accuracy([match_label(answer, task.labels) for answer in answers], targets)
-    return exact_match(answers, targets)
+def inputs_of(
+    examples: Sequence[Example], model: Any, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, Tensor]:
+    """Padded input_ids and attention_mask of whole examples on the model's device, and the targets of generative models.
 
-
-def _classified(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Accuracy or mean loss in nats of a classification head, over the task's own labels."""
-    right, loss = 0, 0.0
-    for batch in _batches(model, tokenizer, examples, limits):
-        labels = batch.pop("labels")
-        logits = only_classes(model(**batch).logits, task.classes or range(len(task.labels)))
-        right += int((logits.argmax(dim=-1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return (loss if task.metric == "loss" else right) / len(examples)
+    They say where the prompt ends, which is what gates read in training and when the model answers.
+    """
+    batch = collate(examples, pad_token(tokenizer))
+    keys = ["input_ids", "attention_mask"]
+    if batch["labels"].dim() == 2:
+        keys.append("labels")
+    device = next(model.parameters()).device
+    return {key: batch[key].to(device) for key in keys}
 
 
 def only_classes(logits: Tensor, classes: Sequence[int]) -> Tensor:
-    """Logits (batch, class) in float32 with -inf for every class but these."""
+    """Logits (class,) in float32 with -inf for every class but these."""
     kept = torch.full_like(logits, float("-inf"), dtype=torch.float32)
-    kept[:, list(classes)] = logits[:, list(classes)].float()
+    kept[list(classes)] = logits[list(classes)].float()
     return kept
-
-
-def _token_loss(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limits: Limits
-) -> float:
-    """Mean loss in nats per target token."""
-    losses = TokenLoss()
-    encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-    for batch in _batches(model, tokenizer, examples, limits):
-        labels = batch["labels"]
-        inputs = batch if encoder_decoder else {key: batch[key] for key in ("input_ids", "attention_mask")}
-        losses.update(model(**inputs).logits, labels, shift=not encoder_decoder)
-    return losses.mean
-
-
-def _batches(
-    model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], limits: Limits
-) -> Iterator[dict[str, Tensor]]:
-    """Padded batches on the model's device, without task ids: the mode's context gives them, or nobody."""
-    pad = pad_token(tokenizer)
-    for chosen in batches_by_length([len(example.input_ids) for example in examples], limits.batch_size):
-        batch = collate([examples[i] for i in chosen], pad)
-        batch.pop("routing_task_ids")
-        device = next(model.parameters()).device
-        yield {key: value.to(device) for key, value in batch.items()}

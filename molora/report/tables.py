@@ -39,14 +39,14 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
 
 
 def accuracy_table(matrix: AccuracyMatrix, title: str) -> Table:
-    """An accuracy matrix in percent: stages from top to bottom, tasks from left to right."""
+    """An accuracy matrix in percent: turns from top to bottom, tasks from left to right."""
     table = _table(f"accuracy, {title}")
     table.add_column("after")
     for task in matrix.tasks:
         table.add_column(task, justify="right")
-    stages = [*([("base", matrix.base)] if matrix.base else [])]
-    stages += zip(matrix.stage_names, matrix.rows, strict=True)
-    for name, row in stages:
+    turns = [*([("base", matrix.base)] if matrix.base else [])]
+    turns += zip(matrix.turn_names, matrix.rows, strict=True)
+    for name, row in turns:
         table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in row))
     return table
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from molora.errors import DivergedError, InterruptedRun
 from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
+from molora.training.objective import held_out_loss
 
 
 def _any_process(trainer: Trainer, flag: bool) -> bool:
@@ -124,7 +125,7 @@ class Validation(StepCallback):
         for batch in self.batches:
             batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
-                loss, count = module.evaluate_batch(batch)
+                loss, count = held_out_loss(module.model, batch)
             totals += torch.stack([loss.double() * count, count.double()]).cpu()
         for m in was_training:
             m.training = True

@@ -34,7 +34,7 @@ _UNHELPFUL = (
 
 
 def prepare_process(seed: int) -> None:
-    """Seed every generator and keep freed memory (see allocator.py)."""
+    """Seed every generator and keep freed memory (see heap.py)."""
     keep_freed_memory()
     random.seed(seed)
     np.random.seed(seed)

@@ -16,6 +16,7 @@ from molora.errors import ConfigError
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import check_tasks_known, evaluate_tasks
+from molora.evaluation.score import Limits
 from molora.models.build import load_trained, tasks_of
 from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
@@ -89,18 +90,14 @@ def score(
     modes: Sequence[str] | None = None,
 ) -> Report:
     """Score these tasks under a recipe's `eval` section."""
-    settings = config.eval
     if not tasks:
         return Report(environment=describe_environment())
     report = evaluate_tasks(
         model,
         tokenizer,
         tasks,
-        modes=settings.modes if modes is None else modes,
-        batch_size=settings.batch_size,
-        max_new_tokens=settings.max_new_tokens,
-        num_beams=settings.num_beams,
-        max_length=config.data.max_length,
+        modes=config.eval.modes if modes is None else modes,
+        limits=Limits.of(config),
     )
     report.environment = describe_environment()
     return report

@@ -1,9 +1,19 @@
-"""MoLoraModule: the LightningModule of a mixture, usable with any Lightning Trainer."""
+"""MoLoraModule: the LightningModule of a mixture, usable with any Lightning Trainer.
+
+A step, told once. Lightning draws a batch and calls `training_step`: the objective runs the model and gives the loss,
+that of the task plus auxiliary losses plus a companion's terms (objective.py), and the meter notes its parts. Lightning
+divides by the number of accumulated batches, which `_window_correction` mends where an epoch's last window is short,
+and runs backward. At the end of a window `on_before_optimizer_step` averages gradients where the base is sharded and
+drops those of parts that the present stage does not train; `configure_gradient_clipping` clips and notes the norm;
+`optimizer_step` moves the weights, and the companion looks at them. The scheduler steps. Then the callbacks, in their
+order: the random state is kept, a loss that is not finite stops the run, held-out batches are measured, a checkpoint is
+written, a signal ends it (optimise.py, train.py). Last, `on_train_batch_end` reports the meter's means every `log_every`
+steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import lightning as L
 import torch
@@ -12,33 +22,26 @@ from peft.utils.save_and_load import get_peft_model_state_dict, set_peft_model_s
 from torch import Tensor
 from torch.optim import Optimizer
 
-import molora
 from molora.config import TrainConfig
 from molora.training.meter import Meter
+from molora.training.objective import Companion, Supervised, forward, held_out_loss
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
 from molora.training.sharded import average_gradients, shard_base
-
-
-class Companion(Protocol):
-    """What accompanies a training: terms of the loss, and a look at the model after every optimiser step."""
-
-    def loss(self, model: Any) -> Mapping[str, Tensor]: ...
-
-    def after_step(self, model: Any) -> None: ...
 
 
 class MoLoraModule(L.LightningModule):
     """Trains the adapter of a PEFT model; its state dict is the adapter and nothing else.
 
     Batches are dicts of model inputs with `labels` and, where the gate or a loss needs them,
-    `routing_task_ids`. The loss is `task loss + Σ coefficient · auxiliary loss`, averaged over the
-    accumulated batches. A companion, such as a continual strategy, adds terms of its own.
+    `routing_task_ids`. The loss is averaged over the accumulated batches. A companion, such as a continual strategy,
+    adds terms of its own.
     """
 
     def __init__(self, model: PeftModel, settings: TrainConfig, companion: Companion | None = None) -> None:
         super().__init__()
         self.model = model
         self.companion = companion
+        self.objective = Supervised(companion)
         self.settings = settings
         self.meter = Meter()
         self._logged_step = 0
@@ -49,26 +52,14 @@ class MoLoraModule(L.LightningModule):
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own output; `out.loss` without auxiliary losses."""
-        with molora.aux_in_loss(self.model, False):
-            return self.model(**inputs)
+        return forward(self.model, **inputs)
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """Task loss plus weighted auxiliary losses of one batch (a scalar)."""
-        task_loss = self(**batch).loss
-        aux = {f"aux/{name}": value for name, value in molora.aux_losses(self.model).items()}
-        self.meter.add(loss=task_loss, **aux)
+        """The objective's loss of one batch (a scalar)."""
+        loss, metrics = self.objective.loss(self.model, batch)
+        self.meter.add(**metrics)
         self.meter.count_tokens(batch["attention_mask"].sum())
-        return (task_loss + molora.aux_loss(self.model) + self._companions()) * self._window_correction(
-            batch_idx
-        )
-
-    def _companions(self) -> Tensor | float:
-        """What the companion adds to the loss; noted under its names."""
-        if self.companion is None:
-            return 0.0
-        terms = self.companion.loss(self.model)
-        self.meter.add(**{f"continual/{name}": value for name, value in terms.items()})
-        return sum(terms.values(), start=torch.zeros((), device=self.device))
+        return loss * self._window_correction(batch_idx)
 
     def _window_correction(self, batch_idx: int) -> float:
         """Lightning divides by `accumulate_grad_batches`; an epoch's last window may hold fewer batches."""
@@ -76,13 +67,9 @@ class MoLoraModule(L.LightningModule):
         first = batch_idx - batch_idx % accumulate
         return accumulate / min(accumulate, total - first)
 
-    def evaluate_batch(self, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """Mean task loss of a batch and the number of targets it is the mean of. Call it in eval mode."""
-        return self(**batch).loss, (batch["labels"] != -100).sum()
-
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Task loss of a held-out batch, logged as `val_loss`."""
-        loss, count = self.evaluate_batch(batch)
+        loss, count = held_out_loss(self.model, batch)
         self.log("val_loss", loss, batch_size=int(count), prog_bar=True, sync_dist=True)
         return loss
 

@@ -13,24 +13,25 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, dump_recipe, load_recipe
-from molora.data.clusters import TextClusters
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import check_target, write_json
 from molora.errors import ConfigError
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
+from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
 from molora.store.runs import Run
-from molora.training.checkpoint import checkpoint_step, latest_valid
+from molora.training.callbacks import Interrupt
+from molora.training.checkpoint import Checkpoints, checkpoint_step, latest_valid
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
-from molora.training.features import CLUSTERS_FILE, fit_features, load_features
-from molora.training.module import Companion, MoLoraModule
-from molora.training.trainer import build_trainer, check_device, total_steps
+from molora.training.loggers import build_loggers
+from molora.training.objective import Companion
+from molora.training.optimise import check_device, optimise, total_steps
 
 Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
-Conclude = Callable[[Run, PeftModel, PreTrainedTokenizerBase, TaskSet], None]
+Conclude = Callable[[Run, PeftModel], None]
 
 # A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
 FREE_ON_RESUME = (
@@ -98,7 +99,11 @@ def fit(
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
-    clusters = _features(config, model, data, tokenizer, run)
+    clusters = None
+    if run is None:
+        clusters = fit_features(config, model, data, tokenizer)
+    else:  # what a resumed run reads stays what it was
+        load_features(config, run.path, model, tokenizer)
     steps = total_steps(settings, len(data.train_dataloader()))
     validation = _validation(config, data)
     first = _is_first_process()
@@ -114,38 +119,29 @@ def fit(
         checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
         if run is not None and first:
             write_config(run, config)
-        step = checkpoint_step(checkpoint)
-        trainer = build_trainer(settings, folder, steps, resume_step=step, validation=validation)
-        model.train()
-        trainer.fit(
-            MoLoraModule(model, settings, companion),
-            datamodule=data,
-            ckpt_path=checkpoint,
-            weights_only=True if checkpoint else None,
+        writer = Checkpoints(folder / "checkpoints", settings.save_every or steps, settings.keep_checkpoints)
+        trainer = optimise(
+            model,
+            data,
+            settings,
+            companion=companion,
+            validation=validation,
+            callbacks=[writer, Interrupt(writer)],
+            loggers=build_loggers(folder, steps, checkpoint_step(checkpoint)),
+            checkpoint=checkpoint,
         )
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:
             save(model, run.adapter)
             if settings.strategy == "fsdp2":
-                model = load_trained(run.path)[
-                    0
-                ]  # a sharded one answers only where all processes ask together
-            (conclude or finish)(run, model.to(trainer.strategy.root_device), tokenizer, tasks)
+                # A sharded one answers only where all processes ask together.
+                model, _, _ = load_trained(run.path)
+            model = model.to(trainer.strategy.root_device).eval()
+            if conclude is not None:
+                conclude(run, model)
+            else:
+                finish(run, model, tokenizer, tasks)
     return run
-
-
-def _features(
-    config: RunConfig,
-    model: PeftModel,
-    data: MoLoraDataModule,
-    tokenizer: PreTrainedTokenizerBase,
-    run: Run | None,
-) -> TextClusters | None:
-    """The clusters of a new run; those of a resumed one are read, so that they stay what they were."""
-    if run is None:
-        return fit_features(config, model, data, tokenizer)
-    load_features(config, run.path, model, tokenizer)
-    return None
 
 
 def _is_first_process() -> bool:
@@ -232,4 +228,4 @@ def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:
 def finish(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> None:
     """Draw the loss and score every task."""
     plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
-    evaluate_run(run, model.eval(), tokenizer, tasks)
+    evaluate_run(run, model, tokenizer, tasks)

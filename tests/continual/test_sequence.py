@@ -12,16 +12,17 @@ import molora
 from molora.cli.main import _run
 from molora.cli.validate import command as validate
 from molora.config import load_recipe
-from molora.config.continual import GATED
+from molora.config.continual import GATED, STRATEGIES
 from molora.config.data import KIND_OF_TASK_TYPE
-from molora.continual import grow, registry, sequence
+from molora.continual import sequence, turn
 from molora.continual.gated import Gated
 from molora.continual.grow import add_expert
 from molora.continual.strategy import Strategy, expert_layers
 from molora.data.prompts import encode, prompt_within
 from molora.data.tasks import Task
 from molora.errors import AdapterError, ConfigError, DataError
-from molora.models.build import load_tokenizer, load_trained, tasks_of
+from molora.models.base import load_tokenizer
+from molora.models.build import load_trained, tasks_of
 from molora.store.adapter import read_config
 from molora.store.runs import Run
 from molora.training.train import with_labels
@@ -77,7 +78,7 @@ def crash_at_step(monkeypatch, count):
 
 
 def crash_while_scoring(monkeypatch, count):
-    calls, real = [], sequence.score_stage
+    calls, real = [], sequence.score_turn
 
     def score(*arguments):
         calls.append(1)
@@ -85,7 +86,7 @@ def crash_while_scoring(monkeypatch, count):
             raise Stop
         return real(*arguments)
 
-    monkeypatch.setattr(sequence, "score_stage", score)
+    monkeypatch.setattr(sequence, "score_turn", score)
 
 
 CRASHES = {"in the second task": (crash_at_step, 9), "before a row": (crash_while_scoring, 2)}
@@ -114,7 +115,7 @@ def test_a_resumed_sequence_is_the_uninterrupted_one(kind, crash, tmp_path, monk
 
 def test_stages_are_runs_and_earlier_adapters_are_never_touched(tmp_path, monkeypatch):
     seen = {}
-    real = sequence.SequenceRun._play_stage
+    real = sequence.SequenceRun._play_turn
 
     def play(self, index, folder):
         real(self, index, folder)
@@ -122,7 +123,7 @@ def test_stages_are_runs_and_earlier_adapters_are_never_touched(tmp_path, monkey
             content = (stage / "adapter" / "adapter_model.safetensors").read_bytes()
             assert seen.setdefault(stage.name, content) == content
 
-    monkeypatch.setattr(sequence.SequenceRun, "_play_stage", play)
+    monkeypatch.setattr(sequence.SequenceRun, "_play_turn", play)
     run = molora.train_sequence(recipe(tmp_path))
     assert sorted(seen) == ["01-pig", "02-mirror", "03-zigzag"]
     found = matrix(run)
@@ -272,7 +273,7 @@ def test_a_pass_gives_generative_models_their_targets(kind, tmp_path):
     found = tasks_of(config)
     running = sequence.SequenceRun(config, found, Run(tmp_path / "run"))
     model, tokenizer = running._model(0)
-    batch = next(running._passes(model, tokenizer, 0))
+    batch = next(turn.passes(config, model, tokenizer, next(iter(found))))
     assert ("labels" in batch) == (kind != "SEQ_CLS")
     if kind == "CAUSAL_LM":
         first = encode(found["pig"], found["pig"].train[0], tokenizer, 48)
@@ -289,15 +290,14 @@ def test_loss_free_balance_leaves_old_experts_alone(tmp_path):
 
 def test_later_stages_train_as_the_first(tmp_path, monkeypatch):
     """Without a key-value cache and with the checkpointing that the recipe asks for."""
-    seen, real = [], sequence.fit
+    seen, real = [], turn.fit
 
     def fit(config, model, *rest):
         base = model.get_base_model()
         seen.append((base.config.use_cache, base.is_gradient_checkpointing))
         return real(config, model, *rest)
 
-    for module in (sequence, grow):
-        monkeypatch.setattr(module, "fit", fit)
+    monkeypatch.setattr(turn, "fit", fit)
     train = {**recipe(tmp_path)["train"], "max_steps": 1, "gradient_checkpointing": True}
     run = molora.train_sequence(recipe(tmp_path, "inc_lora", train=train))
     add_expert(run, {"task": BACK, "train": {"max_steps": 1}})
@@ -315,15 +315,10 @@ class Shrinking(Strategy):
 @pytest.fixture
 def own_strategies():
     """What a test registers is forgotten after it."""
-    kept = {
-        name: getattr(registry, name).copy()
-        for name in ("KINDS", "STRATEGIES", "GATES", "ONE_EXPERT", "WITHOUT_MEMORY")
-    }
+    kept = list(STRATEGIES)
     yield
-    for name, before in kept.items():
-        table = getattr(registry, name)
-        table.clear()
-        table.update(before) if isinstance(table, dict) else table.extend(before)
+    for name in [name for name in STRATEGIES if name not in kept]:
+        STRATEGIES.remove(name)
 
 
 @pytest.mark.usefixtures("own_strategies")
@@ -344,7 +339,7 @@ def test_a_strategy_of_ones_own(tmp_path):
             molora.register_strategy("mild", Shrinking, **wrong)
     with pytest.raises(ConfigError, match="no subclass"):
         molora.register_strategy("mild", int)
-    assert "mild" not in registry.STRATEGIES
+    assert "mild" not in STRATEGIES
     with pytest.raises(ConfigError, match="Did you mean 'shrinking'"):
         load_recipe(recipe(tmp_path, "shrinkin"))
 
@@ -369,6 +364,22 @@ def test_a_strategy_of_ones_own_says_how_it_works(tmp_path):
     assert read_config(run.adapter).gate.scope == "task"
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "shrinking"})
     assert "continual/small" in (done.path / "metrics.csv").read_text()
+
+
+@pytest.mark.usefixtures("own_strategies")
+@pytest.mark.parametrize("change", [{"mixing": "equal"}, {"mixing_temperature": 9.0}, {"weight": 2.0}])
+def test_a_mix_is_refused_under_a_strategy_of_ones_own_that_trains_on_one_task_at_a_time(change, tmp_path):
+    molora.register_strategy("shrinking", Shrinking, settings={"coefficient": 0.1})
+    data = recipe(tmp_path)["data"]
+    if "weight" in change:
+        data["tasks"]["pig"] |= change
+    else:
+        data |= change
+    with pytest.raises(ConfigError, match="strategy shrinking trains on one task at a time"):
+        load_recipe(recipe(tmp_path, "shrinking", data=data))
+    molora.register_strategy("rehearsal", Rehearsal, one_expert=True)
+    rehearsed = recipe(tmp_path, {"kind": "rehearsal"}, data=data)
+    assert load_recipe(rehearsed).continual.strategy.kind == "rehearsal"
 
 
 def test_a_sum_of_experts_stays_one(tmp_path):

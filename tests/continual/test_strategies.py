@@ -16,10 +16,10 @@ from molora import MoLoraConfig
 from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyConfig
 from molora.continual.gated import gates
 from molora.continual.inf_lora import covariances
-from molora.continual.registry import KINDS, build_strategy
+from molora.continual.registry import build_strategy
 from molora.continual.router import PrototypeRouter
 from molora.continual.slao import merged, orthonormal
-from molora.continual.strategy import Stage, expert_layers
+from molora.continual.strategy import Strategy, Turn, expert_layers
 from molora.continual.subspace import grown_basis, leading, overlap, residual, without
 from molora.data.tasks import Task
 from tests.zoo import base_model, batch_for, gradients, randomise
@@ -52,7 +52,7 @@ def grown(gate, dtype=torch.float64, experts=("b",)):
 
 
 def stage(index, batches=lambda: iter(()), seed=0):
-    return Stage(index, TASKS, batches, seed)
+    return Turn(index, TASKS, batches, seed)
 
 
 def data(seed, rows=None):
@@ -63,8 +63,11 @@ def data(seed, rows=None):
     return lambda: iter([{"input_ids": ids, "attention_mask": torch.ones_like(ids)}])
 
 
-def test_every_kind_has_a_class_and_settings():
-    assert set(KINDS) == set(STRATEGIES)
+@pytest.mark.parametrize("kind", STRATEGIES)
+def test_every_kind_has_a_class_and_what_is_said_of_it_is_so(kind):
+    spec = STRATEGIES[kind]
+    assert issubclass(spec.load(), Strategy)
+    assert spec.task_by_task == (spec.load().training_tasks is Strategy.training_tasks)
 
 
 # -- experts that add up -----------------------------------------------------------------------------------
@@ -421,7 +424,7 @@ def test_replay_keeps_a_part_and_trains_on_it_again(settings, count):
 def test_replay_keeps_only_what_the_task_reads():
     records = [{"prompt": "a", "target": "b", "when": datetime.date(2026, 1, 2), "picture": b"x"}]
     own = strategy("replay", count=1)
-    own.after_task(torch.nn.Identity(), Stage(0, [Task("a", 0, records)], lambda: iter(()), 0))
+    own.after_task(torch.nn.Identity(), Turn(0, [Task("a", 0, records)], lambda: iter(()), 0))
     assert json.loads(json.dumps(own.plain())) == {"kept": {"a": [{"prompt": "a", "target": "b"}]}}
 
 

@@ -42,7 +42,7 @@ def test_one_task_forgets_nothing_and_half_a_sequence_counts_what_it_saw():
 def test_joint_training_has_an_average_only():
     joint = AccuracyMatrix(["a", "b"], [], [[0.9, 0.5]], joint=True)
     assert joint.summary() == {"AA": pytest.approx(0.7)}
-    assert joint.complete and joint.stage_names == ["all tasks"]
+    assert joint.complete and joint.turn_names == ["all tasks"]
 
 
 def test_there_and_back_and_as_csv():

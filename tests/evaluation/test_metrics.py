@@ -5,24 +5,37 @@ import math
 import pytest
 import torch
 
-from molora.evaluation.metrics import TokenLoss, accuracy, exact_match, match_label, perplexity, token_nll
+from molora.evaluation.metrics import (
+    METRICS,
+    Result,
+    accuracy,
+    exact_match,
+    loss,
+    match_label,
+    mean,
+    perplexity,
+    token_nll,
+)
+
+
+def results(predictions, targets):
+    return [Result(i, *pair) for i, pair in enumerate(zip(predictions, targets, strict=True))]
 
 
 def test_exact_match_strips_outer_whitespace_only():
-    assert exact_match([" abc\n", "a b", "x"], ["abc", "ab", "x "]) == pytest.approx(2 / 3)
+    assert mean(exact_match, results([" abc\n", "a b", "x"], ["abc", "ab", "x "])) == pytest.approx(2 / 3)
 
 
 def test_accuracy_counts_no_answer_as_wrong():
-    assert accuracy(["World", None, "Tech"], ["World", "Tech", "Sports"]) == pytest.approx(1 / 3)
-    assert accuracy([None], [None]) == 0.0
+    found = results(["World", None, "Tech"], ["World", "Tech", "Sports"])
+    assert mean(accuracy, found) == pytest.approx(1 / 3)
+    assert mean(accuracy, results([None], [None])) == 0.0
 
 
-@pytest.mark.parametrize("metric", [exact_match, accuracy])
-def test_scores_over_nothing_or_unequal_lengths_are_refused(metric):
-    with pytest.raises(ValueError, match="at least one"):
-        metric([], [])
-    with pytest.raises(ValueError, match="got 2 and 1"):
-        metric(["a", "b"], ["a"])
+@pytest.mark.parametrize("metric", METRICS)
+def test_scores_over_nothing_are_refused(metric):
+    with pytest.raises(ValueError, match="there are no results"):
+        mean(METRICS[metric], [])
 
 
 def test_match_label_ignores_case_but_not_extra_words():
@@ -35,10 +48,10 @@ def test_token_nll_is_uniform_entropy_for_flat_logits():
     logits = torch.zeros(2, 4, 8)
     labels = torch.tensor([[-100, 1, 2, 3], [-100, -100, -100, 5]])
     total, tokens = token_nll(logits, labels, shift=True)
-    assert tokens == 4
-    assert total == pytest.approx(4 * math.log(8), rel=1e-6)
+    assert tokens.tolist() == [3, 1]
+    assert total.tolist() == pytest.approx([3 * math.log(8), math.log(8)], rel=1e-6)
     # unshifted, the first column is read too: here it is masked in both rows, so nothing changes
-    assert token_nll(logits, labels, shift=False)[1] == 4
+    assert token_nll(logits, labels, shift=False)[1].sum() == 4
 
 
 def test_token_nll_shift_reads_the_previous_position():
@@ -53,17 +66,18 @@ def test_streamed_loss_weighs_tokens_not_batches():
     torch.manual_seed(0)
     logits, labels = torch.randn(3, 6, 11), torch.randint(0, 11, (3, 6))
     labels[0, :5] = -100
-    whole, parts = TokenLoss(), TokenLoss()
-    whole.update(logits, labels, shift=True)
-    parts.update(logits[:1], labels[:1], shift=True)
-    parts.update(logits[1:], labels[1:], shift=True)
-    assert parts.tokens == whole.tokens == 11
-    assert parts.mean == pytest.approx(whole.mean, rel=1e-6)
+    found = []
+    for part in (slice(0, 1), slice(1, 3)):
+        nll, tokens = token_nll(logits[part], labels[part], shift=True)
+        found += [Result(0, nll=n, count=c) for n, c in zip(nll.tolist(), tokens.tolist(), strict=True)]
+    assert sum(result.count for result in found) == 11
+    whole = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+    assert mean(loss, found) == pytest.approx(whole.item(), rel=1e-6)
 
 
 def test_a_loss_over_no_tokens_is_an_error():
     with pytest.raises(ValueError, match="no labelled token"):
-        TokenLoss().mean  # noqa: B018
+        mean(loss, [Result(0, nll=0.0, count=0)])
 
 
 def test_perplexity():

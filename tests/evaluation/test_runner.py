@@ -8,6 +8,7 @@ import torch
 from molora import ConfigError, DataError, routing
 from molora.data.tasks import Task
 from molora.evaluation.runner import evaluate_tasks, inference, usable_modes
+from molora.evaluation.score import Limits
 from tests.training.runs import write_base
 from tests.zoo import randomise
 
@@ -57,9 +58,9 @@ def test_scores_equal_generating_by_hand_in_every_mode(tokenizer_and_base):
             answers[mode] = tokenizer.decode(out[0, ids_of["input_ids"].shape[1] :], skip_special_tokens=True)
     for mode, answer in answers.items():
         expecting = [task("a", 0, records=[{"prompt": "a0=", "target": answer}])]
-        report = evaluate_tasks(model, tokenizer, expecting, modes=[mode], max_new_tokens=3)
+        report = evaluate_tasks(model, tokenizer, expecting, modes=[mode], limits=Limits(max_new_tokens=3))
         assert report.score("a", mode).value == 1.0
-    report = evaluate_tasks(model, tokenizer, tasks, batch_size=2, max_new_tokens=3)
+    report = evaluate_tasks(model, tokenizer, tasks, limits=Limits(batch_size=2, max_new_tokens=3))
     assert report.modes == ["gate", "task", "base"] and report.score("a", "gate").count == 5
     assert report.routing.mode == "gate" and set(report.routing.by_task) == {"a", "b"}
     assert sum(report.routing.by_task["a"].values()) == pytest.approx(1.0)
@@ -83,7 +84,7 @@ def test_labels_written_by_a_language_model_are_matched(tokenizer_and_base):
     classified = task(
         "a", 0, "accuracy", records, kind="classification", labels=("yes", "no"), task_type="CAUSAL_LM"
     )
-    report = evaluate_tasks(model, tokenizer, [classified], modes=["gate"], max_new_tokens=3)
+    report = evaluate_tasks(model, tokenizer, [classified], modes=["gate"], limits=Limits(max_new_tokens=3))
     assert report.score("a", "gate").value in (0.0, 0.5, 1.0) and report.score("a", "gate").count == 2
 
 

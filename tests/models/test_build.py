@@ -13,8 +13,9 @@ from transformers import AutoTokenizer
 
 from molora.config import BaseConfig, load_recipe
 from molora.errors import AdapterError, ConfigError
-from molora.models import build
-from molora.models.build import build_model, load_base, load_trained
+from molora.models import base as bases
+from molora.models.base import load_base
+from molora.models.build import build_model, load_trained
 from molora.training.train import train
 from tests.training.runs import recipe_for
 
@@ -59,7 +60,7 @@ def test_a_base_that_cannot_be_loaded_is_explained(tmp_path: Path, content: str 
 
 
 def test_quantisation_names_its_extra(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "find_spec", lambda name: None)
+    monkeypatch.setattr(bases, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"molora\[quant\]"):
         load_base(BaseConfig(model=str(base), quantization="nf4"))
 

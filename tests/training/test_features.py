@@ -8,7 +8,7 @@ import torch
 import molora
 from molora import ConfigError
 from molora.config import load_recipe
-from molora.training.features import CLUSTERS_FILE
+from molora.models.features import CLUSTERS_FILE
 from molora.training.train import train
 from molora.tuner.api import find_context
 from tests.config.recipes import small

@@ -14,8 +14,8 @@ from molora.config import load_recipe
 from molora.errors import ConfigError
 from molora.models.build import load_trained
 from molora.store.runs import Run
+from molora.training.optimise import check_device, total_steps
 from molora.training.train import train
-from molora.training.trainer import check_device, total_steps
 from tests.training.runs import adapter_weights, recipe_for
 
 

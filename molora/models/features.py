@@ -29,11 +29,7 @@ def fit_features(
     if config.features is None:
         return None
     encoder, encoder_tokenizer = _encoder(config.features)
-    prompts = [
-        example.input_ids[: example.prompt_length]
-        for task in data.tasks
-        for example in data.examples(task.name, "train")
-    ]
+    prompts = [example.prompt for task in data.tasks for example in data.examples(task.name, "train")]
     texts = sorted({tokenizer.decode(list(prompt), skip_special_tokens=True) for prompt in prompts})
     clusters = TextClusters.fit(
         encode(texts, encoder, encoder_tokenizer), config.features.num_clusters, config.seed

@@ -1,21 +1,24 @@
-"""The Lightning Trainer of a run: devices, precision, callbacks and loggers from the recipe."""
+"""optimise: train a model in memory. Where things are written is the caller's business, by callbacks and loggers."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.loggers import Logger
+from peft import PeftModel
 
 from molora.config import TrainConfig
 from molora.errors import ConfigError
-from molora.training.callbacks import DivergenceGuard, Interrupt, Validation
-from molora.training.checkpoint import Checkpoints, FolderIO, RandomState
-from molora.training.loggers import build_loggers
+from molora.training.callbacks import DivergenceGuard, Validation
+from molora.training.checkpoint import FolderIO, RandomState
+from molora.training.module import MoLoraModule
+from molora.training.objective import Companion
 from molora.training.sharded import ShardedBaseStrategy
 
 
@@ -49,28 +52,36 @@ def _processes(settings: TrainConfig) -> int:
     return settings.devices
 
 
-def build_callbacks(
-    settings: TrainConfig, checkpoints: Path, steps: int, validation: Iterable[Any] | None
-) -> list[Callback]:
-    """Callbacks in the order they must run: nothing is saved before it was found good."""
-    writer = Checkpoints(checkpoints, settings.save_every or steps, settings.keep_checkpoints)
-    callbacks: list[Callback] = [RandomState(), DivergenceGuard(settings.log_every)]
-    if validation is not None and settings.val_every is not None:
-        callbacks.append(Validation(validation, settings.val_every, settings.patience))
-    return [*callbacks, writer, Interrupt(writer)]
-
-
-def build_trainer(
+def optimise(
+    model: PeftModel,
+    data: L.LightningDataModule,
     settings: TrainConfig,
-    folder: Path,
-    steps: int,
     *,
-    resume_step: int = 0,
+    companion: Companion | None = None,
     validation: Iterable[Any] | None = None,
+    callbacks: Sequence[Callback] = (),
+    loggers: Sequence[Logger] = (),
+    checkpoint: Path | None = None,
 ) -> L.Trainer:
-    """A Trainer that writes into the run folder `folder` and stops after `steps` optimiser steps."""
-    return L.Trainer(
-        max_steps=steps,
+    """Train a model in place, for as many steps as `settings` say; by itself it writes nothing.
+
+    Args:
+        model: a PEFT model.
+        data: its training batches.
+        companion: see MoLoraModule.
+        validation: held-out batches, measured every `val_every` steps.
+        callbacks: run after molora's own, so that nothing is saved before it was found good.
+        loggers: where metrics go.
+        checkpoint: a checkpoint folder to go on from.
+
+    Raises:
+        DivergedError: the loss is not finite.
+    """
+    own: list[Callback] = [RandomState(), DivergenceGuard(settings.log_every)]
+    if validation is not None and settings.val_every is not None:
+        own.append(Validation(validation, settings.val_every, settings.patience))
+    trainer = L.Trainer(
+        max_steps=total_steps(settings, len(data.train_dataloader())),
         max_epochs=-1,
         accumulate_grad_batches=settings.accumulate,
         gradient_clip_val=settings.clip,
@@ -79,8 +90,8 @@ def build_trainer(
         devices=settings.devices,
         strategy=_strategy(settings),
         plugins=[FolderIO()],
-        callbacks=build_callbacks(settings, folder / "checkpoints", steps, validation),
-        logger=build_loggers(folder, steps, resume_step),
+        callbacks=[*own, *callbacks],
+        logger=list(loggers),
         log_every_n_steps=settings.log_every,
         limit_val_batches=0,  # validation is a callback, see callbacks.Validation
         num_sanity_val_steps=0,
@@ -89,6 +100,13 @@ def build_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    trainer.fit(
+        MoLoraModule(model.train(), settings, companion),
+        datamodule=data,
+        ckpt_path=checkpoint,
+        weights_only=True if checkpoint else None,
+    )
+    return trainer
 
 
 def _strategy(settings: TrainConfig) -> Any:
