@@ -20,7 +20,7 @@ from torch import Tensor
 
 from molora.calls.call import base_only, spread
 from molora.errors import ConfigError, RoutingError
-from molora.experts.kernel import expand, shrink
+from molora.experts.kernel import expand
 from molora.forward.group_routing import experts_of, routing_of
 
 if TYPE_CHECKING:
@@ -53,17 +53,10 @@ def mix(layer: MoLoraLayer, adapter: str, x: Tensor, y: Tensor) -> Tensor:
     slots = _slots(layer, adapter, x)
     led[name] = slots
     bank = layer.molora_experts[adapter]
-    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
-    h = h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
+    operands = bank.operands(slots.experts, x)
     count = slots.weights.shape[1]
-    copies = y.repeat(count, *[1] * (y.dim() - 1))
-    return expand(
-        copies,
-        h.repeat(count, 1),
-        slots.chosen,
-        bank.expansion(slots.experts, x),
-        bank.stacks("B", slots.experts),
-    )
+    copies, h = y.repeat(count, *[1] * (y.dim() - 1)), bank.shrunk(x, operands).repeat(count, 1)
+    return expand(copies, h, slots.chosen, operands.expansion, operands.B)
 
 
 def check_feed_forwards(layers: list[MoLoraLayer], adapter: str) -> None:
@@ -110,10 +103,7 @@ def _leave(layer: MoLoraLayer, adapter: str, x: Tensor, y: Tensor, slots: Slots 
             f"{key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
             hint="call the model as a whole; name only linears of one feed-forward block in ffn_targets.",
         )
-    bank = layer.molora_experts[adapter]
-    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
-    h = h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
-    y = expand(y, h, slots.chosen, bank.expansion(slots.experts, x), bank.stacks("B", slots.experts))
+    y = layer.molora_experts[adapter](x, y, slots.chosen, slots.experts)
     by_slot = rearrange(
         y.reshape(-1, y.shape[-1]), "(slot tokens) d_out -> slot tokens d_out", slot=slots.weights.shape[1]
     )

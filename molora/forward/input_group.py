@@ -15,7 +15,7 @@ from molora.experts.bank import ExpertBank
 from molora.experts.kernel import joined, linear_dtype, scores, shrink, weigh
 from molora.forward.group_routing import experts_of, recorded, task_map_of
 from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 
 if TYPE_CHECKING:
     from molora.tuner.layer import MoLoraLayer
@@ -165,21 +165,19 @@ def _for_one_row(B: Tensor) -> Tensor:
 
 
 def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
-    own = [None if slot == _PLAIN else experts for slot in plan.slots]
-    parts = [bank.stacks("A", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
-    A = [stack for stacks in parts for stack in stacks]
+    parts = [
+        bank.operands(None if slot == _PLAIN else experts, x)
+        for bank, slot in zip(plan.banks, plan.slots, strict=True)
+    ]
+    expansions = [part.expansion for part in parts]
     tiles = None
-    if any(bank.share_A for bank in plan.banks):
-        columns = [sum(len(stack) for stack in stacks) for stacks in parts]
-        copies = [bank.copies(chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
-        tiles = list(zip(columns, copies, strict=True))
-    B = [bank.stacks("B", chosen) for bank, chosen in zip(plan.banks, own, strict=True)]
-    expansions = [bank.expansion(chosen, x) for bank, chosen in zip(plan.banks, own, strict=True)]
+    if any(bank.kind.shares_A for bank in plan.banks):
+        tiles = [(sum(len(stack) for stack in part.A), part.copies) for part in parts]
     return Operands(
-        A,
+        [stack for part in parts for stack in part.A],
         tiles,
-        [part.shape[1] for part in expansions],
-        dict(zip(plan.keys, B, strict=True)),
+        [expansion.shape[1] for expansion in expansions],
+        {key: part.B for key, part in zip(plan.keys, parts, strict=True)},
         dict(zip(plan.keys, expansions, strict=True)),
         None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
     )
@@ -218,13 +216,9 @@ def _shrink(
     else:
         h, products = shrink(x, A, blocks)
     if operands.tiles is not None:  # one A for all experts: its product stands once for each
-        parts = list(h.split([columns for columns, _ in operands.tiles], dim=-1))
-        if shares is not None:
-            parts = [
-                p if bank.cores is None else bank.cores(p, shares)
-                for p, bank in zip(parts, plan.banks, strict=True)
-            ]
-        h = torch.cat([p.repeat(1, n) for p, (_, n) in zip(parts, operands.tiles, strict=True)], dim=-1)
+        parts = h.split([columns for columns, _ in operands.tiles], dim=-1)
+        spread = zip(plan.banks, parts, operands.tiles, strict=True)
+        h = torch.cat([bank.spread(part, copies, shares) for bank, part, (_, copies) in spread], dim=-1)
     if products is None:
         return h, {}
     sizes = [rows.num_experts for rows in readers.values()]

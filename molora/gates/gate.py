@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from molora.config.gate_rules import UNNORMALISED
 from molora.experts.kernel import scores as exact_scores
 from molora.gates import selection
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 
 _SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
 

@@ -17,14 +17,13 @@ from molora.config.gate_rules import UNNORMALISED
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
-from molora.experts.bank import Expert, ExpertBank, mean_delta
-from molora.experts.cores import TaskCores
+from molora.experts.bank import Expert, ExpertBank, ExpertRows, mean_delta
 from molora.experts.init import low_rank
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.config_checks import normalise
 from molora.tuner.layer import MoLoraLayer
-from molora.tuner.parts import new_expert, scaling_of
+from molora.tuner.parts import new_expert
 from molora.tuner.placement import (
     blocks_at,
     experts_at,
@@ -78,7 +77,7 @@ def add_expert(
         raise ConfigError(
             f"there is an expert {name!r} already. Experts: {', '.join(config.expert_names or [])}."
         )
-    _check_growable(model, config, adapter, spec)
+    _check_growable(model, config, adapter, spec, by_factors=init == "mean" or factors is not None)
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(source)
@@ -86,28 +85,21 @@ def add_expert(
     for layer in _layers(model, adapter):
         bank, site = layer.molora_experts[adapter], layer.sites[adapter]
         if site.plain:
-            bank.assign(bank.experts(), [config.frozen_extras])
+            bank.assign(bank.rows(), [config.frozen_extras])
             continue
         here = [n for n in experts_at(config, site.key) if n != name]
         local = here.index(source) if source in here else None
-        grown = [*bank.experts(), _initial(config, bank, name, site.key, init, local)]
+        grown: Expert | ExpertRows = _initial(config, bank, name, site.key, init, local)
         if factors is not None:
-            grown[-1] = factors(site.key, grown[-1])
-        bank.assign(grown, frozen_at(config, site.key))
+            grown = factors(site.key, bank.effective(grown))
+        bank.assign([*bank.rows(), grown], frozen_at(config, site.key))
         if bank.cores is not None:
-            _grow_cores(config, bank.cores)
+            bank.cores.grow(*task_blocks(config))
         if adapter in layer.molora_gate:
             _grow_gate(config, layer.molora_gate[adapter], site.key, local)
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(model, context, adapter)
-
-
-def _grow_cores(config: MoLoraConfig, cores: TaskCores) -> None:
-    """The identity for each new task."""
-    weight, (parts, frozen) = cores.weight.detach(), task_blocks(config)
-    eye = torch.eye(int(weight.shape[1] ** 0.5), dtype=weight.dtype, device=weight.device).flatten()
-    cores.assign(torch.cat([weight, eye.expand(len(frozen) - len(weight), -1)]), parts, frozen)
 
 
 def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
@@ -234,7 +226,7 @@ def set_frozen(
         for layer in _layers(model, adapter):
             if layer.sites[adapter].plain:
                 bank = layer.molora_experts[adapter]
-                bank.assign(bank.experts(), [False])
+                bank.assign(bank.rows(), [False])
         freeze_heads(model, adapter, frozen=False)
     _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
     _refresh(model, context, adapter)
@@ -266,10 +258,23 @@ def _index(config: MoLoraConfig, name: str) -> int:
     return names.index(name)
 
 
-def _check_growable(model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None) -> None:
+def _check_growable(
+    model: nn.Module,
+    config: MoLoraConfig,
+    adapter: str,
+    spec: ExpertSpec | None,
+    *,
+    by_factors: bool = False,
+) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
     for layer in _layers(model, adapter):
+        reason = layer.molora_experts[adapter].kind.imports
+        if by_factors and reason is not None:
+            raise ConfigError(
+                f"an expert of this mixture cannot start from a weight update: {reason}.",
+                hint="use init='new' or 'copy:<expert>'.",
+            )
         if adapter in layer.molora_gate and layer.molora_gate[adapter].custom is not None:
             raise ConfigError(
                 f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert.",
@@ -290,22 +295,18 @@ def _source(config: MoLoraConfig, init: str) -> str | None:
 
 def _initial(
     config: MoLoraConfig, bank: ExpertBank, name: str, key: str, init: str, source: int | None
-) -> Expert:
+) -> Expert | ExpertRows:
     if source is not None:
-        copied = bank.expert(source)
-        return Expert(copied.A.detach().clone(), copied.B.detach().clone(), copied.scaling)
+        return bank.row(source)
     like = bank.expert(0)
-    fresh = new_expert(
-        config, name, key, like.A.shape[1], like.B.shape[0], dtype=like.A.dtype, device=like.A.device
-    )
-    if bank.share_A:
-        fresh = fresh._replace(A=like.A.detach())
-    if init == "mean" and bank.share_A:
-        return fresh._replace(B=torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0))
+    A, B = like.A, like.B
+    fresh = new_expert(config, bank.kind, name, key, A.shape[1], B.shape[0], dtype=A.dtype, device=A.device)
+    if init == "mean" and bank.kind.shares_A:
+        return Expert(A, torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0), fresh.scaling)
     if init == "mean":
         with torch.no_grad():
             A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
-        fresh = Expert(A.to(fresh.A.dtype), B.to(fresh.A.dtype), scaling_of(config, name, key))
+        return Expert(A.to(like.A.dtype), B.to(like.A.dtype), fresh.scaling)
     return fresh
 
 
@@ -371,8 +372,8 @@ def _reassign(
             continue
         bank, now = layer.molora_experts[adapter], experts_at(config, key)
         kept = [i for i, name in enumerate(before[key]) if name in now]
-        experts = bank.experts()
-        bank.assign([experts[i] for i in kept], frozen_at(config, key))
+        rows = bank.rows()
+        bank.assign([rows[i] for i in kept], frozen_at(config, key))
         if bank.cores is not None:
             bank.cores.assign(bank.cores.weight.detach(), *task_blocks(config))
         if adapter in layer.molora_gate:

@@ -20,6 +20,8 @@ from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.experts.bank import ExpertBank
 from molora.experts.cores import TaskCores
+from molora.experts.kinds.kind import Kind
+from molora.experts.kinds.lora import Lora
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.forward.input_group import InputGroup
@@ -61,8 +63,9 @@ class MoLoraModel(BaseTuner):
         # Members of a group find their leader here while layers are created, in the model's own order.
         self._leaders: dict[str, MoLoraLayer] = {}
         self._inputs: dict[str, InputGroup] = {}
+        self._kind = parts.kind_of(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._leaders, self._inputs
+        del self._leaders, self._inputs, self._kind
         check_feed_forwards([m for m in model.modules() if isinstance(m, MoLoraLayer)], adapter_name)
         self.context.forget_modules()
         root_hooks.install(model, self.context)
@@ -85,17 +88,14 @@ class MoLoraModel(BaseTuner):
         layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
         site = self._site(peft_config, adapter_name, current_key, layer)
         config: MoLoraConfig = peft_config
-        if site.plain:
-            experts = parts.new_experts(config, ["plain"], current_key, layer.get_base_layer())
-            frozen = [config.frozen_extras]
-        else:
-            names = experts_at(config, current_key)
-            experts = parts.new_experts(config, names, current_key, layer.get_base_layer())
-            frozen = frozen_at(config, current_key)
-        shared, cores = config.share_A and not site.plain, None
+        names, frozen, cores = ["plain"], [config.frozen_extras], None
+        kind: Kind = Lora()
+        if not site.plain:
+            names, frozen, kind = experts_at(config, current_key), frozen_at(config, current_key), self._kind
+        experts = parts.new_experts(config, kind, names, current_key, layer.get_base_layer())
         if config.task_cores and not site.plain:
             cores = TaskCores.identity(experts[0].rank, *task_blocks(config))
-        bank = ExpertBank(experts, frozen, config.lora_dropout, share_A=shared, cores=cores)
+        bank = ExpertBank(experts, frozen, config.lora_dropout, kind=kind, cores=cores)
         gate = None
         if not site.plain and site.group[0] is layer and config.gate.learned:
             gate = parts.new_gate(config, current_key, _features(layer)[0])

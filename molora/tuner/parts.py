@@ -12,11 +12,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.errors import ConfigError
-from molora.experts.bank import Expert
+from molora.experts.bank import Expert, ExpertRows
 from molora.experts.init import expected_std, init_A, svd_segments
+from molora.experts.kinds.kind import Kind
+from molora.experts.kinds.lora import Lora
 from molora.gates.gate import Gate
 from molora.gates.registry import SCORES
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 from molora.tuner.config import ExpertSpec, MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.placement import (
@@ -53,8 +55,14 @@ def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
     return alpha / math.sqrt(r) if spec.use_rslora or spec.scaling == "alpha_over_sqrt_r" else alpha / r
 
 
+def kind_of(config: MoLoraConfig) -> Kind:
+    """The kind of a config's experts."""
+    return Lora(share_A=config.share_A)
+
+
 def new_expert(
     config: MoLoraConfig,
+    kind: Kind,
     name: str,
     key: str,
     d_in: int,
@@ -62,15 +70,17 @@ def new_expert(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> Expert:
-    """A fresh expert for one layer: A initialised, B = 0."""
+) -> ExpertRows:
+    """A fresh expert for one layer, whose update is zero."""
     r = rank_of(config, name, key)
-    A = init_A(torch.empty(r, d_in), config.init, config.init_std, config.init_gain)
-    A = A.to(device=device, dtype=dtype)
-    return Expert(A, A.new_zeros(d_out, r), scaling_of(config, name, key))
+    rows = kind.new(d_in, d_out, r, lambda A: init_A(A, config.init, config.init_std, config.init_gain))
+    rows = {name: row.to(device=device, dtype=dtype) for name, row in rows.items()}
+    return ExpertRows(rows, r, scaling_of(config, name, key))
 
 
-def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.Module) -> list[Expert]:
+def new_experts(
+    config: MoLoraConfig, kind: Kind, names: Sequence[str], key: str, base: nn.Module
+) -> list[ExpertRows]:
     """Fresh experts for one layer, from its base layer's weight where `init` asks for that.
 
     Raises:
@@ -78,7 +88,7 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
     """
     d_in, d_out = _get_in_out_features(base)
     assert d_in is not None and d_out is not None  # only linear layers come here
-    experts = [new_expert(config, name, key, d_in, d_out) for name in names]
+    experts = [new_expert(config, kind, name, key, d_in, d_out) for name in names]
     if (
         config.init != "svd_segments" or config.base_fingerprint is not None
     ):  # saved: tensors come from the file
@@ -98,7 +108,10 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
     made = dict(zip(gated, factors, strict=True))
     # Experts that are always on start as the gated ones do: with negative weights they cancel them.
     made |= dict(zip((i for i in range(len(names)) if i not in gated), factors, strict=False))
-    return [e._replace(A=made[i][0], B=made[i][1]) if i in made else e for i, e in enumerate(experts)]
+    return [
+        e._replace(rows=kind.rows_of(Expert(*made[i], e.scaling))) if i in made else e
+        for i, e in enumerate(experts)
+    ]
 
 
 def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
@@ -151,15 +164,15 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
 
     Rows: name, expert, r, std, expected, ratio, ok. `ok` means |ratio - 1| < 4/√(2·numel), four standard
     errors: true for untouched experts, false for trained or mis-initialised ones. Experts that started as segments of
-    the base weight have no row: nothing says what their spread should be.
+    the base weight, or are of a kind with another start, have no row: nothing says what their spread should be.
     """
     rows = []
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter, site in layer.sites.items():
             config: MoLoraConfig = layer.context.adapters[adapter].config
-            if config.init == "svd_segments" and not site.plain:
-                continue
             bank = layer.molora_experts[adapter]
+            if (config.init == "svd_segments" and not site.plain) or not bank.kind.starts_by_init:
+                continue
             names = ["plain"] if site.plain else experts_at(config, site.key)
             for name, expert in zip(names, bank.experts(), strict=True):
                 std = expert.A.detach().float().std(correction=0).item()

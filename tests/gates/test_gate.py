@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 from molora import ConfigError, GateConfig, MoLoraConfig
 from molora.gates.gate import Gate
-from molora.gates.scores import GateRows
+from molora.gates.rows import GateRows
 from molora.tuner.gate_config import gate_from_kind
 from molora.tuner.parts import new_gate
 
