@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 from molora.config.choices import GATE_KIND_KEYS, GATE_KINDS
 from molora.config.gate_rules import gate_problems, mixture_problems, numbers_of
 from molora.config.loss_rules import aux_problems, fit_problems, mixture_fit_problems
-from molora.config.mixture_rules import combination_problems
+from molora.config.mixture_rules import combination_problems, kind_problems
 from molora.config.presets import PRESETS, preset_settings
 from molora.config.section import (
     ExpertName,
@@ -111,6 +111,8 @@ class AdapterConfig(Section):
     init: Literal["kaiming", "gaussian", "rescaled", "orthogonal", "svd_segments"] = "kaiming"
     init_std: Positive = 0.02
     init_gain: Positive = 1.0
+    kind: str = "lora"  # one of KINDS
+    kind_settings: dict[str, int | float] = Field(default_factory=dict)
     rank_pattern: dict[str, PositiveInt] = Field(default_factory=dict)
     alpha_pattern: dict[str, Positive] = Field(default_factory=dict)
     target_modules: str | list[str] = "all-linear"
@@ -182,6 +184,7 @@ class AdapterConfig(Section):
             (("gate", field), message) for field, message in mixture_problems(gate, self.most_experts)
         ]
         problems += combination_problems(settings, gate, self.experts)
+        problems += kind_problems(self.kind, self.kind_settings, {**settings, "aux_losses": self.aux_losses})
         # Tasks that the recipe does not map to experts have all of them.
         tasks: dict[str, Any] = dict(self.tasks or {})
         fits = [*fit_problems(self.aux_losses, gate, tasks, self.most_experts)]
@@ -250,6 +253,7 @@ _LORAS_DECIDE = (
     "lora_alpha",
     "use_rslora",
     "scaling",
+    "kind",
     "share_A",
     "init",
 )

@@ -1,6 +1,10 @@
-"""The closed lists of names a recipe may use for gates and auxiliary losses. Pure data, no imports."""
+"""The closed lists of names a recipe may use for gates, experts and auxiliary losses. Pure data, no torch."""
 
 from __future__ import annotations
+
+from typing import Any
+
+from molora.registry import Lazy, Registry
 
 _SOFTMAX = {"transform": "softmax", "select": "dense"}
 
@@ -52,6 +56,10 @@ GATE_CHOICES: dict[str, tuple[str, ...]] = {
     "noise": ("gaussian", "jitter", "gumbel", "logistic"),
 }
 SHARES = ("linear", "group", "block", "global")
+
+# What an expert's own parameters are: subclasses of experts.kinds.kind.Kind, imported when they are used.
+KINDS: Registry[Any] = Registry("kind of expert")
+KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 
 _MASK = {"mask": ("padding", "response")}
 

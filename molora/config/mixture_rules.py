@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from molora.config.choices import KINDS
 from molora.config.gate_rules import BY_SAMPLE, sums_to_one
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
@@ -51,6 +52,31 @@ def combination_problems(
         yield ("task_cores",), "do not go with ffn_targets."
     if settings["share_A"] and settings["init"] == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
+
+
+def kind_problems(kind: str, given: Mapping[str, Any], mixture: Mapping[str, Any]) -> Iterator[Problem]:
+    """What is wrong with a kind of expert, its settings, or the two beside the rest of the mixture.
+
+    Args:
+        kind: its name.
+        given: `kind_settings`.
+        mixture: share_A, task_cores, init and aux_losses of the adapter.
+    """
+    if kind not in KINDS:
+        yield ("kind",), KINDS.unknown(kind)
+        return
+    if kind == "lora" and not given:  # nothing to refuse, and no need of torch
+        return
+    found = KINDS[kind]
+    for name, value in given.items():
+        if name not in found.settings:
+            allowed = ", ".join(found.settings) or "none"
+            hint = did_you_mean(name, found.settings)
+            yield ("kind_settings", name), f"not a setting of kind {kind!r}.{hint} Its settings: {allowed}."
+        elif isinstance(value, bool) or not isinstance(value, (int, type(found.settings[name]))):
+            wanted = "a whole number" if isinstance(found.settings[name], int) else "a number"
+            yield ("kind_settings", name), f"must be {wanted}, not {value!r}."
+    yield from found.problems(mixture)
 
 
 def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

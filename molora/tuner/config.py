@@ -45,6 +45,8 @@ class MoLoraConfig(PeftConfig):
         num_experts: experts per target layer: a number, a list (one per transformer block), or `{pattern: number}`
             (layers without a pattern have the largest number).
         r: rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`.
+        kind: what an expert's own parameters are: a registered kind; `lora` by default, A and B.
+        kind_settings: settings of the kind.
         lora_alpha: scaling numerator.
         lora_dropout: dropout on the experts' input.
         use_rslora: scale by alpha/√r instead of alpha/r.
@@ -87,6 +89,8 @@ class MoLoraConfig(PeftConfig):
 
     num_experts: Any = 8
     r: int | list[int] | dict[str, int] = 8
+    kind: str = "lora"
+    kind_settings: dict[str, Any] = field(default_factory=dict)
     lora_alpha: float = 16
     lora_dropout: float = 0.0
     use_rslora: bool = False

@@ -7,9 +7,10 @@ from collections.abc import Iterable
 from dataclasses import asdict, fields, replace
 from typing import TYPE_CHECKING, Any
 
+from molora.config.choices import KINDS
 from molora.config.gate_rules import is_hard_task, mixture_problems, numbers_of
 from molora.config.loss_rules import BY_TASK, aux_problems, fit_problems, mixture_fit_problems
-from molora.config.mixture_rules import combination_problems
+from molora.config.mixture_rules import combination_problems, kind_problems
 from molora.config.names import check_name
 from molora.config.section import Problem
 from molora.config.suggest import did_you_mean
@@ -28,6 +29,7 @@ def normalise(config: MoLoraConfig) -> None:
     _numbers(config)
     _counts(config)
     _gate(config)
+    _kind(config)
     _ranks(config)
     _names(config)
     _tasks(config)
@@ -108,6 +110,14 @@ def _gate(config: MoLoraConfig) -> None:
         gate.threshold = 1 / max(2, config.num_experts)
 
 
+def _kind(config: MoLoraConfig) -> None:
+    mixture = {name: getattr(config, name) for name in ("share_A", "task_cores", "init", "aux_losses")}
+    _refuse(kind_problems(config.kind, config.kind_settings, mixture))
+    scaling = KINDS[config.kind].scaling
+    if scaling is not None and config.scaling is None and not config.use_rslora:
+        config.scaling = scaling
+
+
 def _ranks(config: MoLoraConfig) -> None:
     from molora.tuner.config import ExpertSpec
 
@@ -126,10 +136,8 @@ def _ranks(config: MoLoraConfig) -> None:
         name: ExpertSpec(**spec) if isinstance(spec, dict) else spec
         for name, spec in config.expert_specs.items()
     }
-    if config.share_A and config.expert_specs:
-        raise ConfigError(
-            "share_A: experts with one A have one rank and scaling; expert_specs gives some their own."
-        )
+    if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:
+        raise ConfigError("experts with one A have one rank and scaling; expert_specs gives some their own.")
 
 
 def _names(config: MoLoraConfig) -> None:

@@ -11,11 +11,11 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.config.choices import KINDS
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertRows
 from molora.experts.init import expected_std, init_A, svd_segments
 from molora.experts.kinds.kind import Kind
-from molora.experts.kinds.lora import Lora
 from molora.gates.gate import Gate
 from molora.gates.registry import SCORES
 from molora.gates.rows import GateRows
@@ -56,8 +56,8 @@ def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
 
 
 def kind_of(config: MoLoraConfig) -> Kind:
-    """The kind of a config's experts."""
-    return Lora(share_A=config.share_A)
+    """The kind of a config's experts, with its settings."""
+    return KINDS[config.kind](share_A=config.share_A, **config.kind_settings)
 
 
 def new_expert(
