@@ -60,6 +60,7 @@ SHARES = ("linear", "group", "block", "global")
 # What an expert's own parameters are: subclasses of experts.kinds.kind.Kind, imported when they are used.
 KINDS: Registry[Any] = Registry("kind of expert")
 KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
+KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
 
 _MASK = {"mask": ("padding", "response")}
 

@@ -37,6 +37,7 @@ def lora_reference(base, banks):
 # Kind -> (one expert of PEFT's, the stacks that learn).
 REFERENCES = {
     "lora": (lora_reference, {"A", "B"}),
+    "lora_fa": (lora_reference, {"B"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
