@@ -61,6 +61,7 @@ SHARES = ("linear", "group", "block", "global")
 KINDS: Registry[Any] = Registry("kind of expert")
 KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
+KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
 
 _MASK = {"mask": ("padding", "response")}
 

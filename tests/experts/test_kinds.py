@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import molora
@@ -34,10 +38,23 @@ def lora_reference(base, banks):
     ]
 
 
+def vera_reference(base, banks):
+    model = get_peft_model(base, VeraConfig(r=4, target_modules=TARGETS, d_initial=0.1)).double()
+    layers = [m for m in model.modules() if hasattr(m, "vera_lambda_b")]
+    parts = [{"b": m.vera_lambda_b["default"], "d": m.vera_lambda_d["default"]} for m in layers]
+    for layer, part, bank in zip(layers, parts, banks, strict=True):
+        assert torch.equal(layer.vera_A["default"], bank.stacks["A"].rows[0])
+        assert torch.equal(layer.vera_B["default"].T, bank.stacks["B"].rows[0])
+        for name, vector in part.items():
+            vector.data.copy_(bank.stacks[name].rows[0])
+    return model, parts
+
+
 # Kind -> (one expert of PEFT's, the stacks that learn).
 REFERENCES = {
     "lora": (lora_reference, {"A", "B"}),
     "lora_fa": (lora_reference, {"B"}),
+    "vera": (vera_reference, {"d", "b"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -308,3 +325,61 @@ def test_a_config_without_a_kind_is_lora():
         MoLoraConfig(**{k: v for k, v in config.items() if k in MoLoraConfig.__dataclass_fields__}).kind
         == "lora"
     )
+
+
+@kinds
+def test_what_goes_with_lora_only_is_refused_elsewhere(kind):
+    for settings in ({"share_A": True}, {"init": "svd_segments"}, {"aux_losses": {"orthogonal": 1.0}}):
+        if kind == "lora":
+            MoLoraConfig(kind=kind, **settings)
+            continue
+        with pytest.raises(ConfigError, match="kind: lora"):
+            MoLoraConfig(kind=kind, **settings)
+
+
+# -- projections that are drawn again ------------------------------------------------------------------
+
+
+def test_projections_are_one_tensor_for_all_layers_of_a_shape_and_are_not_saved(tmp_path):
+    model = copy.deepcopy(model_of("vera", r=16)).double()
+    model.add_expert("late")
+    by_shape = {}
+    for bank in banks(model):
+        for name in "AB":
+            (block,) = bank.stacks[name].blocks
+            by_shape.setdefault((name, bank.stacks["A"].rows.shape, bank.stacks["B"].rows.shape), set()).add(
+                id(block)
+            )
+    assert all(len(objects) == 1 for objects in by_shape.values()) and len(by_shape) < 2 * len(banks(model))
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert {tensor.shape for name, tensor in saved.items() if name.endswith((".A", ".B"))} == {(32,)}
+
+
+@pytest.mark.parametrize("how", ["plain", "meta", "transformers"])
+def test_projections_of_another_key_are_never_used_without_notice(how, tmp_path):
+    model_of("vera").save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config["kind_settings"] = {"projection_prng_key": 1}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "MANIFEST.json").unlink()
+    with pytest.raises(AdapterError, match="projections"):
+        if how == "transformers":
+            base_model("llama").load_adapter(str(tmp_path))
+        else:
+            PeftModel.from_pretrained(base_model("llama"), tmp_path, low_cpu_mem_usage=how == "meta")
+
+
+def test_settings_of_a_kind_are_checked():
+    with pytest.raises(ConfigError, match=r"kind_settings.d_inital: .* Did you mean 'd_initial'\?"):
+        MoLoraConfig(kind="vera", kind_settings={"d_inital": 0.2})
+    with pytest.raises(ConfigError, match=r"must be a whole number, not 0\.5"):
+        MoLoraConfig(kind="vera", kind_settings={"projection_prng_key": 0.5})
+    with pytest.raises(ConfigError, match="experts with one A have one rank"):
+        MoLoraConfig(kind="vera", expert_specs={"expert_0": {"r": 2, "lora_alpha": 2}})
+    assert (
+        MoLoraConfig(kind="vera").scaling == 1.0
+        and MoLoraConfig(kind="vera", use_rslora=True).scaling is None
+    )
+    bank = banks(model_of("vera", trained=False, kind_settings={"d_initial": 0.5}))[0]
+    assert torch.equal(bank.stacks["d"].rows, torch.full((3, 4), 0.5)) and not bank.stacks["b"].rows.any()
