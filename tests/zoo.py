@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from molora import GateConfig, MoLoraConfig, preset
-from molora.config.presets import target_patterns
+from molora.config.presets.target_patterns import FEED_FORWARD
 
 VOCAB = 50
 TASKS = ("alpha", "beta", "gamma")
@@ -186,7 +186,6 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
-FEED_FORWARD = target_patterns.FEED_FORWARD
 _TABLE = {"scope": "task", "score": "table", "select": "dense"}
 MIXTURES: dict[str, dict[str, Any]] = {
     "factors-table": {"combine": "factors", "gate": GateConfig(**_TABLE, transform="sigmoid", share="linear")},

@@ -120,6 +120,7 @@ _LORAS_DECIDE = (
     "lora_alpha",
     "use_rslora",
     "scaling",
+    "kind",
     "share_A",
     "init",
 )

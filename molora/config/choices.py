@@ -1,4 +1,4 @@
-"""The closed lists of names a recipe may use for gates, known without torch."""
+"""The closed lists of names a recipe may use for gates and experts, known without torch."""
 
 from __future__ import annotations
 
@@ -78,3 +78,9 @@ GATE_CHOICES: dict[str, Collection[str]] = {
     "noise": NOISES,
 }
 SHARES = ("linear", "group", "block", "global")
+
+# What an expert's own parameters are: subclasses of experts.kinds.kind.Kind, imported when they are used.
+KINDS: Registry[Any] = Registry("kind of expert")
+KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
+KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
+KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))

@@ -34,6 +34,8 @@ class Mixture:
     r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
         8, "rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`."
     )
+    kind: str = setting("lora", "what an expert's own parameters are: a kind of `docs/methods.md`.")
+    kind_settings: dict[str, int | float] = setting(make=dict, doc="settings of the kind.")
     lora_alpha: Positive = setting(16.0, "scaling numerator.")
     lora_dropout: Fraction = setting(0.0, "dropout on the experts' input.")
     use_rslora: bool = setting(False, "scale by alpha/√r instead of alpha/r.")

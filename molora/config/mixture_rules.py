@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from molora.config.choices import KINDS
 from molora.config.gate import BY_SAMPLE, GateSettings
 from molora.config.gate_rules import size_problems
 from molora.config.loss_rules import fit_problems
 from molora.config.mixture import Mixture
 from molora.config.section import Problem
+from molora.config.setting import values_of
 from molora.config.suggest import did_you_mean
 
 
@@ -18,6 +20,7 @@ def mixture_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     for name, message in size_problems(gate, mixture.most_experts):
         yield ("gate", name), message
     yield from _combination(mixture, gate)
+    yield from _kind(mixture)
     for path, message in fit_problems(mixture, gate):
         yield ("aux_losses", *path), message
     yield from _names(mixture)
@@ -85,6 +88,25 @@ def _combination(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
         yield ("task_cores",), "do not go with ffn_targets."
     if mixture.share_A and mixture.init == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
+
+
+def _kind(mixture: Mixture) -> Iterator[Problem]:
+    kind, given = mixture.kind, mixture.kind_settings
+    if kind not in KINDS:
+        yield ("kind",), KINDS.unknown(kind)
+        return
+    if kind == "lora" and not given:  # nothing to refuse, and no need of torch
+        return
+    found = KINDS[kind]
+    for name, value in given.items():
+        if name not in found.settings:
+            allowed = ", ".join(found.settings) or "none"
+            hint = did_you_mean(name, found.settings)
+            yield ("kind_settings", name), f"not a setting of kind {kind!r}.{hint} Its settings: {allowed}."
+        elif isinstance(value, bool) or not isinstance(value, (int, type(found.settings[name]))):
+            wanted = "a whole number" if isinstance(found.settings[name], int) else "a number"
+            yield ("kind_settings", name), f"must be {wanted}, not {value!r}."
+    yield from found.problems(values_of(mixture))
 
 
 def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import fields, replace
 from typing import Any
 
+from molora.config.choices import KINDS
 from molora.config.gate_config import GateConfig, gate_from_kind
 from molora.config.gate_rules import size_problems
 from molora.config.loss_rules import aux_problems
@@ -33,6 +34,8 @@ def normalise(config: SavedMixture) -> None:
             stacklevel=4,
         )
     _refuse(rank_problems(config))
+    if config.kind in KINDS and config.scaling is None and not config.use_rslora:
+        config.scaling = KINDS[config.kind].scaling
     if isinstance(config.r, dict):
         config.rank_pattern, config.r = dict(config.r), 8
     if not isinstance(config.num_experts, int):  # the largest one, and `experts_by_layer`
@@ -127,10 +130,8 @@ def _kept(config: SavedMixture) -> None:
         name: ExpertSpec(**spec) if isinstance(spec, dict) else spec
         for name, spec in config.expert_specs.items()
     }
-    if config.share_A and config.expert_specs:
-        raise ConfigError(
-            "share_A: experts with one A have one rank and scaling; expert_specs gives some their own."
-        )
+    if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:
+        raise ConfigError("experts with one A have one rank and scaling; expert_specs gives some their own.")
     if config.gate_blocks is None:
         config.gate_blocks = [list(names)]
     if sorted(name for block in config.gate_blocks for name in block) != sorted(names):

@@ -187,6 +187,9 @@ class RunConfig(Section):
         if self.adapter.share_A and (kind == "inf_lora" or (kind == "o_lora" and strategy.factor != "B")):
             text = f"does not go with strategy {kind}, which gives each expert an A of its own."
             problems.append((("adapter", "share_A"), text))
+        if self.adapter.kind != "lora" and kind in ("inf_lora", "o_lora", "slao"):
+            text = f"strategy {kind} writes or compares the factors of experts, which only kind: lora trains freely."
+            problems.append((("adapter", "kind"), text))
         if self.features is not None:
             problems.append((("features",), "does not go with tasks one after another."))
         softmax = self.continual.softmax

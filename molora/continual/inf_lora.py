@@ -29,13 +29,13 @@ class InfLoRA(KeepsBases):
     def before_task(self, model: nn.Module, turn: Turn) -> None:
         seen = covariances(model, turn.batches)
         for key, _, bank in expert_layers(model):
-            assert bank.lora_A is not None
-            (new,) = bank.trainable
+            (new,), A = bank.trainable, bank.stacks["A"]
+            assert A.trainable is not None
             left, floor = residual(self.bases.get(key), seen[key]), _NOTHING * float(seen[key].trace())
             rows = leading(left, bank.ranks[new], floor) / 3**0.5
-            bank.lora_A.zero_()
-            bank.lora_A[0, : len(rows)].copy_(rows)
-            bank.lora_A.requires_grad_(False)
+            A.trainable.zero_()
+            A.trainable[0, : len(rows)].copy_(rows)
+            A.hold()
 
     def after_task(self, model: nn.Module, turn: Turn) -> None:
         start, end = self.number("energy"), self.number("energy_end")

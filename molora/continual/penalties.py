@@ -32,7 +32,7 @@ class OLoRA(Strategy):
                 learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"
                 share = 1 / len(bank.frozen) if learned else 1.0
                 terms += [share * orthogonal(new, old, settings.norm) for new, old in self._rows(bank)]
-            sizes += [p.norm() for p in (bank.lora_A, bank.lora_B) if p is not None and p.requires_grad]
+            sizes += [p.norm() for s in bank.stacks.values() for p in s.blocks if p.requires_grad]
         found = {}
         if terms and settings.coefficient:
             found["orthogonal"] = settings.coefficient * torch.stack(terms).sum()
@@ -41,12 +41,12 @@ class OLoRA(Strategy):
         return found
 
     def _rows(self, bank: ExpertBank) -> list[tuple[Tensor, Tensor]]:
-        pairs = {"A": (bank.lora_A, bank.frozen_A), "B": (bank.lora_B, bank.frozen_B)}
-        factor = self.settings.factor
+        """Rows of the new experts and of the old ones, of each factor that is to be kept apart."""
+        stacks = [s for name, s in bank.stacks.items() if self.settings.factor in (name, "both")]
         return [
-            (new.flatten(0, 1).float(), old.flatten(0, 1).float())
-            for name, (new, old) in pairs.items()
-            if factor in (name, "both") and new is not None and old is not None
+            (s.trainable.flatten(0, 1).float(), s.frozen.flatten(0, 1).float())
+            for s in stacks
+            if s.trainable is not None and s.frozen is not None
         ]
 
 
@@ -90,6 +90,6 @@ class Ella(Strategy):
         for key, _, bank in expert_layers(model):
             if key not in self._past:
                 continue
-            past = self._past[key].to(bank.B.device)
+            past = self._past[key].to(bank.stacks["B"].blocks[0].device)
             terms += [(bank.expert(e).delta().float() * past).square().sum() for e in bank.trainable]
         return {"ella": self.number("coefficient") * torch.stack(terms).sum()} if terms else {}

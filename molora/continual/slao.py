@@ -30,17 +30,19 @@ class Slao(Strategy):
     def before_task(self, model: nn.Module, turn: Turn) -> None:
         self._merged = {}
         for key, _, bank in expert_layers(model):
-            assert bank.lora_A is not None and bank.lora_B is not None
-            self._merged[key] = bank.lora_B.detach().clone()
+            A_rows, B = bank.stacks["A"].trainable, bank.stacks["B"].trainable
+            assert A_rows is not None and B is not None
+            self._merged[key] = B.detach().clone()
             if turn.index:
-                for A in bank.lora_A:
+                for A in A_rows:
                     A.copy_(orthonormal(A))
 
     @torch.no_grad()
     def after_task(self, model: nn.Module, turn: Turn) -> None:
         for key, _, bank in expert_layers(model):
-            assert bank.lora_B is not None
-            bank.lora_B.copy_(merged(self._merged[key].to(bank.lora_B), bank.lora_B, turn.index + 1))
+            B = bank.stacks["B"].trainable
+            assert B is not None
+            B.copy_(merged(self._merged[key].to(B), B, turn.index + 1))
 
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         self._merged = {}

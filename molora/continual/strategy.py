@@ -121,7 +121,8 @@ def hold_sum(model: nn.Module) -> None:
     for gate in (m for m in model.modules() if isinstance(m, Gate)):
         settings = gate.settings
         if (settings.scope, settings.transform, settings.start) == ("constant", "identity", 1.0):
-            gate.requires_grad_(False)
+            assert gate.rows is not None
+            gate.rows.hold()
 
 
 Note = Callable[[nn.Module, tuple[Any, ...]], None]

@@ -1,109 +1,150 @@
-"""ExpertBank: one layer's experts, stacked, frozen and trainable ones in separate Parameters.
+"""ExpertBank: one layer's experts, a Kind and its Stacks, and the one way from x to their outputs.
+
+    x (tokens, d_in) ── A of all experts ──> h (tokens, Σ rank) ── ∘ weights ── B of all experts ──> added to y
+
+For example, 3 experts of ranks 2, 2, 2 between d_in = 16 and d_out = 32, the second one frozen, and 5 tokens:
+
+    stack A       frozen (1, 2, 16)      trainable (2, 2, 16)       on disk (3, 2, 16)
+    stack B       frozen (1, 2, 32)      trainable (2, 2, 32)       on disk (3, 32, 2)
+    operands      A: [(2, 16), (4, 16)]  B: [(2, 32), (4, 32)]      views of the stacks, frozen ones first
+    h = x Aᵀ      (5, 6)                 columns of expert 1, then of 0 and 2
+    expansion     (3, 6)                 row e has expert e's scaling in its own columns, 0 elsewhere
+    y += (h ∘ (weights (5, 3) · expansion)) B                       (5, 32)
 
 Axis vocabulary, everywhere in molora: batch seq tokens d_in d_out expert rank task.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from molora.experts.cores import TaskCores
 from molora.experts.kernel import expand, shrink
+from molora.experts.kinds.kind import Expert, ExpertRows, Kind, StackSpec
+from molora.experts.kinds.lora import Lora
+from molora.experts.stack import Stack, Stacked
+
+__all__ = ["Expert", "ExpertBank", "ExpertRows", "Operands", "mean_delta"]
 
 
-class Expert(NamedTuple):
-    """One expert's factors, without padding: `A` (rank, d_in), `B` (d_out, rank), and its scaling."""
+class Operands(NamedTuple):
+    """What the kernel multiplies for the experts in use."""
 
-    A: Tensor
-    B: Tensor
-    scaling: float
-
-    @property
-    def rank(self) -> int:
-        return self.A.shape[0]
-
-    def delta(self) -> Tensor:
-        """Its weight update `scaling · B A`, (d_out, d_in)."""
-        return self.scaling * (self.B @ self.A)
+    A: list[Tensor]  # stacks (rank, d_in), below each other
+    B: list[Tensor]  # stacks (rank, d_out), in the order of h's columns
+    expansion: Tensor  # (expert, rank): the scalings of each expert on its own columns
+    copies: int  # how often the product of x and A stands in h: once, or for each expert that shares A
 
 
-class ExpertBank(nn.Module):
+class ExpertBank(Stacked):
     """Experts of one layer: given x and weights over experts, adds their outputs to the base's.
 
-    Two stacks, `lora_A (expert, rank, d_in)` and `lora_B (expert, rank, d_out)`, each once for the
-    trainable and once for the frozen experts: freezing is real (no gradient, no optimiser state, no
-    weight decay). `lora_B` is kept transposed so that flattening it for the kernel is a view. Ranks may
-    differ: shorter experts are padded with zeros, which never get a gradient. With `share_A` (HydraLoRA) there
-    is one A, a stack of one, frozen as soon as an expert is: a frozen expert's output must not change.
+    Ranks may differ: shorter experts are padded with zeros, which never get a gradient.
 
-    On disk there is one stack per factor, in expert order: `A (expert, rank, d_in)` and
-    `B (expert, d_out, rank)`; which experts are frozen is the config's to know.
+    Args:
+        experts: in order, by their own rows or by their factors.
+        frozen: for each, whether it learns no more.
+        dropout: on x, in training.
+        kind: what their parameters are; an ordinary LoRA each.
+        cores: between A and B, where tasks have them.
     """
+
+    stacks: Mapping[str, Stack]
 
     def __init__(
         self,
-        experts: Sequence[Expert],
+        experts: Sequence[Expert | ExpertRows],
         frozen: Sequence[bool],
         dropout: float = 0.0,
         *,
-        share_A: bool = False,
-        cores: nn.Module | None = None,
+        kind: Kind | None = None,
+        cores: TaskCores | None = None,
     ) -> None:
         super().__init__()
-        self._replaced = 0
-        self.share_A = share_A
-        self.cores: Any = cores  # TaskCores between A and B, where tasks have them
+        self.kind = kind or Lora()
+        self._by_name: dict[str, Stack] = {}  # found without nn.Module's search, in every forward
+        self._modules["stacks"] = nn.ModuleDict()
+        self.cores = cores
         self.dropout_p = dropout
         self.dropout = nn.Dropout(dropout)
         self.assign(experts, frozen)
 
-    def assign(self, experts: Sequence[Expert], frozen: Sequence[bool]) -> None:
-        """Replace all experts; keeps the Parameters where neither shape nor freezing changes."""
-        self.ranks = tuple(expert.rank for expert in experts)
-        self.scalings = tuple(expert.scaling for expert in experts)
+    def named_stacks(self) -> Mapping[str, Stack]:
+        return self.__dict__.get("_by_name", {})
+
+    def assign(self, experts: Sequence[Expert | ExpertRows], frozen: Sequence[bool]) -> None:
+        """Replace all experts; optimisers have to be built anew."""
+        members = [self._taken_apart(e) if isinstance(e, Expert) else e for e in experts]
+        self.ranks = tuple(member.rank for member in members)
+        self.scalings = tuple(member.scaling for member in members)
         self.frozen = tuple(i for i, is_frozen in enumerate(frozen) if is_frozen)
         self.trainable = tuple(i for i, is_frozen in enumerate(frozen) if not is_frozen)
-        rank = max(self.ranks)
-
-        def stack(
-            indices: Sequence[int], factor: Callable[[Expert], Tensor], requires_grad: bool
-        ) -> nn.Parameter | None:
-            if not indices:
-                return None
-            rows = [F.pad(factor(experts[i]), (0, 0, 0, rank - self.ranks[i])) for i in indices]
-            return nn.Parameter(torch.stack(rows).detach(), requires_grad=requires_grad)
-
-        if self.share_A:
-            self.lora_A = None if self.frozen else stack((0,), lambda e: e.A, True)
-            self.frozen_A = stack((0,), lambda e: e.A, False) if self.frozen else None
-        else:
-            self.lora_A = stack(self.trainable, lambda e: e.A, True)
-            self.frozen_A = stack(self.frozen, lambda e: e.A, False)
-        self.lora_B = stack(self.trainable, lambda e: e.B.t(), True)
-        self.frozen_B = stack(self.frozen, lambda e: e.B.t(), False)
+        for name, spec in self.kind.stacks.items():
+            self._assign_stack(name, spec, members)
         self._prepare()
+
+    def _taken_apart(self, expert: Expert) -> ExpertRows:
+        return ExpertRows(self.kind.rows_of(expert), expert.rank, expert.scaling)
+
+    def _assign_stack(self, name: str, spec: StackSpec, members: Sequence[ExpertRows]) -> None:
+        blocks: tuple[tuple[int, ...], ...] = self.frozen, self.trainable
+        if spec.shared:
+            held = [bool(self.frozen) or not spec.trained]
+            rows, blocks = members[0].rows[name].unsqueeze(0), ((0,), ()) if held[0] else ((), (0,))
+        else:
+            held = [i in self.frozen or not spec.trained for i in range(len(members))]
+            rows = torch.stack([_padded(m.rows[name], spec.axes, max(self.ranks) - m.rank) for m in members])
+        if name in self._by_name:
+            self._by_name[name].assign(rows, blocks, held)
+            return
+        stack = Stack(
+            rows,
+            blocks,
+            held,
+            names=(f"frozen_{name}", f"lora_{name}"),  # PEFT's own tools find A and B by such names
+            axes=None if spec.on_disk is None else (spec.on_disk, spec.axes),
+            made=self.kind.made(name, members[0].rows),
+            role=spec.role,
+        )
+        self._by_name[name] = stack
+        self.get_submodule("stacks").add_module(name, stack)
 
     @property
     def num_experts(self) -> int:
         return len(self.ranks)
 
+    # -- reading ---------------------------------------------------------------------------------------
+
+    def row(self, index: int) -> ExpertRows:
+        """One expert's own parameters, as views without the padding."""
+        rank, is_frozen, rows = self.ranks[index], index in self.frozen, {}
+        position = (self.frozen if is_frozen else self.trainable).index(index)
+        for name, spec in self.kind.stacks.items():
+            stack = self._by_name[name]
+            block = stack.blocks[0] if spec.shared else stack.frozen if is_frozen else stack.trainable
+            row = block[0 if spec.shared else position]  # type: ignore[index]
+            rows[name] = row[:rank] if spec.axes.startswith("rank") and rank < len(row) else row
+        return ExpertRows(rows, rank, self.scalings[index])
+
+    def rows(self) -> list[ExpertRows]:
+        """Every expert's own parameters, in expert order: what `assign` takes."""
+        return [self.row(i) for i in range(self.num_experts)]
+
     def expert(self, index: int) -> Expert:
-        """One expert's factors, as views without the padding."""
-        frozen = index in self.frozen
-        position = (self.frozen if frozen else self.trainable).index(index)
-        A, B = (self.frozen_A, self.frozen_B) if frozen else (self.lora_A, self.lora_B)
-        rank = self.ranks[index]
-        if self.share_A:
-            assert B is not None
-            return Expert(self.A[0], B[position].t(), self.scalings[index])
-        assert A is not None and B is not None
-        return Expert(A[position, :rank], B[position, :rank].t(), self.scalings[index])
+        """One expert's factors, without the padding."""
+        return self.effective(self.row(index))
+
+    def effective(self, member: ExpertRows) -> Expert:
+        """The factors of an expert with these parameters."""
+        A, B = self.kind.factors({name: row.unsqueeze(0) for name, row in member.rows.items()})
+        return Expert(A[0], B[0].t(), member.scaling)
 
     def experts(self) -> list[Expert]:
         """Every expert's factors, in expert order."""
@@ -116,14 +157,6 @@ class ExpertBank(nn.Module):
         core = self.cores.matrices(shares)[0]
         return [e._replace(A=core.to(e.A.dtype) @ e.A) for e in self.experts()]
 
-    def apply_freeze(self) -> None:
-        """Frozen stacks stay frozen, whatever marked the adapter as trainable."""
-        for parameter in (self.frozen_A, self.frozen_B):
-            if parameter is not None:
-                parameter.requires_grad_(False)
-        if self.cores is not None:
-            self.cores.apply_freeze()
-
     def delta(self, weights: Sequence[float] | Tensor, shares: Tensor | None = None) -> Tensor:
         """Weight update (d_out, d_in) of a static mixture, at a task (1, task) where it has cores; float32 or better."""
         total = None
@@ -134,8 +167,15 @@ class ExpertBank(nn.Module):
         assert total is not None
         return total
 
+    # -- computing -------------------------------------------------------------------------------------
+
     def forward(
-        self, x: Tensor, y: Tensor, weights: Tensor, experts: tuple[int, ...] | None = None
+        self,
+        x: Tensor,
+        y: Tensor,
+        weights: Tensor,
+        experts: tuple[int, ...] | None = None,
+        shares: Tensor | None = None,
     ) -> Tensor:
         """Add `Σ_e weights_e · scaling_e · B_e A_e drop(x)` to y.
 
@@ -145,32 +185,45 @@ class ExpertBank(nn.Module):
             weights: (tokens, expert) or (1, expert).
             experts: indices the columns of `weights` stand for; None = all of them. Only these are
                 computed, so other experts cannot change the result.
+            shares: (sample, task) each sample's share of each task, where tasks have cores.
         """
-        h, _ = shrink(self.dropout(x), self.stacks("A", experts))
-        if self.share_A:
-            h = h.repeat(1, self.copies(experts))
-        return expand(y, h, weights, self.expansion(experts, x), self.stacks("B", experts))
+        operands = self.operands(experts, x)
+        h = self.shrunk(x, operands, shares)
+        return expand(y, h, weights, operands.expansion, operands.B)
 
-    def stacks(self, factor: str, experts: tuple[int, ...] | None = None) -> list[Tensor]:
-        """`A` (rank, d_in) or `B` (rank, d_out) of the experts in use, as views, in the kernel's order."""
-        if factor == "A" and self.share_A:
-            return [self.A[0]]
-        if experts is None:
-            parts = (getattr(self, f"frozen_{factor}"), getattr(self, f"lora_{factor}"))
-            return [part.flatten(0, 1) for part in parts if part is not None]
-        chosen = [self.expert(i) for i in experts]
-        return [e.A if factor == "A" else e.B.t() for e in chosen]
+    def operands(self, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
+        """What the kernel multiplies for all experts, or only for those of `experts`."""
+        parts = [*self._blocks()] if experts is None else [self._alone(i) for i in experts]
+        factors = [self.kind.factors(part) for part in parts]
+        shared = self.kind.shares_A
+        A = [A.flatten(0, 1) for A, _ in (factors[:1] if shared else factors)]
+        B = [B.flatten(0, 1) for _, B in factors]
+        copies = 1 if not shared else self.num_experts if experts is None else len(experts)
+        return Operands(A, B, self.expansion(experts, x), copies)
 
-    def copies(self, experts: tuple[int, ...] | None = None) -> int:
-        """How often the product of x and the stacks of A stands in h: once, or for each expert that shares A."""
-        if not self.share_A:
-            return 1
-        return self.num_experts if experts is None else len(experts)
+    def shrunk(self, x: Tensor, operands: Operands, shares: Tensor | None = None) -> Tensor:
+        """h (tokens, rank) of `kernel.expand`, from x (..., d_in)."""
+        return self.spread(shrink(self.dropout(x), operands.A)[0], operands.copies, shares)
 
-    def stamp(self) -> list[Any]:
-        """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        parameters = [p for p in self._parameters.values() if p is not None]
-        return [self._replaced, *((p.data_ptr(), 0 if p.is_inference() else p._version) for p in parameters)]
+    def spread(self, h: Tensor, copies: int, shares: Tensor | None) -> Tensor:
+        """From the product of x and the stacks of A to h: through the tasks' cores, once for each expert that shares A."""
+        if self.cores is not None and shares is not None:
+            h = self.cores(h, shares)
+        return h if copies == 1 else h.repeat(1, copies)
+
+    def _blocks(self) -> Iterator[dict[str, Tensor]]:
+        """Rows of every stack for the frozen experts, and for those that are trained."""
+        for place, members in enumerate((self.frozen, self.trainable)):
+            if members:
+                yield {
+                    name: stack.blocks[0]
+                    if self.kind.stacks[name].shared
+                    else stack.blocks[place if self.frozen else 0]
+                    for name, stack in self._by_name.items()
+                }
+
+    def _alone(self, index: int) -> dict[str, Tensor]:
+        return {name: row.unsqueeze(0) for name, row in self.row(index).rows.items()}
 
     def expansion(self, experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
         """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stacks.
@@ -195,91 +248,40 @@ class ExpertBank(nn.Module):
     def _prepare(self) -> None:
         """Make the usual expansions now: made in a compiled graph, they would be made at every step."""
         self._expansions: dict[Any, Tensor] = {}
-        like = self.lora_A if self.lora_A is not None else self.frozen_A
-        if like is not None and not like.is_meta:
+        like = next(iter(self._by_name.values())).blocks[0]
+        if not like.is_meta:
             for experts in (None, *((i,) for i in range(self.num_experts))):
                 self.expansion(experts, like.detach())
+
+    # -- upkeep ----------------------------------------------------------------------------------------
+
+    def apply_freeze(self) -> None:
+        """What is frozen stays frozen, whatever marked the adapter as trainable."""
+        for stack in (*self._by_name.values(), *(() if self.cores is None else (self.cores,))):
+            stack.apply_freeze()
+
+    def stamp(self) -> list[int]:
+        """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
+        return [mark for stack in self._by_name.values() for mark in stack.stamp()]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
         self._prepare()
         return self
 
-    # -- state dict: one stack per factor, in expert order, whatever is frozen --------------------------
-
-    @property
-    def A(self) -> Tensor:
-        """All experts' `A` in expert order, (expert, rank, d_in)."""
-        return self._joined(self.frozen_A, self.lora_A)
-
-    @property
-    def B(self) -> Tensor:
-        """All experts' `B` in expert order, (expert, d_out, rank)."""
-        stack = self._joined(self.frozen_B, self.lora_B)
-        return rearrange(stack, "expert rank d_out -> expert d_out rank").contiguous()
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
-        if name in ("A", "B"):
-            self._load_factor(name, value, replace=False)
-            return
-        if isinstance(value, nn.Parameter):
-            self._replaced += 1  # a new Parameter may lie where a freed one lay
-        super().__setattr__(name, value)
-
-    def _joined(self, frozen: Tensor | None, trainable: Tensor | None) -> Tensor:
-        parts = [p for p in (frozen, trainable) if p is not None]
-        if len(parts) == 1:  # all of one kind, or the one A that is shared
-            return parts[0]
-        order = torch.tensor(self.frozen + self.trainable, device=parts[0].device).argsort()
-        return torch.cat(parts)[order]
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in ("A", "B"):
-            stack = getattr(self, name)
-            destination[prefix + name] = stack if keep_vars else stack.detach()
-
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Tensor],
-        prefix: str,
-        local_metadata: dict[str, Any],
-        strict: bool,
-        missing_keys: list[str],
-        unexpected_keys: list[str],
-        error_msgs: list[str],
-    ) -> None:
-        for name in ("A", "B"):
-            key = prefix + name
-            if key not in state_dict:
-                missing_keys.append(key)
-                continue
-            found, wanted = tuple(state_dict[key].shape), tuple(getattr(self, name).shape)
-            if found != wanted:
-                error_msgs.append(f"size mismatch for {key}: {found} in the file, {wanted} in the model.")
-                continue
-            replace = local_metadata.get("assign_to_params_buffers", False)
-            self._load_factor(name, state_dict[key], replace=replace)
-
-    def _load_factor(self, name: str, stack: Tensor, *, replace: bool) -> None:
-        """Fill the frozen and the trainable Parameter of a factor from its stack in expert order."""
-        if name == "B":
-            stack = rearrange(stack, "expert d_out rank -> expert rank d_out")
-        for attribute, indices in ((f"frozen_{name}", self.frozen), (f"lora_{name}", self.trainable)):
-            parameter = getattr(self, attribute)
-            if parameter is None:
-                continue
-            shared = name == "A" and self.share_A
-            value = (stack if shared else stack[list(indices)]).detach()
-            if replace or parameter.is_meta:
-                setattr(self, attribute, nn.Parameter(value.clone(), requires_grad=parameter.requires_grad))
-            else:
-                with torch.no_grad():
-                    parameter.copy_(value)
+    def _filled(self) -> None:
         self._prepare()
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"
+
+
+def _padded(row: Tensor, axes: str, missing: int) -> Tensor:
+    """A row with zeros for `missing` more of its rank."""
+    names = axes.split()
+    if not missing or "rank" not in names:
+        return row
+    return F.pad(row, [0, 0] * (len(names) - 1 - names.index("rank")) + [0, missing])
 
 
 def mean_delta(experts: Sequence[Expert]) -> Tensor:

@@ -8,10 +8,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from molora.gates.rows import GateRows
+from molora.experts.stack import Stack
 
 
-class TaskCores(GateRows):
+class TaskCores(Stack):
     """`Λ_t (rank, rank)` for each task id t, the identity at first: `h = Λ_t A x`.
 
     Rows are tasks, in blocks as of a learned task gate, so that the cores of earlier tasks stay as they are.
@@ -22,6 +22,12 @@ class TaskCores(GateRows):
     def identity(cls, rank: int, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> TaskCores:
         """Cores that change nothing, one for each of `frozen`."""
         return cls(torch.eye(rank).flatten().repeat(len(frozen), 1), blocks, frozen)
+
+    def grow(self, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
+        """Give each task beyond those there are the identity."""
+        weight = self.weight.detach()
+        eye = torch.eye(int(weight.shape[1] ** 0.5), dtype=weight.dtype, device=weight.device).flatten()
+        self.assign(torch.cat([weight, eye.expand(len(frozen) - len(weight), -1)]), blocks, frozen)
 
     def matrices(self, shares: Tensor) -> Tensor:
         """Each sample's core (sample, rank, rank): the mean of its tasks', the identity for the base only."""

@@ -64,17 +64,16 @@ def _of_experts(name: str, banks: Sequence[ExpertBank], settings: Mapping[str, A
 
 
 def _overlap(bank: ExpertBank, norm: str) -> Tensor:
-    if bank.frozen_A is None or bank.lora_A is None:
-        present = bank.lora_A if bank.lora_A is not None else bank.frozen_A
-        assert present is not None
-        return present.new_zeros((), dtype=torch.float32)
-    return losses.orthogonal(bank.lora_A.flatten(0, 1).float(), bank.frozen_A.flatten(0, 1).float(), norm)
+    stack = bank.stacks["A"]
+    if stack.frozen is None or stack.trainable is None:
+        return stack.blocks[0].new_zeros((), dtype=torch.float32)
+    return losses.orthogonal(stack.trainable.flatten(0, 1).float(), stack.frozen.flatten(0, 1).float(), norm)
 
 
 def _alike(bank: ExpertBank, factor: str) -> Tensor:
-    stacks = {"A": [bank.A], "B": [bank.B], "both": [bank.A, bank.B]}[factor]
+    stacks = [bank.stacks[name].whole for name in (("A", "B") if factor == "both" else factor)]
     values = [losses.expert_similarity(stack.flatten(1).float()) for stack in stacks if len(stack) > 1]
-    return torch.stack(values).mean() if values else bank.B.new_zeros((), dtype=torch.float32)
+    return torch.stack(values).mean() if values else stacks[0].new_zeros((), dtype=torch.float32)
 
 
 def _contrastive(bank: ExpertBank, x: Tensor, chosen: Tensor, temperature: float) -> Tensor:

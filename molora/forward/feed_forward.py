@@ -19,7 +19,7 @@ from torch import Tensor
 from molora.calls.call import Call, Slots
 from molora.calls.task_ids import spread
 from molora.errors import ConfigError, RoutingError
-from molora.experts.kernel import expand, shrink
+from molora.experts.kernel import expand
 from molora.forward.group_routing import routing_alone
 from molora.forward.mount import Mount
 
@@ -38,9 +38,9 @@ def mix(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
     if mount.leaves:
         return _leave(mount, x, y, call.cache.slots.get(place))
     slots = call.cache.slots[place] = _slots(mount, call, x)
-    count = slots.weights.shape[1]
-    copies = y.repeat(count, *[1] * (y.dim() - 1))
-    return _add(mount, _shrunk(mount, x, slots).repeat(count, 1), copies, slots)
+    operands, count = mount.bank.operands(slots.experts, x), slots.weights.shape[1]
+    copies, h = y.repeat(count, *[1] * (y.dim() - 1)), mount.bank.shrunk(x, operands).repeat(count, 1)
+    return expand(copies, h, slots.chosen, operands.expansion, operands.B)
 
 
 def check_feed_forwards(mounts: list[Mount]) -> None:
@@ -59,19 +59,6 @@ def refuse_beside_others(mounts: list[Mount]) -> None:
         raise ConfigError(
             "a mixture over whole feed-forwards cannot be added to another adapter's; activate one of them."
         )
-
-
-def _shrunk(mount: Mount, x: Tensor, slots: Slots) -> Tensor:
-    """`A x` of the experts in use, (tokens, rank)."""
-    bank = mount.bank
-    h, _ = shrink(bank.dropout(x), bank.stacks("A", slots.experts))
-    return h.repeat(1, bank.copies(slots.experts)) if bank.share_A else h
-
-
-def _add(mount: Mount, h: Tensor, y: Tensor, slots: Slots) -> Tensor:
-    """y plus, for every copy of a token, the output of its slot's expert."""
-    bank = mount.bank
-    return expand(y, h, slots.chosen, bank.expansion(slots.experts, y), bank.stacks("B", slots.experts))
 
 
 def _slots(mount: Mount, call: Call, x: Tensor) -> Slots:
@@ -102,7 +89,7 @@ def _leave(mount: Mount, x: Tensor, y: Tensor, slots: Slots | None) -> Tensor:
             f"{mount.key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
             hint="call the model as a whole; name only linears of one feed-forward block in ffn_targets.",
         )
-    y = _add(mount, _shrunk(mount, x, slots), y, slots)
+    y = mount.bank(x, y, slots.chosen, slots.experts)
     by_slot = rearrange(
         y.reshape(-1, y.shape[-1]), "(slot tokens) d_out -> slot tokens d_out", slot=slots.weights.shape[1]
     )

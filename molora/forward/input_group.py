@@ -14,7 +14,7 @@ from molora.experts.factor_mix import add_mixed
 from molora.experts.kernel import expand, joined, linear_dtype, scores, shrink, weigh
 from molora.forward.feed_forward import mix
 from molora.forward.group_routing import routing_of, sample_routing
-from molora.forward.mount import PLAIN, Mount, Operands, Plan
+from molora.forward.mount import PLAIN, GroupOperands, Mount, Plan
 from molora.forward.samples import note_sample
 
 
@@ -84,7 +84,7 @@ def _shares(plan: Plan, mount: Mount, call: Call, x: Tensor) -> Tensor | None:
     return shares if len(shares) == 1 else shares.repeat_interleave(x.shape[0] // len(shares), dim=0)
 
 
-def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
+def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
     """The members' factors as views; for the steps of a decoding joined and cast, once.
 
     A forward over several positions reads the Parameters anew and ends the keeping, so only `.data` edits between
@@ -111,24 +111,21 @@ def _for_one_row(B: Tensor) -> Tensor:
     return B if B.dtype in (torch.float32, torch.float64) else B.t().contiguous().t()
 
 
-def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
-    banks = [member.bank for member in plan.members]
-    own = [None if slot == PLAIN else experts for slot in plan.slots]
-    parts = [bank.stacks("A", chosen) for bank, chosen in zip(banks, own, strict=True)]
-    A = [stack for stacks in parts for stack in stacks]
+def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
+    parts = [
+        member.bank.operands(None if slot == PLAIN else experts, x)
+        for member, slot in zip(plan.members, plan.slots, strict=True)
+    ]
+    expansions = [part.expansion for part in parts]
     tiles = None
-    if any(bank.share_A for bank in banks):
-        columns = [sum(len(stack) for stack in stacks) for stacks in parts]
-        copies = [bank.copies(chosen) for bank, chosen in zip(banks, own, strict=True)]
-        tiles = list(zip(columns, copies, strict=True))
+    if any(member.bank.kind.shares_A for member in plan.members):
+        tiles = [(sum(len(stack) for stack in part.A), part.copies) for part in parts]
     keys = [member.key for member in plan.members]
-    B = [bank.stacks("B", chosen) for bank, chosen in zip(banks, own, strict=True)]
-    expansions = [bank.expansion(chosen, x) for bank, chosen in zip(banks, own, strict=True)]
-    return Operands(
-        A,
+    return GroupOperands(
+        [stack for part in parts for stack in part.A],
         tiles,
-        [part.shape[1] for part in expansions],
-        dict(zip(keys, B, strict=True)),
+        [expansion.shape[1] for expansion in expansions],
+        {key: part.B for key, part in zip(keys, parts, strict=True)},
         dict(zip(keys, expansions, strict=True)),
         None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
     )
@@ -154,7 +151,7 @@ def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
 
 
 def _shrink(
-    plan: Plan, x: Tensor, operands: Operands, *, routed: bool, shares: Tensor | None
+    plan: Plan, x: Tensor, operands: GroupOperands, *, routed: bool, shares: Tensor | None
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
     A = operands.A
@@ -168,11 +165,9 @@ def _shrink(
     else:
         h, products = shrink(x, A, blocks)
     if operands.tiles is not None:  # one A for all experts: its product stands once for each
-        parts = list(h.split([columns for columns, _ in operands.tiles], dim=-1))
-        if shares is not None:
-            cores = [member.bank.cores for member in plan.members]
-            parts = [p if c is None else c(p, shares) for p, c in zip(parts, cores, strict=True)]
-        h = torch.cat([p.repeat(1, n) for p, (_, n) in zip(parts, operands.tiles, strict=True)], dim=-1)
+        parts = h.split([columns for columns, _ in operands.tiles], dim=-1)
+        tiled = zip(plan.members, parts, operands.tiles, strict=True)
+        h = torch.cat([m.bank.spread(part, copies, shares) for m, part, (_, copies) in tiled], dim=-1)
     if products is None:
         return h, {}
     sizes = [rows.num_experts for rows in readers.values()]

@@ -81,7 +81,7 @@ class Mount:
 
 
 @dataclass
-class Operands:
+class GroupOperands:
     """What a plan multiplies by, for the experts in use."""
 
     A: list[torch.Tensor]  # stacks (rank, d_in), those of the members below each other
@@ -102,7 +102,7 @@ class Plan:
     slots: list[str]  # per member, whose weights it uses: the key of the leader, or PLAIN
     leaders: dict[str, Mount]  # by slot
     readers: dict[str, tuple[Gate, GateRows | None]]  # by slot: gates that read this input, and their rows
-    kept: tuple[Any, Operands] | None = None  # the operands of the last decoding step, and their stamp
+    kept: tuple[Any, GroupOperands] | None = None  # the operands of the last decoding step, and their stamp
 
     @classmethod
     def of(cls, members: Sequence[Mount]) -> Plan:

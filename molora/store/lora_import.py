@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from molora.errors import AdapterError
-from molora.experts.bank import Expert
+from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import LoraFolder, read_lora
 from molora.tuner.api import find_context
@@ -110,10 +110,10 @@ def _replace(
     for key, layer in layers.items():
         if layer.mounts[adapter].plain or expert not in experts_at(config, key):
             continue
-        bank: Any = layer.mounts[adapter].bank
+        bank: ExpertBank = layer.mounts[adapter].bank
         index = experts_at(config, key).index(expert)
-        experts = bank.experts()
-        rank, old = lora.rank(key), experts[index]
+        experts: list[Expert | ExpertRows] = [*bank.rows()]
+        rank, old = lora.rank(key), bank.expert(index)
         A = old.A.detach()[:rank]
         A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         fresh = Expert(A, old.B.new_zeros(old.B.shape[0], rank), lora.scaling(key))
@@ -129,7 +129,9 @@ def _check_fit(lora: LoraFolder, config: MoLoraConfig, layers: dict[str, MoLoraL
             kind = "has no experts" if layer is None else "has a plain LoRA, no experts"
             problems.append(f"{key}: {kind} in this mixture (target_modules={config.target_modules!r})")
             continue
-        bank: Any = layer.mounts[adapter].bank
+        bank: ExpertBank = layer.mounts[adapter].bank
+        if bank.kind.imports is not None:
+            raise AdapterError(f"{lora.path} cannot become an expert of this mixture: {bank.kind.imports}.")
         like = bank.expert(0)
         if (B.shape[0], A.shape[1]) != (like.B.shape[0], like.A.shape[1]):
             problems.append(

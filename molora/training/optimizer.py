@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from molora.config import StageConfig, TrainConfig
 from molora.errors import ConfigError
-from molora.experts.bank import ExpertBank
-from molora.experts.cores import TaskCores
+from molora.experts.stack import Stack
 from molora.gates.gate import Gate
 
 ROLES = ("experts_A", "experts_B", "gates", "heads")
@@ -30,20 +29,15 @@ def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     seen: set[int] = set()
     inside = {id(module) for gate in model.modules() if isinstance(gate, Gate) for module in gate.modules()}
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
+        for parameter in module.parameters(recurse=False):
             if parameter.requires_grad and id(parameter) not in seen:
                 seen.add(id(parameter))
-                role = "gates" if id(module) in inside else _role(module, name)
-                roles[role].append(parameter)
+                roles["gates" if id(module) in inside else _role(module)].append(parameter)
     return roles
 
 
-def _role(owner: nn.Module, name: str) -> str:
-    if isinstance(owner, ExpertBank):
-        return "experts_B" if name == "lora_B" else "experts_A"
-    if isinstance(owner, TaskCores):
-        return "experts_A"
-    return "heads"
+def _role(owner: nn.Module) -> str:
+    return f"experts_{owner.role}" if isinstance(owner, Stack) else "heads"
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:

@@ -17,13 +17,12 @@ from molora.config.normalise import normalise
 from molora.config.roster import added, removed
 from molora.config.roster import frozen as with_frozen
 from molora.errors import ConfigError
-from molora.experts.bank import Expert, ExpertBank, mean_delta
-from molora.experts.cores import TaskCores
+from molora.experts.bank import Expert, ExpertBank, ExpertRows, mean_delta
 from molora.experts.init import low_rank
+from molora.forward.mount import Mount, MountPoint
 from molora.gates.gate import Gate
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
-from molora.tuner.layer import MoLoraLayer
-from molora.tuner.parts import new_expert, scaling_of
+from molora.tuner.parts import new_expert
 from molora.tuner.placement import (
     blocks_at,
     experts_at,
@@ -68,7 +67,7 @@ def add_expert(
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
     config: MoLoraConfig = context.adapters[adapter].config
-    _check_growable(model, config, adapter, spec)
+    _check_growable(model, config, adapter, spec, by_factors=init == "mean" or factors is not None)
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(source)
@@ -78,31 +77,25 @@ def add_expert(
     )
     grown.write(config)
     config.inference_mode = False
-    for layer in _layers(model, adapter):
-        bank, site = layer.mounts[adapter].bank, layer.mounts[adapter]
-        if site.plain:
-            bank.assign(bank.experts(), [config.frozen_extras])
+    for mount in _mounts(model, adapter):
+        bank = mount.bank
+        if mount.plain:
+            bank.assign(bank.rows(), [config.frozen_extras])
             continue
-        here = [n for n in experts_at(config, site.key) if n != name]
+        here = [n for n in experts_at(config, mount.key) if n != name]
         local = here.index(source) if source in here else None
-        expert = _initial(config, bank, name, site.key, init, local)
+        expert = _initial(config, bank, name, mount.key, init, local)
         if factors is not None:
-            expert = factors(site.key, expert)
-        bank.assign([*bank.experts(), expert], frozen_at(config, site.key))
+            assert isinstance(expert, ExpertRows)  # imports start from a new expert
+            expert = factors(mount.key, bank.effective(expert))
+        bank.assign([*bank.rows(), expert], frozen_at(config, mount.key))
         if bank.cores is not None:
-            _grow_cores(config, bank.cores)
-        if layer.mounts[adapter].gate is not None:
-            _grow_gate(config, layer.mounts[adapter].gate, site.key, local)
+            bank.cores.grow(*task_blocks(config))
+        if mount.gate is not None:
+            _grow_gate(config, mount.gate, mount.key, local)
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(model, context, adapter)
-
-
-def _grow_cores(config: MoLoraConfig, cores: TaskCores) -> None:
-    """The identity for each new task."""
-    weight, (parts, frozen) = cores.weight.detach(), task_blocks(config)
-    eye = torch.eye(int(weight.shape[1] ** 0.5), dtype=weight.dtype, device=weight.device).flatten()
-    cores.assign(torch.cat([weight, eye.expand(len(frozen) - len(weight), -1)]), parts, frozen)
 
 
 def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
@@ -154,9 +147,9 @@ def remove_expert(
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
     config: MoLoraConfig = context.adapters[adapter].config
     shrunk = removed(config.roster, name, drop_tasks=drop_tasks)
-    for layer in _layers(model, adapter):
-        if not layer.mounts[adapter].plain and experts_at(config, layer.mounts[adapter].key) == [name]:
-            raise ConfigError(f"{name!r} is the only expert of {layer.mounts[adapter].key}.")
+    for mount in _mounts(model, adapter):
+        if not mount.plain and experts_at(config, mount.key) == [name]:
+            raise ConfigError(f"{name!r} is the only expert of {mount.key}.")
     _check_growable(model, config, adapter, None)
     before = _experts_of_layers(model, adapter, config)
     trial = deepcopy(config)
@@ -178,10 +171,9 @@ def set_frozen(
     after = with_frozen(before, as_sequence(names), frozen)
     after.write(config)
     if before.frozen_extras and not after.frozen_extras:
-        for layer in _layers(model, adapter):
-            if layer.mounts[adapter].plain:
-                bank = layer.mounts[adapter].bank
-                bank.assign(bank.experts(), [False])
+        for mount in _mounts(model, adapter):
+            if mount.plain:
+                mount.bank.assign(mount.bank.rows(), [False])
         freeze_heads(model, adapter, frozen=False)
     _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
     _refresh(model, context, adapter)
@@ -194,22 +186,36 @@ def freeze_heads(model: nn.Module, adapter: str, *, frozen: bool = True) -> None
             module.set_requires_grad([adapter], requires_grad=not frozen)
 
 
-def _layers(model: nn.Module, adapter: str) -> list[MoLoraLayer]:
-    return [m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
+def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
+    points = (m for m in model.modules() if isinstance(m, MountPoint) and adapter in m.mounts)
+    return [point.mounts[adapter] for point in points]
 
 
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = context.adapters[adapter].config
     context.adapters[adapter] = AdapterRouting(config.task_map(), config)
-    for layer in _layers(model, adapter):
-        place(layer.mounts[adapter], config)
+    for mount in _mounts(model, adapter):
+        place(mount, config)
 
 
-def _check_growable(model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None) -> None:
+def _check_growable(
+    model: nn.Module,
+    config: MoLoraConfig,
+    adapter: str,
+    spec: ExpertSpec | None,
+    *,
+    by_factors: bool = False,
+) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
-    for layer in _layers(model, adapter):
-        if layer.mounts[adapter].gate is not None and layer.mounts[adapter].gate.custom is not None:
+    for mount in _mounts(model, adapter):
+        reason = mount.bank.kind.imports
+        if by_factors and reason is not None:
+            raise ConfigError(
+                f"an expert of this mixture cannot start from a weight update: {reason}.",
+                hint="use init='new' or 'copy:<expert>'.",
+            )
+        if mount.gate is not None and mount.gate.custom is not None:
             raise ConfigError(
                 f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert.",
                 hint="make a new mixture with molora.compose, or use a built-in score.",
@@ -229,27 +235,23 @@ def _source(config: MoLoraConfig, init: str) -> str | None:
 
 def _initial(
     config: MoLoraConfig, bank: ExpertBank, name: str, key: str, init: str, source: int | None
-) -> Expert:
+) -> Expert | ExpertRows:
     if source is not None:
-        copied = bank.expert(source)
-        return Expert(copied.A.detach().clone(), copied.B.detach().clone(), copied.scaling)
+        return bank.row(source)
     like = bank.expert(0)
-    fresh = new_expert(
-        config, name, key, like.A.shape[1], like.B.shape[0], dtype=like.A.dtype, device=like.A.device
-    )
-    if bank.share_A:
-        fresh = fresh._replace(A=like.A.detach())
-    if init == "mean" and bank.share_A:
-        return fresh._replace(B=torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0))
+    A, B = like.A, like.B
+    fresh = new_expert(config, bank.kind, name, key, A.shape[1], B.shape[0], dtype=A.dtype, device=A.device)
+    if init == "mean" and bank.kind.shares_A:
+        return Expert(A, torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0), fresh.scaling)
     if init == "mean":
         with torch.no_grad():
             A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
-        fresh = Expert(A.to(fresh.A.dtype), B.to(fresh.A.dtype), scaling_of(config, name, key))
+        return Expert(A.to(like.A.dtype), B.to(like.A.dtype), fresh.scaling)
     return fresh
 
 
 def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:
-    keys = [layer.mounts[adapter].key for layer in _layers(model, adapter) if not layer.mounts[adapter].plain]
+    keys = [mount.key for mount in _mounts(model, adapter) if not mount.plain]
     return {key: experts_at(config, key) for key in keys}
 
 
@@ -257,18 +259,18 @@ def _reassign(
     model: nn.Module, adapter: str, config: MoLoraConfig, before: Mapping[str, Sequence[str]]
 ) -> None:
     """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
-    for layer in _layers(model, adapter):
-        key = layer.mounts[adapter].key
+    for mount in _mounts(model, adapter):
+        key = mount.key
         if key not in before:  # a plain LoRA
             continue
-        bank, now = layer.mounts[adapter].bank, experts_at(config, key)
+        bank, now = mount.bank, experts_at(config, key)
         kept = [i for i, name in enumerate(before[key]) if name in now]
-        experts = bank.experts()
-        bank.assign([experts[i] for i in kept], frozen_at(config, key))
+        rows = bank.rows()
+        bank.assign([rows[i] for i in kept], frozen_at(config, key))
         if bank.cores is not None:
             bank.cores.assign(bank.cores.weight.detach(), *task_blocks(config))
-        if layer.mounts[adapter].gate is not None:
-            _shrink_gate(config, layer.mounts[adapter].gate, key, kept)
+        if mount.gate is not None:
+            _shrink_gate(config, mount.gate, key, kept)
 
 
 def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) -> None:

@@ -62,8 +62,9 @@ class MoLoraModel(BaseTuner):
         # Members of a group find their leader here while layers are created, in the model's own order.
         self._leaders: dict[str, Mount] = {}
         self._inputs: dict[str, InputGroup] = {}
+        self._kind = parts.kind_of(config)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._leaders, self._inputs
+        del self._leaders, self._inputs, self._kind
         self.context.forget_modules()
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
         root_hooks.install(model, self.context)
@@ -109,7 +110,7 @@ class MoLoraModel(BaseTuner):
         """The adapter's experts for one layer, among those it computes and decides with."""
         encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
         stream, plain = stream_of(key, encoder_decoder), matches(config.plain_targets, key)
-        bank = parts.new_bank(config, key, base, plain=plain)
+        bank = parts.new_bank(config, self._kind, key, base, plain=plain)
         d_in, _ = _get_in_out_features(base)
         assert d_in is not None  # _new_layer let only linear layers in
         mount = Mount(adapter, key, stream, d_in, self.context, bank, plain=plain)

@@ -11,11 +11,13 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.config.choices import SCORES
+from molora.config.choices import KINDS, SCORES
 from molora.errors import ConfigError
-from molora.experts.bank import Expert, ExpertBank
+from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.experts.cores import TaskCores
 from molora.experts.init import expected_std, init_A, svd_segments
+from molora.experts.kinds.kind import Kind
+from molora.experts.kinds.lora import Lora
 from molora.forward.mount import MountPoint
 from molora.gates.gate import Gate, GatePlace
 from molora.tuner.config import ExpertSpec, MoLoraConfig
@@ -54,8 +56,14 @@ def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
     return alpha / math.sqrt(r) if spec.use_rslora or spec.scaling == "alpha_over_sqrt_r" else alpha / r
 
 
+def kind_of(config: MoLoraConfig) -> Kind:
+    """The kind of a config's experts, with its settings."""
+    return KINDS[config.kind](share_A=config.share_A, **config.kind_settings)
+
+
 def new_expert(
     config: MoLoraConfig,
+    kind: Kind,
     name: str,
     key: str,
     d_in: int,
@@ -63,15 +71,17 @@ def new_expert(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | None = None,
-) -> Expert:
-    """A fresh expert for one layer: A initialised, B = 0."""
+) -> ExpertRows:
+    """A fresh expert for one layer, whose update is zero."""
     r = rank_of(config, name, key)
-    A = init_A(torch.empty(r, d_in), config.init, config.init_std, config.init_gain)
-    A = A.to(device=device, dtype=dtype)
-    return Expert(A, A.new_zeros(d_out, r), scaling_of(config, name, key))
+    rows = kind.new(d_in, d_out, r, lambda A: init_A(A, config.init, config.init_std, config.init_gain))
+    rows = {name: row.to(device=device, dtype=dtype) for name, row in rows.items()}
+    return ExpertRows(rows, r, scaling_of(config, name, key))
 
 
-def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.Module) -> list[Expert]:
+def new_experts(
+    config: MoLoraConfig, kind: Kind, names: Sequence[str], key: str, base: nn.Module
+) -> list[ExpertRows]:
     """Fresh experts for one layer, from its base layer's weight where `init` asks for that.
 
     Raises:
@@ -79,7 +89,7 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
     """
     d_in, d_out = _get_in_out_features(base)
     assert d_in is not None and d_out is not None  # only linear layers come here
-    experts = [new_expert(config, name, key, d_in, d_out) for name in names]
+    experts = [new_expert(config, kind, name, key, d_in, d_out) for name in names]
     if (
         config.init != "svd_segments" or config.base_fingerprint is not None
     ):  # saved: tensors come from the file
@@ -99,18 +109,21 @@ def new_experts(config: MoLoraConfig, names: Sequence[str], key: str, base: nn.M
     made = dict(zip(gated, factors, strict=True))
     # Experts that are always on start as the gated ones do: with negative weights they cancel them.
     made |= dict(zip((i for i in range(len(names)) if i not in gated), factors, strict=False))
-    return [e._replace(A=made[i][0], B=made[i][1]) if i in made else e for i, e in enumerate(experts)]
+    return [
+        e._replace(rows=kind.rows_of(Expert(*made[i], e.scaling))) if i in made else e
+        for i, e in enumerate(experts)
+    ]
 
 
-def new_bank(config: MoLoraConfig, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
-    """Fresh experts for one layer, or its one ordinary LoRA (`plain`)."""
-    names = ["plain"] if plain else experts_at(config, key)
-    experts = new_experts(config, names, key, base)
+def new_bank(config: MoLoraConfig, kind: Kind, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
+    """Fresh experts of a kind for one layer, or its one ordinary LoRA (`plain`)."""
     if plain:
-        return ExpertBank(experts, [config.frozen_extras], config.lora_dropout)
+        lora = Lora()
+        experts = new_experts(config, lora, ["plain"], key, base)
+        return ExpertBank(experts, [config.frozen_extras], config.lora_dropout, kind=lora)
+    experts = new_experts(config, kind, experts_at(config, key), key, base)
     cores = TaskCores.identity(experts[0].rank, *task_blocks(config)) if config.task_cores else None
-    frozen = frozen_at(config, key)
-    return ExpertBank(experts, frozen, config.lora_dropout, share_A=config.share_A, cores=cores)
+    return ExpertBank(experts, frozen_at(config, key), config.lora_dropout, kind=kind, cores=cores)
 
 
 def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
@@ -143,13 +156,13 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
 
     Rows: name, expert, r, std, expected, ratio, ok. `ok` means |ratio - 1| < 4/√(2·numel), four standard
     errors: true for untouched experts, false for trained or mis-initialised ones. Experts that started as segments of
-    the base weight have no row: nothing says what their spread should be.
+    the base weight, or are of a kind with another start, have no row: nothing says what their spread should be.
     """
     rows = []
     for point in (m for m in model.modules() if isinstance(m, MountPoint)):
         for mount in point.mounts.values():
             config: MoLoraConfig = mount.config
-            if config.init == "svd_segments" and not mount.plain:
+            if (config.init == "svd_segments" and not mount.plain) or not mount.bank.kind.starts_by_init:
                 continue
             names = ["plain"] if mount.plain else experts_at(config, mount.key)
             for name, expert in zip(names, mount.bank.experts(), strict=True):

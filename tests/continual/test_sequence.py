@@ -308,7 +308,7 @@ class Shrinking(Strategy):
     """A strategy of a user's own."""
 
     def loss(self, model):
-        sizes = [bank.lora_B.square().sum() for _, _, bank in expert_layers(model)]
+        sizes = [bank.stacks["B"].trainable.square().sum() for _, _, bank in expert_layers(model)]
         return {"small": self.number("coefficient") * sum(sizes)}
 
 

@@ -134,25 +134,30 @@ def test_o_lora_is_the_double_loop(norm, factor):
 def test_o_lora_is_zero_in_the_complement_and_leaves_old_experts_alone():
     model, own = grown(SUM), strategy("o_lora")
     for _, _, bank in expert_layers(model):
-        old = bank.frozen_A[0]
+        old = bank.stacks["A"].frozen[0]
         basis = torch.linalg.qr(old.t()).Q
         free = without(torch.randn(3, old.shape[1], dtype=torch.float64), basis)
-        bank.lora_A.data[0] = free
+        bank.stacks["A"].trainable.data[0] = free
     assert own.loss(model)["orthogonal"] < 1e-4
     for _, _, bank in expert_layers(model):
-        bank.lora_A.data += 0.1
+        bank.stacks["A"].trainable.data += 0.1
     own.loss(model)["orthogonal"].backward()
     for _, _, bank in expert_layers(model):
-        assert bank.frozen_A.grad is None and bank.lora_A.grad.abs().sum() > 0
-        span = torch.linalg.qr(bank.frozen_A[0].t()).Q  # the gradient lies in the span of the old rows
-        assert without(bank.lora_A.grad[0], span).norm() < 1e-4 * bank.lora_A.grad[0].norm()
+        assert bank.stacks["A"].frozen.grad is None and bank.stacks["A"].trainable.grad.abs().sum() > 0
+        span = torch.linalg.qr(
+            bank.stacks["A"].frozen[0].t()
+        ).Q  # the gradient lies in the span of the old rows
+        assert (
+            without(bank.stacks["A"].trainable.grad[0], span).norm()
+            < 1e-4 * bank.stacks["A"].trainable.grad[0].norm()
+        )
 
 
 def test_o_lora_is_divided_by_the_old_experts_under_a_learned_gate():
     few, many = (grown({"kind": "soft"}, experts=e) for e in (("b",), ("b", "c")))
     for model in (few, many):
         for _, _, bank in expert_layers(model):
-            for stack in (bank.frozen_A, bank.lora_A):
+            for stack in (bank.stacks["A"].frozen, bank.stacks["A"].trainable):
                 stack.data[:] = 0.1
     own = strategy("o_lora")
     assert_close(own.loss(few)["orthogonal"], own.loss(many)["orthogonal"])
@@ -241,16 +246,21 @@ def test_ranks_above_the_width_of_a_layer():
     assert_close(orthonormal(torch.eye(3)[[0, 1, 2, 0, 1]])[3:], torch.zeros(2, 3))
     own, model = strategy("inf_lora"), grown(SUM, experts=())
     for _, _, bank in expert_layers(model):
-        width = bank.lora_A.shape[-1]
-        bank.lora_A = torch.nn.Parameter(torch.randn(1, width + 2, width, dtype=torch.float64))
-        bank.lora_B = torch.nn.Parameter(torch.zeros(1, bank.lora_B.shape[1], width + 2, dtype=torch.float64))
+        width = bank.stacks["A"].trainable.shape[-1]
+        bank.stacks["A"].lora_A = torch.nn.Parameter(torch.randn(1, width + 2, width, dtype=torch.float64))
+        bank.stacks["B"].lora_B = torch.nn.Parameter(
+            torch.zeros(1, bank.stacks["B"].trainable.shape[1], width + 2, dtype=torch.float64)
+        )
         bank.ranks = [width + 2]
         break
-    found = {key: torch.eye(b.lora_A.shape[-1], dtype=torch.float64) for key, _, b in expert_layers(model)}
+    found = {
+        key: torch.eye(b.stacks["A"].trainable.shape[-1], dtype=torch.float64)
+        for key, _, b in expert_layers(model)
+    }
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("molora.continual.inf_lora.covariances", lambda *_: found)
         own.before_task(model, stage(0))
-    assert not bank.lora_A[0, width:].any() and bank.lora_A[0, :width].any()
+    assert not bank.stacks["A"].trainable[0, width:].any() and bank.stacks["A"].trainable[0, :width].any()
 
 
 def test_covariances_leave_padding_out():
@@ -279,19 +289,21 @@ def test_inf_lora_reads_only_what_old_tasks_do_not():
     model, own = model_of(SUM), strategy("inf_lora", energy=1.0)
     own.before_task(model, stage(0, old_data))
     for _, _, bank in expert_layers(model):
-        A = bank.lora_A[0]
-        assert not bank.lora_A.requires_grad and bank.lora_B.requires_grad
+        A = bank.stacks["A"].trainable[0]
+        assert not bank.stacks["A"].trainable.requires_grad and bank.stacks["B"].trainable.requires_grad
         assert_close(A @ A.t() * 3, torch.eye(3, dtype=torch.float64), atol=1e-8, rtol=0)
     own.after_task(model, stage(0, old_data))
     model.add_expert("b", tasks=["b"])
     own.before_task(model, stage(1, new_data))
-    before = {key: bank.lora_A.detach().clone() for key, _, bank in expert_layers(model)}
+    before = {key: bank.stacks["A"].trainable.detach().clone() for key, _, bank in expert_layers(model)}
     model.train()(**batch_for("llama")).loss.backward()
     old, new = covariances(model, old_data), covariances(model, new_data)
     room = 0
     for key, _, bank in expert_layers(model):
-        assert bank.lora_A.grad is None and torch.equal(bank.lora_A, before[key])
-        A = bank.lora_A[0]
+        assert bank.stacks["A"].trainable.grad is None and torch.equal(
+            bank.stacks["A"].trainable, before[key]
+        )
+        A = bank.stacks["A"].trainable[0]
         if own.bases[key].shape[1] > A.shape[1] - 3:
             continue  # old inputs fill the layer: nothing is left to read
         room += 1
@@ -318,24 +330,24 @@ def test_slao_keeps_one_lora_and_averages_B():
     model, own = model_of(SUM), strategy("slao")
     randomise_factors(model)
     own.before_task(model, stage(0))
-    trained = {key: bank.lora_B.detach().clone() + 1 for key, _, bank in expert_layers(model)}
+    trained = {key: bank.stacks["B"].trainable.detach().clone() + 1 for key, _, bank in expert_layers(model)}
     for _, _, bank in expert_layers(model):
-        bank.lora_B.data += 1
+        bank.stacks["B"].trainable.data += 1
     own.after_task(model, stage(0))
     assert all(
-        torch.equal(bank.lora_B, trained[key]) for key, _, bank in expert_layers(model)
+        torch.equal(bank.stacks["B"].trainable, trained[key]) for key, _, bank in expert_layers(model)
     )  # the first is kept
-    rows = {key: bank.lora_A[0].detach().clone() for key, _, bank in expert_layers(model)}
+    rows = {key: bank.stacks["A"].trainable[0].detach().clone() for key, _, bank in expert_layers(model)}
     own.before_task(model, stage(1))
-    start = {key: bank.lora_B.detach().clone() for key, _, bank in expert_layers(model)}
+    start = {key: bank.stacks["B"].trainable.detach().clone() for key, _, bank in expert_layers(model)}
     for key, _, bank in expert_layers(model):
-        A = bank.lora_A[0].float()
+        A = bank.stacks["A"].trainable[0].float()
         assert_close(A @ A.t(), torch.eye(3), atol=1e-5, rtol=0)
         assert (rows[key].float() @ A.t()).diagonal().min() >= 0  # no row turned round
-        bank.lora_B.data += 2
+        bank.stacks["B"].trainable.data += 2
     own.after_task(model, stage(1))
     for key, _, bank in expert_layers(model):
-        assert_close(bank.lora_B, start[key] + 2 / math.sqrt(2))
+        assert_close(bank.stacks["B"].trainable, start[key] + 2 / math.sqrt(2))
     assert_close(merged(torch.zeros(1), torch.ones(1), 4), torch.full((1,), 0.5))
 
 
@@ -356,7 +368,7 @@ def test_a_gated_expert_is_silent_on_old_inputs_and_stays_so():
     for p in rows.values():
         p.data += torch.randn_like(p)
     for _, _, bank in expert_layers(model):
-        bank.lora_B.data.normal_()
+        bank.stacks["B"].trainable.data.normal_()
     assert (model(**batch).logits - before).abs().max() > 1e-3  # without the step's projection it speaks
     own.after_step(model)
     full = [key for key, basis in own.bases.items() if basis.shape[0] == basis.shape[1]]
@@ -388,7 +400,7 @@ def test_gates_that_read_prompts_stay_silent_on_old_prompts_alone():
     model.add_expert("b", tasks=["b"])
     own.before_task(model, stage(1, answered(new, 42)))
     for _, _, bank in expert_layers(model):
-        bank.lora_B.data.normal_()
+        bank.stacks["B"].trainable.data.normal_()
     assert_close(model(input_ids=old).logits, before, atol=1e-4, rtol=1e-4)
 
 

@@ -96,8 +96,12 @@ def test_I3_one_expert_is_peft_lora(architecture, gate):
             weights["base_model.model." + layer.mounts["default"].key],
             layer.molora_experts["default"],
         )
-        assert_close(bank.lora_A.grad[0], lora.lora_A["default"].weight.grad, atol=1e-9, rtol=1e-9)
-        assert_close(bank.lora_B.grad[0].t(), lora.lora_B["default"].weight.grad, atol=1e-9, rtol=1e-9)
+        assert_close(
+            bank.stacks["A"].trainable.grad[0], lora.lora_A["default"].weight.grad, atol=1e-9, rtol=1e-9
+        )
+        assert_close(
+            bank.stacks["B"].trainable.grad[0].t(), lora.lora_B["default"].weight.grad, atol=1e-9, rtol=1e-9
+        )
 
 
 @architectures

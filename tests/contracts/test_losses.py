@@ -124,11 +124,14 @@ def test_orthogonal_reaches_only_the_new_expert():
     model.train()(**batch_for("llama"))
     value = molora.aux_losses(model)["orthogonal"]
     banks = [m.molora_experts["default"] for m in model.modules() if isinstance(m, MoLoraLayer)]
-    per_layer = [((b.frozen_A.flatten(0, 1) @ b.lora_A.flatten(0, 1).t()) ** 2).sum() for b in banks]
+    per_layer = [
+        ((b.stacks["A"].frozen.flatten(0, 1) @ b.stacks["A"].trainable.flatten(0, 1).t()) ** 2).sum()
+        for b in banks
+    ]
     assert_close(value, torch.stack(per_layer).mean())
     value.backward()
     assert set(gradients(model)) == {
-        n for n, _ in model.named_parameters() if n.endswith("molora_experts.default.lora_A")
+        n for n, _ in model.named_parameters() if n.endswith("molora_experts.default.stacks.A.lora_A")
     }
 
 

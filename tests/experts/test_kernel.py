@@ -109,8 +109,11 @@ def test_padding_of_shorter_experts_never_gets_a_gradient():
         x, torch.zeros(TOKENS, D_OUT, dtype=torch.float64), torch.rand(TOKENS, 3, dtype=torch.float64)
     ).sum().backward()
     for i, rank in enumerate(bank.ranks):
-        assert bank.lora_A.grad[i, :rank].abs().min() > 0
-        assert not bank.lora_A.grad[i, rank:].any() and not bank.lora_B.grad[i, rank:].any()
+        assert bank.stacks["A"].trainable.grad[i, :rank].abs().min() > 0
+        assert (
+            not bank.stacks["A"].trainable.grad[i, rank:].any()
+            and not bank.stacks["B"].trainable.grad[i, rank:].any()
+        )
 
 
 def test_saved_tensors_are_h_and_the_weights_only():
@@ -136,7 +139,7 @@ def test_low_precision_inputs_keep_float32_parameters(dtype):
     exact = naive(torch.zeros(TOKENS, D_OUT), x, weights, experts(dtype=torch.float32))
     assert_close(y.float(), exact, atol=0.15, rtol=0.05)
     y.float().sum().backward()
-    assert bank.lora_A.grad.dtype == torch.float32
+    assert bank.stacks["A"].trainable.grad.dtype == torch.float32
 
 
 def test_a_base_output_that_is_a_view_or_of_another_dtype_is_left_alone():

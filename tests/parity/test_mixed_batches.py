@@ -87,7 +87,7 @@ def test_gradients_of_a_mixed_batch(peer, model):
     for key, layer in molora_layers(model).items():
         bank = layer.molora_experts["default"]
         for i, name in enumerate(NAMES):
-            A, B = bank.lora_A.grad[i], bank.lora_B.grad[i]
+            A, B = bank.stacks["A"].trainable.grad[i], bank.stacks["B"].trainable.grad[i]
             if name == "four":  # nobody asked for it
                 assert not A.any() and not B.any()
                 continue

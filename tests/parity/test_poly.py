@@ -85,8 +85,12 @@ def test_gradients_of_factors_and_logits_are_those_of_poly(splits):
         (table,) = layer.molora_gate["default"].tasks.blocks
         router = peer.poly_router["default"].module_logits.grad
         assert router[[0, 2]].any(dim=1).all() and not router[1].any()
-        assert_close(bank.lora_A.grad, our_A(peer.poly_lora_A["default"].grad), atol=1e-11, rtol=1e-9)
-        assert_close(bank.lora_B.grad, our_B(peer.poly_lora_B["default"].grad), atol=1e-11, rtol=1e-9)
+        assert_close(
+            bank.stacks["A"].trainable.grad, our_A(peer.poly_lora_A["default"].grad), atol=1e-11, rtol=1e-9
+        )
+        assert_close(
+            bank.stacks["B"].trainable.grad, our_B(peer.poly_lora_B["default"].grad), atol=1e-11, rtol=1e-9
+        )
         assert_close(table.grad, router, atol=1e-11, rtol=1e-9)
 
 

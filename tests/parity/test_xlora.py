@@ -153,8 +153,8 @@ def test_gradients_of_classifier_and_experts(saved, layerwise, share):
         bank, lora = layer.molora_experts["default"], theirs[key]
         for i in range(3):
             A, B = (getattr(lora, f"lora_{f}")[str(i)].weight.grad for f in "AB")
-            assert_close(bank.lora_A.grad[i], A, atol=1e-11, rtol=1e-9)
-            assert_close(bank.lora_B.grad[i].t(), B, atol=1e-11, rtol=1e-9)
+            assert_close(bank.stacks["A"].trainable.grad[i], A, atol=1e-11, rtol=1e-9)
+            assert_close(bank.stacks["B"].trainable.grad[i].t(), B, atol=1e-11, rtol=1e-9)
         if "default" in layer.molora_gate:
             number = lora.forward.__self__.layer_number if share == "linear" else 0
             made = layer.molora_gate["default"]

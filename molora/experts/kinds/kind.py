@@ -1,0 +1,120 @@
+"""Kind: what a kind of expert has of its own, how that starts, and which factors the kernel multiplies."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+from torch import Tensor
+
+from molora.config.section import Problem
+from molora.experts.stack import Made
+
+
+class Expert(NamedTuple):
+    """One expert's factors, without padding: `A` (rank, d_in), `B` (d_out, rank), and its scaling."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+    def delta(self) -> Tensor:
+        """Its weight update `scaling · B A`, (d_out, d_in)."""
+        return self.scaling * (self.B @ self.A)
+
+
+class ExpertRows(NamedTuple):
+    """One expert's own parameters: its row of every stack, without padding; rank and scaling."""
+
+    rows: Mapping[str, Tensor]
+    rank: int
+    scaling: float
+
+
+@dataclass(frozen=True)
+class StackSpec:
+    """What one stack of a kind holds.
+
+    axes: of a row in memory; the axis `rank` is padded with zeros where ranks differ.
+    on_disk: the same axes as they are saved, where the order differs.
+    shared: one row serves all experts. It is frozen as soon as one of them is: a frozen expert must not change.
+    trained: whether it learns at all.
+    role: "A" or "B", whose learning rate it has.
+    """
+
+    axes: str
+    on_disk: str | None = None
+    shared: bool = False
+    trained: bool = True
+    role: str = "A"
+
+
+class Kind:
+    """One kind of expert, for all layers of an adapter.
+
+    Args:
+        share_A: all experts of a layer have one A.
+        settings: the kind's own, as in `settings`; those left out have their defaults.
+    """
+
+    settings: ClassVar[Mapping[str, int | float]] = {}  # its own settings with their defaults
+    scaling: ClassVar[float | None] = None  # of its experts, where the config names no rule and no number
+    one_A: ClassVar[bool] = False  # whether all experts of a layer read x through one A
+    starts_by_init: ClassVar[bool] = True  # whether A starts as the config's `init` says
+    imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters
+
+    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+        self.shares_A = share_A or self.one_A
+        self.chosen = {**self.settings, **settings}
+        self.stacks = self.specs()
+
+    def specs(self) -> dict[str, StackSpec]:
+        """Its stacks by name, in the order in which they are saved."""
+        raise NotImplementedError
+
+    def new(self, d_in: int, d_out: int, rank: int, init_A: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        """How a new expert starts: its row of every stack, laid out as in memory.
+
+        `init_A` fills an `A` (rank, d_in) at random as the config says.
+        """
+        raise NotImplementedError
+
+    def factors(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """`A` (expert, rank, d_in), (1, rank, d_in) where it is shared, and `B` (expert, rank, d_out) of some experts.
+
+        `rows` has theirs of every stack, (expert, ...), or (1, ...) of a shared one. Called in every forward: a kind
+        returns views, or builds factors, which are small beside activations, with their gradients.
+        """
+        raise NotImplementedError
+
+    def rows_of(self, expert: Expert) -> dict[str, Tensor]:
+        """The rows of an expert with these factors; only where `imports` gives no reason against it."""
+        raise NotImplementedError
+
+    def made(self, name: str, rows: Mapping[str, Tensor]) -> Made | None:
+        """Where the shared row of a stack comes from that is not saved; `rows` are an expert's. None: it is saved."""
+        return None
+
+    @classmethod
+    def problems(cls, mixture: Mapping[str, Any]) -> Iterator[Problem]:
+        """What of a mixture's other settings does not go with this kind.
+
+        Args:
+            mixture: combine, share_A, task_cores, ffn_targets, init and aux_losses of the adapter.
+        """
+        for name in ("share_A", "task_cores"):
+            if mixture[name]:
+                yield (name,), "goes with kind: lora only."
+        if mixture["init"] == "svd_segments":
+            yield ("init",), "'svd_segments' goes with kind: lora only."
+        for name in ("orthogonal", "expert_similarity"):
+            if name in mixture["aux_losses"]:
+                yield (
+                    ("aux_losses", name),
+                    "compares the factors of experts, which only kind: lora trains freely.",
+                )

@@ -1,0 +1,97 @@
+"""VeRA: two vectors per expert between random projections that all experts, and all layers of a shape, share.
+
+    B A  becomes  diag(b) B diag(d) A,  b (d_out) from 0, d (rank) from `d_initial`; A and B are never trained
+
+The projections are not saved but drawn again from `projection_prng_key`, in PEFT's way (there, all layers share slices of
+one pair of the largest shape; where targets have one shape the two are the same). b and d go into B, so x is multiplied
+by A once for all experts. The scaling is 1 unless the config gives one.
+
+Reference: VeRA, arXiv:2310.11454.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import ClassVar
+
+import torch
+from einops import einsum
+from torch import Tensor, nn
+
+from molora.experts.kinds.kind import Kind, StackSpec
+from molora.experts.stack import digest_of
+
+
+class Vera(Kind):
+    """All banks of an adapter share one object of this class, and with it the projections."""
+
+    settings: ClassVar[Mapping[str, int | float]] = {"projection_prng_key": 0, "d_initial": 0.1}
+    scaling = 1.0
+    one_A = True
+    starts_by_init = False
+    imports = (
+        "VeRA has two vectors for each expert between random projections, which hold no factors of others"
+    )
+
+    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+        super().__init__(share_A, **settings)
+        self._projections: dict[tuple[str, int, int, int], Projection] = {}
+
+    def specs(self) -> dict[str, StackSpec]:
+        return {
+            "A": StackSpec("rank d_in", shared=True, trained=False),
+            "B": StackSpec("rank d_out", shared=True, trained=False),
+            "d": StackSpec("rank"),
+            "b": StackSpec("d_out", role="B"),
+        }
+
+    def new(self, d_in: int, d_out: int, rank: int, init_A: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+        A, B = (self._projection(name, d_in, d_out, rank).on(torch.device("cpu"))[0] for name in "AB")
+        return {"A": A, "B": B, "d": torch.full((rank,), self.chosen["d_initial"]), "b": torch.zeros(d_out)}
+
+    def factors(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        B = einsum(rows["d"], rows["B"][0], rows["b"], "e rank, rank d_out, e d_out -> e rank d_out")
+        return rows["A"], B
+
+    def made(self, name: str, rows: Mapping[str, Tensor]) -> Projection | None:
+        return self._projection(name, rows["A"].shape[1], *rows["B"].shape[::-1]) if name in "AB" else None
+
+    def _projection(self, name: str, d_in: int, d_out: int, rank: int) -> Projection:
+        key = int(self.chosen["projection_prng_key"])
+        shape = (name, d_in, d_out, rank)
+        return self._projections.setdefault(shape, Projection(key, *shape))
+
+
+class Projection:
+    """A (1, rank, d_in) or B (1, rank, d_out) of one shape of layer, one Parameter on each device."""
+
+    def __init__(self, key: int, name: str, d_in: int, d_out: int, rank: int) -> None:
+        self.key, self.name, self.d_in, self.d_out, self.rank = key, name, d_in, d_out, rank
+        self._made: list[nn.Parameter] = []
+
+    @cached_property
+    def digest(self) -> Tensor:
+        """Of the numbers as drawn, whatever became of their dtype."""
+        return digest_of(self._drawn())
+
+    def on(self, device: torch.device) -> nn.Parameter:
+        """The Parameter on that device; one that moved there with its model will do."""
+        for parameter in self._made:
+            if parameter.device == device:
+                return parameter
+        self._made.append(nn.Parameter(self._drawn().to(device), requires_grad=False))
+        return self._made[-1]
+
+    def _drawn(self) -> Tensor:
+        generator = torch.Generator(device="cpu").manual_seed(self.key)
+        A = _kaiming((self.rank, self.d_in), generator)
+        return (A if self.name == "A" else _kaiming((self.d_out, self.rank), generator).t()).contiguous()[
+            None
+        ]
+
+
+def _kaiming(shape: tuple[int, int], generator: torch.Generator) -> Tensor:
+    bound = math.sqrt(6 / shape[1])
+    return torch.empty(shape, dtype=torch.float32, device="cpu").uniform_(-bound, bound, generator=generator)

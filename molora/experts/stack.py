@@ -1,0 +1,247 @@
+"""Stack: one tensor with a row for each expert (or task), held as blocks of frozen and of learning Parameters.
+
+    on disk, and for whoever asks:   0  1  2  3        one tensor, in expert order
+    in memory, with 0 and 2 frozen:  [0  2] [1  3]     two Parameters, each multiplied as it is
+
+So freezing is real: no gradient, no optimiser state, no weight decay. A Stack alone knows how its rows are frozen, grown,
+saved, loaded and assigned; whoever multiplies by them sees blocks.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+
+from molora.errors import AdapterError
+
+
+class Made(Protocol):
+    """Rows that are neither trained nor saved, since they can be made anew."""
+
+    @property
+    def digest(self) -> Tensor:
+        """`digest_of` the rows; it is saved in their place, so that no other rows are ever used without notice."""
+
+    def on(self, device: torch.device) -> nn.Parameter:
+        """The rows (1, ...); one Parameter for all layers of a device that use them."""
+
+
+class Stacked(nn.Module):
+    """A module whose Stacks are saved, loaded, read and assigned whole, each under its name."""
+
+    def named_stacks(self) -> Mapping[str, Stack]:
+        """Name on disk -> Stack."""
+        raise NotImplementedError
+
+    def _filled(self) -> None:
+        """Called when rows were loaded."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # transformers' loader does not call load_state_dict: it assigns each tensor under its name on disk.
+        stack = self.named_stacks().get(name)
+        if stack is None:
+            super().__setattr__(name, value)
+        else:
+            stack.fill(value)
+            self._filled()
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            stack = self.named_stacks().get(name)
+            if stack is None:
+                raise
+            return stack.whole
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        for name, stack in self.named_stacks().items():
+            destination[prefix + name] = stack.whole if keep_vars else stack.whole.detach()
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Tensor],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        strict: bool,
+        missing_keys: list[str],
+        unexpected_keys: list[str],
+        error_msgs: list[str],
+    ) -> None:
+        for name, stack in self.named_stacks().items():
+            key = prefix + name
+            if key not in state_dict:
+                missing_keys.append(key)
+                continue
+            found, wanted = tuple(state_dict[key].shape), tuple(stack.whole.shape)
+            if found != wanted:
+                error_msgs.append(f"size mismatch for {key}: {found} in the file, {wanted} in the model.")
+                continue
+            stack.fill(state_dict[key], replace=local_metadata.get("assign_to_params_buffers", False))
+        self._filled()
+
+
+class Stack(Stacked):
+    """Rows in blocks. By itself it is saved as `weight`; a bank saves its Stacks under their own names.
+
+    Args:
+        rows: (expert, ...), in expert order; (1, ...) for a row that all share.
+        blocks: which rows each Parameter holds, in the order in which they are multiplied; a block may be empty.
+        frozen: for each row, whether it learns no more. A block is frozen where all of its rows are.
+        names: the names of two blocks, frozen rows and others; any number of them are `block_0`, ...
+        axes: of a row on disk and in memory, where the two differ, as einops writes them.
+        role: "A" or "B": whose learning rate an expert's rows have.
+        made: where the rows come from if they are neither trained nor saved.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        blocks: Sequence[Sequence[int]],
+        frozen: Sequence[bool],
+        *,
+        names: Sequence[str] | None = None,
+        axes: tuple[str, str] | None = None,
+        made: Made | None = None,
+        role: str = "A",
+    ) -> None:
+        super().__init__()
+        self.names, self.axes, self.made, self.role = names, axes, made, role
+        self._replaced = 0
+        self.assign(rows, blocks, frozen)
+
+    def assign(self, rows: Tensor, blocks: Sequence[Sequence[int]], frozen: Sequence[bool]) -> None:
+        """Replace all rows, and end any `hold`; optimisers have to be built anew. Arguments as of the class."""
+        names = self.names or [f"block_{i}" for i in range(len(blocks))]
+        self.order = tuple(tuple(block) for block in blocks)
+        self.frozen_blocks = tuple(all(frozen[i] for i in block) for block in self.order)
+        self.held = False
+        flat = [i for block in self.order for i in block]
+        self.num_experts, self._sorted = len(flat), flat == sorted(flat)
+        for name in list(self._parameters):
+            delattr(self, name)
+        for name, block, is_frozen in zip(names, self.order, self.frozen_blocks, strict=True):
+            parameter: nn.Parameter | None = None
+            if block and self.made is not None:
+                parameter = self.made.on(rows.device)
+            elif block:
+                parameter = nn.Parameter(rows[list(block)].detach(), requires_grad=not is_frozen)
+            self.register_parameter(name, parameter)
+        self._replaced += 1
+
+    def named_stacks(self) -> Mapping[str, Stack]:
+        return {} if "names" not in self.__dict__ or self.names else {"weight": self}
+
+    @property
+    def weight(self) -> Tensor:
+        """The rows under the name they are saved by."""
+        return self.whole
+
+    @property
+    def frozen(self) -> nn.Parameter | None:
+        """The first of two named blocks, which holds frozen rows."""
+        assert self.names is not None
+        return self._parameters[self.names[0]]
+
+    @property
+    def trainable(self) -> nn.Parameter | None:
+        """The second of two named blocks."""
+        assert self.names is not None
+        return self._parameters[self.names[1]]
+
+    @property
+    def blocks(self) -> list[nn.Parameter]:
+        """The Parameters, in the order in which they are multiplied."""
+        return [block for block in self._parameters.values() if block is not None]
+
+    @property
+    def rows(self) -> Tensor:
+        """All rows in expert order, laid out as in memory, (expert, ...)."""
+        blocks = self.blocks
+        return blocks[0] if len(blocks) == 1 and self._sorted else self.in_order(torch.cat([*blocks]), dim=0)
+
+    def in_order(self, values: Tensor, dim: int = -1) -> Tensor:
+        """Values of the blocks side by side along `dim`, in expert order."""
+        if self._sorted:
+            return values
+        flat = [i for block in self.order for i in block]
+        return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
+
+    # -- freezing ----------------------------------------------------------------------------------------
+
+    def hold(self) -> None:
+        """Keep the present rows from learning until rows are assigned anew."""
+        self.held = True
+        self.apply_freeze()
+
+    def apply_freeze(self) -> None:
+        """What is frozen stays frozen, whatever marked the adapter as trainable."""
+        for name, is_frozen in zip(self._parameters, self.frozen_blocks, strict=True):
+            block = self._parameters[name]
+            if block is not None and (is_frozen or self.held):
+                block.requires_grad_(False)
+
+    def stamp(self) -> list[int]:
+        """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
+        marks = ((block.data_ptr(), 0 if block.is_inference() else block._version) for block in self.blocks)
+        return [self._replaced, *(number for mark in marks for number in mark)]
+
+    # -- on disk -----------------------------------------------------------------------------------------
+
+    @property
+    def whole(self) -> Tensor:
+        """What is saved: all rows in expert order, laid out as on disk; the digest of rows that are made anew."""
+        if self.made is not None:
+            return self.made.digest
+        if self.axes is None:
+            return self.rows
+        disk, memory = self.axes
+        return rearrange(self.rows, f"expert {memory} -> expert {disk}").contiguous()
+
+    def fill(self, value: Tensor, *, replace: bool = False) -> None:
+        """Write all rows, given as `whole` gives them: in place, or into new Parameters of the given dtype.
+
+        Raises:
+            AdapterError: the digest of rows that are made anew is another one.
+        """
+        if self.made is not None and not torch.equal(value.detach().cpu().float(), self.whole):
+            raise AdapterError(
+                "the random projections made from this adapter's key are not those it was trained with.",
+                hint="use the version of PyTorch that trained it; it draws other numbers from the same key.",
+            )
+        if self.axes is not None:
+            disk, memory = self.axes
+            value = rearrange(value, f"expert {disk} -> expert {memory}")
+        named = [(name, self._parameters[name]) for name in self._parameters]
+        for (name, block), order in zip(named, self.order, strict=True):
+            if block is None:
+                continue
+            if self.made is not None:
+                if block.is_meta:
+                    self.register_parameter(name, self.made.on(value.device))
+                continue
+            rows = value[list(order)].detach()
+            if replace or block.is_meta:
+                setattr(self, name, nn.Parameter(rows.clone(), requires_grad=block.requires_grad))
+            else:
+                with torch.no_grad():
+                    block.copy_(rows)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if isinstance(value, nn.Parameter):
+            self._replaced += 1  # a new Parameter may lie where a freed one lay
+        super().__setattr__(name, value)
+
+    def extra_repr(self) -> str:
+        return f"rows={self.num_experts}, blocks={self.order}, frozen={self.frozen_blocks}"
+
+
+def digest_of(rows: Tensor) -> Tensor:
+    """The 32 bytes of their sha256 as numbers that every floating-point type holds exactly."""
+    data = rows.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+    return torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.float32)
