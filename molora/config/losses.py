@@ -38,6 +38,11 @@ class LossSpec:
         """Its settings when none is given."""
         return {key: o[0] if isinstance(o, tuple) else o for key, o in self.settings.items()}
 
+    def prepare(self) -> None:
+        """Import its function now: a graph that is traced later cannot."""
+        if self.function is not None:
+            self.load()
+
     def load(self) -> Callable[..., Any]:
         """Its function."""
         assert self.function is not None

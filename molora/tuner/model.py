@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _get_in_out_features
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -16,19 +16,20 @@ from transformers.pytorch_utils import Conv1D
 
 from molora.calls.context import AdapterRouting, RoutingContext
 from molora.calls.request import RoutingRequest
+from molora.config.losses import AUX_LOSSES
 from molora.disk.fingerprint import base_fingerprint, compare
 from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
-from molora.forward.mount import InputGroup, Mount
-from molora.tuner import grow, parts
+from molora.tuner import grow
 from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import static_shares, static_weights
-from molora.tuner.placement import place, stretch_lists
-from molora.tuner.targets import check_targets, group_key, is_target, matches, stream_of
+from molora.tuner.mounting import Mounting
+from molora.tuner.placement import stretch_lists
+from molora.tuner.targets import check_targets, is_target
 
 
 class MoLoraModel(BaseTuner):
@@ -59,12 +60,12 @@ class MoLoraModel(BaseTuner):
         existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
         self.context = existing[0].context if existing else RoutingContext()
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
-        # Members of a group find their leader here while layers are created, in the model's own order.
-        self._leaders: dict[str, Mount] = {}
-        self._inputs: dict[str, InputGroup] = {}
-        self._kind = parts.kind_of(config)
+        encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
+        self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
+        for name in config.aux_losses:
+            AUX_LOSSES[name].prepare()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        del self._leaders, self._inputs, self._kind
+        del self._mounting
         self.context.forget_modules()
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
         root_hooks.install(model, self.context)
@@ -84,11 +85,8 @@ class MoLoraModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        config: MoLoraConfig = peft_config
         layer = target if isinstance(target, MoLoraLayer) else self._new_layer(target, current_key)
-        mount = self._new_mount(config, adapter_name, current_key, layer.get_base_layer())
-        if mount.group and mount.leader is mount and config.gate.learned:
-            mount.gate = parts.new_gate(config, current_key, mount.d_in)
+        mount = self._mounting.mount(current_key, layer.get_base_layer())
         layer.mount(mount, active=adapter_name in self.active_adapters)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -105,55 +103,6 @@ class MoLoraModel(BaseTuner):
         layer = Linear(target, self.context)
         layer.quantization_backend = backend
         return layer
-
-    def _new_mount(self, config: MoLoraConfig, adapter: str, key: str, base: nn.Module) -> Mount:
-        """The adapter's experts for one layer, among those it computes and decides with."""
-        encoder_decoder = bool(self.get_model_config(self.model).get("is_encoder_decoder", False))
-        stream, plain = stream_of(key, encoder_decoder), matches(config.plain_targets, key)
-        bank = parts.new_bank(config, self._kind, key, base, plain=plain)
-        d_in, _ = _get_in_out_features(base)
-        assert d_in is not None  # _new_layer let only linear layers in
-        mount = Mount(adapter, key, stream, d_in, self.context, bank, plain=plain)
-        place(mount, config)
-        self._among_readers(mount)
-        if plain:
-            return mount
-        self._into_group(mount, config)
-        return mount
-
-    def _among_readers(self, mount: Mount) -> None:
-        """Compute together with the layers that read the same input."""
-        name = f"{group_key(mount.key, 'group', mount.stream)} {mount.names}"
-        readers = self._inputs.setdefault(name, mount.inputs)
-        if not readers.members or readers.members[0].d_in == mount.d_in:
-            mount.inputs = readers
-        mount.inputs.members.append(mount)
-
-    def _into_group(self, mount: Mount, config: MoLoraConfig) -> None:
-        """Join the layers that share one gate, or lead a new group of them."""
-        gate, key, feed_forward = config.gate, mount.key, matches(config.ffn_targets, mount.key)
-        share = "block" if feed_forward else gate.share
-        mount.reads_input = gate.scope in ("token", "sequence")
-        mount.pools = gate.scope == "sequence"
-        mount.factors = config.combine == "factors"
-        mount.spreads = mount.reads_input and share not in ("linear", "group")
-        name = f"{group_key(key, share, mount.stream)} {feed_forward}"
-        if feed_forward:
-            mount.feed_forward = name
-        leader = self._leaders.setdefault(name, mount)
-        if mount.reads_input and not mount.spreads and leader.d_in != mount.d_in:
-            leader = mount
-        if leader is not mount and leader.names != mount.names:
-            raise ConfigError(
-                f"{key} and {leader.key} share a gate, but num_experts gives them different experts.",
-                hint="use gate.share='linear', or the same number for all of them.",
-            )
-        if leader is not mount:
-            mount.group = leader.group
-        mount.group.append(mount)
-        if feed_forward:  # the last one in the model's order leaves the block
-            for member in mount.group:
-                member.leaves = member is mount
 
     # -- PEFT's other entry points -----------------------------------------------------------------------
 
