@@ -262,7 +262,10 @@ class ExpertBank(Stacked):
 
     def stamp(self) -> list[int]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        return [mark for stack in self._by_name.values() for mark in stack.stamp()]
+        marks: list[int] = []
+        for stack in self._by_name.values():
+            marks += stack.stamp()
+        return marks
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)

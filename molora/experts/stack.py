@@ -188,8 +188,11 @@ class Stack(Stacked):
 
     def stamp(self) -> list[int]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        marks = ((block.data_ptr(), 0 if block.is_inference() else block._version) for block in self.blocks)
-        return [self._replaced, *(number for mark in marks for number in mark)]
+        marks = [self._replaced]
+        for block in self._parameters.values():
+            if block is not None:
+                marks += (block.data_ptr(), 0 if block.is_inference() else block._version)
+        return marks
 
     # -- on disk -----------------------------------------------------------------------------------------
 
