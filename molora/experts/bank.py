@@ -104,13 +104,14 @@ class ExpertBank(Stacked):
         if name in self._by_name:
             self._by_name[name].assign(rows, blocks, held)
             return
-        stack = Stack(
+        stack = self.kind.stack(
+            name,
+            members[0].rows,
             rows,
             blocks,
             held,
             names=(f"frozen_{name}", f"lora_{name}"),  # PEFT's own tools find A and B by such names
             axes=None if spec.on_disk is None else (spec.on_disk, spec.axes),
-            made=self.kind.made(name, members[0].rows),
             role=spec.role,
         )
         self._by_name[name] = stack
@@ -143,7 +144,7 @@ class ExpertBank(Stacked):
 
     def effective(self, member: ExpertRows) -> Expert:
         """The factors of an expert with these parameters."""
-        A, B = self.kind.factors({name: row.unsqueeze(0) for name, row in member.rows.items()})
+        A, B = self.kind.factors(_alone(member))
         return Expert(A[0], B[0].t(), member.scaling)
 
     def experts(self) -> list[Expert]:
@@ -193,7 +194,7 @@ class ExpertBank(Stacked):
 
     def operands(self, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
         """What the kernel multiplies for all experts, or only for those of `experts`."""
-        parts = [*self._blocks()] if experts is None else [self._alone(i) for i in experts]
+        parts = [*self._blocks()] if experts is None else [_alone(self.row(i)) for i in experts]
         factors = [self.kind.factors(part) for part in parts]
         shared = self.kind.shares_A
         A = [A.flatten(0, 1) for A, _ in (factors[:1] if shared else factors)]
@@ -221,9 +222,6 @@ class ExpertBank(Stacked):
                     else stack.blocks[place if self.frozen else 0]
                     for name, stack in self._by_name.items()
                 }
-
-    def _alone(self, index: int) -> dict[str, Tensor]:
-        return {name: row.unsqueeze(0) for name, row in self.row(index).rows.items()}
 
     def expansion(self, experts: tuple[int, ...] | None, x: Tensor) -> Tensor:
         """`P (expert, rank)` of `kernel.expand`: row = column of the weights, columns as in the stacks.
@@ -262,7 +260,10 @@ class ExpertBank(Stacked):
 
     def stamp(self) -> list[int]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        return [mark for stack in self._by_name.values() for mark in stack.stamp()]
+        marks: list[int] = []
+        for stack in self._by_name.values():
+            marks += stack.stamp()
+        return marks
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
@@ -274,6 +275,11 @@ class ExpertBank(Stacked):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"
+
+
+def _alone(member: ExpertRows) -> dict[str, Tensor]:
+    """Rows of every stack, of this expert only."""
+    return {name: row.unsqueeze(0) for name, row in member.rows.items()}
 
 
 def _padded(row: Tensor, axes: str, missing: int) -> Tensor:

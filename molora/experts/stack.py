@@ -9,26 +9,12 @@ saved, loaded and assigned; whoever multiplies by them sees blocks.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from einops import rearrange
 from torch import Tensor, nn
-
-from molora.errors import AdapterError
-
-
-class Made(Protocol):
-    """Rows that are neither trained nor saved, since they can be made anew."""
-
-    @property
-    def digest(self) -> Tensor:
-        """`digest_of` the rows; it is saved in their place, so that no other rows are ever used without notice."""
-
-    def on(self, device: torch.device) -> nn.Parameter:
-        """The rows (1, ...); one Parameter for all layers of a device that use them."""
 
 
 class Stacked(nn.Module):
@@ -96,7 +82,6 @@ class Stack(Stacked):
         names: the names of two blocks, frozen rows and others; any number of them are `block_0`, ...
         axes: of a row on disk and in memory, where the two differ, as einops writes them.
         role: "A" or "B": whose learning rate an expert's rows have.
-        made: where the rows come from if they are neither trained nor saved.
     """
 
     def __init__(
@@ -107,11 +92,10 @@ class Stack(Stacked):
         *,
         names: Sequence[str] | None = None,
         axes: tuple[str, str] | None = None,
-        made: Made | None = None,
         role: str = "A",
     ) -> None:
         super().__init__()
-        self.names, self.axes, self.made, self.role = names, axes, made, role
+        self.names, self.axes, self.role = names, axes, role
         self._replaced = 0
         self.assign(rows, blocks, frozen)
 
@@ -126,13 +110,12 @@ class Stack(Stacked):
         for name in list(self._parameters):
             delattr(self, name)
         for name, block, is_frozen in zip(names, self.order, self.frozen_blocks, strict=True):
-            parameter: nn.Parameter | None = None
-            if block and self.made is not None:
-                parameter = self.made.on(rows.device)
-            elif block:
-                parameter = nn.Parameter(rows[list(block)].detach(), requires_grad=not is_frozen)
-            self.register_parameter(name, parameter)
+            made = self._block(rows[list(block)].detach(), learns=not is_frozen) if block else None
+            self.register_parameter(name, made)
         self._replaced += 1
+
+    def _block(self, rows: Tensor, *, learns: bool) -> nn.Parameter:
+        return nn.Parameter(rows, requires_grad=learns)
 
     def named_stacks(self) -> Mapping[str, Stack]:
         return {} if "names" not in self.__dict__ or self.names else {"weight": self}
@@ -188,46 +171,33 @@ class Stack(Stacked):
 
     def stamp(self) -> list[int]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        marks = ((block.data_ptr(), 0 if block.is_inference() else block._version) for block in self.blocks)
-        return [self._replaced, *(number for mark in marks for number in mark)]
+        marks = [self._replaced]
+        for block in self._parameters.values():
+            if block is not None:
+                marks += (block.data_ptr(), 0 if block.is_inference() else block._version)
+        return marks
 
     # -- on disk -----------------------------------------------------------------------------------------
 
     @property
     def whole(self) -> Tensor:
-        """What is saved: all rows in expert order, laid out as on disk; the digest of rows that are made anew."""
-        if self.made is not None:
-            return self.made.digest
+        """What is saved: all rows in expert order, laid out as on disk."""
         if self.axes is None:
             return self.rows
         disk, memory = self.axes
         return rearrange(self.rows, f"expert {memory} -> expert {disk}").contiguous()
 
     def fill(self, value: Tensor, *, replace: bool = False) -> None:
-        """Write all rows, given as `whole` gives them: in place, or into new Parameters of the given dtype.
-
-        Raises:
-            AdapterError: the digest of rows that are made anew is another one.
-        """
-        if self.made is not None and not torch.equal(value.detach().cpu().float(), self.whole):
-            raise AdapterError(
-                "the random projections made from this adapter's key are not those it was trained with.",
-                hint="use the version of PyTorch that trained it; it draws other numbers from the same key.",
-            )
+        """Write all rows, given as `whole` gives them: in place, or into new Parameters of the given dtype."""
         if self.axes is not None:
             disk, memory = self.axes
             value = rearrange(value, f"expert {disk} -> expert {memory}")
-        named = [(name, self._parameters[name]) for name in self._parameters]
-        for (name, block), order in zip(named, self.order, strict=True):
+        for (name, block), order in zip([*self._parameters.items()], self.order, strict=True):
             if block is None:
-                continue
-            if self.made is not None:
-                if block.is_meta:
-                    self.register_parameter(name, self.made.on(value.device))
                 continue
             rows = value[list(order)].detach()
             if replace or block.is_meta:
-                setattr(self, name, nn.Parameter(rows.clone(), requires_grad=block.requires_grad))
+                setattr(self, name, self._block(rows.clone(), learns=block.requires_grad))
             else:
                 with torch.no_grad():
                     block.copy_(rows)
@@ -239,9 +209,3 @@ class Stack(Stacked):
 
     def extra_repr(self) -> str:
         return f"rows={self.num_experts}, blocks={self.order}, frozen={self.frozen_blocks}"
-
-
-def digest_of(rows: Tensor) -> Tensor:
-    """The 32 bytes of their sha256 as numbers that every floating-point type holds exactly."""
-    data = rows.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
-    return torch.tensor(list(hashlib.sha256(data).digest()), dtype=torch.float32)

@@ -172,15 +172,12 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
                 )
                 ratio = std / expected
                 ok = abs(ratio - 1) < 4 / math.sqrt(2 * expert.A.numel())
-                rows.append(
-                    {
-                        "name": mount.key,
-                        "expert": name,
-                        "r": expert.rank,
-                        "std": std,
-                        "expected": expected,
-                        "ratio": ratio,
-                        "ok": ok,
-                    }
-                )
+                found = {
+                    "name": mount.key,
+                    "expert": name,
+                    "r": expert.rank,
+                    "std": std,
+                    "expected": expected,
+                }
+                rows.append({**found, "ratio": ratio, "ok": ok})
     return rows

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 from torch import Tensor
 
 from molora.config.section import Problem
-from molora.experts.stack import Made
+from molora.experts.stack import Stack
 
 
 class Expert(NamedTuple):
@@ -96,9 +96,9 @@ class Kind:
         """The rows of an expert with these factors; only where `imports` gives no reason against it."""
         raise NotImplementedError
 
-    def made(self, name: str, rows: Mapping[str, Tensor]) -> Made | None:
-        """Where the shared row of a stack comes from that is not saved; `rows` are an expert's. None: it is saved."""
-        return None
+    def stack(self, name: str, rows: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Stack:
+        """A new Stack of that name from a Stack's arguments, in a bank whose first expert has these rows."""
+        return Stack(*args, **kwargs)
 
     @classmethod
     def problems(cls, mixture: Mapping[str, Any]) -> Iterator[Problem]:

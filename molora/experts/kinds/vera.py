@@ -11,17 +11,19 @@ Reference: VeRA, arXiv:2310.11454.
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping
 from functools import cached_property
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from einops import einsum
 from torch import Tensor, nn
 
+from molora.errors import AdapterError
 from molora.experts.kinds.kind import Kind, StackSpec
-from molora.experts.stack import digest_of
+from molora.experts.stack import Stack
 
 
 class Vera(Kind):
@@ -55,13 +57,42 @@ class Vera(Kind):
         B = einsum(rows["d"], rows["B"][0], rows["b"], "e rank, rank d_out, e d_out -> e rank d_out")
         return rows["A"], B
 
-    def made(self, name: str, rows: Mapping[str, Tensor]) -> Projection | None:
-        return self._projection(name, rows["A"].shape[1], *rows["B"].shape[::-1]) if name in "AB" else None
+    def stack(self, name: str, rows: Mapping[str, Tensor], *args: Any, **kwargs: Any) -> Stack:
+        if name not in "AB":
+            return super().stack(name, rows, *args, **kwargs)
+        (rank, d_in), d_out = rows["A"].shape, rows["B"].shape[1]
+        return Drawn(self._projection(name, d_in, d_out, rank), *args, **kwargs)
 
     def _projection(self, name: str, d_in: int, d_out: int, rank: int) -> Projection:
         key = int(self.chosen["projection_prng_key"])
         shape = (name, d_in, d_out, rank)
         return self._projections.setdefault(shape, Projection(key, *shape))
+
+
+class Drawn(Stack):
+    """A projection in one bank. What is saved of it is its digest: other projections are never used without notice."""
+
+    def __init__(self, projection: Projection, *args: Any, **kwargs: Any) -> None:
+        self.__dict__["projection"] = projection  # needed before nn.Module is ready
+        super().__init__(*args, **kwargs)
+
+    def _block(self, rows: Tensor, *, learns: bool) -> nn.Parameter:
+        return self.projection.on(rows.device)
+
+    @property
+    def whole(self) -> Tensor:
+        return self.projection.digest
+
+    def fill(self, value: Tensor, *, replace: bool = False) -> None:
+        """Compare digests; AdapterError where they differ."""
+        if not torch.equal(value.detach().cpu().float(), self.whole):
+            raise AdapterError(
+                "the random projections made from this adapter's key are not those it was trained with.",
+                hint="use the version of PyTorch that trained it; it draws other numbers from the same key.",
+            )
+        for name, block in [*self._parameters.items()]:
+            if block is not None and block.is_meta:
+                setattr(self, name, self.projection.on(value.device))
 
 
 class Projection:
@@ -73,8 +104,9 @@ class Projection:
 
     @cached_property
     def digest(self) -> Tensor:
-        """Of the numbers as drawn, whatever became of their dtype."""
-        return digest_of(self._drawn())
+        """sha256 of the numbers as drawn, whatever became of their dtype; bytes are exact in every floating-point type."""
+        digest = hashlib.sha256(self._drawn().view(-1).view(torch.uint8).numpy().tobytes()).digest()
+        return torch.tensor(list(digest), dtype=torch.float32)
 
     def on(self, device: torch.device) -> nn.Parameter:
         """The Parameter on that device; one that moved there with its model will do."""
