@@ -15,7 +15,7 @@ class MoLoraError(Exception):
 
 
 class ConfigError(MoLoraError, ValueError):
-    """A recipe, a config object or a command line that cannot mean anything."""
+    """A recipe, a config object or a command line that is invalid."""
 
     exit_code = 2
 

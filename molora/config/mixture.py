@@ -34,7 +34,7 @@ class Mixture:
     r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
         8, "rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`."
     )
-    kind: str = setting("lora", "what an expert's own parameters are: `lora`, `lora_fa` or `vera`.")
+    kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
     kind_settings: dict[str, int | float] = setting(make=dict, doc="settings of the kind.")
     lora_alpha: Positive = setting(16.0, "scaling numerator.")
     lora_dropout: Fraction = setting(0.0, "dropout on the experts' input.")

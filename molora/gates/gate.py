@@ -244,20 +244,20 @@ class Gate(nn.Module):
                 part.requires_grad_(value)
 
     @torch.no_grad()
-    def move_balance(self, missing: Tensor) -> None:
+    def move_balance(self, shortfall: Tensor) -> None:
         """One step of loss-free balancing: up for experts with less than an even share, down for others.
 
         Args:
-            missing: (expert,) what each lacks of an even share; 0 for experts that were no choice.
+            shortfall: (expert,) shortfall of each from an even share; 0 for experts that were no choice.
 
         Reference: Wang et al., arXiv:2408.15664; with shares instead of counts, so that the number of tokens
         does not matter.
         """
         if self.balance is not None:
-            missing = missing.to(self.balance)
+            shortfall = shortfall.to(self.balance)
             # Within a thousandth of even is even: the sign of rounding errors would only jitter.
             self.balance += (
-                self.settings.balance_rate * missing.sign() * (missing.abs() > 1e-3 / len(missing))
+                self.settings.balance_rate * shortfall.sign() * (shortfall.abs() > 1e-3 / len(shortfall))
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
