@@ -51,6 +51,8 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         plain["gate"] = asdict(self.gate)
         plain["expert_specs"] = {name: asdict(spec) for name, spec in self.expert_specs.items()}
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
+        if self.kind == "lora":  # as adapters were written before there were other kinds
+            del plain["kind"], plain["kind_settings"]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     # -- disk ------------------------------------------------------------------------------------------
