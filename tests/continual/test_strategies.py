@@ -19,7 +19,7 @@ from molora.continual.inf_lora import covariances
 from molora.continual.registry import build_strategy
 from molora.continual.router import PrototypeRouter
 from molora.continual.slao import merged, orthonormal
-from molora.continual.strategy import Strategy, Turn, expert_layers
+from molora.continual.strategy import Strategy, Turn, expert_layers, hold_sum
 from molora.continual.subspace import grown_basis, leading, overlap, residual, without
 from molora.data.tasks import Task
 from tests.zoo import base_model, batch_for, gradients, randomise
@@ -281,6 +281,19 @@ def test_covariances_leave_padding_out():
 
 
 # -- InfLoRA -----------------------------------------------------------------------------------------------
+
+
+def test_a_designed_A_and_a_sum_stay_held_whatever_marks_the_adapter_as_trainable():
+    model = model_of(SUM)
+    strategy("inf_lora").before_task(model, stage(0, data(1, torch.arange(1, 6))))
+    hold_sum(model)
+    learns = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert learns and all(name.endswith("lora_B") for name in learns)
+    model.set_adapter("default")
+    model.set_requires_grad("default", True)
+    assert {name for name, p in model.named_parameters() if p.requires_grad} == learns
+    model.add_expert("b", tasks=["b"])  # rows assigned anew learn again
+    assert any(name.endswith("lora_A") for name, p in model.named_parameters() if p.requires_grad)
 
 
 def test_inf_lora_reads_only_what_old_tasks_do_not():

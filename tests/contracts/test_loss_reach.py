@@ -94,7 +94,7 @@ def test_contrastive_reaches_the_experts_and_not_the_gate():
     model(**batch_for("llama"))
     molora.aux_losses(model)["contrastive"].backward()
     found = gradients(model)
-    assert found and all(".default.lora_" in name for name in found)
+    assert found and all(".default.stacks." in name and ".lora_" in name for name in found)
     context = next(m for m in model.modules() if isinstance(m, MoLoraLayer)).context
     assert context.here.call is None and not context.call.cache.samples
 
