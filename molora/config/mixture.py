@@ -34,8 +34,6 @@ class Mixture:
     r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
         8, "rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`."
     )
-    kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
-    kind_settings: dict[str, int | float] = setting(make=dict, doc="settings of the kind.")
     lora_alpha: Positive = setting(16.0, "scaling numerator.")
     lora_dropout: Fraction = setting(0.0, "dropout on the experts' input.")
     use_rslora: bool = setting(False, "scale by alpha/√r instead of alpha/r.")
@@ -49,6 +47,8 @@ class Mixture:
     )
     init_std: Positive = setting(0.02, "σ of gaussian and rescaled.")
     init_gain: Positive = setting(1.0, "factor on A's initial standard deviation.")
+    kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
+    kind_settings: dict[str, int | float] = setting(make=dict, doc="settings of the kind.")
     rank_pattern: dict[str, PositiveInt] = setting(
         make=dict, doc="`{pattern: rank}` exceptions from r, as in PEFT."
     )
