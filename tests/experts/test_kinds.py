@@ -318,7 +318,7 @@ def test_an_unknown_kind_and_unknown_settings_name_the_nearest():
         load_recipe({**small(), "adapter": {**small()["adapter"], "kind": "lorra"}})
 
 
-def test_a_config_without_a_kind_is_lora():
+def test_a_config_without_a_kind_is_lora_and_is_written_as_before_there_were_kinds():
     config = config_for("llama").to_dict()
     assert not {"kind", "kind_settings"} & config.keys()  # adapters of LoRAs are written as they always were
     known = {key: value for key, value in config.items() if key in MoLoraConfig.__dataclass_fields__}
