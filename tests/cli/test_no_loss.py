@@ -120,7 +120,7 @@ def test_a_hub_name_is_no_folder_of_the_same_name(
     """`Qwen/x` is on the Hub: writing to ./Qwen is fine, so the refusal is that of the loader."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "molora.models.build.load_base", lambda *_: (_ for _ in ()).throw(molora.AdapterError("loader"))
+        "molora.models.base.load_base", lambda *_: (_ for _ in ()).throw(molora.AdapterError("loader"))
     )
     result = cli("compose", "Qwen/x", f"a={place / 'lora'}", "--out", "Qwen")
     assert "loader" in result.err
