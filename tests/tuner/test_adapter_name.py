@@ -13,7 +13,7 @@ from molora.tuner.layer import MoLoraLayer
 from tests.zoo import base_model, config_for, molora_model
 
 BAD = {
-    "/tmp/elsewhere": "not allowed first",
+    "/elsewhere/adapter": "not allowed first",
     "..": "not allowed first",
     "../up": "contains '/'",
     "a..b": "contains '..'",
