@@ -22,6 +22,7 @@ _PUBLIC = {
     "list_presets": "molora.tuner.presets",
     "routing": "molora.tuner.api",
     "record_routing": "molora.tuner.api",
+    "dispatch": "molora.forward.dispatch",
     "fit_gate": "molora.tuner.fit_gate",
     "set_feature_source": "molora.tuner.api",
     "register_score": "molora.gates.scores",

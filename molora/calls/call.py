@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from molora.calls.record import GateRecord
 from molora.calls.task_ids import TaskIds
 from molora.errors import RoutingError
+from molora.experts.picks import Picks
 from molora.gates.gate import Routing
 
 Place = tuple[str, str]  # (adapter, module name): where a gate or a bank sits
@@ -19,7 +21,7 @@ Stream = tuple[
 ]  # (adapter, module name, "encoder" | "decoder"): a gate, and whose tokens it reads
 
 
-@dataclass
+@dataclass(eq=False)
 class PromptMemory:
     """What was decided on, and worked out from, a prompt: kept with the key-value cache that begins with it."""
 
@@ -28,15 +30,22 @@ class PromptMemory:
     features: Tensor | None = None  # (batch, feature) from the model's feature source
 
 
+class Part(Protocol):
+    """What one layer of an input group adds to its base's output."""
+
+    weights: Tensor | None  # (tokens, expert) or (1, expert), where somebody may look
+
+    def add(self, y: Tensor) -> Tensor:
+        """Add it to y (batch, ..., d_out), which may be overwritten."""
+        ...
+
+
 @dataclass
 class Projection:
-    """What the linears that read one x computed together. By site; each layer takes its h away."""
+    """What the linears that read one x computed together, by module name. Each layer takes its part away."""
 
     x: Tensor
-    h: dict[str, Tensor]  # (tokens, rank)
-    weights: dict[str, Tensor] | None  # (tokens, expert) or (1, expert); None: h is weighted already
-    B: dict[str, list[Tensor]]  # stacks (rank, d_out)
-    expansions: dict[str, Tensor]  # (expert, rank)
+    parts: dict[str, Part]
 
 
 @dataclass
@@ -44,9 +53,14 @@ class Slots:
     """What the first linear of a mixed feed-forward decided for all of them."""
 
     weights: Tensor  # (tokens, slot), rows sum to 1
-    chosen: Tensor  # (slot * tokens, expert) one-hot; a zero row is the frozen feed-forward
-    experts: tuple[int, ...] | None  # what the columns stand for
+    picks: Picks  # (slot * row, 1) the expert of each slot's rows, samples or tokens; weight 0: the frozen feed-forward
+    way: str  # in which all of them are computed
     lead: tuple[int, ...]  # (batch, ...) of the block's input
+
+    @property
+    def count(self) -> int:
+        """How many slots there are."""
+        return self.weights.shape[1]
 
 
 @dataclass

@@ -18,13 +18,15 @@ from molora.errors import RoutingError
 class TaskIds:
     """Resolved task ids: `ids` (batch,) or (batch, seq) int64; `single` where one id holds for all.
 
-    Samples of several tasks at once have the first of them in `ids`, and all of them in `several`.
+    Samples of several tasks at once have the first of them in `ids`, and all of them in `several`. `listed` is one id
+    per sample as numbers, where they are known without asking a device.
     """
 
     ids: Tensor
     single: int | None
     has_base: bool = True  # whether some id may be -1 (unknown while compiling)
     several: Tensor | None = None  # (batch, task id) each sample's share of each task; rows sum to 1
+    listed: tuple[int, ...] | None = None
 
     @property
     def all_base(self) -> bool:
@@ -63,11 +65,7 @@ class TaskIds:
             return ids.reshape(-1)
         if ids.dim() == 2 and lead.numel() == ids.numel() and len(lead) == 1:
             return ids.reshape(-1)
-        if lead[0] % ids.shape[0]:
-            raise RoutingError(
-                f"got task ids for {ids.shape[0]} samples, but the batch has {lead[0]}; give one id per sample."
-            )
-        ids = ids.repeat_interleave(lead[0] // ids.shape[0], dim=0)
+        ids = ids.repeat_interleave(self.repeats(lead[0]), dim=0)
         if ids.dim() == 1:
             ids = ids.reshape(-1, *[1] * (len(lead) - 1)).expand(lead)
         elif len(lead) == 2 and ids.shape[1] >= lead[1]:  # a decoding step sees the newest positions only
@@ -77,6 +75,14 @@ class TaskIds:
                 f"task ids of shape {tuple(self.ids.shape)} do not fit an input of shape {tuple(lead)}."
             )
         return ids.reshape(-1)
+
+    def repeats(self, batch: int) -> int:
+        """How often each sample stands in a batch, in place; raises RoutingError where they do not fit."""
+        if batch % len(self.ids):
+            raise RoutingError(
+                f"got task ids for {len(self.ids)} samples, but the batch has {batch}; give one id per sample."
+            )
+        return batch // len(self.ids)
 
     def asked(self, lead: torch.Size, device: torch.device) -> Tensor:
         """(tokens, 1) that is 0 for tokens that ask for the base model only."""
@@ -115,9 +121,8 @@ def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     if any(isinstance(task, (list, tuple)) for task in given):
         return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in given])  # type: ignore[list-item]
     resolved = [task_map.resolve(task) for task in given]  # type: ignore[arg-type]
-    return TaskIds(
-        torch.tensor(resolved), resolved[0] if len(set(resolved)) == 1 else None, BASE_ONLY in resolved
-    )
+    single = resolved[0] if len(set(resolved)) == 1 else None
+    return TaskIds(torch.tensor(resolved), single, BASE_ONLY in resolved, listed=tuple(resolved))
 
 
 def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
@@ -129,9 +134,11 @@ def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
     # Reading values would break a graph that is traced; there the caller owns their validity.
     if torch.compiler.is_compiling():
         return TaskIds(ids.long(), None)
-    values = sorted(set(ids.flatten().tolist()))
+    listed = tuple(ids.flatten().tolist())
+    values = sorted(set(listed))
     task_map.check(values)
-    return TaskIds(ids.long(), values[0] if len(values) == 1 else None, BASE_ONLY in values)
+    single = values[0] if len(values) == 1 else None
+    return TaskIds(ids.long(), single, BASE_ONLY in values, listed=listed if ids.dim() == 1 else None)
 
 
 def _several(task_map: TaskMap, given: Sequence[Sequence[TaskRef]]) -> TaskIds:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -29,6 +29,7 @@ class TaskMap:
         default_factory=dict
     )  # experts that are always on: weight, or "rest"
     _cache: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
     _visible: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
     def resolve(self, task: TaskRef) -> int:
@@ -87,6 +88,19 @@ class TaskMap:
         if not self.always:
             return None
         return tuple(i for i, expert in enumerate(self.experts) if expert not in self.always)
+
+    def most_experts(self, task_ids: Iterable[int] | None) -> int:
+        """The largest number of experts that one of these tasks has; None: of all tasks."""
+        wanted = self.ids.values() if task_ids is None else {i for i in task_ids if i != BASE_ONLY}
+        return max((self._count(task_id) for task_id in wanted), default=1)
+
+    def _count(self, task_id: int) -> int:
+        if task_id in self._counts:
+            return self._counts[task_id]
+        count = len(self.experts_of(task_id))
+        if not torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
+            self._counts[task_id] = count
+        return count
 
     def table(self, device: torch.device) -> Tensor:
         """Weights (task id, expert) of every task, zero rows for ids that no task has."""

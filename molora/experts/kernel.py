@@ -70,14 +70,14 @@ def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: S
         return y
     if in_place and torch.is_grad_enabled():
         return _Expand.apply(y, h, weights, expansion, *B)
-    with _as_written(y):
+    with as_written(y):
         scaled = h if weights is None else h * _factor(weights, expansion, h.dtype)
         return y + (scaled @ joined(B, h.dtype)).to(y.dtype).reshape(y.shape)
 
 
 def weigh(h: Tensor, weights: Tensor, expansion: Tensor) -> Tensor:
     """`h ∘ (weights · expansion)`, (tokens, rank) in h's dtype; the product in brackets in the gate's float32."""
-    with _as_written(h):
+    with as_written(h):
         return h * _factor(weights, expansion, h.dtype)
 
 
@@ -96,7 +96,7 @@ def linear_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def _as_written(x: Tensor) -> AbstractContextManager[Any]:
+def as_written(x: Tensor) -> AbstractContextManager[Any]:
     """Every dtype as the code says. Entering a context costs microseconds: none where there is no autocast."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
@@ -104,7 +104,7 @@ def _as_written(x: Tensor) -> AbstractContextManager[Any]:
 
 def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    with _as_written(x):
+    with as_written(x):
         parts = [F.linear(exact, block.to(exact.dtype)) for block in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
@@ -130,7 +130,7 @@ class _Shrink(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, dtype: torch.dtype, factors: int, *weights: Tensor) -> Any:
-        with _as_written(x):
+        with as_written(x):
             flat = x.to(dtype)
             h = F.linear(flat, joined(weights[:factors], dtype)) if factors else None
             logits = _logits(x, weights[factors:]) if factors < len(weights) else None
@@ -142,7 +142,7 @@ class _Shrink(torch.autograd.Function):
     def backward(ctx: Any, dh: Tensor | None, dlogits: Tensor | None) -> Any:
         x, *weights = ctx.saved_tensors
         need_x, _, _, *needed = ctx.needs_input_grad
-        with _as_written(x):
+        with as_written(x):
             parts = [part.to(x.dtype) for part in (dh, dlogits) if part is not None]
             columns = parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
             dx = (columns @ joined(weights, x.dtype)).to(ctx.x_dtype) if need_x else None
@@ -155,7 +155,7 @@ class _Expand(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, h: Tensor, weights: Tensor, expansion: Tensor, *B: Tensor) -> Tensor:
-        with _as_written(y):
+        with as_written(y):
             scaled = h * _factor(weights, expansion, h.dtype)
             y.view(-1, y.shape[-1]).addmm_(scaled, joined(B, h.dtype))
         ctx.mark_dirty(y)
@@ -167,7 +167,7 @@ class _Expand(torch.autograd.Function):
         h, weights, expansion, *B = ctx.saved_tensors
         need_y, need_h, need_weights, _, *needed = ctx.needs_input_grad
         dh = dweights = None
-        with _as_written(dy):
+        with as_written(dy):
             flat = dy.reshape(-1, dy.shape[-1]).to(h.dtype)
             factor = _factor(weights, expansion, h.dtype)
             gradients = _stack_gradients(h * factor, flat, B, needed) if any(needed) else [None] * len(B)

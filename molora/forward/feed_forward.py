@@ -15,17 +15,22 @@ import math
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
-from molora.calls.call import Call, Slots
+from molora.calls.call import Slots
 from molora.calls.task_ids import spread
 from molora.errors import ConfigError, RoutingError
+from molora.experts import by_sample, by_token
 from molora.experts.kernel import expand
-from molora.forward.group_routing import routing_alone
+from molora.experts.picks import Picks
+from molora.forward.dispatch import way_of
 from molora.forward.mount import Mount
+from molora.forward.reading import Reading
+from molora.forward.sparse import chosen
 
 
-def mix(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
-    """One linear of a mixed feed-forward: x (batch, ..., d_in) and its frozen output y (batch, ..., d_out).
+def mix(reading: Reading, y: Tensor) -> Tensor:
+    """One linear of a mixed feed-forward, from what it reads and its frozen output y (batch, ..., d_out).
 
     Returns:
         (slot * batch, ..., d_out) from the first linears, (batch, ..., d_out) from the last.
@@ -33,14 +38,13 @@ def mix(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
     Raises:
         RoutingError: the last linear is not called with what the first ones returned.
     """
+    mount, cache = reading.mount, reading.call.cache
     assert mount.feed_forward is not None
     place = mount.adapter, mount.feed_forward
     if mount.leaves:
-        return _leave(mount, x, y, call.cache.slots.get(place))
-    slots = call.cache.slots[place] = _slots(mount, call, x)
-    operands, count = mount.bank.operands(slots.experts, x), slots.weights.shape[1]
-    copies, h = y.repeat(count, *[1] * (y.dim() - 1)), mount.bank.shrunk(x, operands).repeat(count, 1)
-    return expand(copies, h, slots.chosen, operands.expansion, operands.B)
+        return _leave(reading, y, cache.slots.get(place))
+    slots = cache.slots[place] = _slots(reading)
+    return _ADD[slots.way](reading, y.repeat(slots.count, *[1] * (y.dim() - 1)), slots)
 
 
 def check_feed_forwards(mounts: list[Mount]) -> None:
@@ -61,37 +65,70 @@ def refuse_beside_others(mounts: list[Mount]) -> None:
         )
 
 
-def _slots(mount: Mount, call: Call, x: Tensor) -> Slots:
+def _slots(reading: Reading) -> Slots:
     """The experts of each token, one per slot, with weights that sum to 1."""
-    lead, tasks, experts = x.shape[:-1], mount.tasks(call), mount.experts(call)
-    routing = routing_alone(mount, call, x, experts)
-    weights = spread(routing.weights, lead).expand(math.prod(lead), -1)
-    if tasks is not None and tasks.some_base:
-        weights = weights * tasks.asked(lead, x.device)
-    columns = count = weights.shape[1]
-    select, gate = mount.config.gate.select, mount.leader.gate
-    if routing.logits is not None and gate is not None and select in ("top_k", "hard"):
-        always = 0 if routing.gated is None else columns - routing.gated.shape[1]
-        count = min(columns, (1 if select == "hard" else gate.top_k) + always)
-    values, index = weights.topk(count, dim=-1)
-    total = weights.sum(dim=-1, keepdim=True)
+    way = way_of(reading)
+    (picks,) = chosen(reading, way, skip=False).picks.values()
+    total = picks.weights.sum(dim=-1, keepdim=True)
     nobody = total == 0  # asked for the base only, or no expert passed the threshold: the frozen block
-    values = torch.where(nobody, 1 / count, values / total.masked_fill(nobody, 1.0))
-    chosen = torch.nn.functional.one_hot(index, columns).to(weights.dtype) * ~nobody.unsqueeze(-1)
-    return Slots(
-        values, rearrange(chosen, "tokens slot expert -> (slot tokens) expert"), experts, tuple(lead)
-    )
+    count = picks.experts.shape[1]
+    weights = torch.where(nobody, 1 / count, picks.weights / total.masked_fill(nobody, 1.0))
+    on = (~nobody).to(weights.dtype).expand(-1, count)
+    by_slot = Picks(*(rearrange(part, "row slot -> (slot row) 1") for part in (picks.experts, on)))
+    weights = spread(weights, reading.lead).expand(math.prod(reading.lead), -1)
+    return Slots(weights, by_slot, way.name, tuple(reading.lead))
 
 
-def _leave(mount: Mount, x: Tensor, y: Tensor, slots: Slots | None) -> Tensor:
-    if slots is None or math.prod(x.shape[:-1]) != len(slots.chosen):
+def _leave(reading: Reading, y: Tensor, slots: Slots | None) -> Tensor:
+    if slots is None or math.prod(reading.lead) != slots.weights.numel():
         raise RoutingError(
-            f"{mount.key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
+            f"{reading.mount.key} ends a mixed feed-forward, but is not called with what the first linears of it returned.",
             hint="call the model as a whole; name only linears of one feed-forward block in ffn_targets.",
         )
-    y = mount.bank(x, y, slots.chosen, slots.experts)
+    y = _ADD[slots.way](reading, y, slots)
     by_slot = rearrange(
-        y.reshape(-1, y.shape[-1]), "(slot tokens) d_out -> slot tokens d_out", slot=slots.weights.shape[1]
+        y.reshape(-1, y.shape[-1]), "(slot tokens) d_out -> slot tokens d_out", slot=slots.count
     )
     mixed = einsum(by_slot, slots.weights.to(y.dtype), "slot tokens d_out, tokens slot -> tokens d_out")
     return mixed.to(y.dtype).reshape(*slots.lead, y.shape[-1])
+
+
+# -- add each slot's expert to its copy of y; the first linears read one x for all slots -----------------------
+
+
+def _dense(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
+    bank, experts = reading.mount.bank, reading.experts
+    operands = bank.operands(experts, reading.x)
+    weights = F.one_hot(slots.picks.experts[:, 0], bank.num_experts) * slots.picks.weights
+    h = bank.shrunk(reading.x, operands).repeat(1 if reading.mount.leaves else slots.count, 1)
+    columns = weights if experts is None else weights[:, list(experts)]
+    return expand(y, h, columns, operands.expansion, operands.B)
+
+
+def _by_sample(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
+    bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
+    once = not reading.mount.leaves
+    rows = len(picks.experts) // slots.count if once else len(picks.experts)
+    A, B = bank.picked(picks.experts)
+    if A is None:
+        h = bank.shared_h(x).repeat(slots.count if once else 1, 1)
+    elif once:
+        A = A._replace(places=rearrange(A.places, "(slot row) 1 -> row slot", row=rows))
+        h = by_sample.shrink(x.reshape(rows, -1, x.shape[-1]), [A])
+        h = rearrange(h, "row seq (slot rank) -> (slot row) seq rank", slot=slots.count)
+    else:
+        h = by_sample.shrink(x.reshape(rows, -1, x.shape[-1]), [A])
+    h = h.reshape(len(picks.experts), -1, h.shape[-1])
+    return by_sample.expand(y, h, bank.scale(picks).expand(-1, h.shape[-1]), B)
+
+
+def _by_token(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
+    bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
+    groups = by_token.Groups.of(picks.experts, bank.num_experts)
+    read = groups if reading.mount.leaves else groups.of_one_copy(slots.count)
+    A, B = bank.ordered()
+    h = bank.shared_h(x)[read.token] if A is None else by_token.shrink(x, [A], read)
+    return by_token.expand(y, h, bank.scale(picks)[groups.pair], B, groups)
+
+
+_ADD = {"dense": _dense, "by_sample": _by_sample, "by_token": _by_token}

@@ -12,25 +12,21 @@ from molora.calls.decide import decided, route
 from molora.calls.record import GateRecord
 from molora.calls.task_ids import base_only
 from molora.errors import RoutingError
-from molora.forward.mount import Mount, Plan
+from molora.forward.mount import Mount
+from molora.forward.reading import Reading
 from molora.gates.gate import Routing
 from molora.gates.pooling import pool
 
 _READ_X = ("similarity",)  # losses that look at what the gate read
 
 
-def routing_alone(mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
-    """The routing of one layer by itself, recorded where somebody looks."""
-    return routing_of(mount, mount.inputs.plan(mount, alone=True), call, x, experts, None)
-
-
-def sample_routing(mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...] | None) -> Routing:
+def sample_routing(reading: Reading) -> Routing:
     """The routing of a mixture of factors: rows are samples (or one for all), those for the base only zero."""
-    routing, tasks = routing_alone(mount, call, x, experts), mount.tasks(call)
+    routing, tasks = routing_of(reading.mount, reading), reading.tasks
     if tasks is not None and tasks.some_base:
         if tasks.ids.dim() != 1:
             raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
-        asked = base_only(tasks.ids.to(x.device)).repeat_interleave(routing.splits, dim=0)
+        asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(routing.splits, dim=0)
         if len(routing.weights) == routing.splits:  # one mixture for all: now it is not
             routing = replace(routing, weights=routing.weights.repeat(len(tasks.ids), 1))
         routing = replace(routing, weights=routing.weights * asked)
@@ -38,53 +34,40 @@ def sample_routing(mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...]
 
 
 def routing_of(
-    mount: Mount,
-    plan: Plan,
-    call: Call,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
+    member: Mount, reading: Reading, products: Tensor | None = None, *, by_sample: bool = False
 ) -> Routing:
     """The routing of a member of a plan, noted where it owns the gate and somebody looks.
 
     Args:
-        mount: the member.
-        plan: what computes together now: members that only follow need what their leader decided.
-        call: the current one.
-        x: (batch, ..., d_in) what the plan's members read.
-        experts: the experts in use, which the columns stand for; None: all.
+        member: of the plan.
+        reading: the plan and what it reads.
         products: (tokens, expert) of x and the gate's rows, where they are known already.
+        by_sample: give the weights of task ids one row per sample, not per token.
     """
-    leader = mount.leader
-    routing = _decide(leader, plan, call, x, experts, products)
-    if call.recording and leader is mount:
-        lead, tasks = x.shape[:-1], leader.tasks(call)
+    leader, call, lead = member.leader, reading.call, reading.lead
+    routing = _decide(leader, reading, products, by_sample=by_sample or leader.factors)
+    if call.recording and leader is member:
+        tasks = leader.tasks(call)
         wanted = any(name in leader.config.aux_losses for name in _READ_X)
         call.cache.records[leader.place] = GateRecord(
             routing,
             tuple(lead),
-            call.mask(plan.stream, lead),
-            call.response(plan.stream, lead),
+            call.mask(reading.plan.stream, lead),
+            call.response(reading.plan.stream, lead),
             None if tasks is None else tasks.expand(lead),
             leader.task_map,
             1 if leader.gate is None else leader.gate.top_k,
-            x.detach() if wanted else None,
+            reading.x.detach() if wanted else None,
         )
     return routing
 
 
-def _decide(
-    leader: Mount,
-    plan: Plan,
-    call: Call,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
-) -> Routing:
+def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_sample: bool) -> Routing:
     """The leader's routing of x, or what it was where this plan's layers only follow.
 
     That of a gate that reads nothing of the layer is computed once per forward and shape.
     """
+    plan, call = reading.plan, reading.call
     cache = call.cache
     if leader.pools and call.continued is not None and call.experts is None:
         kept = call.continued.routings.get(leader.place)
@@ -92,17 +75,17 @@ def _decide(
             raise _foreign_cache(leader.key)
         return kept
     if leader.reads_input and not leader.spreads:
-        return _fresh(leader, plan, call, x, experts, products)
+        return _fresh(leader, reading, products, by_sample=by_sample)
     # One gate may serve encoder and decoder. `numel` would fix an exported size.
-    place, tokens = (*leader.place, plan.stream), math.prod(x.shape[:-1])
+    place, tokens = (*leader.place, plan.stream), math.prod(reading.lead)
     if leader.spreads and leader.key not in plan.readers:
         one = leader.config.gate.alone_is_one
-        if not decided(leader.task_map, call, experts, alone_is_one=one):
+        if not decided(leader.task_map, call, reading.experts, alone_is_one=one):
             return _followed(call, place, tokens)
     once = not leader.reads_input and call.owner is not None
     if once and place in cache.routings and cache.routings[place][1] == tokens:
         return cache.routings[place][0]
-    routing = _fresh(leader, plan, call, x, experts, products)
+    routing = _fresh(leader, reading, products, by_sample=by_sample)
     if once:
         cache.routings[place] = routing, tokens
     if leader.spreads:
@@ -110,26 +93,20 @@ def _decide(
     return routing
 
 
-def _fresh(
-    leader: Mount,
-    plan: Plan,
-    call: Call,
-    x: Tensor,
-    experts: tuple[int, ...] | None,
-    products: Tensor | None,
-) -> Routing:
+def _fresh(leader: Mount, reading: Reading, products: Tensor | None, *, by_sample: bool) -> Routing:
+    call, stream = reading.call, reading.plan.stream
     routing = route(
-        x, leader.gate, leader.task_map, leader.tasks(call), call, experts,
-        products=products, stream=plan.stream, by_sample=leader.factors, beside=_beside(leader, plan, call, x),
+        reading.x, leader.gate, leader.task_map, leader.tasks(call), call, reading.experts,
+        products=products, stream=stream, by_sample=by_sample, beside=_beside(leader, reading),
     )  # fmt: skip
     if leader.pools and call.begun is not None:
         call.begun.routings[leader.place] = replace(routing, weights=routing.weights.detach())
     return routing
 
 
-def _beside(leader: Mount, plan: Plan, call: Call, x: Tensor) -> Tensor | None:
+def _beside(leader: Mount, reading: Reading) -> Tensor | None:
     """Logits (batch, expert) of the gate that is blended in: of the sequence, or of the prompt that is continued."""
-    gate = leader.gate
+    gate, call = leader.gate, reading.call
     if gate is None or gate.second is None or call.experts is not None:
         return None
     if call.continued is not None:
@@ -137,7 +114,8 @@ def _beside(leader: Mount, plan: Plan, call: Call, x: Tensor) -> Tensor | None:
         if kept is None:
             raise _foreign_cache(leader.key)
         return kept
-    logits = gate.second.logits(pool(x, call.pooled(plan.stream, x.shape[:-1]), gate.settings.pool))
+    pooled = call.pooled(reading.plan.stream, reading.lead)
+    logits = gate.second.logits(pool(reading.x, pooled, gate.settings.pool))
     if call.begun is not None:
         call.begun.logits[leader.place] = logits.detach()
     return logits

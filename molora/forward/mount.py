@@ -102,7 +102,7 @@ class Plan:
     slots: list[str]  # per member, whose weights it uses: the key of the leader, or PLAIN
     leaders: dict[str, Mount]  # by slot
     readers: dict[str, tuple[Gate, GateRows | None]]  # by slot: gates that read this input, and their rows
-    kept: tuple[Any, GroupOperands] | None = None  # the operands of the last decoding step, and their stamp
+    kept: tuple[Any, Any] | None = None  # a stamp, and the operands of the last decoding step
 
     @classmethod
     def of(cls, members: Sequence[Mount]) -> Plan:
@@ -120,6 +120,10 @@ class Plan:
                 and (leader in members or not leader.spreads)
             },
         )
+
+    def stamp(self) -> list[int]:
+        """Changes with the members' Parameters, except through `.data`."""
+        return [mark for member in self.members for mark in member.bank.stamp()]
 
     @property
     def stream(self) -> str:

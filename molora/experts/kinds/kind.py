@@ -64,6 +64,7 @@ class Kind:
 
     settings: ClassVar[Mapping[str, int | float]] = {}  # its own settings with their defaults
     scaling: ClassVar[float | None] = None  # of its experts, where the config names no rule and no number
+    keeps_factors: ClassVar[bool] = False  # whether its stacks A and B are the factors
     one_A: ClassVar[bool] = False  # whether all experts of a layer read x through one A
     starts_by_init: ClassVar[bool] = True  # whether A starts as the config's `init` says
     imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters

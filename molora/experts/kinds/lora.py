@@ -18,6 +18,8 @@ from molora.experts.kinds.kind import Expert, Kind, StackSpec
 class Lora(Kind):
     """`B` is kept as (rank, d_out), so that flattening a stack for the kernel is a view."""
 
+    keeps_factors = True
+
     def specs(self) -> dict[str, StackSpec]:
         return {
             "A": StackSpec("rank d_in", shared=self.shares_A),

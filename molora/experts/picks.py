@@ -1,0 +1,73 @@
+"""Picks: which few experts each sample, or each token, uses, and how much; what the sparse ways compute from.
+
+    weights (row, expert)   0 .7 0 .3        experts (row, slot)  1 3   weights (row, slot)  .7 .3
+                            0 0  1  0   ->                      2 0                          1. 0.
+
+A row with fewer experts than slots has empty slots: some expert, at weight 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Picks(NamedTuple):
+    """The experts of each row, a sample or a token."""
+
+    experts: Tensor  # (row, slot) int64
+    weights: Tensor  # (row, slot), in the gate's dtype
+
+    @classmethod
+    def of(cls, weights: Tensor, slots: int) -> Picks:
+        """From weights (row, expert) of which at most `slots` in a row are not 0."""
+        values, experts = weights.topk(slots, dim=-1)
+        return cls(experts, values)
+
+
+class Picked(NamedTuple):
+    """Rows of a stack that are named but not copied yet."""
+
+    blocks: Sequence[Tensor]  # (expert, rank, d) each; rows are counted through all of them
+    places: Tensor  # (row, slot) int64
+
+    def gathered(self, dtype: torch.dtype) -> Tensor:
+        """(row, slot * rank, d), a copy as large as what is used."""
+        rows, flat = len(self.places), self.places.flatten()
+        first, *others = self.blocks
+        found = first.index_select(0, flat if not others else flat.clamp(max=len(first) - 1))
+        start = len(first)
+        for block in others:
+            place = (flat - start).clamp(min=0, max=len(block) - 1)
+            found = torch.where((flat < start)[:, None, None], found, block.index_select(0, place))
+            start += len(block)
+        # Not flatten: it cannot name the size of no rows at all.
+        return found.to(dtype).reshape(rows, self.places.shape[1] * found.shape[1], found.shape[2])
+
+    def scattered(self, gradient: Tensor, needed: Sequence[bool]) -> list[Tensor | None]:
+        """The blocks' gradients, from that of `gathered`; zero in rows that nobody uses."""
+        flat, found, start = self.places.flatten(), [], 0
+        rows = gradient.reshape(len(flat), *self.blocks[0].shape[1:])
+        for block, is_needed in zip(self.blocks, needed, strict=True):
+            found.append(_added(rows, flat - start if start else flat, block) if is_needed else None)
+            start += len(block)
+        return found
+
+
+def _added(rows: Tensor, place: Tensor, block: Tensor) -> Tensor:
+    """A gradient of `block` to which each row is added at its place; those outside of it are left out."""
+    # In 16 bits the sum over many samples would be rounded at each of them.
+    total = torch.zeros(
+        block.shape, dtype=torch.promote_types(block.dtype, torch.float32), device=block.device
+    )
+    inside = (place >= 0) & (place < len(block))
+    place = place.clamp(min=0, max=len(block) - 1)
+    rows = torch.where(inside[:, None, None], rows, 0).to(total.dtype)
+    if rows.is_cuda:  # index_add_ has no fixed order there, so a run would not repeat itself
+        total.index_put_((place,), rows, accumulate=True)
+    else:
+        total.index_add_(0, place, rows)
+    return total.to(block.dtype)

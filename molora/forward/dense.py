@@ -1,0 +1,160 @@
+"""The dense way: one GEMM gives `A x` of all experts of all layers that read x, in one pass over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molora.calls.decide import decided
+from molora.calls.task_ids import spread
+from molora.experts.kernel import expand, joined, linear_dtype, scores, shrink, weigh
+from molora.forward.group_routing import routing_of
+from molora.forward.mount import PLAIN, GroupOperands, Plan
+from molora.forward.reading import Reading
+
+
+@dataclass
+class DensePart:
+    """One layer's h (tokens, rank) of all its experts, and what they are multiplied by; see `kernel.expand`."""
+
+    h: Tensor
+    weights: Tensor | None  # (tokens, expert) or (1, expert); None: h is weighted already
+    expansion: Tensor
+    B: list[Tensor]
+
+    def add(self, y: Tensor) -> Tensor:
+        """Add the mixture to the base's output."""
+        return expand(y, self.h, self.weights, self.expansion, self.B)
+
+
+def dense_parts(reading: Reading) -> dict[str, DensePart]:
+    """By module name, the parts of all members of a plan."""
+    plan, x, experts = reading.plan, reading.x, reading.experts
+    operands = _operands(plan, experts, x)
+    one = reading.mount.config.gate.alone_is_one
+    routed = decided(reading.mount.task_map, reading.call, experts, alone_is_one=one)
+    h, products = _shrink(reading, operands, routed=routed)
+    weights = _weights(reading, products)
+    keys = [member.key for member in plan.members]
+    if operands.joint is not None:  # without gradients the whole group is weighted at once
+        h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
+    columns = (h,) if len(keys) == 1 else h.split(operands.widths, dim=-1)
+    return {
+        key: DensePart(
+            part, None if operands.joint is not None else weights[slot], operands.expansions[key], operands.B[key]
+        )
+        for key, slot, part in zip(keys, plan.slots, columns, strict=True)
+    }  # fmt: skip
+
+
+def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
+    """The members' factors as views; for the steps of a decoding joined and cast, once.
+
+    A forward over several positions reads the Parameters anew and ends the keeping, so only `.data` edits between
+    the steps of one generation could go unnoticed; all other changes show in the stamp.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return _new_operands(plan, experts, x)
+    if x.shape[-2:-1] != (1,):
+        plan.kept = None
+        return _new_operands(plan, experts, x)
+    dtype = linear_dtype(x)
+    stamp = (experts, dtype, x.device, *plan.stamp())
+    kept = plan.kept  # read once: another thread may replace it
+    if kept is None or kept[0] != stamp:
+        operands = _new_operands(plan, experts, x)
+        operands.A = [joined(operands.A, dtype)]
+        operands.B = {key: [_for_one_row(joined(B, dtype))] for key, B in operands.B.items()}
+        kept = plan.kept = stamp, operands
+    return kept[1]
+
+
+def _for_one_row(B: Tensor) -> Tensor:
+    """B as the product with a single row reads it fastest: in 16 bits laid out as a linear's weight is."""
+    return B if B.dtype in (torch.float32, torch.float64) else B.t().contiguous().t()
+
+
+def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
+    parts = [
+        member.bank.operands(None if slot == PLAIN else experts, x)
+        for member, slot in zip(plan.members, plan.slots, strict=True)
+    ]
+    expansions = [part.expansion for part in parts]
+    tiles = None
+    if any(member.bank.kind.shares_A for member in plan.members):
+        tiles = [(sum(len(stack) for stack in part.A), part.copies) for part in parts]
+    keys = [member.key for member in plan.members]
+    return GroupOperands(
+        [stack for part in parts for stack in part.A],
+        tiles,
+        [expansion.shape[1] for expansion in expansions],
+        {key: part.B for key, part in zip(keys, parts, strict=True)},
+        dict(zip(keys, expansions, strict=True)),
+        None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
+    )
+
+
+def _joint_expansion(parts: Sequence[Tensor], slots: Sequence[str]) -> Tensor:
+    """Expansions side by side; layers with the same gate share rows, others have rows of their own."""
+    blocks = []
+    for slot in dict.fromkeys(slots):
+        experts = len(parts[slots.index(slot)])
+        own = [
+            p if s == slot else p.new_zeros(experts, p.shape[1]) for p, s in zip(parts, slots, strict=True)
+        ]
+        blocks.append(torch.cat(own, dim=1))
+    return torch.cat(blocks)
+
+
+def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
+    if len(weights) == 1:
+        return weights[0]
+    tokens = max(len(w) for w in weights)
+    return torch.cat([w.expand(tokens, -1) for w in weights], dim=-1)
+
+
+def _shrink(
+    reading: Reading, operands: GroupOperands, *, routed: bool
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
+    plan, x, A = reading.plan, reading.x, operands.A
+    scored = {} if routed else plan.readers
+    readers = {slot: rows for slot, (gate, rows) in scored.items() if rows is not None and gate.scores_x}
+    blocks = [block for rows in readers.values() for block in rows.blocks]
+    bank = plan.members[0].bank
+    if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
+        h = shrink(bank.dropout(x), A)[0]
+        products = scores(x, blocks) if blocks else None
+    else:
+        h, products = shrink(x, A, blocks)
+    if operands.tiles is not None:  # one A for all experts: its product stands once for each
+        shares = reading.shares()
+        parts = h.split([columns for columns, _ in operands.tiles], dim=-1)
+        tiled = zip(plan.members, parts, operands.tiles, strict=True)
+        h = torch.cat([m.bank.spread(part, copies, shares) for m, part, (_, copies) in tiled], dim=-1)
+    if products is None:
+        return h, {}
+    sizes = [rows.num_experts for rows in readers.values()]
+    split = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
+    return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), split, strict=True)}
+
+
+def _weights(reading: Reading, products: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Expert weights by slot, (tokens, expert) or (1, expert); zero for tokens that ask for the base only."""
+    mount, x, tasks, gate = reading.mount, reading.x, reading.tasks, reading.mount.config.gate
+    found: dict[str, Tensor] = {}
+    by_token = gate.scope == "token" or not gate.learned
+    for member, slot in zip(reading.plan.members, reading.plan.slots, strict=True):
+        if slot == PLAIN:
+            found[slot] = mount.task_map.row((1.0,), x)
+        elif slot not in found:
+            routing = routing_of(member, reading, products.get(slot))
+            # Comparing sizes would fix those of an exported model: not where rows are tokens anyway.
+            found[slot] = routing.weights if by_token else spread(routing.weights, reading.lead)
+    if tasks is not None and tasks.some_base:
+        asked = tasks.asked(reading.lead, x.device)
+        return {slot: weights * asked for slot, weights in found.items()}
+    return found

@@ -1,0 +1,54 @@
+"""Reading: the mounts that compute together, and the x they read in a call."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from molora.calls.call import Call
+from molora.calls.task_ids import TaskIds
+from molora.forward.mount import Mount, Plan
+
+
+@dataclass
+class Reading:
+    """A plan that reads x.
+
+    Args:
+        plan: what computes together now: members that only follow need what their leader decided.
+        mount: the member that was called.
+        call: the current one.
+        x: (batch, ..., d_in).
+        experts: the experts in use, which the columns of weights stand for; None: all.
+    """
+
+    plan: Plan
+    mount: Mount
+    call: Call
+    x: Tensor
+    experts: tuple[int, ...] | None
+
+    @classmethod
+    def alone(cls, mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...] | None) -> Reading:
+        """One mount by itself."""
+        return cls(mount.inputs.plan(mount, alone=True), mount, call, x, experts)
+
+    @property
+    def lead(self) -> torch.Size:
+        """The shape of x without its last axis."""
+        return self.x.shape[:-1]
+
+    @property
+    def tasks(self) -> TaskIds | None:
+        """The batch's task ids, if any were given."""
+        return self.mount.tasks(self.call)
+
+    def shares(self) -> Tensor | None:
+        """Each sample's share of each task, (sample, task), where some members have a core for each task."""
+        cores = [member.bank.cores for member in self.plan.members if member.bank.cores is not None]
+        if self.tasks is None or not cores:
+            return None
+        shares = self.tasks.shares(cores[0].num_experts, self.x.device)
+        return shares if len(shares) == 1 else shares.repeat_interleave(len(self.x) // len(shares), dim=0)

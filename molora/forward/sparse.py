@@ -1,0 +1,255 @@
+"""The sparse ways: only the experts that samples, or tokens, use. The weights come first, then the products."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from einops import rearrange
+from torch import Tensor
+
+from molora.calls.task_ids import base_only, spread
+from molora.calls.task_map import BASE_ONLY
+from molora.experts import by_sample, by_token, kernel
+from molora.experts.picks import Picked, Picks
+from molora.forward.dispatch import Way, rows_of
+from molora.forward.group_routing import routing_of
+from molora.forward.mount import PLAIN
+from molora.forward.reading import Reading
+
+
+@dataclass
+class BySample:
+    """One layer's h (sample, seq, rank) of each sample's experts; see `by_sample.expand`."""
+
+    h: Tensor
+    scale: Tensor  # (sample, rank)
+    B: Picked
+    rows: Tensor | None  # (sample,) which samples they are; None: all
+    weights: Tensor | None = None  # (tokens, expert) or (1, expert), where somebody looks
+
+    def add(self, y: Tensor) -> Tensor:
+        """Add the mixture to the base's output."""
+        return by_sample.expand(y, self.h, self.scale, self.B, self.rows)
+
+
+@dataclass
+class ByToken:
+    """One layer's h (pair, rank) of each token and expert; see `by_token.expand`."""
+
+    h: Tensor
+    scale: Tensor  # (pair, 1)
+    B: Tensor
+    groups: by_token.Groups
+    weights: Tensor | None = None  # as of BySample
+
+    def add(self, y: Tensor) -> Tensor:
+        """Add the mixture to the base's output."""
+        return by_token.expand(y, self.h, self.scale, self.B, self.groups)
+
+
+@dataclass
+class Ready:
+    """A `BySample` whose weights are in B (sample, rank, d_out) already: a step of a decoding."""
+
+    h: Tensor
+    B: Tensor
+    rows: Tensor | None
+    weights: Tensor | None = None
+
+    def add(self, y: Tensor) -> Tensor:
+        """Add the mixture to the base's output."""
+        return by_sample.add(y, self.h, self.B, self.rows)
+
+
+@dataclass
+class Chosen:
+    """What each row uses, by slot of the plan. Rows are the samples in `rows`, or all of them, or tokens."""
+
+    picks: dict[str, Picks]
+    weights: dict[str, Tensor]  # (rows, expert)
+    rows: Tensor | None = None
+
+
+def chosen(reading: Reading, way: Way, *, skip: bool = True) -> Chosen:
+    """Route a reading: by sample, where the way is that and all tokens of a sample have the same weights, or by token.
+
+    `skip`: leave out samples that ask for the base only, where they are known.
+    """
+    routed, tasks = _routed(reading), reading.tasks
+    by_token_ids = tasks is not None and tasks.ids.dim() == 2
+    counts = [rows_of(leader, reading) for leader in reading.plan.leaders.values()]
+    per_token = way.name != "by_sample" or None in counts or by_token_ids
+    rows = math.prod(reading.lead) if per_token else max(len(weights) for weights in routed.values())
+    samples = tasks.ids if tasks is not None and tasks.some_base else None
+    if samples is not None and not per_token:
+        rows = max(rows, len(samples))
+    weights = {slot: spread(found, reading.lead) if per_token else found for slot, found in routed.items()}
+    weights = {slot: found.expand(rows, -1) for slot, found in weights.items()}
+    active = None
+    if tasks is not None and samples is not None:
+        asked = tasks.asked(reading.lead, reading.x.device) if per_token else _asked(samples, rows, reading.x)
+        weights = {slot: found * asked for slot, found in weights.items()}
+        active = _active(reading, rows) if skip else None
+    if active is not None:
+        weights = {slot: found[active] for slot, found in weights.items()}
+    return Chosen({s: _picks(w, way, reading.experts, s) for s, w in weights.items()}, weights, active)
+
+
+def _routed(reading: Reading) -> dict[str, Tensor]:
+    """Weights by slot, rows as they come: tokens, samples, or one for all."""
+    by_row = not reading.call.recording and reading.tasks is not None and reading.tasks.ids.dim() == 1
+    found: dict[str, Tensor] = {}
+    for member, slot in zip(reading.plan.members, reading.plan.slots, strict=True):
+        if slot == PLAIN:
+            found[slot] = member.task_map.row((1.0,), reading.x)
+        elif slot not in found:
+            weights = routing_of(member, reading, by_sample=by_row).weights
+            rows = rows_of(member.leader, reading)
+            if rows is not None and len(weights) > rows:  # noted by token, for whoever looks
+                weights = rearrange(weights, "(sample seq) expert -> sample seq expert", sample=rows)[:, 0]
+            found[slot] = weights
+    return found
+
+
+def _asked(ids: Tensor, rows: int, x: Tensor) -> Tensor:
+    return base_only(ids.to(x.device)).repeat_interleave(rows // len(ids), dim=0)
+
+
+def _active(reading: Reading, rows: int) -> Tensor | None:
+    """The samples that ask for a task, where they are known by now; None: compute all."""
+    listed = None if reading.tasks is None else reading.tasks.listed
+    has_cores = any(member.bank.cores is not None for member in reading.plan.members)
+    if listed is None or len(listed) != rows or has_cores:
+        return None
+    return torch.tensor([i for i, task in enumerate(listed) if task != BASE_ONLY], device=reading.x.device)
+
+
+def _picks(weights: Tensor, way: Way, experts: tuple[int, ...] | None, slot: str) -> Picks:
+    slots = weights.shape[1] if way.slots is None and way.name == "dense" else way.slots
+    if slots is None:
+        slots = max(1, int((weights != 0).sum(dim=-1).max()))
+    picks = Picks.of(weights, min(slots, weights.shape[1]))
+    if experts is None or slot == PLAIN:
+        return picks
+    return picks._replace(experts=torch.tensor(experts, device=weights.device)[picks.experts])
+
+
+def by_sample_parts(reading: Reading, way: Way) -> Mapping[str, BySample | Ready]:
+    """By module name, the parts of all members of a plan; a decoding keeps its factors from step to step."""
+    follows = _follows(reading)
+    plan, kept = reading.plan, reading.plan.kept  # read once: another thread may replace it
+    if follows is None:
+        plan.kept = None
+        return _by_sample(reading, chosen(reading, way))
+    stamp = (*follows, kernel.linear_dtype(reading.x), reading.x.device, *plan.stamp())
+    if kept is None or kept[0] != stamp:
+        kept = plan.kept = stamp, _keep(reading, chosen(reading, way))
+    return _ready(reading, kept[1])
+
+
+def _samples(reading: Reading, x: Tensor, samples: int, rows: Tensor | None) -> Tensor:
+    """x by sample, (sample, seq, d_in), only of those in `rows`."""
+    if rows is None:
+        return x.reshape(samples, -1, x.shape[-1])
+    assert reading.tasks is not None
+    return x.reshape(len(reading.tasks.ids), -1, x.shape[-1]).index_select(0, rows)
+
+
+def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
+    plan, first = reading.plan, next(iter(found.weights.values()))
+    x = plan.members[0].bank.dropout(reading.x)
+    x = _samples(reading, x, len(first), found.rows)
+    own, B = {}, {}
+    for member, slot in zip(plan.members, plan.slots, strict=True):
+        A, B[member.key] = member.bank.picked(found.picks[slot].experts)
+        if A is not None:
+            own[member.key] = A
+    h = {}
+    if own:
+        columns = by_sample.shrink(x, list(own.values()))
+        widths = [A.places.shape[1] * A.blocks[0].shape[1] for A in own.values()]
+        h = dict(zip(own, columns.split(widths, dim=-1), strict=True))
+    parts = {}
+    for member, slot in zip(plan.members, plan.slots, strict=True):
+        bank, picks, key = member.bank, found.picks[slot], member.key
+        if key not in own:
+            one = bank.shared_h(x, picks.experts.shape[1], reading.shares())
+            h[key] = one.reshape(len(x), -1, one.shape[-1])
+        scale = bank.scale(picks).repeat_interleave(B[key].blocks[0].shape[1], dim=1)
+        parts[key] = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
+    return parts
+
+
+def by_token_parts(reading: Reading, way: Way) -> dict[str, ByToken]:
+    """By module name, the parts of all members of a plan."""
+    found, plan = chosen(reading, way), reading.plan
+    x = plan.members[0].bank.dropout(reading.x)
+    parts = {}
+    for slot in dict.fromkeys(plan.slots):
+        members = [m for m, s in zip(plan.members, plan.slots, strict=True) if s == slot]
+        picks = found.picks[slot]
+        groups = by_token.Groups.of(picks.experts, members[0].bank.num_experts)
+        factors = {member.key: member.bank.ordered() for member in members}
+        own = {key: A for key, (A, _) in factors.items() if A is not None}
+        h = {}
+        if own:
+            columns = by_token.shrink(x, list(own.values()), groups)
+            h = dict(zip(own, columns.split([A.shape[1] for A in own.values()], dim=-1), strict=True))
+        for member in members:
+            bank, key = member.bank, member.key
+            if key not in h:
+                h[key] = bank.shared_h(x, shares=reading.shares())[groups.token]
+            scale = bank.scale(picks).flatten()[groups.pair].unsqueeze(-1)
+            parts[key] = ByToken(h[key], scale, factors[key][1], groups, found.weights[slot])
+    return parts
+
+
+# -- decoding ----------------------------------------------------------------------------------------------
+
+
+def _follows(reading: Reading) -> tuple[object, ...] | None:
+    """What the weights of a decoding step follow from, where the next step may have the same; else None."""
+    call, tasks, plan = reading.call, reading.tasks, reading.plan
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or reading.x.shape[-2:-1] != (1,):
+        return None
+    if call.recording or call.experts is not None or any(m.bank.kind.shares_A for m in plan.members):
+        return None
+    if tasks is not None and (tasks.listed is None or tasks.several is not None):
+        return None
+    listed, leaders = None if tasks is None else tasks.listed, [*plan.leaders.values()]
+    if all(leader.gate is None for leader in leaders):
+        return reading.experts, listed
+    if call.continued is None or not all(leader.pools for leader in leaders):
+        return None
+    return reading.experts, listed, call.continued
+
+
+class Kept(NamedTuple):
+    """The factors of each sample's experts, for the steps of a decoding."""
+
+    A: Tensor  # (sample, rank, d_in) of all members
+    B: dict[str, Tensor]  # (sample, rank, d_out) by module name, times the weights
+    rows: Tensor | None  # as of BySample
+
+
+def _keep(reading: Reading, found: Chosen) -> Kept:
+    dtype, plan = kernel.linear_dtype(reading.x), reading.plan
+    A, B = [], {}
+    for member, slot in zip(plan.members, plan.slots, strict=True):
+        picks = found.picks[slot]
+        own, of_member = member.bank.picked(picks.experts)
+        assert own is not None  # those that share A are not kept
+        scale = member.bank.scale(picks).repeat_interleave(own.blocks[0].shape[1], dim=1)
+        A.append(own)
+        B[member.key] = (of_member.gathered(scale.dtype) * scale.unsqueeze(-1)).to(dtype)
+    return Kept(by_sample.joined(A, dtype), B, found.rows)
+
+
+def _ready(reading: Reading, kept: Kept) -> dict[str, Ready]:
+    x = _samples(reading, reading.x, len(kept.A), kept.rows).to(kept.A.dtype)
+    columns = torch.bmm(x, kept.A.mT).split([B.shape[1] for B in kept.B.values()], dim=-1)
+    return {key: Ready(h, B, kept.rows) for (key, B), h in zip(kept.B.items(), columns, strict=True)}
