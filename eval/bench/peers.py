@@ -110,7 +110,7 @@ def peft_lora(rank: int) -> Builder:
 
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
         return ready(
-            get_peft_model(model, _lora_config(model, rank), autocast_adapter_dtype=False), adapter_dtype
+            get_peft_model(model, lora_config(model, rank), autocast_adapter_dtype=False), adapter_dtype
         )
 
     return build
@@ -118,7 +118,7 @@ def peft_lora(rank: int) -> Builder:
 
 def peft_lora_as_shipped(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
     """PEFT's LoRA by its defaults: adapters in float32 whatever the base."""
-    return ready(get_peft_model(model, _lora_config(model, RANK)), torch.float32)
+    return ready(get_peft_model(model, lora_config(model, RANK)), torch.float32)
 
 
 def peft_xlora(*, experts: int = EXPERTS, rank: int = RANK, train_experts: bool) -> Builder:
@@ -127,7 +127,7 @@ def peft_xlora(*, experts: int = EXPERTS, rank: int = RANK, train_experts: bool)
     def build(model: nn.Module, adapter_dtype: torch.dtype | None = None) -> nn.Module:
         dtype = adapter_dtype or _dtype(model)
         with tempfile.TemporaryDirectory() as folder:
-            lora = get_peft_model(share(model), _lora_config(model, rank))
+            lora = get_peft_model(share(model), lora_config(model, rank))
             paths = {str(i): str(Path(folder) / str(i)) for i in range(experts)}
             for path in paths.values():  # random in `ready`: here only the shapes matter
                 lora.save_pretrained(path, save_embedding_layers=False)
@@ -242,7 +242,7 @@ CASES: dict[str, Builder] = {
 }
 
 
-def _lora_config(model: nn.Module, rank: int) -> LoraConfig:
+def lora_config(model: nn.Module, rank: int) -> LoraConfig:
     return LoraConfig(r=rank, lora_alpha=ALPHA, target_modules=targets(model), task_type=_task_type(model))
 
 

@@ -33,7 +33,7 @@ class PromptMemory:
 class Part(Protocol):
     """What one layer of an input group adds to its base's output."""
 
-    weights: Tensor | None  # (tokens, expert) or (1, expert), where somebody may look
+    weights: Tensor | None  # over experts, of tokens, samples or all, where somebody may look
 
     def add(self, y: Tensor) -> Tensor:
         """Add it to y (batch, ..., d_out), which may be overwritten."""

@@ -29,7 +29,6 @@ from molora.experts.cores import TaskCores
 from molora.experts.kernel import expand, shrink
 from molora.experts.kinds.kind import Expert, ExpertRows, Kind, StackSpec
 from molora.experts.kinds.lora import Lora
-from molora.experts.picks import Picked, Picks
 from molora.experts.stack import Stack, Stacked
 
 __all__ = ["Expert", "ExpertBank", "ExpertRows", "Operands", "mean_delta"]
@@ -203,49 +202,9 @@ class ExpertBank(Stacked):
         copies = 1 if not shared else self.num_experts if experts is None else len(experts)
         return Operands(A, B, self.expansion(experts, x), copies)
 
-    def picked(self, experts: Tensor) -> tuple[Picked | None, Picked]:
-        """A and B of each row's experts (row, slot), B laid out (expert, rank, d_out); no A where all share one.
-
-        Only what is named is copied, and only when it is multiplied.
-        """
-        if self.kind.keeps_factors:
-            at = self._places(experts)
-            A, B = (Picked(self._by_name[name].blocks, at) for name in "AB")
-            return (None if self.kind.shares_A else A), B
-        rows = {
-            name: stack.blocks[0] if self.kind.stacks[name].shared else stack.rows[experts.flatten()]
-            for name, stack in self._by_name.items()
-        }
-        made = self.kind.factors(rows)
-        at = torch.arange(experts.numel(), device=experts.device).view_as(experts)
-        A, B = (Picked([factor], at) for factor in made)
-        return (None if self.kind.shares_A else A), B
-
-    def ordered(self) -> tuple[Tensor | None, Tensor]:
-        """A (expert, rank, d_in) and B (expert, rank, d_out) of all experts, in their order; no A where all share one."""
-        shared = self.kind.stacks
-        A, B = self.kind.factors(
-            {n: s.blocks[0] if shared[n].shared else s.rows for n, s in self._by_name.items()}
-        )
-        return (None if self.kind.shares_A else A), B
-
     def shared_h(self, x: Tensor, copies: int = 1, shares: Tensor | None = None) -> Tensor:
         """h (tokens, copies * rank) where all experts share A; `shares` as of `forward`."""
         return self.spread(shrink(x, self.operands((0,), x).A)[0], copies, shares)
-
-    def scale(self, picks: Picks) -> Tensor:
-        """Weight times scaling (row, slot) of what was picked."""
-        if len(set(self.scalings)) == 1:
-            return picks.weights * self.scalings[0]
-        scalings = torch.tensor(self.scalings, dtype=picks.weights.dtype, device=picks.weights.device)
-        return picks.weights * scalings[picks.experts]
-
-    def _places(self, experts: Tensor) -> Tensor:
-        """Where experts stand in the blocks of a stack, laid end to end."""
-        order = self.frozen + self.trainable
-        if order == tuple(range(self.num_experts)):
-            return experts
-        return torch.tensor(order, device=experts.device).argsort()[experts]
 
     def shrunk(self, x: Tensor, operands: Operands, shares: Tensor | None = None) -> Tensor:
         """h (tokens, rank) of `kernel.expand`, from x (..., d_in)."""

@@ -63,7 +63,7 @@ def expand(y: Tensor, h: Tensor, scale: Tensor, B: Tensor, groups: Groups) -> Te
     Args:
         y: (..., d_out) the base layer's output; overwritten where that is safe.
         h: (pair, rank).
-        scale: (pair, 1) what h is multiplied by: weight times scaling.
+        scale: (pair, rank) or (pair, 1) what h is multiplied by: weight times scaling.
         B: (expert, rank, d_out), in expert order.
         groups: as for `shrink`.
     """
@@ -174,6 +174,8 @@ class _Expand(torch.autograd.Function):
                 dB = grouped_gradient((h * factor).contiguous(), sent, ends).to(B.dtype)
             if need_h or need_scale:
                 du = grouped(sent, B.to(h.dtype).mT, ends)
-                dscale = (du * h).to(scale.dtype).sum(dim=1, keepdim=True) if need_scale else None
+                if need_scale:
+                    dscale = (du * h).to(scale.dtype)
+                    dscale = dscale if scale.shape[1] > 1 else dscale.sum(dim=1, keepdim=True)
                 dh = du * factor if need_h else None
         return (dy if need_y else None), dh, dscale, dB, None

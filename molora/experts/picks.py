@@ -14,6 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from molora.experts.bank import ExpertBank
+
 
 class Picks(NamedTuple):
     """The experts of each row, a sample or a token."""
@@ -24,8 +26,8 @@ class Picks(NamedTuple):
     @classmethod
     def of(cls, weights: Tensor, slots: int) -> Picks:
         """From weights (row, expert) of which at most `slots` in a row are not 0."""
-        values, experts = weights.topk(slots, dim=-1)
-        return cls(experts, values)
+        experts = weights.detach().abs().topk(slots, dim=-1).indices
+        return cls(experts, weights.gather(-1, experts))
 
 
 class Picked(NamedTuple):
@@ -71,3 +73,43 @@ def _added(rows: Tensor, place: Tensor, block: Tensor) -> Tensor:
     else:
         total.index_add_(0, place, rows)
     return total.to(block.dtype)
+
+
+def picked(bank: ExpertBank, experts: Tensor) -> tuple[Picked | None, Picked]:
+    """A and B of each row's experts (row, slot), B laid out (expert, rank, d_out); no A where all share one.
+
+    Only what is named is copied, and only when it is multiplied.
+    """
+    stacks, kind = bank.named_stacks(), bank.kind
+    if kind.keeps_factors:
+        order = bank.frozen + bank.trainable
+        if order != tuple(range(bank.num_experts)):
+            experts = torch.tensor(order, device=experts.device).argsort()[experts]
+        A, B = (Picked(stacks[name].blocks, experts) for name in "AB")
+    else:
+        flat = experts.flatten()
+        rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows[flat] for n, s in stacks.items()}
+        places = torch.arange(len(flat), device=flat.device).view_as(experts)
+        A, B = (Picked([factor], places) for factor in kind.factors(rows))
+    return (None if kind.shares_A else A), B
+
+
+def ordered(bank: ExpertBank) -> tuple[Tensor | None, Tensor]:
+    """A (expert, rank, d_in) and B (expert, rank, d_out) of all experts, in their order; no A where all share one."""
+    stacks, kind = bank.named_stacks(), bank.kind
+    A, B = kind.factors({n: s.blocks[0] if kind.stacks[n].shared else s.rows for n, s in stacks.items()})
+    return (None if kind.shares_A else A), B
+
+
+def scale_of(bank: ExpertBank, picks: Picks) -> Tensor:
+    """Weight times scaling of what was picked: (row, slot, rank), or (row, slot, 1) where no ranks or scalings differ."""
+    weights = picks.weights.unsqueeze(-1)
+    if len(set(bank.scalings)) == len(set(bank.ranks)) == 1:
+        return weights * bank.scalings[0]
+    columns = torch.arange(
+        max(bank.ranks), device=weights.device
+    )  # those beyond an expert's rank are padding
+    scalings, ranks = (
+        weights.new_tensor(v)[picks.experts].unsqueeze(-1) for v in (bank.scalings, bank.ranks)
+    )
+    return weights * scalings * (columns < ranks)

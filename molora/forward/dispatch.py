@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 
 from molora.calls.request import Scoped
+from molora.config.gate import UNNORMALISED
 from molora.errors import ConfigError
 from molora.forward.mount import Mount
 from molora.forward.reading import Reading
@@ -114,8 +115,13 @@ def slots_of(leader: Mount, reading: Reading) -> int | None:
             return experts
         listed = tasks.listed if tasks.single is None else (tasks.single,)
         return min(experts, task_map.most_experts(listed))
-    select = leader.config.gate.select
+    settings = leader.config.gate
+    select, transform = settings.select, settings.transform
+    # The first learns from experts that are not chosen, the others may choose experts at weight 0, and learn from that.
+    straight = select == "hard" and leader.feed_forward is None and torch.is_grad_enabled()
+    if select == "dense" or straight or transform in UNNORMALISED:
+        return experts
     always = sum(1 for name in task_map.experts if name in task_map.always)
     if select in ("top_k", "hard"):
         return min(experts, (1 if select == "hard" else gate.top_k) + always)
-    return experts if select == "dense" else None
+    return None

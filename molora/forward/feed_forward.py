@@ -22,7 +22,7 @@ from molora.calls.task_ids import spread
 from molora.errors import ConfigError, RoutingError
 from molora.experts import by_sample, by_token
 from molora.experts.kernel import expand
-from molora.experts.picks import Picks
+from molora.experts.picks import Picks, ordered, picked, scale_of
 from molora.forward.dispatch import way_of
 from molora.forward.mount import Mount
 from molora.forward.reading import Reading
@@ -68,8 +68,9 @@ def refuse_beside_others(mounts: list[Mount]) -> None:
 def _slots(reading: Reading) -> Slots:
     """The experts of each token, one per slot, with weights that sum to 1."""
     way = way_of(reading)
-    (picks,) = chosen(reading, way, skip=False).picks.values()
-    total = picks.weights.sum(dim=-1, keepdim=True)
+    found = chosen(reading, way, skip=False)
+    (picks,), (every,) = found.picks.values(), found.weights.values()
+    total = every.sum(dim=-1, keepdim=True)
     nobody = total == 0  # asked for the base only, or no expert passed the threshold: the frozen block
     count = picks.experts.shape[1]
     weights = torch.where(nobody, 1 / count, picks.weights / total.masked_fill(nobody, 1.0))
@@ -109,7 +110,7 @@ def _by_sample(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
     once = not reading.mount.leaves
     rows = len(picks.experts) // slots.count if once else len(picks.experts)
-    A, B = bank.picked(picks.experts)
+    A, B = picked(bank, picks.experts)
     if A is None:
         h = bank.shared_h(x).repeat(slots.count if once else 1, 1)
     elif once:
@@ -119,16 +120,16 @@ def _by_sample(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     else:
         h = by_sample.shrink(x.reshape(rows, -1, x.shape[-1]), [A])
     h = h.reshape(len(picks.experts), -1, h.shape[-1])
-    return by_sample.expand(y, h, bank.scale(picks).expand(-1, h.shape[-1]), B)
+    return by_sample.expand(y, h, scale_of(bank, picks)[:, 0].expand(-1, h.shape[-1]), B)
 
 
 def _by_token(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
     groups = by_token.Groups.of(picks.experts, bank.num_experts)
     read = groups if reading.mount.leaves else groups.of_one_copy(slots.count)
-    A, B = bank.ordered()
+    A, B = ordered(bank)
     h = bank.shared_h(x)[read.token] if A is None else by_token.shrink(x, [A], read)
-    return by_token.expand(y, h, bank.scale(picks)[groups.pair], B, groups)
+    return by_token.expand(y, h, scale_of(bank, picks)[groups.pair, 0], B, groups)
 
 
 _ADD = {"dense": _dense, "by_sample": _by_sample, "by_token": _by_token}

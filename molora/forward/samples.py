@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from molora.calls.call import Call
+from molora.calls.task_ids import spread
 from molora.forward.mount import Mount
 
 _SAMPLED = 64  # tokens per layer
@@ -21,7 +22,7 @@ def note_sample(mount: Mount, call: Call, x: Tensor, weights: Tensor) -> None:
         mount: where; nothing is kept unless its adapter has the loss.
         call: the current one, whose cache takes the sample.
         x: (batch, ..., d_in) the layer's input.
-        weights: (tokens, expert) or (1, expert) over the experts in use.
+        weights: over the experts in use, (tokens, expert), (samples, expert) or (1, expert).
     """
     if "contrastive" not in mount.config.aux_losses:
         return
@@ -35,6 +36,6 @@ def note_sample(mount: Mount, call: Call, x: Tensor, weights: Tensor) -> None:
     gated = [c for c, i in enumerate(columns) if task_map.gated is None or i in task_map.gated]
     if not gated:
         return
-    best = weights[:, gated].argmax(dim=-1).expand(math.prod(lead))[rows]
+    best = spread(weights[:, gated].argmax(dim=-1), lead).expand(math.prod(lead))[rows]
     chosen = torch.tensor([columns[c] for c in gated], device=x.device)[best]
     call.cache.samples[mount.place] = x.detach().reshape(-1, x.shape[-1])[rows], chosen

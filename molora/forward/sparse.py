@@ -14,7 +14,7 @@ from torch import Tensor
 from molora.calls.task_ids import base_only, spread
 from molora.calls.task_map import BASE_ONLY
 from molora.experts import by_sample, by_token, kernel
-from molora.experts.picks import Picked, Picks
+from molora.experts.picks import Picked, Picks, ordered, picked, scale_of
 from molora.forward.dispatch import Way, rows_of
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN
@@ -41,7 +41,7 @@ class ByToken:
     """One layer's h (pair, rank) of each token and expert; see `by_token.expand`."""
 
     h: Tensor
-    scale: Tensor  # (pair, 1)
+    scale: Tensor  # (pair, rank) or (pair, 1)
     B: Tensor
     groups: by_token.Groups
     weights: Tensor | None = None  # as of BySample
@@ -67,36 +67,40 @@ class Ready:
 
 @dataclass
 class Chosen:
-    """What each row uses, by slot of the plan. Rows are the samples in `rows`, or all of them, or tokens."""
+    """What each row uses, by slot of the plan. Rows are tokens, or samples: those in `rows`, or all of them."""
 
     picks: dict[str, Picks]
-    weights: dict[str, Tensor]  # (rows, expert)
+    weights: dict[str, Tensor]  # (row, expert), of all rows
     rows: Tensor | None = None
 
 
 def chosen(reading: Reading, way: Way, *, skip: bool = True) -> Chosen:
-    """Route a reading: by sample, where the way is that and all tokens of a sample have the same weights, or by token.
+    """Route a reading: by sample, where the way is that and all tokens of a sample have the same weights; else by token.
 
     `skip`: leave out samples that ask for the base only, where they are known.
     """
-    routed, tasks = _routed(reading), reading.tasks
-    by_token_ids = tasks is not None and tasks.ids.dim() == 2
+    weights, asked, active = _routed(reading), None, None
+    tasks = reading.tasks if reading.tasks is not None and reading.tasks.some_base else None
     counts = [rows_of(leader, reading) for leader in reading.plan.leaders.values()]
-    per_token = way.name != "by_sample" or None in counts or by_token_ids
-    rows = math.prod(reading.lead) if per_token else max(len(weights) for weights in routed.values())
-    samples = tasks.ids if tasks is not None and tasks.some_base else None
-    if samples is not None and not per_token:
-        rows = max(rows, len(samples))
-    weights = {slot: spread(found, reading.lead) if per_token else found for slot, found in routed.items()}
+    if way.name != "by_sample" or None in counts or (tasks is not None and tasks.ids.dim() == 2):
+        rows = math.prod(reading.lead)
+        weights = {slot: spread(found, reading.lead) for slot, found in weights.items()}
+        if tasks is not None:
+            asked = tasks.asked(reading.lead, reading.x.device)
+    else:
+        rows = max(len(found) for found in weights.values())
+        if tasks is not None:
+            rows = max(rows, len(tasks.ids))
+            asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(rows // len(tasks.ids), dim=0)
+            active = _active(reading, rows) if skip else None
     weights = {slot: found.expand(rows, -1) for slot, found in weights.items()}
-    active = None
-    if tasks is not None and samples is not None:
-        asked = tasks.asked(reading.lead, reading.x.device) if per_token else _asked(samples, rows, reading.x)
+    if asked is not None:
         weights = {slot: found * asked for slot, found in weights.items()}
-        active = _active(reading, rows) if skip else None
-    if active is not None:
-        weights = {slot: found[active] for slot, found in weights.items()}
-    return Chosen({s: _picks(w, way, reading.experts, s) for s, w in weights.items()}, weights, active)
+    picks = {
+        slot: _picks(found if active is None else found[active], way, reading.experts, slot)
+        for slot, found in weights.items()
+    }
+    return Chosen(picks, weights, active)
 
 
 def _routed(reading: Reading) -> dict[str, Tensor]:
@@ -115,17 +119,14 @@ def _routed(reading: Reading) -> dict[str, Tensor]:
     return found
 
 
-def _asked(ids: Tensor, rows: int, x: Tensor) -> Tensor:
-    return base_only(ids.to(x.device)).repeat_interleave(rows // len(ids), dim=0)
-
-
 def _active(reading: Reading, rows: int) -> Tensor | None:
     """The samples that ask for a task, where they are known by now; None: compute all."""
     listed = None if reading.tasks is None else reading.tasks.listed
     has_cores = any(member.bank.cores is not None for member in reading.plan.members)
     if listed is None or len(listed) != rows or has_cores:
         return None
-    return torch.tensor([i for i, task in enumerate(listed) if task != BASE_ONLY], device=reading.x.device)
+    kept = [i for i, task in enumerate(listed) if task != BASE_ONLY]
+    return torch.tensor(kept, dtype=torch.long, device=reading.x.device)
 
 
 def _picks(weights: Tensor, way: Way, experts: tuple[int, ...] | None, slot: str) -> Picks:
@@ -160,12 +161,12 @@ def _samples(reading: Reading, x: Tensor, samples: int, rows: Tensor | None) -> 
 
 
 def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
-    plan, first = reading.plan, next(iter(found.weights.values()))
+    plan, rows = reading.plan, len(next(iter(found.picks.values())).experts)
     x = plan.members[0].bank.dropout(reading.x)
-    x = _samples(reading, x, len(first), found.rows)
+    x = _samples(reading, x, rows, found.rows)
     own, B = {}, {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
-        A, B[member.key] = member.bank.picked(found.picks[slot].experts)
+        A, B[member.key] = picked(member.bank, found.picks[slot].experts)
         if A is not None:
             own[member.key] = A
     h = {}
@@ -179,7 +180,7 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
         if key not in own:
             one = bank.shared_h(x, picks.experts.shape[1], reading.shares())
             h[key] = one.reshape(len(x), -1, one.shape[-1])
-        scale = bank.scale(picks).repeat_interleave(B[key].blocks[0].shape[1], dim=1)
+        scale = scale_of(bank, picks).expand(-1, -1, B[key].blocks[0].shape[1]).flatten(1)
         parts[key] = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
     return parts
 
@@ -193,7 +194,7 @@ def by_token_parts(reading: Reading, way: Way) -> dict[str, ByToken]:
         members = [m for m, s in zip(plan.members, plan.slots, strict=True) if s == slot]
         picks = found.picks[slot]
         groups = by_token.Groups.of(picks.experts, members[0].bank.num_experts)
-        factors = {member.key: member.bank.ordered() for member in members}
+        factors = {member.key: ordered(member.bank) for member in members}
         own = {key: A for key, (A, _) in factors.items() if A is not None}
         h = {}
         if own:
@@ -203,7 +204,7 @@ def by_token_parts(reading: Reading, way: Way) -> dict[str, ByToken]:
             bank, key = member.bank, member.key
             if key not in h:
                 h[key] = bank.shared_h(x, shares=reading.shares())[groups.token]
-            scale = bank.scale(picks).flatten()[groups.pair].unsqueeze(-1)
+            scale = scale_of(bank, picks).flatten(0, 1)[groups.pair]
             parts[key] = ByToken(h[key], scale, factors[key][1], groups, found.weights[slot])
     return parts
 
@@ -241,9 +242,9 @@ def _keep(reading: Reading, found: Chosen) -> Kept:
     A, B = [], {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
         picks = found.picks[slot]
-        own, of_member = member.bank.picked(picks.experts)
+        own, of_member = picked(member.bank, picks.experts)
         assert own is not None  # those that share A are not kept
-        scale = member.bank.scale(picks).repeat_interleave(own.blocks[0].shape[1], dim=1)
+        scale = scale_of(member.bank, picks).expand(-1, -1, own.blocks[0].shape[1]).flatten(1)
         A.append(own)
         B[member.key] = (of_member.gathered(scale.dtype) * scale.unsqueeze(-1)).to(dtype)
     return Kept(by_sample.joined(A, dtype), B, found.rows)

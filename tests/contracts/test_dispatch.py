@@ -1,0 +1,315 @@
+"""I12: the three ways to compute a mixture agree, in values and gradients; and each is taken where it should be."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.testing import assert_close
+
+import molora
+from molora import ConfigError, GateConfig, MoLoraConfig, RoutingError
+from molora.forward.dispatch import WAYS
+from molora.forward.sparse import Ready
+from molora.tuner.layer import MoLoraLayer
+from tests.zoo import (
+    ARCHITECTURES,
+    GATES,
+    MIXTURES,
+    TASKS,
+    batch_for,
+    given,
+    gradients,
+    mixture,
+    molora_model,
+    randomise,
+    routed,
+)
+
+SPARSE = [way for way in WAYS if way != "dense"]
+EXACT = {"atol": 1e-10, "rtol": 1e-10}
+OUTPUTS = tuple(name for name in MIXTURES if not name.startswith("factors"))  # the others have no sparse way
+# Every gate and mixture on one architecture: the ways meet a gate's weights, not the model around them.
+GATES_ON = [(gate, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, gate in enumerate(GATES)]
+MIXTURES_ON = [
+    (name, "llama" if name.startswith("ffn") else ARCHITECTURES[i % 4]) for i, name in enumerate(OUTPUTS)
+]
+
+
+def step(model, way, batch, **options):
+    """Logits in training and evaluation, and gradients, all in one way (None: the one chosen)."""
+    model.train().zero_grad()
+    torch.manual_seed(0)
+    before = copy.deepcopy(model.state_dict())  # a step may move a gate's balance
+    with molora.dispatch(way) if way else nullcontext():
+        trained = model(**batch, **options)
+        trained.loss.backward()
+        found = gradients(model)
+        with torch.no_grad():
+            evaluated = model.eval()(**batch, **options).logits
+    model.load_state_dict(before)
+    return trained.logits.detach(), evaluated, found
+
+
+def agree(model, batch, tolerance=EXACT, ways=SPARSE, **options):
+    expected = step(model, "dense", batch, **options)
+    for way in (*ways, None):
+        found = step(model, way, batch, **options)
+        assert_close(found[:2], expected[:2], **tolerance)
+        assert found[2].keys() == expected[2].keys()
+        for name, gradient in expected[2].items():
+            assert_close(found[2][name], gradient, **tolerance, msg=lambda m, w=way, n=name: f"{w} {n}: {m}")
+
+
+@pytest.mark.parametrize(("gate", "architecture"), GATES_ON)
+def test_all_ways_agree_for_every_gate(gate, architecture):
+    model = molora_model(architecture, gate, dtype=torch.float64)
+    agree(model, batch_for(architecture), **routed(gate))
+
+
+@pytest.mark.parametrize(("name", "architecture"), MIXTURES_ON)
+def test_all_ways_agree_for_every_mixture(name, architecture):
+    agree(mixture(architecture, name, dtype=torch.float64), batch_for(architecture), **given(name))
+
+
+@pytest.mark.parametrize("kind", ["lora", "lora_fa", "vera"])
+@pytest.mark.parametrize("gate", ["task-group", "top2-group"])
+def test_all_ways_agree_for_every_kind_with_frozen_and_learning_experts(kind, gate):
+    model = molora_model("llama", gate, dtype=torch.float64, kind=kind, lora_dropout=0.2)
+    model.freeze_experts(["expert_1"])
+    agree(model, batch_for("llama"), **routed(gate))
+
+
+@pytest.mark.parametrize(
+    ("gate", "ids"),
+    [
+        ("task-group", ["alpha", None, "gamma"]),
+        ("task-group", torch.tensor([0, -1, 2])),
+        ("task-group", [["alpha", "beta"], "beta", None]),
+        ("task-group", torch.tensor([[0, 1, 2, -1, 0, 1, 2]] * 3)),
+        ("task-group", "beta"),
+        ("task-group", [None, None, None]),
+        ("top2-group", ["alpha", None, "gamma"]),
+        ("top1-linear", torch.tensor([[0, 1, 2, -1, 0, 1, 2]] * 3)),
+        ("constant-global", ["alpha", None, "gamma"]),
+    ],
+)
+@pytest.mark.parametrize("by", [None, "task"])
+def test_all_ways_agree_whatever_the_task_ids(gate, ids, by):
+    ranks = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    model = molora_model("llama", gate, dtype=torch.float64, **ranks)
+    with molora.routing(model, by=by) if by else nullcontext():
+        agree(model, batch_for("llama"), routing_task_ids=ids)
+
+
+def test_all_ways_agree_where_experts_have_ranks_and_scalings_of_their_own(tmp_path):
+    model = molora_model("llama", "task-group", dtype=torch.float64)
+    wider = LoraConfig(r=7, lora_alpha=5, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    lora = get_peft_model(molora_model("llama").unload(), wider)
+    lora.save_pretrained(tmp_path)
+    molora.import_lora(model, tmp_path, expert="expert_1")
+    randomise(model)
+    agree(model, batch_for("llama"), routing_task_ids=list(TASKS))
+
+
+def test_all_ways_agree_with_an_ordinary_lora_beside_the_experts_and_with_others_by_layer():
+    plain = molora_model(
+        "llama",
+        "top2-group",
+        dtype=torch.float64,
+        target_modules=["q_proj", "v_proj"],
+        plain_targets=["k_proj"],
+    )
+    agree(plain, batch_for("llama"))
+    agree(plain, batch_for("llama"), routing_task_ids=["alpha", None, "gamma"])
+
+
+@pytest.mark.parametrize("gate", ["task-group", "sequence-top2", "top2-group"])
+def test_all_ways_agree_in_float32_and_nearly_in_bfloat16(gate):
+    if gate not in GATES:
+        gate = next(name for name in GATES if name.startswith("sequence"))
+    agree(molora_model("llama", gate), batch_for("llama"), {"atol": 2e-6, "rtol": 1e-5}, **routed(gate))
+    low = molora_model("llama", gate, dtype=torch.bfloat16)
+    agree(low, batch_for("llama"), {"atol": 0.1, "rtol": 0.1}, **routed(gate))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("gate", ["task-group", "top2-group"])
+def test_checkpointing_changes_nothing_in_any_way(gate, way):
+    model, batch = molora_model("llama", gate, dtype=torch.float64), batch_for("llama")
+    expected = step(model, way, batch, **routed(gate))
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    found = step(model, way, batch, **routed(gate))
+    assert_close(found[0], expected[0], **EXACT)
+    assert_close(found[2], expected[2], **EXACT)
+
+
+# -- which way is taken, and what it promises --------------------------------------------------------------
+
+
+def ways_taken(model, **options):
+    """The names of the parts' classes in one forward."""
+    taken = set()
+
+    def note(layer, args, output):
+        taken.update(kinds)
+        kinds.clear()
+
+    kinds = set()
+    from molora.forward import input_group
+
+    original = input_group.parts_of
+
+    def noted(reading):
+        parts = original(reading)
+        kinds.update(type(part).__name__ for part in parts.values())
+        return parts
+
+    input_group.parts_of = noted
+    handles = [m.register_forward_hook(note) for m in model.modules() if isinstance(m, MoLoraLayer)]
+    try:
+        with torch.no_grad():
+            model(**options)
+    finally:
+        input_group.parts_of = original
+        for handle in handles:
+            handle.remove()
+    return taken
+
+
+def many(gate, experts=24, **options):
+    return molora_model(
+        "llama",
+        gate,
+        num_experts=experts,
+        tasks={f"t{i}": [f"expert_{i}"] for i in range(experts)},
+        **options,
+    )
+
+
+def test_the_rule_takes_the_way_that_costs_least():
+    long = batch_for("llama", batch=2, seq=40)
+    by_task = many(GateConfig(scope="task"))
+    assert ways_taken(by_task, **long, routing_task_ids=["t0", "t3"]) == {"BySample"}
+    assert ways_taken(by_task, **long, routing_task_ids=["t3", "t3"]) == {"DensePart"}
+    few = many(GateConfig(scope="task"), experts=3)
+    assert ways_taken(few, **long, routing_task_ids=["t0", "t2"]) == {
+        "BySample"
+    }  # never by how many there are
+    assert ways_taken(many(GateConfig(scope="sequence", top_k=2)), **long) == {"BySample"}
+    assert ways_taken(many(GateConfig(scope="sequence", top_k=2), experts=2), **long) == {"DensePart"}
+    assert ways_taken(many(GateConfig(top_k=1)), **long) == {"ByToken"}
+    assert ways_taken(many(GateConfig(top_k=1)), **batch_for("llama", batch=1, seq=1)) == {"BySample"}
+    assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {"DensePart"}
+    assert ways_taken(many(GateConfig(select="dense")), **long) == {"DensePart"}
+    for way, part in zip(WAYS, ("DensePart", "BySample", "ByToken"), strict=True):
+        with molora.dispatch(way):
+            assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {part}
+
+
+def test_an_unknown_way_is_refused():
+    with pytest.raises(ConfigError, match="dense, by_sample, by_token"), molora.dispatch("sparse"):
+        pass
+
+
+@pytest.mark.parametrize("way", SPARSE)
+def test_task_ids_that_do_not_fit_are_refused_in_every_way(way):
+    model = molora_model("llama", "task-group")
+    with molora.dispatch(way), pytest.raises(RoutingError, match="2 samples, but the batch has 3"):
+        model(**batch_for("llama"), routing_task_ids=["alpha", "beta"])
+
+
+def test_growing_changes_no_bit_of_a_mixed_batch():
+    model, batch = molora_model("llama", "task-group"), batch_for("llama")
+    with torch.no_grad():
+        before = model(**batch, routing_task_ids=list(TASKS)).logits
+        for i in range(5):
+            model.add_expert(f"new_{i}", tasks=[f"later_{i}"])
+        assert torch.equal(model(**batch, routing_task_ids=list(TASKS)).logits, before)
+
+
+def test_only_the_experts_in_use_get_a_gradient_and_samples_without_a_task_nothing():
+    model = many(GateConfig(scope="task"), experts=6)
+    model.train()(**batch_for("llama"), routing_task_ids=["t1", None, "t4"]).loss.backward()
+    for name, gradient in gradients(model).items():
+        used = gradient.flatten(1).any(dim=1)
+        assert used.nonzero().flatten().tolist() == [1, 4], name
+
+
+def test_a_batch_keeps_what_one_lora_keeps_for_its_gradients():
+    base = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Linear(64, 64, bias=False)).requires_grad_(False)
+    x = torch.randn(8, 64, 64, requires_grad=True)
+
+    def kept(model, **options):
+        sizes = {}
+        parameters = {p.data_ptr() for p in model.parameters()}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(x, **options).sum()
+        return sum(sizes.values())
+
+    one = kept(get_peft_model(copy.deepcopy(base), LoraConfig(r=8, target_modules=["0", "1"])))
+    for experts in (8, 64):
+        config = MoLoraConfig(
+            num_experts=experts,
+            r=8,
+            target_modules=["0", "1"],
+            gate=GateConfig(scope="task"),
+            tasks={f"t{i}": [f"expert_{i}"] for i in range(experts)},
+        )
+        ids = [f"t{i}" for i in range(8)]
+        assert kept(get_peft_model(copy.deepcopy(base), config), routing_task_ids=ids) <= 1.02 * one
+
+
+# -- decoding ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("gate", ["task-group", "sequence"])
+def test_generation_for_mixed_tasks_is_that_of_the_dense_way(gate, beams):
+    if gate == "sequence":
+        model, ids = many(GateConfig(scope="sequence", top_k=1), experts=6, dtype=torch.float64), {}
+    else:
+        model = molora_model("llama", gate, dtype=torch.float64)
+        ids = {"routing_task_ids": ["alpha", None, "gamma"]}
+    batch = {k: v for k, v in batch_for("llama", padding="left").items() if k != "labels"}
+    options = {"max_new_tokens": 6, "num_beams": beams, "do_sample": False, **ids}
+    with molora.dispatch("dense"):
+        expected = model.generate(**batch, **options)
+    with molora.dispatch("by_sample"):
+        assert torch.equal(model.generate(**batch, **options), expected)
+
+
+def test_decoding_steps_keep_their_factors_until_tasks_or_parameters_change():
+    model = molora_model("llama", "task-group", dtype=torch.float64)
+    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer))
+    (mount,) = layer.mounts.values()
+    one = {"input_ids": torch.ones(3, 1, dtype=torch.long)}
+
+    def kept(*ids):
+        with torch.no_grad():
+            logits = model(**one, routing_task_ids=list(ids)).logits
+            with molora.dispatch("dense"):
+                assert_close(logits, model(**one, routing_task_ids=list(ids)).logits, **EXACT)
+            model(**one, routing_task_ids=list(ids))
+        return mount.inputs.plan(mount, alone=False).kept
+
+    assert ways_taken(model, **one, routing_task_ids=list(TASKS)) == {Ready.__name__}
+    first = kept(*TASKS)
+    with torch.no_grad():
+        model(**one, routing_task_ids=list(TASKS))
+    assert mount.inputs.plan(mount, alone=False).kept is first
+    assert kept("beta", "beta", "alpha") is not first
+    kept(*TASKS)
+    with torch.no_grad():
+        mount.bank.stacks["B"].trainable.mul_(2)
+    kept(*TASKS)
