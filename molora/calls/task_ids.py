@@ -78,11 +78,12 @@ class TaskIds:
 
     def repeats(self, batch: int) -> int:
         """How often each sample stands in a batch, in place; raises RoutingError where they do not fit."""
-        if batch % len(self.ids):
+        samples = self.ids.shape[0]  # not len, which would fix the size of an exported model
+        if batch % samples:
             raise RoutingError(
-                f"got task ids for {len(self.ids)} samples, but the batch has {batch}; give one id per sample."
+                f"got task ids for {samples} samples, but the batch has {batch}; give one id per sample."
             )
-        return batch // len(self.ids)
+        return batch // samples
 
     def asked(self, lead: torch.Size, device: torch.device) -> Tensor:
         """(tokens, 1) that is 0 for tokens that ask for the base model only."""

@@ -92,7 +92,7 @@ class TaskMap:
     def most_experts(self, task_ids: Iterable[int] | None) -> int:
         """The largest number of experts that one of these tasks has; None: of all tasks."""
         wanted = self.ids.values() if task_ids is None else {i for i in task_ids if i != BASE_ONLY}
-        return max((self._count(task_id) for task_id in wanted), default=1)
+        return max([1, *[self._count(task_id) for task_id in wanted]])  # tracing knows no `default`
 
     def _count(self, task_id: int) -> int:
         if task_id in self._counts:

@@ -67,6 +67,7 @@ def command(
 
 def describe(model: Any) -> dict[str, Any]:
     """Everything `inspect` knows without data: parameter counts, experts, tasks, initialisation."""
+    from molora.forward.dispatch import ways_in_use
     from molora.training.optimizer import parameters_by_role
     from molora.tuner.parts import init_std_report
 
@@ -82,6 +83,7 @@ def describe(model: Any) -> dict[str, Any]:
         "tasks": {
             name: {"id": model.task_ids[name], "experts": experts} for name, experts in model.tasks.items()
         },
+        "computed": ways_in_use(model),
         "init": init_std_report(model),
     }
 
@@ -101,6 +103,9 @@ def _print_facts(facts: dict[str, Any], to: Console) -> None:
     for name, task in facts["tasks"].items():
         experts = ", ".join(f"{expert} {weight:.2f}" for expert, weight in task["experts"].items())
         to.print(f"task {name} (id {task['id']}): {experts}", markup=False)
+    for batch, ways in facts["computed"].items():
+        counted = ", ".join(f"{way} in {count} layers" for way, count in ways.items())
+        to.print(f"computed, {batch}: {counted}", markup=False)
     moved: Counter[str] = Counter(row["expert"] for row in facts["init"] if not row["ok"])
     rows: Counter[str] = Counter(row["expert"] for row in facts["init"])
     changed = ", ".join(f"{name} {moved[name]}/{rows[name]}" for name in rows)

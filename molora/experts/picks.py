@@ -38,7 +38,7 @@ class Picked(NamedTuple):
 
     def gathered(self, dtype: torch.dtype) -> Tensor:
         """(row, slot * rank, d), a copy as large as what is used."""
-        rows, flat = len(self.places), self.places.flatten()
+        rows, flat = self.places.shape[0], self.places.flatten()
         first, *others = self.blocks
         found = first.index_select(0, flat if not others else flat.clamp(max=len(first) - 1))
         start = len(first)
@@ -89,7 +89,7 @@ def picked(bank: ExpertBank, experts: Tensor) -> tuple[Picked | None, Picked]:
     else:
         flat = experts.flatten()
         rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows[flat] for n, s in stacks.items()}
-        places = torch.arange(len(flat), device=flat.device).view_as(experts)
+        places = torch.arange(flat.shape[0], device=flat.device).view_as(experts)
         A, B = (Picked([factor], places) for factor in kind.factors(rows))
     return (None if kind.shares_A else A), B
 

@@ -13,19 +13,22 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
+from molora.calls.call import Call
 from molora.calls.request import Scoped
+from molora.calls.task_ids import TaskIds
 from molora.config.gate import UNNORMALISED
 from molora.errors import ConfigError
-from molora.forward.mount import Mount
+from molora.forward.mount import Mount, MountPoint
 from molora.forward.reading import Reading
 
 WAYS = ("dense", "by_sample", "by_token")
 
-# Costs in the time in which one expert multiplies one token, measured on CPUs (eval/bench/mixed.py, scaling.py).
-_COPY = 60  # one expert's factors copied for a sample
-_READ = 5  # one expert's factors read by the dense product
-_SORT = 5.0  # one token sent to one expert and back, instead of multiplied where it lies
+# What other work costs, measured on CPUs (eval/bench/mixed.py, scaling.py), in tokens that one expert multiplies:
+_COPY = 60  # copying one expert's factors for a sample
+_READ = 5  # reading one expert's factors, in the dense product
+_SEND = 24  # sending a token to an expert and back; this one in columns of rank, as it does not grow with the rank
 _FORCED: Scoped[str] = Scoped("molora_dispatch")
 _EVERYWHERE = object()
 
@@ -59,24 +62,28 @@ def way_of(reading: Reading) -> Way:
     leader = next(iter(reading.plan.leaders.values()), None)
     if leader is None or (not forced and reading.experts is not None and len(reading.experts) == 1):
         return Way("dense")
-    experts = leader.bank.num_experts if reading.experts is None else len(reading.experts)
-    slots = slots_of(leader, reading)
+    slots, rows = slots_of(leader, reading), rows_of(leader, reading)
     if forced:
         return Way(forced[-1], slots)
+    # Whatever the experts: what a task computes does not change when one is added.
+    if leader.gate is None and rows is not None and reading.experts is None:
+        return Way("by_sample", slots)
+    experts = leader.bank.num_experts if reading.experts is None else len(reading.experts)
     if slots is None or slots >= experts:
         return Way("dense", slots)
-    tokens, rows = math.prod(reading.lead), rows_of(leader, reading)
-    if (
-        rows is not None and leader.gate is None
-    ):  # whatever the experts: a task's outputs do not change when one is added
-        return Way("by_sample", slots)
-    # A feed-forward has a copy of its tokens for each slot.
+    if torch.compiler.is_compiling():  # a rule that reads sizes would fix them
+        return Way("dense" if rows is None else "by_sample", slots)
+    return _cheapest(leader, slots, experts, rows, math.prod(reading.lead))
+
+
+def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens: int) -> Way:
+    # A feed-forward has a copy of its tokens for each slot, and each copy one expert.
     copies, each = (slots, 1) if leader.feed_forward is not None else (1, slots)
-    samples = tokens if rows is None else rows  # few tokens are each a sample of its own
-    dense = experts * (_READ + tokens * copies)
-    if samples * slots * (_COPY + tokens // samples) < dense:
+    samples = tokens if rows is None else rows  # a few tokens are samples of their own
+    if samples * slots * (_COPY + tokens // samples) < experts * (_READ + tokens * copies):
         return Way("by_sample", slots)
-    if rows is None and each * (1 + _SORT) < experts and not torch.compiler.is_compiling():
+    rank = max(leader.bank.ranks)
+    if rows is None and each * (_SEND + rank) < experts * rank:
         return Way("by_token", slots)
     return Way("dense", slots)
 
@@ -94,7 +101,7 @@ def rows_of(leader: Mount, reading: Reading) -> int | None:
         if tasks.ids.dim() == 2:
             return None
         tasks.repeats(batch)  # refuses ids that do not fit
-        return len(tasks.ids)
+        return tasks.ids.shape[0]
     if scope == "token":
         return None
     if scope in ("external", "two_pass"):
@@ -125,3 +132,36 @@ def slots_of(leader: Mount, reading: Reading) -> int | None:
     if select in ("top_k", "hard"):
         return min(experts, (1 if select == "hard" else gate.top_k) + always)
     return None
+
+
+def ways_in_use(model: nn.Module, samples: int = 16, seq: int = 64) -> dict[str, dict[str, int]]:
+    """How many layers compute in which way: in a batch, in a step of decoding; samples are of different tasks.
+
+    Args:
+        model: with an active adapter.
+        samples: of the batch.
+        seq: tokens of each.
+    """
+    points = [module for module in model.modules() if isinstance(module, MountPoint)]
+    mounts = [p.mounts[a] for p in points for a in p.active_adapters if a in p.mounts]
+    found: dict[str, dict[str, int]] = {}
+    for name, length in ((f"{samples} x {seq} tokens", seq), ("a step of decoding", 1)):
+        names = [_usual(mount, samples, length) for mount in mounts if not mount.plain]
+        found[name] = {way: names.count(way) for way in WAYS if way in names}
+    return found
+
+
+def _usual(mount: Mount, samples: int, seq: int) -> str:
+    ids = [*mount.task_map.ids.values()]
+    listed = tuple(ids[i % len(ids)] for i in range(samples)) if ids else ()
+    tasks = {
+        mount.adapter: TaskIds(
+            torch.tensor(listed), listed[0] if len(ids) == 1 else None, False, listed=listed
+        )
+    }
+    call = Call(tasks=tasks if listed else {})
+    if mount.factors:
+        return "by_sample"
+    x = torch.empty(1, device="meta").expand(samples, seq, mount.d_in)
+    with torch.no_grad():
+        return way_of(Reading.alone(mount, call, x, mount.experts(call))).name

@@ -88,10 +88,12 @@ def chosen(reading: Reading, way: Way, *, skip: bool = True) -> Chosen:
         if tasks is not None:
             asked = tasks.asked(reading.lead, reading.x.device)
     else:
-        rows = max(len(found) for found in weights.values())
+        rows = max(found.shape[0] for found in weights.values())
         if tasks is not None:
-            rows = max(rows, len(tasks.ids))
-            asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(rows // len(tasks.ids), dim=0)
+            rows = max(rows, tasks.ids.shape[0])
+            asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(
+                rows // tasks.ids.shape[0], dim=0
+            )
             active = _active(reading, rows) if skip else None
     weights = {slot: found.expand(rows, -1) for slot, found in weights.items()}
     if asked is not None:
@@ -113,7 +115,7 @@ def _routed(reading: Reading) -> dict[str, Tensor]:
         elif slot not in found:
             weights = routing_of(member, reading, by_sample=by_row).weights
             rows = rows_of(member.leader, reading)
-            if rows is not None and len(weights) > rows:  # noted by token, for whoever looks
+            if rows is not None and weights.shape[0] > rows:  # noted by token, for whoever looks
                 weights = rearrange(weights, "(sample seq) expert -> sample seq expert", sample=rows)[:, 0]
             found[slot] = weights
     return found
@@ -157,11 +159,11 @@ def _samples(reading: Reading, x: Tensor, samples: int, rows: Tensor | None) -> 
     if rows is None:
         return x.reshape(samples, -1, x.shape[-1])
     assert reading.tasks is not None
-    return x.reshape(len(reading.tasks.ids), -1, x.shape[-1]).index_select(0, rows)
+    return x.reshape(reading.tasks.ids.shape[0], -1, x.shape[-1]).index_select(0, rows)
 
 
 def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
-    plan, rows = reading.plan, len(next(iter(found.picks.values())).experts)
+    plan, rows = reading.plan, next(iter(found.picks.values())).experts.shape[0]
     x = plan.members[0].bank.dropout(reading.x)
     x = _samples(reading, x, rows, found.rows)
     own, B = {}, {}
@@ -179,7 +181,7 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
         bank, picks, key = member.bank, found.picks[slot], member.key
         if key not in own:
             one = bank.shared_h(x, picks.experts.shape[1], reading.shares())
-            h[key] = one.reshape(len(x), -1, one.shape[-1])
+            h[key] = one.reshape(x.shape[0], -1, one.shape[-1])
         scale = scale_of(bank, picks).expand(-1, -1, B[key].blocks[0].shape[1]).flatten(1)
         parts[key] = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
     return parts

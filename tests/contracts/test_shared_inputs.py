@@ -102,25 +102,25 @@ def test_rows_for_the_base_only_stay_exact_within_a_group():
 
 
 class CountGemms(TorchDispatchMode):
-    """Counts matrix products with a matrix (d_in, columns) by its columns; those with few rows are the gates'."""
+    """Counts products with matrices (d_in, columns) by their columns; those with few rows are the gates'."""
 
-    def __init__(self):
+    def __init__(self, product):
         super().__init__()
-        self.columns = Counter()
+        self.product, self.columns = product, Counter()
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is torch.ops.aten.mm.default and args[1].shape[0] > len(TASKS):
-            self.columns[args[1].shape[1]] += 1
+        if function is self.product and args[1].shape[-2] > len(TASKS):
+            self.columns[args[1].shape[-1]] += 1
         return function(*args, **(kwargs or {}))
 
 
 def test_one_product_per_input_and_only_the_expert_in_use():
     model = molora_model("llama", "task-group", r=3)
     batch = {"input_ids": batch_for("llama")["input_ids"]}
-    for ids, experts in ((["alpha", "beta", "gamma"], 3), (["alpha"] * 3, 1)):
-        with torch.no_grad(), CountGemms() as count:
+    aten, rank = torch.ops.aten, 3
+    for ids, product in ((["alpha", "beta", "gamma"], aten.bmm), (["alpha"] * 3, aten.mm)):
+        with torch.no_grad(), CountGemms(product.default) as count:
             model(**batch, routing_task_ids=ids)
-        rank = 3 * experts
         # Per block: q, k, v together; gate and up together; o and down alone.
         assert (count.columns[3 * rank], count.columns[2 * rank], count.columns[rank]) == (2, 2, 4), (
             count.columns
