@@ -135,6 +135,16 @@ def step(settings: Settings) -> Found:
     return _bench(settings, "step", "1B bf16", "--rounds", "7")
 
 
+def mixed(settings: Settings) -> Found:
+    """A task for each sample, by the number of experts."""
+    return _bench(settings, "mixed", "1B bf16", "--rounds", "7", "--experts", "8", "64")
+
+
+def ways(settings: Settings) -> Found:
+    """The three ways to compute a top-2 mixture, by the number of experts."""
+    return gpu_stages.ways_by_experts(settings.device, quick=settings.quick), {}
+
+
 def compiled_step(settings: Settings) -> Found:
     """Training step ratios, compiled."""
     shape = "model quick" if settings.quick else "1B bf16"
@@ -157,6 +167,8 @@ STAGES: dict[str, tuple[Callable[[Settings], Found], int]] = {
     "memory": (memory, 40),
     "decode": (decode, 60),
     "step": (step, 90),
+    "mixed": (mixed, 60),
+    "ways": (ways, 30),
     "compiled step": (compiled_step, 120),
     "compiled decode": (compiled_decode, 120),
 }

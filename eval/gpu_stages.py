@@ -16,10 +16,11 @@ from torch.nn import functional as F
 from transformers import Trainer, TrainingArguments
 
 import molora
-from eval.bench import peers
+from eval.bench import common, peers
 from eval.bench.peers import BASE, CASES, MOLORA, PEFT_SMALL, PEFT_WIDE, Size
 from eval.bench.step import training_step
 from eval.gpu_precision import TINY, batches, gate_dtypes, mixture
+from molora.forward.dispatch import WAYS
 from molora.hf import MoLoraTrainerMixin
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
@@ -127,6 +128,28 @@ def skinny_gemms(device: str, *, quick: bool) -> dict[str, Any]:
         ratios = {name: round(value / copy, 3) for name, value in rows.items()}
         found[f"d={d}"] = {"copy GB/s": round(copy / 1e9, 1), **ratios}
     return found
+
+
+def ways_by_experts(device: str, *, quick: bool) -> dict[str, Any]:
+    """One linear, forward and backward, under a top-2 token gate: each way over the frozen base."""
+    width, seq, rounds = (64, 16, 2) if quick else (2048, 2048, 9)
+    base = peers.frozen_base(Size(None, width), torch.bfloat16, device)
+    inputs, found = peers.batch(base, 2, seq), {}
+    for experts in (8, 16) if quick else (8, 16, 32, 64, 128):
+        model = peers.molora(experts=experts)(peers.share(base), None)
+        runs = {BASE: training_step(peers.share(base), inputs)}
+        runs |= {way: _forced(way, training_step(model, inputs)) for way in WAYS}
+        times = common.interleaved(runs, rounds=rounds, device=device)
+        found[f"{experts} experts"] = {way: common.ratio(times, way, BASE) for way in WAYS}
+    return found
+
+
+def _forced(way: str, step: Callable[[], None]) -> Callable[[], None]:
+    def run() -> None:
+        with molora.dispatch(way):
+            step()
+
+    return run
 
 
 def _seconds(calls: list[Callable[[], Any]], device: str, repeats: int = 10) -> float:

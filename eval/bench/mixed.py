@@ -77,14 +77,18 @@ def peft_mixed(base: nn.Module) -> nn.Module:
     return peers.ready(model, None).eval()
 
 
+def tasks_of(experts: int) -> list[str]:
+    """The task of each sample."""
+    return [f"task_{i % experts}" for i in range(SAMPLES)]
+
+
 def models_of(base: nn.Module, experts: int) -> dict[str, tuple[nn.Module, dict[str, Any]]]:
     """The cases, and what says which sample has which task."""
-    tasks = [f"task_{i % experts}" for i in range(SAMPLES)]
     adapters = [f"adapter_{i % experts}" for i in range(SAMPLES)]
     return {
         BASE: (peers.share(base), {}),
         PEFT_SMALL: (peers.peft_lora(peers.RANK)(peers.share(base), None), {}),
-        MINE: (mixture(base, experts), {"routing_task_ids": tasks}),
+        MINE: (mixture(base, experts), {"routing_task_ids": tasks_of(experts)}),
         PEFT_MIXED: (peft_mixed(base), {"adapter_names": adapters}),
     }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from eval.bench import decode, peers, scaling
+from eval.bench import decode, mixed, peers, scaling
 from eval.bench.peers import Size
 from eval.bench.step import training_step
 from tests.training.runs import ROOT
@@ -80,6 +80,24 @@ def test_scaling_runs_and_draws(tmp_path):
     found = run("eval.bench.scaling", tmp_path / "a.json")
     assert set(found["curves"]) == {panel.title for panel in scaling.QUICK_PANELS}
     assert (tmp_path / "a.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_mixed_batches_run_in_every_mode(tmp_path):
+    found = run("eval.bench.mixed", tmp_path / "a.json")["shapes"]
+    assert set(found) == {"quick, 8 experts", "quick, 64 experts"}
+    assert all(set(mixed.MODES) < set(shape) for shape in found.values())
+
+
+def test_a_mixed_batch_gives_every_sample_its_own_task():
+    model = mixed.mixture(peers.frozen_base(Size(1, 32, vocab=32), torch.float32), 64).eval()
+    inputs = peers.batch(peers.frozen_base(Size(1, 32, vocab=32), torch.float32), mixed.SAMPLES, 2)
+    tasks = mixed.tasks_of(64)
+    with torch.no_grad():
+        together = model(**inputs, routing_task_ids=tasks).logits
+        alone = model(inputs_embeds=inputs["inputs_embeds"][5:6], routing_task_ids=tasks[5]).logits
+    assert len(set(tasks)) == mixed.SAMPLES
+    torch.testing.assert_close(together[5:6], alone, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.slow
