@@ -30,14 +30,15 @@ class DensePart:
         return expand(y, self.h, self.weights, self.expansion, self.B)
 
 
-def dense_parts(reading: Reading) -> dict[str, DensePart]:
-    """By module name, the parts of all members of a plan."""
+def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -> dict[str, DensePart]:
+    """By module name, the parts of all members of a plan; `weights`: by slot, where they are known already."""
     plan, x, experts = reading.plan, reading.x, reading.experts
     operands = _operands(plan, experts, x)
     one = reading.mount.config.gate.alone_is_one
-    routed = decided(reading.mount.task_map, reading.call, experts, alone_is_one=one)
+    routed = weights is not None or decided(reading.mount.task_map, reading.call, experts, alone_is_one=one)
     h, products = _shrink(reading, operands, routed=routed)
-    weights = _weights(reading, products)
+    if weights is None:
+        weights = _weights(reading, products)
     keys = [member.key for member in plan.members]
     if operands.joint is not None:  # without gradients the whole group is weighted at once
         h = weigh(h, _side_by_side(list(weights.values())), operands.joint)

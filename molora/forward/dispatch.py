@@ -56,19 +56,28 @@ def dispatch(way: str) -> Iterator[None]:
         yield
 
 
+def dispatched() -> str | None:
+    """The way that is forced here."""
+    forced = _FORCED.of(_EVERYWHERE)
+    return forced[-1] if forced else None
+
+
 def way_of(reading: Reading) -> Way:
     """The way for what is read now."""
-    forced = _FORCED.of(_EVERYWHERE)
+    forced = dispatched()
     leader = next(iter(reading.plan.leaders.values()), None)
     if leader is None or (not forced and reading.experts is not None and len(reading.experts) == 1):
         return Way("dense")
     slots, rows = slots_of(leader, reading), rows_of(leader, reading)
     if forced:
-        return Way(forced[-1], slots)
+        return Way(forced, slots)
     # Whatever the experts: what a task computes does not change when one is added.
     if leader.gate is None and rows is not None and reading.experts is None:
         return Way("by_sample", slots)
     experts = leader.bank.num_experts if reading.experts is None else len(reading.experts)
+    if slots is None and rows is None and not torch.compiler.is_compiling():
+        # Only the weights tell; they are worked out first wherever two experts for each token would pay.
+        return Way("by_token" if pays_by_token(leader, 2, experts) else "dense")
     if slots is None or slots >= experts:
         return Way("dense", slots)
     if torch.compiler.is_compiling():  # a rule that reads sizes would fix them
@@ -77,15 +86,19 @@ def way_of(reading: Reading) -> Way:
 
 
 def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens: int) -> Way:
-    # A feed-forward has a copy of its tokens for each slot, and each copy one expert.
-    copies, each = (slots, 1) if leader.feed_forward is not None else (1, slots)
+    copies = slots if leader.feed_forward is not None else 1  # it has a copy of its tokens for each slot
     samples = tokens if rows is None else rows  # a few tokens are samples of their own
     if samples * slots * (_COPY + tokens // samples) < experts * (_READ + tokens * copies):
         return Way("by_sample", slots)
+    grouped = rows is None and pays_by_token(leader, slots, experts)
+    return Way("by_token" if grouped else "dense", slots)
+
+
+def pays_by_token(leader: Mount, slots: int, experts: int) -> bool:
+    """Whether sending each token to so many of the experts costs less than computing all of them."""
+    each = 1 if leader.feed_forward is not None else slots
     rank = max(leader.bank.ranks)
-    if rows is None and each * (_SEND + rank) < experts * rank:
-        return Way("by_token", slots)
-    return Way("dense", slots)
+    return each * (_SEND + rank) < experts * rank
 
 
 def rows_of(leader: Mount, reading: Reading) -> int | None:

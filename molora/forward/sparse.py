@@ -15,7 +15,8 @@ from molora.calls.task_ids import base_only, spread
 from molora.calls.task_map import BASE_ONLY
 from molora.experts import by_sample, by_token, kernel
 from molora.experts.picks import Picked, Picks, ordered, picked, scale_of
-from molora.forward.dispatch import Way, rows_of
+from molora.forward.dense import DensePart, dense_parts
+from molora.forward.dispatch import Way, dispatched, pays_by_token, rows_of
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN
 from molora.forward.reading import Reading
@@ -187,11 +188,13 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
     return parts
 
 
-def by_token_parts(reading: Reading, way: Way) -> dict[str, ByToken]:
-    """By module name, the parts of all members of a plan."""
+def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePart]:
+    """By module name, the parts of all members of a plan; dense ones where the weights turn out to name too many."""
     found, plan = chosen(reading, way), reading.plan
+    if way.slots is None and not dispatched() and not _pays(reading, found):
+        return dense_parts(reading, found.weights)
     x = plan.members[0].bank.dropout(reading.x)
-    parts = {}
+    parts: dict[str, ByToken] = {}
     for slot in dict.fromkeys(plan.slots):
         members = [m for m, s in zip(plan.members, plan.slots, strict=True) if s == slot]
         picks = found.picks[slot]
@@ -209,6 +212,12 @@ def by_token_parts(reading: Reading, way: Way) -> dict[str, ByToken]:
             scale = scale_of(bank, picks).flatten(0, 1)[groups.pair]
             parts[key] = ByToken(h[key], scale, factors[key][1], groups, found.weights[slot])
     return parts
+
+
+def _pays(reading: Reading, found: Chosen) -> bool:
+    leader = next(iter(reading.plan.leaders.values()))
+    slots, experts = found.picks[leader.key].experts.shape[1], found.weights[leader.key].shape[1]
+    return pays_by_token(leader, slots, experts)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------

@@ -206,9 +206,17 @@ def test_the_rule_takes_the_way_that_costs_least():
     assert ways_taken(many(GateConfig(top_k=1)), **batch_for("llama", batch=1, seq=1)) == {"BySample"}
     assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {"DensePart"}
     assert ways_taken(many(GateConfig(select="dense")), **long) == {"DensePart"}
+    narrow, wide = GateConfig(select="top_p", top_p=0.01), GateConfig(select="top_p", top_p=0.99)
+    assert ways_taken(many(narrow), **long) == {"ByToken"}  # only the weights tell
+    assert ways_taken(many(wide), **long) == {"DensePart"}
     for way, part in zip(WAYS, ("DensePart", "BySample", "ByToken"), strict=True):
         with molora.dispatch(way):
             assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {part}
+
+
+@pytest.mark.parametrize("top_p", [0.01, 0.99])
+def test_what_only_the_weights_tell_changes_nothing(top_p):
+    agree(many(GateConfig(select="top_p", top_p=top_p), dtype=torch.float64).double(), batch_for("llama"))
 
 
 def test_an_unknown_way_is_refused():
