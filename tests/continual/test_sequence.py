@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,29 @@ def weights(folder):
     return load_file(folder / "adapter_model.safetensors")
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole sequence of a strategy, trained once; a test that changes one takes it `to` a folder of its own."""
+    runs = {}
+
+    def finish(kind, to=None, **changes):
+        key = (kind, *changes)
+        if key not in runs:
+            runs[key] = molora.train_sequence(recipe(tmp_path_factory.mktemp("whole"), kind, **changes))
+        if to is None:
+            return runs[key]
+        shutil.copytree(runs[key].path.parents[1], to, symlinks=True, dirs_exist_ok=True)
+        return Run.find(to / "seq")
+
+    return finish
+
+
+@pytest.fixture(scope="module")
+def t5(tmp_path_factory):
+    """The section of an encoder-decoder base."""
+    return {"model": str(write_t5(tmp_path_factory.mktemp("base") / "t5")), "task_type": "SEQ_2_SEQ_LM"}
+
+
 class Stop(Exception):
     """A crash at a chosen moment."""
 
@@ -97,8 +121,8 @@ KINDS = ("color", "slao", "gated", "replay", "inf_lora", "o_lora")
 @pytest.mark.parametrize(
     "kind", [*KINDS[:3], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[3:])]
 )
-def test_a_resumed_sequence_is_the_uninterrupted_one(kind, crash, tmp_path, monkeypatch):
-    whole = molora.train_sequence(recipe(tmp_path / "whole", kind))
+def test_a_resumed_sequence_is_the_uninterrupted_one(kind, crash, finished, tmp_path, monkeypatch):
+    whole = finished(kind)
     break_off, count = CRASHES[crash]
     with monkeypatch.context() as patched:
         break_off(patched, count)
@@ -139,8 +163,8 @@ def test_stages_are_runs_and_earlier_adapters_are_never_touched(tmp_path, monkey
         assert (run.path / name).stat().st_size > 0
 
 
-def test_the_finished_sequence_is_a_run_like_any_other(tmp_path):
-    run = molora.train_sequence(recipe(tmp_path))
+def test_the_finished_sequence_is_a_run_like_any_other(finished):
+    run = finished("color")
     report = molora.evaluate(run, modes=["task"])
     last = matrix(run)["matrices"]["shown"]["rows"][-1]
     assert last == [1, 1, 1]
@@ -161,9 +185,9 @@ KEPT, LOST = [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]
         ("gated", KEPT),
     ],
 )
-def test_every_other_strategy_runs(kind, rows, tmp_path):
+def test_every_other_strategy_runs(kind, rows, finished):
     """On tasks this easy what is forgotten is forgotten whole: the new letter is the answer to everything."""
-    run = molora.train_sequence(recipe(tmp_path, kind))
+    run = finished(kind)
     shown = matrix(run)["matrices"]["shown"]
     assert rows is None or shown["rows"] == rows
     assert len(shown["rows"]) == (1 if kind == "joint" else 3)
@@ -382,21 +406,21 @@ def test_a_mix_is_refused_under_a_strategy_of_ones_own_that_trains_on_one_task_a
     assert load_recipe(rehearsed).continual.strategy.kind == "rehearsal"
 
 
-def test_a_sum_of_experts_stays_one(tmp_path):
-    run = molora.train_sequence(recipe(tmp_path, "o_lora"))
+def test_a_sum_of_experts_stays_one(finished):
+    run = finished("o_lora")
     gates = [t for name, t in weights(run.adapter).items() if "molora_gate" in name]
     assert gates and all(torch.equal(t, torch.ones_like(t)) for t in gates)
 
 
-def test_a_sequence_can_grow_by_hand(tmp_path):
-    run = molora.train_sequence(recipe(tmp_path, "inc_lora"))
+def test_a_sequence_can_grow_by_hand(finished):
+    run = finished("inc_lora")
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "ella"})
     assert done.config.continual is None
     assert molora.evaluate(done, modes=["task"], tasks=["pig"]).score("pig", "task").count == 4
 
 
-def test_the_router_is_that_of_a_finished_sequence_and_cuts_prompts(tmp_path):
-    run = molora.train_sequence(recipe(tmp_path))
+def test_the_router_is_that_of_a_finished_sequence_and_cuts_prompts(finished, tmp_path):
+    run = finished("color", to=tmp_path)
     model, tokenizer, _ = load_trained(run.path)
     namer = molora.load_router(run)
     assert namer.tasks == list(NAMES)
@@ -427,10 +451,9 @@ def test_the_router_reads_what_was_scored(kind, tmp_path):
     assert found[-len(scored) + 1 :] == scored[1:] and (kind == "CAUSAL_LM" or found == scored)
 
 
-def test_a_damaged_sequence_is_not_published(tmp_path, monkeypatch):
-    monkeypatch.setattr(sequence.SequenceRun, "_publish", lambda *_: None)
-    run = molora.train_sequence(recipe(tmp_path))
-    monkeypatch.undo()
+def test_a_damaged_sequence_is_not_published(finished, tmp_path):
+    run = finished("color", to=tmp_path)
+    shutil.rmtree(run.adapter)  # as if stopped before that was published
     with pytest.raises(AdapterError, match="has no adapter yet") as found:
         molora.evaluate(run)
     assert "molora continual" in found.value.hint
@@ -476,8 +499,8 @@ def test_a_faulty_record_of_the_last_task_shows_before_the_first_is_trained(tmp_
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_finished_stage_fixes_the_length_of_training(tmp_path):
-    molora.train_sequence(recipe(tmp_path))
+def test_a_finished_stage_fixes_the_length_of_training(finished, tmp_path):
+    finished("color", to=tmp_path)
     with pytest.raises(ConfigError, match=r"eval\.max_new_tokens is 5"):
         molora.train_sequence(recipe(tmp_path, eval={"batch_size": 8, "max_new_tokens": 5}), resume=True)
     longer = recipe(tmp_path, train={**recipe(tmp_path)["train"], "max_steps": 7})
@@ -498,16 +521,14 @@ def test_the_gate_follows_the_strategy_unless_the_recipe_has_one(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["color", "inf_lora", "gated"])
-def test_encoder_decoder_models(kind, tmp_path):
-    base = {"model": str(write_t5(tmp_path / "base")), "task_type": "SEQ_2_SEQ_LM"}
-    found = matrix(molora.train_sequence(recipe(tmp_path / "runs", kind, base=base)))
+def test_encoder_decoder_models(kind, finished, t5):
+    found = matrix(finished(kind, base=t5))
     assert len(found["matrices"]["hidden"]["rows"]) == 3
     assert all(found["unchanged"].values()) or kind != "color"
 
 
-def test_add_expert_takes_the_kind_of_the_run(tmp_path):
-    base = {"model": str(write_t5(tmp_path / "base")), "task_type": "SEQ_2_SEQ_LM"}
-    run = molora.train_sequence(recipe(tmp_path / "runs", base=base))
+def test_add_expert_takes_the_kind_of_the_run(finished, t5):
+    run = finished("color", base=t5)
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}})
     assert done.config.data.tasks["back"].kind == "seq2seq"
     assert (
