@@ -20,7 +20,7 @@ from molora.config.section import (
 from molora.config.suggest import options
 from molora.registry import Lazy, Registry
 
-# Gates that strategies bring where the recipe's adapter says nothing of one.
+# Gates that strategies bring along.
 SUM = {"kind": "constant", "share": "global", "transform": "identity", "start": 1.0}
 BY_TASK = {"kind": "task", "share": "global"}
 GATED = {"kind": "sequence", "score": "cosine", "transform": "gain"}
@@ -33,29 +33,24 @@ _BY_COSINE = {"scope": "sequence", "score": "cosine", "transform": "gain", "norm
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """All that is known of a strategy before it runs.
+    """All that is known of a strategy before it runs. `strategy`: a subclass of `molora.continual.strategy.Strategy`.
 
-    Args:
-        strategy: its class, a subclass of `molora.continual.strategy.Strategy`.
-        settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
-        gate: the gate it brings where the recipe's adapter says nothing of one.
-        needs: what it cannot do without in a gate that the recipe gives instead.
-        router: the router it has where the recipe names none.
-        one_expert: all tasks train the same experts; else each task adds one and the others are frozen.
-        without_memory: it needs nothing of earlier tasks but their experts, so any trained run can go on with it.
-        task_by_task: it trains on the present task's records alone.
-        at_once: all tasks are learned in one turn.
+    `settings`: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
     """
 
     strategy: type | Lazy[type]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    gate: Mapping[str, Any] | str = field(default_factory=lambda: SUM)
-    needs: Mapping[str, Any] = field(default_factory=dict)
-    router: str | None = None
-    one_expert: bool = False
-    without_memory: bool = False
-    task_by_task: bool = True
-    at_once: bool = False
+    gate: Mapping[str, Any] | str = field(
+        default_factory=lambda: SUM
+    )  # where the recipe's adapter names none
+    needs: Mapping[str, Any] = field(default_factory=dict)  # of a gate that the recipe gives instead
+    router: str | None = None  # where the recipe names none
+    one_expert: bool = False  # all tasks train the same experts; else each adds one and the others are frozen
+    without_memory: bool = (
+        False  # it needs only the experts of earlier tasks: any trained run can go on with it
+    )
+    task_by_task: bool = True  # it trains on the present task's records alone
+    at_once: bool = False  # all tasks are learned in one turn
 
     def load(self) -> type:
         """The class."""

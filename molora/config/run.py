@@ -105,10 +105,9 @@ class RunConfig(Section):
     def _kinds_follow_the_base(cls, data: Any) -> Any:
         """A task without `kind` has the kind that fits base.task_type."""
         try:
-            kind = KIND_OF_TASK_TYPE[data["base"]["task_type"]]
+            kind, tasks = KIND_OF_TASK_TYPE[data["base"]["task_type"]], data["data"]["tasks"]
             tasks = {
-                name: {"kind": kind} | task if isinstance(task, dict) else task
-                for name, task in data["data"]["tasks"].items()
+                n: {"kind": kind} | task if isinstance(task, dict) else task for n, task in tasks.items()
             }
         except (KeyError, TypeError, AttributeError):  # the same
             return data

@@ -104,10 +104,10 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
         value = getattr(values, name)
         if isinstance(value, str):
             if choices and value not in choices:
-                number = "a number or " if bound else ""
+                either = "a number or one" if bound else "one"
                 yield (
                     name,
-                    f"{value!r} is not {number}one of {', '.join(choices)}.{did_you_mean(value, choices)}",
+                    f"{value!r} is not {either} of {', '.join(choices)}.{did_you_mean(value, choices)}",
                 )
             elif bound and not choices:
                 yield name, f"must be a number, not {value!r}."
