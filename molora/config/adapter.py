@@ -42,12 +42,9 @@ class GateSection(Section, GateSettings):
         if kind not in GATE_KINDS:
             refuse([(("kind",), f"{kind!r} is not a kind of gate.{options(kind, GATE_KINDS)}")])
         legal = GATE_KIND_KEYS[kind]
-        text, settings = (
-            f"not a setting of gate kind {kind!r}.",
-            f"Its settings: {', '.join(('kind', *legal))}.",
-        )
+        text, settings = f"not a setting of gate kind {kind!r}.", ", ".join(("kind", *legal))
         strange = [key for key in given if key not in legal]
-        refuse(((key,), f"{text}{did_you_mean(key, legal)} {settings}") for key in strange)
+        refuse(((key,), f"{text}{did_you_mean(key, legal)} Its settings: {settings}.") for key in strange)
         return GATE_KINDS[kind] | given
 
     @model_validator(mode="after")

@@ -40,15 +40,11 @@ class StrategySpec:
 
     strategy: type | Lazy[type]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    gate: Mapping[str, Any] | str = field(
-        default_factory=lambda: SUM
-    )  # where the recipe's adapter names none
+    gate: Mapping[str, Any] | str = field(default_factory=lambda: SUM)  # where the adapter names none
     needs: Mapping[str, Any] = field(default_factory=dict)  # of a gate that the recipe gives instead
     router: str | None = None  # where the recipe names none
     one_expert: bool = False  # all tasks train the same experts; else each adds one and the others are frozen
-    without_memory: bool = (
-        False  # it needs only the experts of earlier tasks: any trained run can go on with it
-    )
+    without_memory: bool = False  # it needs only the experts of earlier tasks, so any run can go on
     task_by_task: bool = True  # it trains on the present task's records alone
     at_once: bool = False  # all tasks are learned in one turn
 

@@ -13,9 +13,7 @@ from molora.config.suggest import options
 # What each source needs, and what it may have beside that.
 SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "synthetic": (("generator",), ()),
-    "jsonl": (("train",), ("eval",)),
-    "csv": (("train",), ("eval",)),
-    "parquet": (("train",), ("eval",)),
+    **dict.fromkeys(("jsonl", "csv", "parquet"), (("train",), ("eval",))),
     "hub": (("dataset",), ("subset", "revision", "train_split", "eval_split")),
     "folder": (("path",), ("train_split", "eval_split")),
 }

@@ -139,15 +139,8 @@ def _describe(model: type[BaseModel], path: Path, item: Any) -> str:
         allowed = [part.strip(" '") for part in ctx["expected"].replace(" or ", ", ").split(",")]
         return f"{given!r} is not allowed.{options(given, allowed)}"
     if kind in TYPE_NAMES:
-        shown = (
-            "a mapping"
-            if isinstance(given, Mapping)
-            else "a list"
-            if isinstance(given, list)
-            else repr(given)
-        )
         plain = kind == "string_type" and isinstance(given, (int, float))
-        return f"must be {TYPE_NAMES[kind]}, not {shown}{'; put it in quotes' if plain else ''}."
+        return f"must be {TYPE_NAMES[kind]}, not {_short(given)}{'; put it in quotes' if plain else ''}."
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
         return f"must be {words} {ctx[key]:g}, not {given!r}."
@@ -156,6 +149,12 @@ def _describe(model: type[BaseModel], path: Path, item: Any) -> str:
     if kind == "finite_number":
         return f"must be a finite number, not {given!r}."
     return str(item["msg"])
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return "a mapping"
+    return "a list" if isinstance(value, list) else repr(value)
 
 
 def settings_at(model: type[BaseModel], path: Path) -> list[str]:

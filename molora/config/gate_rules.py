@@ -21,7 +21,7 @@ SCORES: dict[str, tuple[str, ...]] = {
 
 
 def without_idle(gate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A gate's fields (or its `kind` and some of them) without those that do not act, but for the ones in `given`."""
+    """A gate's fields (or its `kind` and some of them) without those that do not act, unless they are in `given`."""
     declared = fields(GateSettings)
     whole = {f.name: default_of(f) for f in declared} | GATE_KINDS.get(gate.get("kind", ""), {}) | dict(gate)
     idle = [f.name for f in declared if f.name in gate and not acts(f, whole)]
@@ -82,10 +82,8 @@ def _scope(gate: GateSettings) -> Iterator[tuple[str, str]]:
     scope, hard = gate.scope, not gate.learned
     if gate.share == "global" and scope in ("token", "sequence"):
         own = "tokens" if scope == "token" else "sequence"
-        text = (
-            f"'global' cannot read each layer's own {own}; use linear, group or block, or a gate that reads "
-        )
-        yield "share", text + "something else: scope task, external, two_pass or constant."
+        text = f"'global' cannot read each layer's own {own}; use linear, group or block, or a gate that "
+        yield "share", text + "reads something else: scope task, external, two_pass or constant."
     if hard != (gate.transform == "identity" and gate.select == "hard"):
         text = "identity with select: hard goes with scope: task and score: none, and nothing else does."
         yield "transform", text

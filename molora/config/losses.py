@@ -19,9 +19,7 @@ class LossSpec:
     """What the rules know of a loss. `function`: (`GateView`, settings) -> scalar; None for losses of the experts alone."""
 
     function: Lazy[Callable[..., Any]] | Callable[..., Any] | None = None
-    settings: Mapping[str, Option] = field(
-        default_factory=lambda: MASK
-    )  # what may be set beside the coefficient
+    settings: Mapping[str, Option] = field(default_factory=lambda: MASK)  # beside the coefficient
     of_gate: bool = True  # of a gate's answers, not of the experts alone
     by_task: bool = False  # it goes by each task's own experts
     of_probabilities: bool = False  # it needs a transform that gives probabilities

@@ -162,11 +162,8 @@ def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
             f"{name!r} is the only expert of task {', '.join(map(repr, orphans))}.",
             hint="give the task another expert first, or pass drop_tasks=True to forget the task as well.",
         )
-    tasks = {
-        task: replace(row, experts=_without(row.experts, name))
-        for task, row in roster.tasks.items()
-        if task not in orphans
-    }
+    kept = {task: row for task, row in roster.tasks.items() if task not in orphans}
+    tasks = {task: replace(row, experts=_without(row.experts, name)) for task, row in kept.items()}
     return replace(roster, experts=tuple(row for row in roster.experts if row.name != name), tasks=tasks)
 
 
@@ -178,9 +175,7 @@ def frozen(roster: Roster, names: Iterable[str], state: bool = True) -> Roster:
     chosen = set(names)
     for name in names:
         roster.index(name)
-    rows = [
-        replace(row, frozen=state, free_row=False) if row.name in chosen else row for row in roster.experts
-    ]
+    rows = [replace(e, frozen=state, free_row=False) if e.name in chosen else e for e in roster.experts]
     parts = sorted({(row.block, not row.frozen) for row in rows})
     experts = tuple(replace(row, block=parts.index((row.block, not row.frozen))) for row in rows)
     extras = roster.frozen_extras and any(row.frozen for row in experts)

@@ -105,10 +105,8 @@ class RunConfig(Section):
     def _kinds_follow_the_base(cls, data: Any) -> Any:
         """A task without `kind` has the kind that fits base.task_type."""
         try:
-            kind, tasks = KIND_OF_TASK_TYPE[data["base"]["task_type"]], data["data"]["tasks"]
-            tasks = {
-                n: {"kind": kind} | task if isinstance(task, dict) else task for n, task in tasks.items()
-            }
+            kind, named = KIND_OF_TASK_TYPE[data["base"]["task_type"]], data["data"]["tasks"].items()
+            tasks = {name: {"kind": kind} | task if isinstance(task, dict) else task for name, task in named}
         except (KeyError, TypeError, AttributeError):  # the same
             return data
         return data | {"data": data["data"] | {"tasks": tasks}}
@@ -158,10 +156,8 @@ class RunConfig(Section):
     def _strategy_problems(self, continual: ContinualConfig) -> Iterator[Problem]:
         """What the rest of the recipe must be for a strategy to keep its promise."""
         strategy, softmax = continual.strategy, continual.softmax
-        kind, gate = strategy.kind, self.adapter.gate
-        wrong = [
-            f"{key} {value}" for key, value in strategy.spec.needs.items() if getattr(gate, key) != value
-        ]
+        kind, gate, needs = strategy.kind, self.adapter.gate, strategy.spec.needs
+        wrong = [f"{key} {value}" for key, value in needs.items() if getattr(gate, key) != value]
         if wrong:
             text = f"strategy {kind} needs a gate of {', '.join(wrong)}; leave the gate out to get it."
             yield ("adapter", "gate"), text

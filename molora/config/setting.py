@@ -19,23 +19,18 @@ from molora.config.suggest import did_you_mean
 T = TypeVar("T")
 
 
-def setting(
-    default: object = MISSING,
-    doc: str = "",
-    *,
-    make: object = MISSING,
-    acts_with: Mapping[str, Sequence[str]] | None = None,
-) -> Any:
+def setting(default: object, doc: str = "", *, acts_with: Mapping[str, Sequence[str]] | None = None) -> Any:
     """A dataclass field that says what it is.
 
     Args:
-        default: its default.
+        default: its default; `dict` or `list` for an empty one that is made anew each time.
         doc: what it means, one or a few lines.
-        make: makes the default where it must be a new object each time.
-        acts_with: other fields and the values of theirs (none listed: any but None) beside one of which it acts.
+        acts_with: other fields, and their values (none listed: any but None) beside one of which this field acts.
     """
     metadata = {"doc": doc, "acts_with": dict(acts_with or {})}
-    return field(default=default, default_factory=make, metadata=metadata)  # type: ignore[call-overload]
+    if default is dict or default is list:
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def documented(declared: type[T]) -> type[T]:
