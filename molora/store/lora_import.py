@@ -15,7 +15,7 @@ from molora.errors import AdapterError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import LoraFolder, read_lora
-from molora.tuner.api import find_context
+from molora.tuner.api import config_of, find_context
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.grow import add_expert
 from molora.tuner.layer import MoLoraLayer
@@ -60,7 +60,7 @@ def import_lora(
     wrapped = peft_model(model)
     adapter = active_adapter(wrapped, adapter_name)
     context = find_context(wrapped)
-    config: MoLoraConfig = context.adapters[adapter].config
+    config = config_of(context, adapter)
     lora = read_lora(folder)
     layers: dict[str, MoLoraLayer] = {
         m.mounts[adapter].key: m
