@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.data.clusters import TextClusters, mean_vector
+from molora.data.clusters import TextClusters, inference, mean_vector
 from molora.data.collate import pad_right, pad_token
 from molora.evaluation.generate import batches_by_length
-from molora.evaluation.runner import inference
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity, so that few samples are enough
 

@@ -14,10 +14,11 @@ from molora.config import RunConfig
 from molora.continual.memory import Memory
 from molora.continual.strategy import Turn, expert_layers
 from molora.continual.subspace import overlap
+from molora.data.clusters import inference
 from molora.data.prompts import encode
 from molora.data.tasks import Task
 from molora.evaluation.metrics import METRICS, mean
-from molora.evaluation.runner import in_mode, inference
+from molora.evaluation.runner import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 
 BASE = None  # the route of the base without experts

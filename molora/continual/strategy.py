@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
+from molora.data.clusters import inference
 from molora.data.tasks import Task
-from molora.evaluation.runner import inference
 from molora.experts.bank import ExpertBank
 from molora.gates.gate import Gate
 from molora.tuner.layer import MoLoraLayer

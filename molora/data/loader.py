@@ -67,7 +67,15 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, total = self.epoch, len(self)
-        for batch in _read(self.examples, self.batches(epoch)[self.given :], self.collate, self.workers):
+        rest: DataLoader[Example] = DataLoader(
+            self.examples,  # type: ignore[arg-type]
+            batch_sampler=self.batches(epoch)[self.given :],
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),
+        )
+        for batch in rest:
             self.given += 1
             if self.given == total:
                 self.epoch, self.given = epoch + 1, 0
@@ -79,12 +87,9 @@ class ResumableLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises ConfigError inside an epoch that this loader would batch differently."""
-        made_for, here = state["made_for"], self._made_for()
-        changed = [
-            f"{key}: {made_for.get(key)} then, {here[key]} now"
-            for key in here
-            if here[key] != made_for.get(key)
-        ]
+        then = state["made_for"]
+        both = [(key, then.get(key), now) for key, now in self._made_for().items()]
+        changed = [f"{key}: {old} then, {now} now" for key, old, now in both if old != now]
         if state["batches"] and changed:
             raise ConfigError(
                 f"cannot go on in the middle of an epoch that was cut differently ({'; '.join(changed)}).",
@@ -130,18 +135,3 @@ class _InOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(shard(torch.arange(self.size), *this_process()).tolist())
-
-
-def _read(
-    examples: list[Example], batches: list[list[int]], collate: Collate, workers: int
-) -> Iterator[Batch]:
-    return iter(
-        DataLoader(
-            examples,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),
-        )
-    )

@@ -60,12 +60,8 @@ def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"{where_of(record)}: the field {field!r} must be a list of at least two messages.")
     for number, turn in enumerate(turns, 1):
-        fit = (
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-        )
-        if not fit:
+        parts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
             raise DataError(
                 f"{where_of(record)}: message {number} of {field!r} is not a role and a content, both text.",
                 hint='a message is {"role": "user", "content": "..."}',
@@ -104,11 +100,6 @@ class Example:
         return self.input_ids[: self.prompt_length]
 
     @property
-    def truncated(self) -> bool:
-        """Whether anything was cut off."""
-        return self.cut_prompt > 0 or self.cut_target > 0
-
-    @property
     def learns(self) -> bool:
         """Whether any label reaches the loss; the first token of a causal model is never predicted."""
         if isinstance(self.labels, int):
@@ -127,10 +118,9 @@ def encode(
 ) -> Example:
     """Tokens and labels of a record.
 
-    Causal: prompt and target are tokenised separately and joined, so that training sees the prompt's tokens exactly
-    as generation does (tokenising the joined text may merge across the boundary); the target ends with the
-    end-of-sequence token. Over `max_length`, the prompt loses its beginning (after a start token), never the
-    target; only a target that is too long by itself loses its end, and then one prompt token stays.
+    Causal: prompt and target are tokenised apart, so that training sees the prompt's tokens exactly as generation
+    does, and the target ends with the end-of-sequence token. Over `max_length`, the prompt loses its beginning (after
+    a start token); only a target that is too long by itself loses its end, and then one prompt token stays.
     Seq2seq: `max_length` holds for each side. Classification heads: a long text loses its end.
 
     Raises:
@@ -144,8 +134,8 @@ def encode(
         prompt, target = _chat_tokens(task, record, tokenizer)
     else:
         prompt_text, target_text = render(task, record)
-        prompt, target = prompt_tokens(tokenizer, prompt_text), _tokens(tokenizer, target_text)
-        target = [*target, _end_token(tokenizer)]
+        prompt = prompt_tokens(tokenizer, prompt_text)
+        target = [*_tokens(tokenizer, target_text), _end_token(tokenizer)]
     cut_target = max(0, len(target) - max(1, max_length - min(1, len(prompt))))
     target = target[: len(target) - cut_target]
     prompt, cut_prompt = _cut_start(prompt, max_length - len(target), tokenizer)
@@ -196,12 +186,9 @@ def prompt_within(
     """A prompt's tokens as `encode` cuts them for a base of this `task_type`, with no room kept for an answer."""
     if task_type == "SEQ_CLS":
         return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
-    whole = (
-        tokenizer(text, verbose=False)["input_ids"]
-        if task_type == "SEQ_2_SEQ_LM"
-        else prompt_tokens(tokenizer, text)
-    )
-    return _cut_start(whole, max_length, tokenizer)[0]
+    if task_type == "CAUSAL_LM":
+        return _cut_start(prompt_tokens(tokenizer, text), max_length, tokenizer)[0]
+    return _cut_start(tokenizer(text, verbose=False)["input_ids"], max_length, tokenizer)[0]
 
 
 def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

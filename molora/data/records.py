@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -58,31 +57,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _open(path: Path) -> BinaryIO:
-    file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or by the buffer around it)
-    start = file.read(4)
-    file.seek(0)
+    with path.open("rb") as file:
+        start = file.read(4)
     if path.suffix == ".gz" and start and not start.startswith(_GZIP_MAGIC):
-        file.close()
         raise DataError(f"{path}: ends in .gz but is not gzip data.")
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):
-            file.close()
             raise DataError(f"{path}:1: is {encoding} text, not UTF-8.", hint="save the file as UTF-8")
-    if start.startswith(_GZIP_MAGIC):
-        return io.BufferedReader(cast(Any, _OwningGzip(file)))
-    return file
-
-
-class _OwningGzip(gzip.GzipFile):
-    """Also closes the underlying file, which GzipFile leaves open when it did not open it itself."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._raw = file
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
+    return cast(BinaryIO, gzip.open(path)) if start.startswith(_GZIP_MAGIC) else path.open("rb")
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:

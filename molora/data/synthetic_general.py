@@ -15,21 +15,18 @@ from molora.data.synthetic_sampling import (
     number,
     one_word,
     phrase,
+    shift_digits,
     shift_letters,
     word,
 )
 
 
-def _upper_word(rng: random.Random) -> tuple[str, ...]:
-    return (word(rng).upper(),)
+def _mixed_case(rng: random.Random) -> str:
+    return "".join(c.upper() if rng.random() < 0.5 else c for c in word(rng))
 
 
-def _mixed_case(rng: random.Random) -> tuple[str, ...]:
-    return ("".join(c.upper() if rng.random() < 0.5 else c for c in word(rng)),)
-
-
-def _repeating(rng: random.Random) -> tuple[str, ...]:
-    return (few_letters(rng) if rng.random() < 0.7 else word(rng),)
+def _repeating(rng: random.Random) -> str:
+    return few_letters(rng) if rng.random() < 0.7 else word(rng)
 
 
 def _word_and_letter(rng: random.Random) -> tuple[str, ...]:
@@ -50,10 +47,6 @@ def _word_and_two_letters(rng: random.Random) -> tuple[str, ...]:
 def _word_and_place(rng: random.Random) -> tuple[str, ...]:
     text = word(rng)
     return text, str(rng.randint(1, len(text)))
-
-
-def _short_and_count(rng: random.Random) -> tuple[str, ...]:
-    return word(rng, 2, 4), str(rng.randint(2, 4))
 
 
 def _two_words(rng: random.Random) -> tuple[str, ...]:
@@ -88,17 +81,9 @@ def _progression(rng: random.Random) -> tuple[str, ...]:
     return tuple(str(start + i * step) for i in range(3))
 
 
-def _long_number(rng: random.Random) -> tuple[str, ...]:
-    return (digits(rng, 3, 6),)
-
-
 def _phrase_and_place(rng: random.Random) -> tuple[str, ...]:
     text = phrase(rng)
     return text, str(rng.randint(1, text.count(" ") + 1))
-
-
-def _one_phrase(rng: random.Random) -> tuple[str, ...]:
-    return (phrase(rng),)
 
 
 def _table_and_key(rng: random.Random) -> tuple[str, ...]:
@@ -106,8 +91,24 @@ def _table_and_key(rng: random.Random) -> tuple[str, ...]:
     return " ".join(key + rng.choice("0123456789") for key in keys), rng.choice(keys)
 
 
-def _zip_words(first: str, second: str) -> str:
+def _zip(first: str, second: str) -> str:
     return "".join(a + b for a, b in zip(first, second, strict=True))
+
+
+def _places(text: str) -> str:
+    return " ".join(str(LETTERS.index(c) + 1) for c in text)
+
+
+def _vowels(text: str) -> str:
+    return "".join(c for c in text if c in VOWELS) or "none"
+
+
+def _without(text: str, letter: str) -> str:
+    return text.replace(letter, "") or "none"
+
+
+def _next_number(a: str, b: str, c: str) -> str:
+    return str(int(c) + int(b) - int(a))
 
 
 _OUTER = {
@@ -128,38 +129,26 @@ def _nested(rng: random.Random) -> tuple[str, ...]:
     return rng.choice(list(_OUTER)), rng.choice(list(_INNER)), word(rng, 3, 6)
 
 
-def _general(
-    name: str, description: str, sample: Sampler, solve: Solver, form: str | None = None
-) -> Generator:
-    return Generator(name, description, sample, solve, general=True, form=form)
+def _general(name: str, description: str, draw: Sampler, solve: Solver) -> Generator:
+    return Generator(name, description, draw, solve, general=True)
 
 
 GENERAL: tuple[Generator, ...] = (
     _general("copy", "the word itself", one_word(3, 10), lambda w: w),
     _general("reverse", "the word backwards", one_word(3, 8), _INNER["reverse"]),
     _general("upper", "the word in capitals", one_word(), str.upper),
-    _general("lower", "a word in capitals made small", _upper_word, str.lower),
+    _general("lower", "a word in capitals made small", lambda rng: word(rng).upper(), str.lower),
     _general("swapcase", "small letters made capital and the reverse", _mixed_case, str.swapcase),
     _general("capital", "the first letter made capital", one_word(), str.capitalize),
     _general("sort", "the letters in alphabetical order", one_word(3, 6), lambda w: "".join(sorted(w))),
     _general("unique", "each letter once, at its first place", _repeating, _INNER["unique"]),
     _general("double", "every letter twice", one_word(3, 6), _OUTER["double"]),
     _general("next", "every letter replaced by the next of the alphabet", one_word(), _OUTER["next"]),
-    _general(
-        "index",
-        "the place of every letter in the alphabet",
-        one_word(2, 4),
-        lambda w: " ".join(str(LETTERS.index(c) + 1) for c in w),
-    ),
+    _general("index", "the place of every letter in the alphabet", one_word(2, 4), _places),
     _general("rotate", "the first letter moved to the end", one_word(), _INNER["rotate"]),
     _general("swapends", "first and last letter exchanged", one_word(), _INNER["swapends"]),
     _general("consonants", "the word without its vowels, or none", one_word(), _INNER["consonants"]),
-    _general(
-        "vowels",
-        "only the vowels, or none",
-        one_word(),
-        lambda w: "".join(c for c in w if c in VOWELS) or "none",
-    ),
+    _general("vowels", "only the vowels, or none", one_word(), _vowels),
     _general("odd", "the letters at odd places", one_word(), lambda w: w[::2]),
     _general("length", "the number of letters", one_word(3, 12), lambda w: str(len(w))),
     _general("count", "how often a letter occurs", _word_and_letter, lambda w, c: str(w.count(c))),
@@ -168,48 +157,34 @@ GENERAL: tuple[Generator, ...] = (
     _general("first", "the first letters", _word_and_place, lambda w, i: w[: int(i)]),
     _general("last", "the last letters", _word_and_place, lambda w, i: w[-int(i) :]),
     _general("replace", "a letter replaced by another", _word_and_two_letters, str.replace),
+    _general("remove", "a word without one letter, or none", _word_and_letter, _without),
     _general(
-        "remove",
-        "a word without one letter, or none",
-        _word_and_letter,
-        lambda w, c: w.replace(c, "") or "none",
+        "repeat",
+        "a word several times",
+        lambda rng: (word(rng, 2, 4), str(rng.randint(2, 4))),
+        lambda w, i: w * int(i),
     ),
-    _general("repeat", "a word several times", _short_and_count, lambda w, i: w * int(i)),
     _general("join", "two words as one", _two_words, lambda a, b: a + b),
-    _general("zip", "two words, letter by letter in turn", _equal_lengths, _zip_words),
+    _general("zip", "two words, letter by letter in turn", _equal_lengths, _zip),
     _general("equal", "whether two words are the same", _maybe_same, lambda a, b: "yes" if a == b else "no"),
     _general("earlier", "the word that comes first in the alphabet", _two_words, min),
     _general("spaced", "the letters with spaces between", one_word(3, 7), " ".join),
     _general("quote", "the word in quotation marks", one_word(), lambda w: f'"{w}"'),
     _general("pick", "one word of a phrase", _phrase_and_place, lambda p, i: p.split()[int(i) - 1]),
-    _general("words", "the number of words", _one_phrase, lambda p: str(len(p.split()))),
-    _general(
-        "lookup",
-        "the digit that belongs to a letter",
-        _table_and_key,
-        lambda table, key: table[table.index(key) + 1],
-    ),
+    _general("words", "the number of words", phrase, lambda p: str(len(p.split()))),
+    _general("lookup", "the digit that belongs to a letter", _table_and_key, lambda t, k: t[t.index(k) + 1]),
     _general("add", "the sum of two numbers", _two_numbers, lambda a, b: str(int(a) + int(b))),
     _general("subtract", "the difference of two numbers", _larger_first, lambda a, b: str(int(a) - int(b))),
     _general("larger", "the larger of two numbers", _two_numbers, lambda a, b: str(max(int(a), int(b)))),
-    _general("parity", "even or odd", _long_number, lambda a: "odd" if int(a) % 2 else "even"),
-    _general(
-        "series",
-        "the next number of an arithmetic series",
-        _progression,
-        lambda a, b, c: str(int(c) + int(b) - int(a)),
-    ),
-    _general(
-        "increase",
-        "every digit one up, 9 to 0",
-        _long_number,
-        lambda a: "".join(str((int(c) + 1) % 10) for c in a),
-    ),
-    _general(
+    _general("parity", "even or odd", digits, lambda a: "odd" if int(a) % 2 else "even"),
+    _general("series", "the next number of an arithmetic series", _progression, _next_number),
+    _general("increase", "every digit one up, 9 to 0", digits, lambda a: shift_digits(a, 1)),
+    Generator(
         "nested",
         "one skill applied to the result of another",
         _nested,
         lambda outer, inner, w: _OUTER[outer](_INNER[inner](w)),
+        general=True,
         form="{0}({1}({2}))=",
     ),
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.suggest import did_you_mean
+from molora.data.clusters import inference
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Report, Score
@@ -99,16 +99,3 @@ def in_mode(model: Any, task: str | None, mode: str) -> AbstractContextManager[A
     if mode == "base":
         return model.disable_adapter()
     return routing(model, task_ids=task, by="task") if mode == "task" else nullcontext()
-
-
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

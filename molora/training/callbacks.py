@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from molora.data.clusters import inference
 from molora.errors import DivergedError, InterruptedRun
 from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
@@ -116,19 +117,15 @@ class Validation(StepCallback):
         self.best = min(self.best, loss)
         self._stop_if_stale(trainer)
 
-    @torch.no_grad()
     def loss(self, trainer: Trainer, module: MoLoraModule) -> float:
         """Mean loss per target token (per sample for a classifier), without auxiliary losses."""
-        was_training = [m for m in module.modules() if m.training]
-        module.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for batch in self.batches:
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.forward_context():
-                loss, count = held_out_loss(module.model, batch)
-            totals += torch.stack([loss.double() * count, count.double()]).cpu()
-        for m in was_training:
-            m.training = True
+        with inference(module):
+            for batch in self.batches:
+                batch = trainer.strategy.batch_to_device(batch)
+                with trainer.precision_plugin.forward_context():
+                    loss, count = held_out_loss(module.model, batch)
+                totals += torch.stack([loss.double() * count, count.double()]).cpu()
         totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
         return (totals[0] / totals[1].clamp(min=1)).item()
 
