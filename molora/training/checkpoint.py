@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,6 +18,7 @@ from torch import nn
 from molora.disk.atomic import write_folder
 from molora.disk.manifest import is_complete, verify_folder
 from molora.errors import DivergedError
+from molora.store.runs import checkpoints
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
@@ -171,19 +171,3 @@ class Checkpoints(StepCallback):
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         return path
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, damaged ones included."""
-    found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
-    return sorted((path for path, match in found.items() if match), key=checkpoint_step)
-
-
-def latest_valid(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint: after damage an older one is better than none."""
-    return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
-
-
-def checkpoint_step(path: Path | None) -> int:
-    """The step a checkpoint folder was written at; 0 for none."""
-    return 0 if path is None else int(path.name.removeprefix("step-"))

@@ -21,9 +21,9 @@ from molora.models.build import build_model, labels_of_tasks, load_trained, task
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
-from molora.store.runs import Run
+from molora.store.runs import Run, checkpoint_step
 from molora.training.callbacks import Interrupt
-from molora.training.checkpoint import Checkpoints, checkpoint_step, latest_valid
+from molora.training.checkpoint import Checkpoints
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
@@ -116,7 +116,7 @@ def fit(
     with run.lock() if run is not None and first else nullcontext():
         if run is not None and first:
             check_target(run.adapter)  # a resumed run replaces it in the end
-        checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
+        checkpoint = run.latest_checkpoint if run is not None else None
         if run is not None and first:
             write_config(run, config)
         writer = Checkpoints(folder / "checkpoints", settings.save_every or steps, settings.keep_checkpoints)
