@@ -41,9 +41,7 @@ class Answers(HeldOut):
     def score(self, routes: Sequence[str | None], classes: Sequence[Sequence[int]]) -> float:
         """The task's metric where each record is answered on a route of its own.
 
-        Args:
-            routes: of each record, the task whose experts answer, OPEN or BASE.
-            classes: of each record, the classes a classifier may choose from.
+        routes: of each record, the task whose experts answer, OPEN or BASE. classes: those a classifier may choose from.
         """
         for route in dict.fromkeys(routes):
             known = self._known.setdefault(route, {})

@@ -144,6 +144,6 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBa
     """Name, layer and bank of every adapted linear with experts, under the one active adapter."""
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter in layer.active_adapters:
-            site = layer.mounts.get(adapter)
-            if site is not None and not site.plain:
-                yield site.key, layer, site.bank
+            mount = layer.mounts.get(adapter)
+            if mount is not None and not mount.plain:
+                yield mount.key, layer, mount.bank

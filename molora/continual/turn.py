@@ -48,9 +48,8 @@ def turn_recipe(
         adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
     else:
         names = names[: turn + 1]
-        alone = (
-            config.adapter.gate.score == "none"
-        )  # the task id decides; a learned gate may use the older ones too
+        # Where the task id decides, each task has its own expert; a learned gate may use the older ones too.
+        alone = config.adapter.gate.score == "none"
         adapter["num_experts"], adapter["expert_names"] = len(names), names
         adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
     plain["continual"] = None
@@ -77,17 +76,15 @@ def play_turn(
         config: the recipe of this turn alone.
         model: as earlier tasks left it.
         conclude: called with the run and the trained model, in eval mode, once the strategy is done with the task.
-        known_ids: ids of all tasks by name.
         expert: the expert that joins; None where the task trains one that is there.
         softmax: whose labels compete in a classifier's loss; None: the strategy says.
         run: the run to go on with, or the folder to begin in; None makes a new one.
     """
     prepare_process(config.seed)  # a new expert starts alike, however much was drawn before
     if expert is not None:
-        name = turn.task.name
-        model.add_expert(
-            expert.name or name, tasks=[name], init=expert.init, freeze_others=True, isolate=expert.isolate
-        )
+        task = turn.task.name
+        options = {"init": expert.init, "freeze_others": True, "isolate": expert.isolate}
+        model.add_expert(expert.name or task, tasks=[task], **options)
     ready_to_train(model.get_base_model(), config.train)
     hold_sum(model)
     compete(model, turn.competing(softmax or strategy.softmax))

@@ -40,9 +40,8 @@ class TextClusters:
     def fit(cls, embeddings: Tensor, num_clusters: int, seed: int = 0) -> TextClusters:
         """k-means of `embeddings` (text, d); the same clusters for the same seed.
 
-        Raises:
-            ConfigError: scikit-learn is missing, or fewer different texts than clusters.
-            DataError: embeddings of another shape, or not finite.
+        Raises ConfigError where scikit-learn is missing or there are fewer different texts than clusters, DataError for
+        embeddings of another shape, or not finite.
         """
         try:
             from sklearn.cluster import KMeans
@@ -80,11 +79,7 @@ class TextClusters:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextClusters:
-        """Read what `save` wrote.
-
-        Raises:
-            AdapterError: the file is missing, damaged, or holds something else.
-        """
+        """Read what `save` wrote; AdapterError where the file is missing, damaged, or holds something else."""
         try:
             tensors = load(Path(path).read_bytes())
         except OSError as error:
@@ -111,10 +106,7 @@ def encode(
     """Sentence embeddings (text, d), float32 on the CPU: the mean of a text's last hidden states, of unit length.
 
     The model is any Hugging Face encoder whose output has `last_hidden_state`; its tokenizer truncates texts to its
-    own maximum length. A text without tokens gets zeros.
-
-    Raises:
-        DataError: no texts, or a batch size below 1.
+    own maximum length. A text without tokens gets zeros. Raises DataError for no texts or a batch size below 1.
     """
     if not texts or batch_size < 1:
         raise DataError(f"{len(texts)} texts in batches of {batch_size}; allowed: 1 or more of both.")

@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that the loss skips
 
-# -- text -------------------------------------------------------------------------------------------------
-
 
 def render(task: Task, record: Mapping[str, Any]) -> tuple[str, str]:
     """(prompt, target) of a record. Of a conversation: its turns before the answer, one per line, and the answer.
 
-    Raises:
-        DataError: a field is missing or has no text, or the label is not one of the task's.
-        ConfigError: a template is malformed.
+    Raises DataError where a field is missing or has no text, or the label is not one of the task's.
     """
     if task.kind == "classification":
         return fill_template(task.text, record), task.labels[label_index(task, record)]
@@ -72,9 +68,6 @@ def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]
             hint="the last message is what the model learns to say, so its role is assistant",
         )
     return turns
-
-
-# -- tokens -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -123,8 +116,7 @@ def encode(
     a start token); only a target that is too long by itself loses its end, and then one prompt token stays.
     Seq2seq: `max_length` holds for each side. Classification heads: a long text loses its end.
 
-    Raises:
-        DataError: as `render`. ConfigError: the tokenizer lacks a chat template or end-of-sequence token.
+    Raises DataError as `render`; ConfigError where the tokenizer lacks a chat template or end-of-sequence token.
     """
     if task.task_type == "SEQ_CLS":
         return _encode_classified(task, record, tokenizer, max_length)

@@ -92,9 +92,6 @@ def _read(task: TaskConfig, split: Split) -> Sequence[Record]:
     return rows
 
 
-# -- sources ----------------------------------------------------------------------------------------------
-
-
 def _synthetic(task: TaskConfig, split: Split) -> list[Record]:
     generator, size = task.generator, _size(task, split)
     assert generator is not None and size is not None
@@ -168,9 +165,6 @@ _SOURCES: Mapping[str, Callable[[TaskConfig, Split], Sequence[Record]]] = {
     "hub": _hub,
     "folder": _folder,
 }
-
-
-# -- helpers ----------------------------------------------------------------------------------------------
 
 
 def _size(task: TaskConfig, split: Split) -> int | None:

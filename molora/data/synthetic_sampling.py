@@ -26,7 +26,7 @@ class Generator:
     description: str
     draw: Sampler
     solve: Solver
-    general: bool
+    general: bool = True
     form: str | None = None
 
     def sample(self, rng: random.Random) -> tuple[str, ...]:

@@ -46,10 +46,9 @@ class Task:
     task_type: str = ""
 
     def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
         if self.kind not in METRICS:
-            raise ConfigError(
-                f"task {self.name!r}: unknown kind {self.kind!r}; allowed: {', '.join(METRICS)}."
-            )
+            raise ConfigError(f"{where}: unknown kind {self.kind!r}; allowed: {', '.join(METRICS)}.")
         own_type = _TASK_TYPE_OF_KIND[self.kind]
         for key, value in (
             ("name", check_name(self.name, "task")),
@@ -61,10 +60,10 @@ class Task:
             object.__setattr__(self, key, value)
         if self.task_type not in (KIND_OF_TASK_TYPE if self.kind == "classification" else (own_type,)):
             raise ConfigError(
-                f"task {self.name!r}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
+                f"{where}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
             )
         if self.kind == "classification" and len(self.labels) < 2:
-            raise ConfigError(f"task {self.name!r}: a classification needs at least two labels.")
+            raise ConfigError(f"{where}: a classification needs at least two labels.")
         for template in self.templates:
             parse_template(template)
 
@@ -86,9 +85,8 @@ class Task:
 def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str | None = None) -> Task:
     """A task of a recipe. Records are read when first needed, or here where only they name the labels.
 
-    Raises:
-        ConfigError: a template is malformed, or a classification gives no labels and its data declare none.
-        DataError: the records were needed and cannot be read.
+    Raises ConfigError for a malformed template or a classification whose labels neither recipe nor data give; DataError
+    where the records were needed and cannot be read.
     """
     train, held_out = records_of(config, "train"), records_of(config, "eval")
     if train is None:
@@ -139,8 +137,7 @@ class TaskSet:
     ) -> TaskSet:
         """The tasks of a recipe. Names in `known_ids` keep their ids, new names get ids never given before.
 
-        Raises:
-            ConfigError: names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
+        Raises ConfigError where names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
         """
         ids = assign_ids(list(config.tasks), known_ids or {})
         tasks = config.tasks.items()

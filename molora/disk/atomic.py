@@ -30,11 +30,11 @@ _open: set[Path] = set()
 def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
     """Yield a temporary sibling folder; at the end of the block it takes the place of `path`.
 
-    On success the folder gets its MANIFEST.json (last), files get the permissions of the umask
-    (safetensors writes 0600), everything reaches the disk, and the folder is renamed. An existing folder
-    (see `check_target` for which) is renamed aside first and deleted last; a crash between the two renames
-    leaves `path` missing and the old folder aside, which `recover` puts back. On any exception the temporary
-    is removed and `path` stays. `size` bytes are about to be written; refused at once if they do not fit.
+    Then it gets its MANIFEST.json (last), its files the permissions of the umask (safetensors writes 0600), everything
+    reaches the disk, and it is renamed. An existing folder (see `check_target` for which) is renamed aside first and
+    deleted last; a crash between the two renames leaves `path` missing and the old folder aside, which `recover` puts
+    back. On any exception the temporary is removed and `path` stays. `size` bytes are about to be written; refused at
+    once if they do not fit.
 
     Raises:
         ConfigError: the target cannot be written, or may not be replaced (checked before the block runs).
@@ -121,9 +121,8 @@ def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str])
     lists, and its README.md. Nothing is written here: call this before the expensive work. `sources` are folders
     the content is made from, such as the run of an exported expert; they need not exist.
 
-    Raises:
-        ConfigError: a file or a symbolic link, another folder that is not empty, the working folder or a
-            source, or a folder that holds one of these.
+    Raises ConfigError for a file or a symbolic link, another folder that is not empty, the working folder or a source, or
+    a folder that holds one of these.
     """
     target = Path(path).absolute()
     if target.name in ("", ".."):

@@ -26,14 +26,11 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write one adapter (of several, name it) of what `get_peft_model` or `load` returned as a folder.
+    """Write one adapter of what `get_peft_model` or `load` returned as a folder; of several active ones, say which.
 
     The folder is new, empty, or one that molora wrote and nothing was added to; such a one is replaced atomically or
-    stays as it was.
-
-    Raises:
-        ConfigError: not a molora model, or the folder cannot be written or may not be replaced.
-        AdapterError: the disk is full.
+    stays as it was. Raises ConfigError for a model without molora, or a folder that cannot be written or may not be
+    replaced; AdapterError where the disk is full.
     """
     model = peft_model(model)
     name = active_adapter(model, adapter_name)
@@ -66,8 +63,6 @@ def load(
 
     Args:
         base: the transformers model the adapter was trained on; it is changed in place, as in PEFT.
-        path: an adapter folder.
-        adapter_name: the adapter's name in the model.
         is_trainable: keep trainable experts trainable (frozen ones stay frozen).
         allow_other_base: load even if the base has other weights; shapes must still fit.
 
@@ -94,8 +89,7 @@ def load(
 def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
     """The config of an adapter folder, its files verified.
 
-    Raises:
-        AdapterError: not an adapter folder, a damaged one, or a config this version cannot read.
+    Raises AdapterError for no adapter folder, a damaged one, or a config this version cannot read.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
@@ -158,17 +152,16 @@ def peft_model(model: nn.Module) -> PeftModel:
 
 @contextmanager
 def _explain(folder: Path, config: MoLoraConfig) -> Iterator[None]:
-    """PEFT's and safetensors' own errors as AdapterErrors that name the folder."""
+    """PEFT's and safetensors' own errors as AdapterErrors that name the file."""
+    file = folder / WEIGHTS_FILE
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             yield
     except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged: {error}.", hint="copy it again.") from error
+        raise AdapterError(f"{file} is damaged: {error}.", hint="copy it again.") from error
     except KeyError as error:
         # PEFT looks up every tensor of a head (a module saved whole) by its name in the model.
         if not any(f".{head}." in str(error) for head in config.modules_to_save or ()):
             raise
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE} lacks the tensor {error}.", hint="copy it again."
-        ) from error
+        raise AdapterError(f"{file} lacks the tensor {error}.", hint="copy it again.") from error

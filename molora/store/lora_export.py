@@ -76,13 +76,11 @@ def export_lora(
     (`modules_to_save`) are included. Modules whose update is zero are left out.
 
     Args:
-        model: what `get_peft_model` or `molora.load` returned.
         out: the folder to write: new, empty, or one that molora wrote, which is replaced atomically.
         expert: this expert alone, at weight 1.
         task: the experts of this task, where a task's weights do not depend on the input.
         weights: a fixed mixture by expert name; others get 0. With none of the three: the mixture itself
             where its gate reads no input.
-        adapter_name: which adapter; may be left out where one is active.
         fold_scaling: multiply the scaling into B and pad to one rank, so that `lora_alpha = r` without
             rsLoRA or patterns: for engines that read only `r` and `lora_alpha`.
 
@@ -116,13 +114,8 @@ def export_lora(
     lora = _lora_config(config, parts, targets, conv1d)
     if wrapper is not None:
         lora.task_type = "FEATURE_EXTRACTION"
-    what = (
-        f"expert `{expert}`"
-        if expert is not None
-        else f"task `{task}`"
-        if task is not None
-        else "a fixed mixture"
-    )
+    named = (f"{kind} `{name}`" for kind, name in (("expert", expert), ("task", task)) if name is not None)
+    what = next(named, "a fixed mixture")
     tensors = _heads(wrapped, adapter)
     for key, part in parts.items():
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
@@ -144,12 +137,13 @@ def _part(config: MoLoraConfig, mount: Mount, task: str | None, chosen: Mapping[
     if mount.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
         mixed = as_one(bank, weights)
         return _Part(mixed.A, mixed.B, 1.0, mixed.rank)
-    used = [(n, w, e) for n, w, e in zip(names, weights[0].tolist(), experts, strict=True) if w]
+    used = [entry for entry in zip(names, weights[0].tolist(), experts, strict=True) if entry[1]]
     if not used:  # an expert that is not in this layer
         like = bank.expert(0)
         return _Part(like.A[:1] * 0, like.B[:, :1] * 0, 1.0, 1)
-    if len(used) == 1 and used[0][1] == 1.0:
-        return _single(config, used[0][0], mount.key, used[0][2])
+    name, weight, expert = used[0]
+    if len(used) == 1 and weight == 1.0:
+        return _single(config, name, mount.key, expert)
     A = torch.cat([e.A for _, _, e in used])
     B = torch.cat([w * e.scaling * e.B for _, w, e in used], dim=1)
     return _Part(A, B, 1.0, A.shape[0])
@@ -188,7 +182,7 @@ def _lora_config(
     )
 
 
-def _number(value: float) -> Any:
+def _number(value: float) -> Any:  # PEFT declares an int and takes both
     return int(value) if float(value).is_integer() else float(value)
 
 

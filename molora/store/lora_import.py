@@ -39,19 +39,12 @@ def import_lora(
     tasks: Sequence[str] = (),
     adapter_name: str | None = None,
 ) -> Imported:
-    """Load a LoRA folder into the expert of that name, or into a new expert where there is none.
+    """Load a LoRA folder into the expert of that name, or into a new expert (of these tasks) where there is none.
 
     Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
     the mixture's widens the stacks. Layers the LoRA does not cover get B = 0. A new expert's gate row is
     zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
     Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result.
-
-    Args:
-        model: what `get_peft_model` or `molora.load` returned.
-        folder: the LoRA's folder.
-        expert: the expert's name.
-        tasks: tasks a new expert serves, as in `add_expert`.
-        adapter_name: which adapter; may be left out where one is active.
 
     Raises:
         AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.

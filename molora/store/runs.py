@@ -39,8 +39,7 @@ class Run:
     def create(cls, output: str | os.PathLike[str], name: str) -> Run:
         """Make a new, empty folder `<output>/<name>/<stamp>` and point `<output>/<name>/latest` at it.
 
-        Raises:
-            ConfigError: the name breaks the name rule, or the folder cannot be written.
+        Raises ConfigError where the name breaks the name rule, or the folder cannot be written.
         """
         parent = Path(output).absolute() / check_name(name, "run")
         check_writable(parent / "run")
@@ -57,11 +56,7 @@ class Run:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> Run:
-        """The run at a run folder, at `<output>/<name>` (its latest one) or at `<output>/<name>/latest`.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """The run at a run folder, at `<output>/<name>` (its latest one) or at `<output>/<name>/latest`; else a ConfigError."""
         given = Path(path).absolute()
         if (given / CONFIG_FILE).is_file():
             return cls(given.resolve())
@@ -116,12 +111,9 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Refuse every other process that wants to write into the run meanwhile.
+        """Refuse every other process that wants to write into the run meanwhile, with an AdapterError that says who does.
 
         The kernel drops the lock when its process dies, so one left by a killed run never blocks.
-
-        Raises:
-            AdapterError: another process is writing; says which, and on which machine.
         """
         file = self.path / LOCK_FILE
         if file in _held:
