@@ -1,4 +1,4 @@
-"""Use a finished sequence: the prototypes of a run name the task of prompts that come without an id."""
+"""Using a finished sequence: the prototypes of a run name the task of prompts that come without an id."""
 
 from __future__ import annotations
 

@@ -24,7 +24,9 @@ class OLoRA(Strategy):
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
         settings, terms, sizes = self.settings, [], []
-        assert settings.norm and settings.factor, "a strategy made from OLoRA has norm and factor"
+        assert settings.norm and settings.factor, (
+            "a strategy made from OLoRA has the settings norm and factor"
+        )
         for _, layer, bank in expert_layers(model):
             if bank.frozen and bank.trainable:
                 learned = layer.context.adapters[layer.active_adapters[0]].config.gate.scope != "constant"

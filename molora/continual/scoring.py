@@ -22,7 +22,7 @@ from molora.evaluation.runner import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 
 BASE = None  # the route of the base without experts
-OPEN = ""  # the route of nobody in particular: the gate decides
+OPEN = ""  # no route in particular: the gate decides
 PROBE = 16  # held-out records per task whose logits are compared before and after others are learned
 
 
@@ -85,7 +85,7 @@ def score_turn(
 
     Returns:
         `shown` {task: accuracy with its id given, over its own classes}; `hidden` {seen task: accuracy without, over
-        the classes seen, or those of the inferred task; None where nobody can tell}; `inferred` {seen task: share of
+        the classes seen, or those of the inferred task; None where there is no way to}; `inferred` {seen task: share of
         samples whose task the router named}; `unchanged` {seen task: whether logits with its id are bit-equal to
         those after its own turn}; `overlap` between experts, averaged over layers and pairs, and by layer.
     """

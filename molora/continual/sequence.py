@@ -105,7 +105,7 @@ def check_sequence(config: RunConfig) -> None:
 
 
 def _check_same(config: RunConfig, run: Run | None) -> None:
-    """What may change when a single run is resumed would make this one's turns differ from each other."""
+    """Refuse changes that a single run may be resumed with, but that would make the turns of a sequence differ."""
     if run is None:
         return
     settings = [("train", name) for name in ("max_steps", "epochs")]

@@ -1,4 +1,4 @@
-"""One task's turn: its recipe; its expert joins the model, a strategy trains it, the caller does what comes after.
+"""One task's turn: its expert joins the model, a strategy trains it, and the caller does what comes after.
 
 Sequences play one turn after another, `add_expert` a single one.
 """
@@ -70,7 +70,7 @@ def play_turn(
     softmax: str | None = None,
     run: Run | None = None,
 ) -> Run:
-    """Train on one task as a strategy does it.
+    """Train on one task in the way of a strategy.
 
     Args:
         config: the recipe of this turn alone.
@@ -83,8 +83,9 @@ def play_turn(
     prepare_process(config.seed)  # a new expert starts alike, however much was drawn before
     if expert is not None:
         task = turn.task.name
-        options = {"init": expert.init, "freeze_others": True, "isolate": expert.isolate}
-        model.add_expert(expert.name or task, tasks=[task], **options)
+        model.add_expert(
+            expert.name or task, tasks=[task], init=expert.init, freeze_others=True, isolate=expert.isolate
+        )
     ready_to_train(model.get_base_model(), config.train)
     hold_sum(model)
     compete(model, turn.competing(softmax or strategy.softmax))

@@ -20,11 +20,11 @@ Collate = Callable[[Sequence[Example]], Batch]
 class ResumableLoader:
     """Batches of shuffled, mixed tasks: an endless stream of epochs, and a position in it.
 
-    Iterating runs from the position to the end of its epoch; with an epoch's last batch the position enters the next one,
-    since Lightning never asks a sized loader for one batch more. The position counts batches handed out, whatever workers
+    Iterating runs from the position to the end of its epoch. With an epoch's last batch the position enters the next
+    epoch, since Lightning never asks a sized loader for one batch more. It counts batches handed out, whatever workers
     read ahead. The order is a pure function of (seed, epoch), and no global random state is read or moved. Nothing is
-    dropped: an epoch's last batch may be smaller. In distributed training each process gets its share, all equally many
-    batches. It is not a DataLoader, so Lightning leaves its order and sharding alone.
+    dropped: an epoch's last batch may be smaller. In distributed training each process gets its share, all equally
+    many batches. It is not a DataLoader, so Lightning leaves its order and sharding alone.
     """
 
     def __init__(

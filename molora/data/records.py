@@ -35,8 +35,8 @@ def where_of(record: Mapping[str, Any]) -> str:
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) of a UTF-8 file with their line ends; a UTF-8 byte order mark is dropped.
 
-    Raises DataError, starting with `file:line`, where the file is missing, not UTF-8, has a NUL character or a line over
-    `MAX_LINE` bytes, or its gzip data is damaged.
+    Raises DataError, starting with `file:line`, where the file is missing, not UTF-8, has a NUL character or a line
+    over `MAX_LINE` bytes, or its gzip data is damaged.
     """
     number = 0
     try:

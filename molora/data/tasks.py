@@ -58,7 +58,8 @@ class Task:
             ("chat_template", self.chat_template or self.messages is not None),
         ):
             object.__setattr__(self, key, value)
-        if self.task_type not in (KIND_OF_TASK_TYPE if self.kind == "classification" else (own_type,)):
+        allowed = [*KIND_OF_TASK_TYPE] if self.kind == "classification" else [own_type]
+        if self.task_type not in allowed:
             raise ConfigError(
                 f"{where}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
             )

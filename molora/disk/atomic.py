@@ -121,8 +121,8 @@ def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str])
     lists, and its README.md. Nothing is written here: call this before the expensive work. `sources` are folders
     the content is made from, such as the run of an exported expert; they need not exist.
 
-    Raises ConfigError for a file or a symbolic link, another folder that is not empty, the working folder or a source, or
-    a folder that holds one of these.
+    Raises ConfigError for a file or a symbolic link, another folder that is not empty, the working folder or a
+    source, or a folder that holds one of these.
     """
     target = Path(path).absolute()
     if target.name in ("", ".."):

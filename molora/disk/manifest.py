@@ -30,8 +30,8 @@ def write_manifest(folder: Path, only: Sequence[str] | None = None) -> None:
 def verify_folder(path: str | os.PathLike[str]) -> None:
     """Compare a folder with its manifest.
 
-    Raises AdapterError where there is no manifest, or files are missing, extra, or not the bytes that were written; every
-    such file is named, damaged ones with the expected and the actual sha256.
+    Raises AdapterError where there is no manifest, or files are missing, extra, or not the bytes that were written;
+    it names every such file, damaged ones with the expected and the actual sha256.
     """
     folder = Path(path)
     manifest, actual = _read(folder), _listed(folder)
@@ -65,7 +65,7 @@ def is_complete(path: str | os.PathLike[str]) -> bool:
 def foreign_entries(folder: Path) -> list[str]:
     """Entries that molora did not write: all but the manifest and what it lists; folders end in "/".
 
-    README.md is the model card, and ours however it was edited; hidden files are foreign, though checking ignores them.
+    README.md, the model card, is ours even if edited; hidden files are foreign, though checking ignores them.
     Without a readable manifest everything is foreign. Raises ConfigError where the folder cannot be read.
     """
     foreign: list[str] = []

@@ -55,7 +55,7 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
 
 
 def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
-    """sha256 of the expert and gate tensors, whatever prefix and adapter name their keys have; None if not in memory."""
+    """sha256 of the expert and gate tensors, whatever their keys' prefix and adapter name; None if not in memory."""
     total = hashlib.sha256()
     ours = {_bare(name, adapter): tensor for name, tensor in tensors.items() if _is_ours(name)}
     for name in sorted(ours):

@@ -69,7 +69,7 @@ class LoraFolder:
 def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
     """Read a PEFT LoRA folder (safetensors only).
 
-    Raises AdapterError for a damaged folder, another kind of adapter, or a LoRA variant; says why it cannot be an expert.
+    Raises AdapterError, with the reason, for a damaged folder, another kind of adapter, or a LoRA variant.
     """
     folder = Path(path)
     if (folder / MANIFEST).is_file():

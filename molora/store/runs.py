@@ -56,7 +56,7 @@ class Run:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> Run:
-        """The run at a run folder, at `<output>/<name>` (its latest one) or at `<output>/<name>/latest`; else a ConfigError."""
+        """The run at a run folder, `<output>/<name>` (its latest) or `<output>/<name>/latest`; else a ConfigError."""
         given = Path(path).absolute()
         if (given / CONFIG_FILE).is_file():
             return cls(given.resolve())
@@ -111,7 +111,7 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Refuse every other process that wants to write into the run meanwhile, with an AdapterError that says who does.
+        """Keep every other process from writing into the run meanwhile; AdapterError where one is writing already.
 
         The kernel drops the lock when its process dies, so one left by a killed run never blocks.
         """

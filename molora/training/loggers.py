@@ -121,7 +121,8 @@ def _text(metrics: dict[str, float]) -> str:
     wanted = [name for name in metrics if name in _SHOWN or name.startswith("aux/")]
     shown = {_SHOWN.get(name) or name.removeprefix("aux/"): metrics[name] for name in wanted}
     return "  ".join(
-        f"{name} {value:{',.0f' if name == 'tokens/s' else '.4g'}}" for name, value in shown.items()
+        f"{name} {value:,.0f}" if name == "tokens/s" else f"{name} {value:.4g}"
+        for name, value in shown.items()
     )
 
 

@@ -12,7 +12,7 @@ from molora.tuner.api import aux_in_loss, aux_loss, aux_losses
 
 
 class Companion(Protocol):
-    """What accompanies a training: terms of the loss, and a look at the model after every optimiser step."""
+    """What else takes part in training: it adds terms to the loss, and sees the model after every optimiser step."""
 
     def loss(self, model: Any) -> Mapping[str, Tensor]: ...
 
