@@ -250,6 +250,17 @@ def test_a_missing_head_is_an_adapter_error(tmp_path):
         molora.load(base_model("bert"), folder)
 
 
+def test_any_other_missing_key_is_not_blamed_on_the_file(tmp_path, monkeypatch):
+    folder = molora.save(molora_model("bert"), tmp_path / "a")
+
+    def broken(*_args, **_options):
+        raise KeyError("a bug of our own")
+
+    monkeypatch.setattr(PeftModel, "from_pretrained", broken)
+    with pytest.raises(KeyError, match="a bug of our own"):
+        molora.load(base_model("bert"), folder)
+
+
 class Canary:
     def __reduce__(self):
         return (print, ("unpickled",))

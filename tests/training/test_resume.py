@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from molora.errors import ConfigError, DivergedError, InterruptedRun
-from molora.store.runs import Run
-from molora.training.checkpoint import checkpoints, latest_valid
+from molora.store.runs import Run, checkpoints, latest_valid
 from molora.training.module import MoLoraModule
 from molora.training.train import train
 from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
