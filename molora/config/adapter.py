@@ -39,7 +39,7 @@ class GateSection(Section, GateSettings):
             return data
         given = dict(data)
         kind = given.pop("kind")
-        if kind not in GATE_KINDS:
+        if not isinstance(kind, str) or kind not in GATE_KINDS:
             refuse([(("kind",), f"{kind!r} is not a kind of gate.{options(kind, GATE_KINDS)}")])
         legal = GATE_KIND_KEYS[kind]
         text, settings = f"not a setting of gate kind {kind!r}.", ", ".join(("kind", *legal))

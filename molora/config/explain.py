@@ -190,7 +190,7 @@ def _without(data: Any, error: ValidationError) -> Any:
     paths = {tuple(takewhile(lambda part: not isinstance(part, int), path)) for path in paths}
     paths |= {other for path in paths for cause, other in READ_BESIDE if path[: len(cause)] == cause}
     pruned = copy.deepcopy(data)
-    for path in paths:
+    for path in sorted(paths, key=str):  # which goes first may decide what is found next
         while path and not _delete(pruned, path):
             path = path[:-1]
     return pruned
