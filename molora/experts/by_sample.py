@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from molora.experts.kernel import as_written, linear_dtype
+from molora.experts.kernel import as_written, linear_dtype, may_overwrite
 from molora.experts.picks import Picked
 
 
@@ -46,7 +46,7 @@ def expand(y: Tensor, h: Tensor, scale: Tensor, B: Picked, rows: Tensor | None =
         B: blocks (expert, rank, d_out).
         rows: (sample,) which samples of y those of h are; None: all.
     """
-    if _in_place(y, h) and torch.is_grad_enabled():
+    if may_overwrite(y, h) and torch.is_grad_enabled():
         return _Expand.apply(y, h, scale, rows, B.places, *B.blocks)
     with as_written(y):
         scaled, factors = h * scale.to(h.dtype).unsqueeze(1), B.gathered(h.dtype)
@@ -61,18 +61,13 @@ def joined(factors: Sequence[Picked], dtype: torch.dtype) -> Tensor:
 
 def add(y: Tensor, scaled: Tensor, B: Tensor, rows: Tensor | None) -> Tensor:
     """`y + scaled B` of the samples in `rows`: scaled (sample, seq, rank), B (sample, rank, d_out), both of one dtype."""
-    if _in_place(y, scaled):
+    if may_overwrite(y, scaled):
         _add(y, scaled, B, rows)
         return y
     out = torch.bmm(scaled, B).to(y.dtype)
     if rows is None:
         return y + out.reshape(y.shape)
     return y.reshape(-1, *out.shape[1:]).index_add(0, rows, out).reshape(y.shape)
-
-
-def _in_place(y: Tensor, h: Tensor) -> bool:
-    """As in `kernel.expand`: a base layer may return a view or its own dtype."""
-    return y.dtype == h.dtype and y.is_contiguous() and not torch.compiler.is_compiling()
 
 
 def _add(y: Tensor, scaled: Tensor, B: Tensor, rows: Tensor | None) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora.experts.kernel import as_written, linear_dtype
+from molora.experts.kernel import as_written, linear_dtype, may_overwrite
 
 _GROUPED = getattr(F, "grouped_mm", None)  # of torch 2.10 and later
 
@@ -67,7 +67,7 @@ def expand(y: Tensor, h: Tensor, scale: Tensor, B: Tensor, groups: Groups) -> Te
         B: (expert, rank, d_out), in expert order.
         groups: as for `shrink`.
     """
-    if y.dtype == h.dtype and y.is_contiguous():
+    if may_overwrite(y, h):
         return _Expand.apply(y, h, scale, B, groups)
     with as_written(y):
         nothing = torch.zeros_like(y, dtype=h.dtype, memory_format=torch.contiguous_format)

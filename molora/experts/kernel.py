@@ -62,9 +62,7 @@ def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: S
             and scalings cost nothing.
         B: stacks (rank, d_out) in the order of h's columns.
     """
-    # A base layer may return a view or its own dtype (quantised ones do); then stay out of place. So too
-    # in a compiled graph, where every linear with a bias is a view, and memory is the compiler's affair.
-    in_place = y.dtype == h.dtype and y.is_contiguous() and not torch.compiler.is_compiling()
+    in_place = may_overwrite(y, h)
     if in_place and weights is None:
         y.view(-1, y.shape[-1]).addmm_(h, joined(B, h.dtype))
         return y
@@ -73,6 +71,20 @@ def expand(y: Tensor, h: Tensor, weights: Tensor | None, expansion: Tensor, B: S
     with as_written(y):
         scaled = h if weights is None else h * _factor(weights, expansion, h.dtype)
         return y + (scaled @ joined(B, h.dtype)).to(y.dtype).reshape(y.shape)
+
+
+def may_overwrite(y: Tensor, h: Tensor) -> bool:
+    """Whether the base's output can take the experts' in place.
+
+    A quantised layer may return its own dtype, or a view that autograd lets nobody write to (one made without gradients,
+    or by a custom Function). In a compiled graph memory is the compiler's affair.
+    """
+    if y.dtype != h.dtype or not y.is_contiguous() or torch.compiler.is_compiling():
+        return False
+    if not torch.is_grad_enabled() or not y._is_view():
+        return True
+    autograd = torch._C._autograd
+    return bool(autograd._get_creation_meta(y) == autograd.CreationMeta.DEFAULT)
 
 
 def weigh(h: Tensor, weights: Tensor, expansion: Tensor) -> Tensor:

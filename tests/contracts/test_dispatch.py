@@ -321,3 +321,28 @@ def test_decoding_steps_keep_their_factors_until_tasks_or_parameters_change():
     with torch.no_grad():
         mount.bank.stacks["B"].trainable.mul_(2)
     kept(*TASKS)
+
+
+class Quantised(nn.Linear):
+    """Returns what such layers do: a view that autograd lets nobody write to."""
+
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x).flatten(0, 1).view(*x.shape[:-1], -1)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_base_whose_output_nobody_may_write_to_is_left_alone(way):
+    model = nn.Sequential(Quantised(8, 6)).requires_grad_(False).double()
+    config = MoLoraConfig(
+        num_experts=3, r=2, target_modules=["0"], gate=GateConfig(scope="task"), tasks=list(TASKS)
+    )
+    model = get_peft_model(model, config, autocast_adapter_dtype=False).double()
+    randomise(model)
+    x = torch.randn(3, 4, 8, dtype=torch.float64)
+    with molora.dispatch(way):
+        for training in (True, False):
+            out = model.train(training)(x, routing_task_ids=list(TASKS))
+            out.sum().backward()
+    with torch.no_grad():
+        assert_close(out, model(x, routing_task_ids=list(TASKS)), **EXACT)
