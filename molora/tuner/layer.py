@@ -6,7 +6,7 @@ import warnings
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,6 +16,7 @@ from molora.experts.factor_mix import mixed_delta
 from molora.forward.feed_forward import refuse_beside_others
 from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
+from molora.tuner.merge import static_shares, static_weights
 
 
 class MoLoraLayer(BaseTunerLayer, MountPoint):
@@ -56,7 +57,33 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             if mount.gate is not None:
                 mount.gate.apply_freeze()
 
+    @property
+    def in_features(self) -> int | None:
+        """The base layer's, as PEFT's own layers have it."""
+        return _get_in_out_features(self.get_base_layer())[0]
+
+    @property
+    def out_features(self) -> int | None:
+        """The base layer's."""
+        return _get_in_out_features(self.get_base_layer())[1]
+
     # -- merging ---------------------------------------------------------------------------------------
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """What a static mixture adds to the base weight, laid out as that is; float32 or better.
+
+        Raises:
+            ConfigError: its weights depend on the input, or on the task.
+        """
+        mount = self.mounts[adapter]
+        weights, shares = self.static_weights.get(adapter), self.static_shares.get(adapter)
+        if weights is None:  # nobody said which task or weights: this layer alone
+            weights, shares = static_weights(mount), static_shares(mount, None)
+        if mount.factors:
+            delta = mixed_delta(mount.bank, weights)
+        else:
+            delta = mount.bank.delta(weights[0].tolist(), shares)
+        return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add static mixtures to the base weight; the original is kept so that unmerge is exact."""
@@ -68,19 +95,11 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
                     f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised."
                 )
             weight = self.get_base_weight()
-            mount, weights, shares = (
-                self.mounts[adapter],
-                self.static_weights[adapter],
-                self.static_shares.get(adapter),
-            )
-            if mount.factors:
-                delta = mixed_delta(mount.bank, weights)
-            else:
-                delta = mount.bank.delta(weights[0].tolist(), shares)
-            delta = (delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta).to(weight.device)
+            delta = self.get_delta_weight(adapter).to(weight.device)
             merged = (weight.to(delta.dtype) + delta).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
-                raise ConfigError(f"merging {adapter!r} gives weights that are not finite in {mount.key}.")
+                key = self.mounts[adapter].key
+                raise ConfigError(f"merging {adapter!r} gives weights that are not finite in {key}.")
             self._unmerged.append(weight.clone())
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)

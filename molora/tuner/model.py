@@ -217,10 +217,11 @@ class MoLoraModel(BaseTuner):
                 mount = layer.mounts[adapter]
                 layer.static_weights[adapter] = static_weights(mount, task, expert_weights)
                 layer.static_shares[adapter] = static_shares(mount, task)
-        yield
-        for layer in layers:
-            layer.static_weights.clear()
-            layer.static_shares.clear()
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.static_weights, layer.static_shares = {}, {}
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
         model = super()._unload_and_optionally_merge(*args, **kwargs)
