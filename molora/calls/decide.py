@@ -198,11 +198,13 @@ def _by_task_id(
     dtype = torch.promote_types(x.dtype, torch.float32)
     if tasks.several is not None:
         weights = task_map.shares(tasks.several.to(x.device)).to(dtype)
-        return Routing(weights if by_sample else spread(weights, x.shape[:-1]))
+        weights = weights if experts is None else weights[:, list(experts)]
+        return Routing(weights if by_sample else spread(weights, x.shape[:-1]), experts)
     ids = (tasks.ids if by_sample else tasks.expand(x.shape[:-1])).to(x.device)
     if ids.dim() != 1:
         raise RoutingError("experts mixed by their factors need one task id per sample, not per token.")
-    return Routing(task_map.table(x.device)[ids.clamp(min=0)].to(dtype))
+    weights = task_map.table(x.device)[ids.clamp(min=0)].to(dtype)
+    return Routing(weights if experts is None else weights[:, list(experts)], experts)
 
 
 def _refuse_without_ids(task_map: TaskMap, scope: str) -> None:

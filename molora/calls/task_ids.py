@@ -19,7 +19,8 @@ class TaskIds:
     """Resolved task ids: `ids` (batch,) or (batch, seq) int64; `single` where one id holds for all.
 
     Samples of several tasks at once have the first of them in `ids`, and all of them in `several`. `listed` is one id
-    per sample as numbers, where they are known without asking a device.
+    per sample as numbers, and `named` all ids that occur, where they are known
+    without asking a device; `most` the largest number of experts that the tasks of one sample in `several` have.
     """
 
     ids: Tensor
@@ -27,6 +28,8 @@ class TaskIds:
     has_base: bool = True  # whether some id may be -1 (unknown while compiling)
     several: Tensor | None = None  # (batch, task id) each sample's share of each task; rows sum to 1
     listed: tuple[int, ...] | None = None
+    named: tuple[int, ...] | None = None
+    most: int | None = None
 
     @property
     def known(self) -> tuple[int, ...] | None:
@@ -109,11 +112,16 @@ def spread(rows: Tensor, lead: Sequence[int]) -> Tensor:
     tokens = prod(lead)
     if len(rows) in (1, tokens):
         return rows
+    check_samples(rows, lead)
+    return rows.repeat_interleave(tokens // len(rows), dim=0)
+
+
+def check_samples(rows: Tensor, lead: Sequence[int]) -> None:
+    """Raise RoutingError where rows (samples, ...) are not those of an input of shape (*lead, d)."""
     if lead[0] % len(rows):
         raise RoutingError(
             f"got routing inputs for {len(rows)} samples, but the batch has {lead[0]}; give one per sample."
         )
-    return rows.repeat_interleave(tokens // len(rows), dim=0)
 
 
 def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
@@ -128,7 +136,8 @@ def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
         return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in given])  # type: ignore[list-item]
     resolved = [task_map.resolve(task) for task in given]  # type: ignore[arg-type]
     single = resolved[0] if len(set(resolved)) == 1 else None
-    return TaskIds(torch.tensor(resolved), single, BASE_ONLY in resolved, listed=tuple(resolved))
+    named = tuple(sorted(set(resolved)))
+    return TaskIds(torch.tensor(resolved), single, BASE_ONLY in resolved, listed=tuple(resolved), named=named)
 
 
 def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
@@ -141,16 +150,17 @@ def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
     if torch.compiler.is_compiling():
         return TaskIds(ids.long(), None)
     listed = tuple(ids.flatten().tolist())
-    values = sorted(set(listed))
+    values = tuple(sorted(set(listed)))
     task_map.check(values)
     single = values[0] if len(values) == 1 else None
-    return TaskIds(ids.long(), single, BASE_ONLY in values, listed=listed if ids.dim() == 1 else None)
+    by_sample = listed if ids.dim() == 1 else None
+    return TaskIds(ids.long(), single, BASE_ONLY in values, listed=by_sample, named=values)
 
 
 def _several(task_map: TaskMap, given: Sequence[Sequence[TaskRef]]) -> TaskIds:
     """Samples with several tasks each: every task has an equal share."""
     shares = torch.zeros(len(given), max([0, *task_map.ids.values()]) + 1)
-    first = []
+    first, named, most = [], set(), 1
     for row, tasks in enumerate(given):
         if not tasks:
             raise RoutingError(f"sample {row} has an empty list of tasks; use None for the base only.")
@@ -161,4 +171,7 @@ def _several(task_map: TaskMap, given: Sequence[Sequence[TaskRef]]) -> TaskIds:
             if task != BASE_ONLY:
                 shares[row, task] += 1 / len(resolved)
         first.append(resolved[0])
-    return TaskIds(torch.tensor(first), None, BASE_ONLY in first, shares)
+        named.update(resolved)
+        most = max(most, len(task_map.experts_of_all(tuple(sorted(set(resolved))))))
+    all_of_them = tuple(sorted(named))
+    return TaskIds(torch.tensor(first), None, BASE_ONLY in first, shares, named=all_of_them, most=most)

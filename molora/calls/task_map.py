@@ -16,6 +16,8 @@ BASE_ONLY = -1
 
 TaskRef = str | int | None
 
+_MOST_UNIONS = 1024  # batches of ever new sets of tasks
+
 
 @dataclass(frozen=True)
 class TaskMap:
@@ -29,6 +31,7 @@ class TaskMap:
         default_factory=dict
     )  # experts that are always on: weight, or "rest"
     _cache: dict[str, Tensor] = field(default_factory=dict, compare=False, repr=False)
+    _unions: dict[tuple[int, ...], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
     _counts: dict[int, int] = field(default_factory=dict, compare=False, repr=False)
     _visible: dict[tuple[int, bool], tuple[int, ...]] = field(default_factory=dict, compare=False, repr=False)
 
@@ -88,6 +91,17 @@ class TaskMap:
         if not self.always:
             return None
         return tuple(i for i, expert in enumerate(self.experts) if expert not in self.always)
+
+    def experts_of_all(self, task_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """The experts that any of these tasks has, in expert order."""
+        if task_ids in self._unions:
+            return self._unions[task_ids]
+        found = tuple(sorted({e for i in task_ids if i != BASE_ONLY for e in self.experts_of(i)}))
+        if not torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
+            if len(self._unions) >= _MOST_UNIONS:
+                self._unions.clear()
+            self._unions[task_ids] = found
+        return found
 
     def most_experts(self, task_ids: Iterable[int] | None) -> int:
         """The largest number of experts that one of these tasks has; None: of all tasks."""

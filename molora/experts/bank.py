@@ -244,6 +244,8 @@ class ExpertBank(Stacked):
             start = end - width
             expansion[rows.index(index), start : start + self.ranks[index]] = self.scalings[index]
         if not torch.compiler.is_compiling():  # tensors made while a graph is traced are symbols
+            if len(self._expansions) > 4 * self.num_experts:
+                self._expansions.clear()  # batches of ever new sets of tasks
             self._expansions[key] = expansion
         return expansion
 
@@ -264,10 +266,7 @@ class ExpertBank(Stacked):
 
     def stamp(self) -> list[int]:
         """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        marks: list[int] = []
-        for stack in self._by_name.values():
-            marks += stack.stamp()
-        return marks
+        return [mark for stack in self._by_name.values() for mark in stack.stamp()]
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)

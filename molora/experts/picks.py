@@ -36,6 +36,11 @@ class Picked(NamedTuple):
     blocks: Sequence[Tensor]  # (expert, rank, d) each; rows are counted through all of them
     places: Tensor  # (row, slot) int64
 
+    @property
+    def rank(self) -> int:
+        """Of each expert."""
+        return self.blocks[0].shape[1]
+
     def gathered(self, dtype: torch.dtype) -> Tensor:
         """(row, slot * rank, d), a copy as large as what is used."""
         rows, flat = self.places.shape[0], self.places.flatten()
@@ -75,10 +80,11 @@ def _added(rows: Tensor, place: Tensor, block: Tensor) -> Tensor:
     return total.to(block.dtype)
 
 
-def picked(bank: ExpertBank, experts: Tensor) -> tuple[Picked | None, Picked]:
+def picked(bank: ExpertBank, experts: Tensor, rank: int | None = None) -> tuple[Picked | None, Picked]:
     """A and B of each row's experts (row, slot), B laid out (expert, rank, d_out); no A where all share one.
 
-    Only what is named is copied, and only when it is multiplied.
+    Only what is named is copied, and only when it is multiplied. `rank`: the largest of these experts; what lies beyond is
+    padding.
     """
     stacks, kind = bank.named_stacks(), bank.kind
     if kind.keeps_factors:
@@ -91,6 +97,8 @@ def picked(bank: ExpertBank, experts: Tensor) -> tuple[Picked | None, Picked]:
         rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows[flat] for n, s in stacks.items()}
         places = torch.arange(flat.shape[0], device=flat.device).view_as(experts)
         A, B = (Picked([factor], places) for factor in kind.factors(rows))
+    if rank is not None and rank < max(bank.ranks) and not kind.shares_A:
+        A, B = (Picked([block[:, :rank] for block in p.blocks], p.places) for p in (A, B))
     return (None if kind.shares_A else A), B
 
 
@@ -101,14 +109,12 @@ def ordered(bank: ExpertBank) -> tuple[Tensor | None, Tensor]:
     return (None if kind.shares_A else A), B
 
 
-def scale_of(bank: ExpertBank, picks: Picks) -> Tensor:
-    """Weight times scaling of what was picked: (row, slot, rank), or (row, slot, 1) where no ranks or scalings differ."""
+def scale_of(bank: ExpertBank, picks: Picks, rank: int) -> Tensor:
+    """Weight times scaling of what was picked, (row, slot, rank): 0 beyond an expert's own rank."""
     weights = picks.weights.unsqueeze(-1)
     if len(set(bank.scalings)) == len(set(bank.ranks)) == 1:
-        return weights * bank.scalings[0]
-    columns = torch.arange(
-        max(bank.ranks), device=weights.device
-    )  # those beyond an expert's rank are padding
+        return (weights * bank.scalings[0]).expand(-1, -1, rank)
+    columns = torch.arange(rank, device=weights.device)
     scalings, ranks = (
         weights.new_tensor(v)[picks.experts].unsqueeze(-1) for v in (bank.scalings, bank.ranks)
     )

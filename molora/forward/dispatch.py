@@ -38,6 +38,7 @@ class Way(NamedTuple):
 
     name: str
     slots: int | None = None  # experts of a sample or token; None: as many as its weights show
+    experts: tuple[int, ...] | None = None  # the only ones to compute
 
 
 @contextmanager
@@ -64,25 +65,42 @@ def dispatched() -> str | None:
 
 def way_of(reading: Reading) -> Way:
     """The way for what is read now."""
-    forced = dispatched()
-    leader = next(iter(reading.plan.leaders.values()), None)
-    if leader is None or (not forced and reading.experts is not None and len(reading.experts) == 1):
+    leaders, traced = [*reading.plan.leaders.values()], torch.compiler.is_compiling()
+    if not leaders or (not traced and (reading.x.dim() < 2 or 0 in reading.x.shape)):
         return Way("dense")
-    slots, rows = slots_of(leader, reading), rows_of(leader, reading)
+    forced, first = dispatched(), leaders[0]
+    if not forced and reading.experts is not None and len(reading.experts) == 1:
+        return Way("dense")
+    rows, slots = rows_of(first, reading), _most([slots_of(leader, reading) for leader in leaders])
     if forced:
         return Way(forced, slots)
-    # Whatever the experts: what a task computes does not change when one is added.
-    if leader.gate is None and rows is not None and reading.experts is None:
-        return Way("by_sample", slots)
-    experts = leader.bank.num_experts if reading.experts is None else len(reading.experts)
-    if slots is None and rows is None and not torch.compiler.is_compiling():
+    experts = first.bank.num_experts if reading.experts is None else len(reading.experts)
+    tokens = math.prod(reading.lead)
+    if first.gate is None and rows is not None and reading.experts is None:
+        return Way("by_sample", slots) if traced else _of_tasks(first, reading, rows, tokens, slots)
+    if slots is None and rows is None and not traced:
         # Only the weights tell; they are worked out first wherever two experts for each token would pay.
-        return Way("by_token" if pays_by_token(leader, 2, experts) else "dense")
+        return Way("by_token" if pays_by_token(first, 2, experts) else "dense")
     if slots is None or slots >= experts:
         return Way("dense", slots)
-    if torch.compiler.is_compiling():  # a rule that reads sizes would fix them
+    if traced:  # a rule that reads sizes would fix them
         return Way("dense" if rows is None else "by_sample", slots)
-    return _cheapest(leader, slots, experts, rows, math.prod(reading.lead))
+    return _cheapest(first, slots, experts, rows, tokens)
+
+
+def _most(slots: list[int | None]) -> int | None:
+    known = [count for count in slots if count is not None]
+    return max(known) if len(known) == len(slots) else None
+
+
+def _of_tasks(leader: Mount, reading: Reading, rows: int, tokens: int, slots: int | None) -> Way:
+    """For a batch of several tasks, by nothing but these tasks: what they compute does not change with other experts."""
+    named = None if reading.tasks is None else reading.tasks.named
+    if slots is None or slots == 1 or named is None or leader.feed_forward is not None:
+        return Way("by_sample", slots)
+    used = leader.task_map.experts_of_all(named)  # a few, which many samples may share
+    copied = rows * slots * (_COPY + tokens // rows)
+    return Way("by_sample", slots) if copied < len(used) * (_READ + tokens) else Way("dense", slots, used)
 
 
 def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens: int) -> Way:
@@ -115,7 +133,7 @@ def rows_of(leader: Mount, reading: Reading) -> int | None:
             return None
         tasks.repeats(batch)  # refuses ids that do not fit
         return tasks.ids.shape[0]
-    if scope == "token":
+    if scope == "token" or (tasks is not None and tasks.ids.dim() == 2):
         return None
     if scope in ("external", "two_pass"):
         features = call.features.get("external" if scope == "external" else reading.plan.stream)
@@ -132,13 +150,15 @@ def slots_of(leader: Mount, reading: Reading) -> int | None:
     if gate is None:
         assert tasks is not None
         if tasks.several is not None:
-            return experts
+            return min(experts, tasks.most or experts)
         known = tasks.known if tasks.single is None else (tasks.single,)
         return min(experts, task_map.most_experts(known))
     settings = leader.config.gate
     select, transform = settings.select, settings.transform
     # The first learns from experts that are not chosen, the others may choose experts at weight 0, and learn from that.
-    straight = select == "hard" and leader.feed_forward is None and torch.is_grad_enabled()
+    # Not by gradients alone: a checkpoint is run without them, and again with them, in the same way.
+    learns = torch.is_grad_enabled() or gate.training
+    straight = select == "hard" and leader.feed_forward is None and learns
     if select == "dense" or straight or transform in UNNORMALISED:
         return experts
     always = sum(1 for name in task_map.experts if name in task_map.always)
@@ -172,7 +192,8 @@ def _usual(mount: Mount, samples: int, seq: int) -> str:
             torch.tensor(listed), listed[0] if len(ids) == 1 else None, False, listed=listed
         )
     }
-    call = Call(tasks=tasks if listed else {})
+    features = {"external": torch.empty(samples, 1)} if mount.config.gate.scope == "external" else {}
+    call = Call(tasks=tasks if listed else {}, features=features)
     if mount.factors:
         return "by_sample"
     x = torch.empty(1, device="meta").expand(samples, seq, mount.d_in)

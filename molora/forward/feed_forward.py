@@ -120,7 +120,7 @@ def _by_sample(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     else:
         h = by_sample.shrink(x.reshape(rows, -1, x.shape[-1]), [A])
     h = h.reshape(len(picks.experts), -1, h.shape[-1])
-    return by_sample.expand(y, h, scale_of(bank, picks)[:, 0].expand(-1, h.shape[-1]), B)
+    return by_sample.expand(y, h, scale_of(bank, picks, B.rank)[:, 0], B)
 
 
 def _by_token(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
@@ -129,7 +129,7 @@ def _by_token(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     read = groups if reading.mount.leaves else groups.of_one_copy(slots.count)
     A, B = ordered(bank)
     h = bank.shared_h(x)[read.token] if A is None else by_token.shrink(x, [A], read)
-    return by_token.expand(y, h, scale_of(bank, picks)[groups.pair, 0], B, groups)
+    return by_token.expand(y, h, scale_of(bank, picks, B.shape[1])[groups.pair, 0], B, groups)
 
 
 _ADD = {"dense": _dense, "by_sample": _by_sample, "by_token": _by_token}

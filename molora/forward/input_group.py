@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from torch import Tensor
 
 from molora.calls.call import Call, Part, Projection
@@ -59,7 +61,7 @@ def parts_of(reading: Reading) -> dict[str, Part]:
         return {**by_sample_parts(reading, way)}
     if way.name == "by_token":
         return {**by_token_parts(reading, way)}
-    return {**dense_parts(reading)}
+    return {**dense_parts(reading if way.experts is None else replace(reading, experts=way.experts))}
 
 
 def _added(mount: Mount, call: Call, x: Tensor, y: Tensor, part: Part) -> Tensor:

@@ -11,14 +11,14 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from molora.calls.task_ids import base_only, spread
+from molora.calls.task_ids import base_only, check_samples, spread
 from molora.calls.task_map import BASE_ONLY
 from molora.experts import by_sample, by_token, kernel
 from molora.experts.picks import Picked, Picks, ordered, picked, scale_of
 from molora.forward.dense import DensePart, dense_parts
 from molora.forward.dispatch import Way, dispatched, pays_by_token, rows_of
 from molora.forward.group_routing import routing_of
-from molora.forward.mount import PLAIN
+from molora.forward.mount import PLAIN, Mount
 from molora.forward.reading import Reading
 
 
@@ -89,6 +89,9 @@ def chosen(reading: Reading, way: Way, *, skip: bool = True) -> Chosen:
         if tasks is not None:
             asked = tasks.asked(reading.lead, reading.x.device)
     else:
+        if not torch.compiler.is_compiling():  # which would fix the sizes
+            for found in weights.values():
+                check_samples(found, reading.lead)
         rows = max(found.shape[0] for found in weights.values())
         if tasks is not None:
             samples = tasks.ids.shape[0]
@@ -115,7 +118,7 @@ def _routed(reading: Reading) -> dict[str, Tensor]:
         elif slot not in found:
             weights = routing_of(member, reading, by_sample=by_row).weights
             rows = rows_of(member.leader, reading)
-            if rows is not None and weights.shape[0] > rows:  # noted by token, for whoever looks
+            if member.leader.gate is None and rows is not None and weights.shape[0] > rows:  # noted by token
                 weights = rearrange(weights, "(sample seq) expert -> sample seq expert", sample=rows)[:, 0]
             found[slot] = weights
     return found
@@ -168,13 +171,14 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
     x = _samples(reading, x, rows, found.rows)
     own, B = {}, {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
-        A, B[member.key] = picked(member.bank, found.picks[slot].experts)
+        bank = member.bank
+        A, B[member.key] = picked(bank, found.picks[slot].experts, _rank(reading, member))
         if A is not None:
             own[member.key] = A
     h = {}
     if own:
         columns = by_sample.shrink(x, list(own.values()))
-        widths = [A.places.shape[1] * A.blocks[0].shape[1] for A in own.values()]
+        widths = [A.places.shape[1] * A.rank for A in own.values()]
         h = dict(zip(own, columns.split(widths, dim=-1), strict=True))
     parts = {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
@@ -182,9 +186,18 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
         if key not in own:
             one = bank.shared_h(x, picks.experts.shape[1], reading.shares())
             h[key] = one.reshape(x.shape[0], -1, one.shape[-1])
-        scale = scale_of(bank, picks).expand(-1, -1, B[key].blocks[0].shape[1]).flatten(1)
+        scale = scale_of(bank, picks, B[key].rank).flatten(1)
         parts[key] = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
     return parts
+
+
+def _rank(reading: Reading, member: Mount) -> int:
+    """The largest rank among the experts of the batch's tasks, so that a larger one elsewhere changes no bit."""
+    ranks, named = member.bank.ranks, None if reading.tasks is None else reading.tasks.named
+    learned = member.plain or member.leader.gate is not None
+    if len(set(ranks)) == 1 or learned or named is None or torch.compiler.is_compiling():
+        return max(ranks)
+    return max((ranks[i] for i in member.task_map.experts_of_all(named)), default=1)
 
 
 def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePart]:
@@ -192,6 +205,8 @@ def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePa
     found, plan = chosen(reading, way), reading.plan
     if way.slots is None and not dispatched() and not _pays(reading, found):
         return dense_parts(reading, found.weights)
+    if reading.x.shape[-2:-1] != (1,):
+        plan.kept = None
     x = plan.members[0].bank.dropout(reading.x)
     parts: dict[str, ByToken] = {}
     for slot in dict.fromkeys(plan.slots):
@@ -208,15 +223,16 @@ def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePa
             bank, key = member.bank, member.key
             if key not in h:
                 h[key] = bank.shared_h(x, shares=reading.shares())[groups.token]
-            scale = scale_of(bank, picks).flatten(0, 1)[groups.pair]
+            scale = scale_of(bank, picks, factors[key][1].shape[1]).flatten(0, 1)[groups.pair]
             parts[key] = ByToken(h[key], scale, factors[key][1], groups, found.weights[slot])
     return parts
 
 
 def _pays(reading: Reading, found: Chosen) -> bool:
-    leader = next(iter(reading.plan.leaders.values()))
-    slots, experts = found.picks[leader.key].experts.shape[1], found.weights[leader.key].shape[1]
-    return pays_by_token(leader, slots, experts)
+    """Whether the experts that the weights name are few enough, for most of the gates."""
+    leaders = reading.plan.leaders.items()
+    sizes = {slot: (found.picks[slot].experts.shape[1], found.weights[slot].shape[1]) for slot, _ in leaders}
+    return 2 * sum(pays_by_token(leader, *sizes[slot]) for slot, leader in leaders) > len(sizes)
 
 
 # -- decoding ----------------------------------------------------------------------------------------------
@@ -252,9 +268,9 @@ def _keep(reading: Reading, found: Chosen) -> Kept:
     A, B = [], {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
         picks = found.picks[slot]
-        own, of_member = picked(member.bank, picks.experts)
+        own, of_member = picked(member.bank, picks.experts, _rank(reading, member))
         assert own is not None  # those that share A are not kept
-        scale = scale_of(member.bank, picks).expand(-1, -1, own.blocks[0].shape[1]).flatten(1)
+        scale = scale_of(member.bank, picks, own.rank).flatten(1)
         A.append(own)
         B[member.key] = (of_member.gathered(scale.dtype) * scale.unsqueeze(-1)).to(dtype)
     return Kept(by_sample.joined(A, dtype), B, found.rows)

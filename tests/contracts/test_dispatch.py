@@ -219,6 +219,102 @@ def test_what_only_the_weights_tell_changes_nothing(top_p):
     agree(many(GateConfig(select="top_p", top_p=top_p), dtype=torch.float64).double(), batch_for("llama"))
 
 
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+def test_gates_that_choose_different_numbers_of_experts_agree(scope):
+    top_k = {".*q_proj": 1, ".*": 2}
+    model = many(GateConfig(scope=scope, top_k=top_k, share="linear"), dtype=torch.float64)
+    agree(model, batch_for("llama"))
+
+
+def test_tasks_by_token_restrict_a_constant_gate_by_token():
+    gate = GateConfig(scope="constant", select="top_k", top_k=1, share="linear")
+    model = many(gate, dtype=torch.float64)
+    with molora.routing(model, by="task"):
+        agree(model, batch_for("llama"), routing_task_ids=torch.tensor([[0, 1, 2, 1, 0, 1, 2]] * 3))
+
+
+def one_layer(**settings):
+    config = MoLoraConfig(**{"num_experts": 24, "r": 4, "target_modules": ["0"], **settings})
+    return randomised(get_peft_model(nn.Sequential(nn.Linear(16, 16)), config))
+
+
+def randomised(model):
+    randomise(model)
+    return model
+
+
+@pytest.mark.parametrize("shape", [(0, 16), (0, 5, 16), (3, 0, 16), (16,)])
+@pytest.mark.parametrize(
+    "gate", [{"top_k": 2}, {"select": "top_p"}, {"select": "threshold", "threshold": 0.1}]
+)
+def test_inputs_without_tokens_or_axes_pass(gate, shape):
+    model, x = one_layer(gate=GateConfig(**gate)), torch.zeros(shape)
+    for training in (True, False):
+        assert model.train(training)(x).shape == x.shape
+
+
+def test_a_gate_of_a_sequence_refuses_what_is_none():
+    model = one_layer(gate=GateConfig(scope="sequence", top_k=1))
+    with pytest.raises(RoutingError, match="6 samples, but the batch has 3"):
+        model(torch.randn(3, 2, 2, 16))
+
+
+def test_noise_and_dropout_are_the_same_when_a_checkpoint_is_run_again():
+    found = []
+    for checkpointing in (False, True):
+        gate = GateConfig(select="hard", noise="gaussian", noise_std=1.0)
+        model = many(gate, lora_dropout=0.3, dtype=torch.float64)
+        model.enable_input_require_grads()
+        if checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": True})
+        model.train()
+        torch.manual_seed(0)
+        model(**batch_for("llama")).loss.backward()
+        found.append(gradients(model))
+    assert_close(found[0], found[1], **EXACT)
+
+
+def lora_of_rank(rank, folder):
+    config = LoraConfig(r=rank, lora_alpha=5, target_modules="all-linear", task_type="CAUSAL_LM")
+    lora = get_peft_model(molora_model("llama").unload(), config)
+    randomise(lora)
+    lora.save_pretrained(folder)
+    return folder
+
+
+def test_a_larger_expert_of_another_task_changes_no_bit(tmp_path):
+    model, ids = many(GateConfig(scope="task"), experts=6), ["t1", None, "t5"]
+    batch, step = batch_for("llama"), {"input_ids": torch.ones(3, 1, dtype=torch.long)}
+    with torch.no_grad():
+        before = [model(**inputs, routing_task_ids=ids).logits for inputs in (batch, step)]
+        molora.import_lora(model, lora_of_rank(33, tmp_path), expert="expert_3")
+        after = [model(**inputs, routing_task_ids=ids).logits for inputs in (batch, step)]
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    agree(model.double(), batch, routing_task_ids=["t1", "t3", "t5"])
+
+
+def test_samples_that_share_many_experts_are_computed_over_those_and_no_others():
+    tasks = {"all": [f"expert_{i}" for i in range(12)]} | {f"t{i}": [f"expert_{i}"] for i in range(12)}
+    model = molora_model("llama", GateConfig(scope="task"), num_experts=24, tasks=tasks, dtype=torch.float64)
+    batch, ids = batch_for("llama", batch=8, seq=5), ["all", "t1"] * 4
+    assert ways_taken(model, **batch, routing_task_ids=ids) == {"DensePart"}
+    agree(model, batch, routing_task_ids=ids)
+    agree(model, batch, routing_task_ids=[["t0", "t1"], ["all", "t3"], None, "t5"] * 2)
+    with torch.no_grad():
+        before = model(**batch, routing_task_ids=ids).logits
+        model.add_expert("new", tasks=["later"])
+        assert torch.equal(model(**batch, routing_task_ids=ids).logits, before)
+
+
+def test_samples_of_two_tasks_each_gather_two_experts():
+    model = many(GateConfig(scope="task"), dtype=torch.float64)
+    ids = [["t0", "t1"], "t2", ["t3", "t4"]]
+    assert ways_taken(model, **batch_for("llama", seq=40), routing_task_ids=ids) == {"BySample"}
+    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer))
+    (tasks,) = layer.context.resolve(molora.calls.request.RoutingRequest(task_ids=ids, given=True)).values()
+    assert tasks.most == 2
+
+
 def test_an_unknown_way_is_refused():
     with pytest.raises(ConfigError, match="dense, by_sample, by_token"), molora.dispatch("sparse"):
         pass
