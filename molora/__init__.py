@@ -16,6 +16,7 @@ from molora.version import __version__ as __version__
 _PUBLIC = {
     "MoLoraConfig": "molora.tuner.config",
     "GateConfig": "molora.config.gate_config",
+    "RouterConfig": "molora.config.router",
     "MoLoraModel": "molora.tuner.model",
     "MoLoraLayer": "molora.tuner.layer",
     "preset": "molora.tuner.presets",
@@ -24,6 +25,8 @@ _PUBLIC = {
     "record_routing": "molora.tuner.api",
     "dispatch": "molora.forward.dispatch",
     "fit_gate": "molora.tuner.fit_gate",
+    "fit_router": "molora.models.task_router",
+    "route": "molora.models.task_router",
     "set_feature_source": "molora.tuner.api",
     "register_score": "molora.gates.scores",
     "register_loss": "molora.forward.auxiliary",

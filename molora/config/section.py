@@ -28,6 +28,7 @@ PositiveInt = Annotated[
     int, Field(ge=1), Bound("must be at least 1", lambda n: type(n) is int and n >= 1, whole=True)
 ]
 Fraction = Annotated[float, Field(ge=0, lt=1), Bound("must be in [0, 1)", lambda n: 0 <= n < 1)]
+Share = Annotated[float, Field(gt=0, le=1), Bound("must be above 0 and at most 1", lambda n: 0 < n <= 1)]
 NonNegative = Annotated[
     float, Field(ge=0, allow_inf_nan=False), Bound("must not be negative", lambda n: 0 <= n < float("inf"))
 ]

@@ -124,7 +124,7 @@ def encode(
         raise DataError(f"{len(texts)} texts in batches of {batch_size}; allowed: 1 or more of both.")
     device = next(model.parameters()).device
     rows = []
-    with _evaluating(model):
+    with evaluating(model):
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
             tokens = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
@@ -143,7 +143,7 @@ def mean_vector(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside the block; afterwards every module has its own mode back, unlike with `model.train()`."""
     training = [module for module in model.modules() if module.training]
     model.eval()

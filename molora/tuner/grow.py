@@ -193,7 +193,10 @@ def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
 
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = context.adapters[adapter].config
-    context.adapters[adapter] = AdapterRouting(config.task_map(), config)
+    before = context.adapters[adapter]
+    context.adapters[adapter] = AdapterRouting(config.task_map(), config, before.router, before.read)
+    if before.router is not None:
+        before.router.set_tasks(list(config.task_ids.values()))
     for mount in _mounts(model, adapter):
         place(mount, config)
 

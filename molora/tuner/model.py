@@ -29,7 +29,8 @@ from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import static_shares, static_weights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import stretch_lists
-from molora.tuner.targets import check_targets, is_target
+from molora.tuner.router import make_router
+from molora.tuner.targets import check_targets, hidden_size, is_target
 
 
 class MoLoraModel(BaseTuner):
@@ -56,10 +57,11 @@ class MoLoraModel(BaseTuner):
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             compare(config.base_fingerprint, base_fingerprint(model))
         if config.gate.scope == "two_pass" and config.gate.feature_dim is None:
-            config.gate.feature_dim = _hidden_size(model)
+            config.gate.feature_dim = hidden_size(model, "gate.scope='two_pass'")
         existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
         self.context = existing[0].context if existing else RoutingContext()
         self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
+        make_router(model, self.context, adapter_name)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
         self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
         for name in config.aux_losses:
@@ -326,14 +328,3 @@ def _prompt_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> in
     elif args:
         prompt = args[0]
     return 1 if prompt is None else prompt.shape[1]
-
-
-def _hidden_size(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(config, "hidden_size", None)
-    if size is None:
-        raise ConfigError(
-            "gate.scope='two_pass' needs a transformers model, whose config names its hidden_size."
-        )
-    return int(size)
