@@ -41,6 +41,8 @@ class StopAfter:
 
 
 class _Reached(Exception):
+    """No error: the way out of a forward that has done its work."""
+
     def __init__(self, states: Tensor) -> None:
         super().__init__()
         self.states = states
@@ -158,5 +160,5 @@ def _reader(module: nn.Module) -> nn.Module:
     """The part of a model that reads prompts: without its head; of an encoder-decoder, the encoder."""
     model: Any = module
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
-        return model.get_encoder()  # type: ignore[no-any-return]
-    return getattr(model, "base_model", model)  # type: ignore[no-any-return]
+        return model.get_encoder()
+    return getattr(model, "base_model", model)

@@ -154,6 +154,12 @@ def router_of(model: Any, adapter: str) -> TaskRouter:
     return router
 
 
+def names_tasks(model: Any) -> bool:
+    """Whether the active adapter names the tasks of prompts by itself: it has a router that has learned some."""
+    router: TaskRouter | None = find_context(model).adapters[str(model.active_adapter)].router
+    return router is not None and bool(router.learned)
+
+
 def features(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
