@@ -36,8 +36,8 @@ def command(
 
     with quiet_libraries():
         model, tokenizer, config = load_trained(run)
-        length = {} if config is None else {"max_length": config.data.max_length}
-        found = route(model, tokenizer, prompts, batch_size=batch_size, **length)
+        length = 512 if config is None else config.data.max_length
+        found = route(model, tokenizer, prompts, batch_size=batch_size, max_length=length)
     for text, named in zip(prompts, found, strict=True):
         typer.echo(json.dumps({"prompt": text, **named._asdict()}, ensure_ascii=False))
 
