@@ -83,9 +83,24 @@ def describe(model: Any) -> dict[str, Any]:
         "tasks": {
             name: {"id": model.task_ids[name], "experts": experts} for name, experts in model.tasks.items()
         },
+        "router": _router(model),
         "computed": ways_in_use(model),
         "init": init_std_report(model),
     }
+
+
+def _router(model: Any) -> dict[str, Any] | None:
+    """The adapter's task router: its settings, and how many prompts of each task it learned from."""
+    from dataclasses import asdict
+
+    from molora.tuner.api import find_context
+
+    found = find_context(model).adapters[str(model.active_adapter)]
+    if found.router is None:
+        return None
+    counts = zip(found.router.ids, found.router.counts.tolist(), strict=True)
+    learned = {found.task_map.name(task): int(count) for task, count in counts}
+    return {**asdict(found.config.router), "learned": learned}
 
 
 def _print_facts(facts: dict[str, Any], to: Console) -> None:
@@ -103,6 +118,9 @@ def _print_facts(facts: dict[str, Any], to: Console) -> None:
     for name, task in facts["tasks"].items():
         experts = ", ".join(f"{expert} {weight:.2f}" for expert, weight in task["experts"].items())
         to.print(f"task {name} (id {task['id']}): {experts}", markup=False)
+    if facts["router"] is not None:
+        learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
+        to.print(f"router: {facts['router']['kind']}; prompts learned from: {learned}", markup=False)
     for batch, ways in facts["computed"].items():
         counted = ", ".join(f"{way} in {count} layers" for way, count in ways.items())
         to.print(f"computed, {batch}: {counted}", markup=False)

@@ -117,6 +117,19 @@ def route(
     """
     model = peft_model(model)
     adapter = active_adapter(model, adapter_name)
+    tokens = [_tokens(model, tokenizer, adapter, text, max_length) for text in prompts]
+    return named_prompts(model, tokenizer, tokens, adapter, batch_size)
+
+
+def named_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    adapter: str | None = None,
+    batch_size: int = 16,
+) -> list[NamedTask]:
+    """`route` of prompts that are token ids already."""
+    adapter = active_adapter(model, adapter)
     router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
     if not router.learned:
         raise ConfigError(
@@ -125,21 +138,21 @@ def route(
         )
     if not prompts:
         return []
-    tokens = [_tokens(model, tokenizer, adapter, text, max_length) for text in prompts]
-    guess = router.guess(features(model, tokenizer, tokens, adapter, batch_size))
+    guess = router.guess(features(model, tokenizer, prompts, adapter, batch_size))
     names = [task_map.name(task) for task in guess.ids]
     told_apart = router.settings.unknown != "nearest"
+    rows = zip(
+        guess.nearest.tolist(),
+        guess.posteriors.tolist(),
+        guess.log_densities.tolist(),
+        guess.known.tolist(),
+        strict=True,
+    )
     return [
         NamedTask(
             None if told_apart and not known else names[row], dict(zip(names, shares, strict=True)), density
         )
-        for row, shares, density, known in zip(
-            guess.nearest.tolist(),
-            guess.posteriors.tolist(),
-            guess.log_densities.tolist(),
-            guess.known.tolist(),
-            strict=True,
-        )
+        for row, shares, density, known in rows
     ]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -160,6 +161,17 @@ def test_a_learned_gate_is_named_for_only_where_it_is_limited_to_tasks():
     assert not torch.equal(named, free)
 
 
+def test_threads_name_their_own_prompts():
+    model = fitted("llama")
+    expected = {task: logits(model, batch((task,)), routing_task_ids=task) for task in TASKS}
+
+    def same(task):
+        return all(torch.equal(logits(model, batch((task,))), expected[task]) for _ in range(8))
+
+    with ThreadPoolExecutor(3) as pool:
+        assert list(pool.map(same, TASKS)) == [True] * 3
+
+
 def test_training_never_names():
     model = fitted("llama").train()
     with pytest.raises(RoutingError, match="no task ids were given"):
@@ -304,6 +316,19 @@ def test_it_is_saved_and_loaded_with_the_adapter(architecture, tmp_path):
         assert loaded.peft_config["default"].router == RouterConfig(unknown="base")
     stored = load_file(tmp_path / "ours" / "adapter_model.safetensors")
     assert {k for k in stored if "molora_router" in k} == set(buffers(model)) and len(buffers(model)) == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_transformers_loads_it_too(dtype, tmp_path):
+    model = fitted("llama")
+    model.save_pretrained(str(tmp_path))
+    plain, asked = base_model("llama", dtype=dtype), ("gamma", "beta", "beta")
+    plain.load_adapter(str(tmp_path))
+    plain.eval()
+    found = {k.replace(".default", ""): v for k, v in plain.state_dict().items() if "molora_router" in k}
+    for name, value in buffers(model).items():
+        assert torch.equal(found[name.removeprefix("base_model.model.")], value)
+    assert torch.equal(logits(plain, batch(asked)), logits(plain, batch(asked), routing_task_ids=list(asked)))
 
 
 def test_an_adapter_without_one_is_written_as_before(tmp_path):
