@@ -45,7 +45,8 @@ def with_inputs(
     cache = inputs.get("past_key_values")
     if past_length(cache) > 0:
         memory = remembered(cache) or PromptMemory()
-        call = replace(call, continued=memory, tasks={**memory.tasks, **call.tasks})
+        named = {name: ids for name, ids in memory.tasks.items() if name in call.unnamed}
+        call = replace(call, continued=memory, tasks={**call.tasks, **named})
         if not wanted or memory.features is None:
             return call
         return replace(call, features={**call.features, "external": memory.features})

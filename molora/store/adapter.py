@@ -161,7 +161,8 @@ def peft_model(model: nn.Module) -> PeftModel:
 
 def _size(model: PeftModel, adapter: str) -> int:
     marks = (f".{adapter}.", f".{adapter}")
-    tensors = [p for name, p in model.named_parameters() if marks[0] in name or name.endswith(marks[1])]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [tensor for name, tensor in named if marks[0] in name or name.endswith(marks[1])]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 

@@ -404,3 +404,27 @@ def test_nothing_of_it_stays_on_the_plain_base():
     base = fitted("llama").unload()
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in base.modules())
     assert set(base.state_dict()) == set(base_model("llama").state_dict())
+
+
+def test_a_generation_goes_on_under_the_name_of_its_prompt():
+    model = fitted("llama")
+    prompt, more = batch(("alpha",)), torch.tensor([TOKENS(texts("gamma", 1)[0])["input_ids"][:4]])
+    with torch.no_grad():
+        begun = model(**prompt, use_cache=True).past_key_values
+        named = model(input_ids=more, past_key_values=begun).logits
+        begun = model(**prompt, use_cache=True, routing_task_ids="alpha").past_key_values
+        given = model(input_ids=more, past_key_values=begun, routing_task_ids="alpha").logits
+        begun = model(**prompt, use_cache=True, routing_task_ids="alpha").past_key_values
+        with pytest.raises(RoutingError, match="no task ids were given"):
+            model(input_ids=more, past_key_values=begun)  # its prompt was never named
+    assert torch.equal(named, given)
+
+
+def test_a_mixture_of_loras_can_have_one(tmp_path):
+    molora.export_lora(molora_model("llama"), tmp_path / "one", expert="expert_0")
+    base = base_model("llama")
+    model = molora.compose(
+        base, {"one": tmp_path / "one"}, gate={"kind": "task"}, tasks={"alpha": ["one"]}, router="ridge"
+    )
+    molora.fit_router(model, TOKENS, {"alpha": texts("alpha")})
+    assert molora.route(model, TOKENS, texts("alpha", 1))[0].task == "alpha"
