@@ -12,10 +12,9 @@ from molora.tuner.api import aux_in_loss, aux_loss
 class MoLoraTrainerMixin:
     """Put before a Trainer class: `class MyTrainer(MoLoraTrainerMixin, transformers.Trainer): ...`.
 
-    A stock Trainer trains the gate too, since `out.loss` of a molora model contains the auxiliary losses.
-    But it scales the task loss by the tokens of all accumulated batches and the auxiliary losses not at
-    all, so they weigh more the more batches are accumulated, and label smoothing loses them. This mixin
-    keeps them out of the model's loss and adds their mean over the accumulated batches.
+    A stock Trainer trains the gate too, since `out.loss` contains the auxiliary losses. But it divides only the task
+    loss by the tokens of all accumulated batches, so the others weigh more the more batches there are, and label
+    smoothing loses them. This mixin keeps them out of `out.loss` and adds their mean over the accumulated batches.
 
     Task ids: set `remove_unused_columns=False` and name the column `routing_task_ids`.
     """

@@ -1,4 +1,7 @@
-"""Auxiliary losses: pure functions of one gate's routing or of expert factors."""
+"""Auxiliary losses: pure functions of one gate's routing or of expert factors.
+
+A `mask` (tokens,) is true for the tokens that count; None: all of them.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,6 @@ def balance(probs: Tensor, selected: Tensor, mask: Tensor | None = None) -> Tens
     Args:
         probs: (tokens, expert) gate probabilities before selection.
         selected: (tokens, expert) share of the token's slots given to each expert; rows sum to 1.
-        mask: (tokens,) true for tokens that count.
 
     Reference: Switch Transformer, arXiv:2101.03961, per gate instead of pooled over layers, and f
     normalised by k so that one coefficient means the same for every k.
@@ -62,7 +64,6 @@ def load(clean: Tensor, noisy: Tensor, k: int, noise_std: float, mask: Tensor | 
         noisy: (tokens, expert) logits after it.
         k: experts per token; with all of them there is nothing to balance.
         noise_std: the noise's standard deviation.
-        mask: (tokens,) true for tokens that count.
 
     Reference: Shazeer et al., arXiv:1701.06538.
     """
@@ -87,9 +88,7 @@ def localized(
         weights: (tokens, expert).
         own: (tokens, expert) bool, the experts of the token's task.
         alpha: how far it leans, 0 to 1.
-        samples: (tokens,) index of each token's sample.
-        batch: how many samples there are.
-        mask: (tokens,) true for tokens that count.
+        samples: (tokens,) index of each token's sample, of which there are `batch`.
 
     Reference: LoRAMoE, arXiv:2312.09979, with two task types and halves of the experts; here a sample's mean instead
     of its sum, so that length does not matter.
@@ -165,15 +164,11 @@ def similarity(probs: Tensor, features: Tensor) -> Tensor:
 
 
 def contrastive(outputs: Tensor, expert: Tensor, temperature: float = 0.1) -> Tensor:
-    """Outputs of one expert should be like each other and unlike those of others: supervised InfoNCE.
+    """Outputs (tokens, d_out) of one expert should be like each other and unlike those of others: supervised InfoNCE.
 
     For each output i: the mean over the others p of its expert of `-log(exp(s_ip/T) / Σ_{a≠i} exp(s_ia/T))`, s the
-    cosine; mean over the outputs that have both a positive and a negative. Outputs near zero do not count.
-
-    Args:
-        outputs: (tokens, d_out).
-        expert: (tokens,) which expert each comes from.
-        temperature: T.
+    cosine, T the temperature; mean over the outputs that have both a positive and a negative. Outputs near zero do not
+    count. `expert`: (tokens,) which expert each comes from.
 
     Reference: MoELoRA, arXiv:2402.12851. No code of the authors is public: that positives are other tokens of the same
     expert, negatives those of other experts, and this form of the mean are reconstructed.

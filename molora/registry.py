@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, Generic, TypeVar
 
 from molora.config.names import check_name
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import not_one_of
 from molora.errors import ConfigError
 
 T = TypeVar("T")
@@ -20,8 +20,7 @@ T = TypeVar("T")
 class Lazy(Generic[T]):
     """A part that is imported when it is first used, so that its name is known without torch.
 
-    Args:
-        where: `module:attribute` below molora, such as "gates.selection:top_k".
+    `where`: `module:attribute` below molora, such as "gates.selection:top_k".
     """
 
     def __init__(self, where: str) -> None:
@@ -37,11 +36,7 @@ class Lazy(Generic[T]):
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """Named parts of one sort, in the order in which they were added.
-
-    Args:
-        what: what one of them is, for messages: "score", "auxiliary loss".
-    """
+    """Named parts of one sort, in the order in which they were added. `what` one of them is, messages say: "score"."""
 
     def __init__(self, what: str) -> None:
         self.what = what
@@ -49,12 +44,7 @@ class Registry(Mapping[str, T], Generic[T]):
         self._sources: dict[str, str] = {}
 
     def add(self, name: str, part: T | Lazy[T], source: str = "molora") -> None:
-        """Give `part` a name.
-
-        Args:
-            name: a new name, by the one rule for names.
-            part: what it stands for, or where it is found when it is first used.
-            source: who defines it, named where the name is taken a second time.
+        """Give `part` a name; `source` is who defines it, named where the name is taken a second time.
 
         Raises:
             ConfigError: the name is taken, or is no name.
@@ -67,10 +57,6 @@ class Registry(Mapping[str, T], Generic[T]):
     def remove(self, name: str) -> None:
         """Forget a name, so that it can be given again."""
         del self._parts[name], self._sources[name]
-
-    def source(self, name: str) -> str:
-        """Who defines `name`."""
-        return self._sources[name]
 
     def __getitem__(self, name: str) -> T:
         if name not in self._parts:
@@ -86,7 +72,7 @@ class Registry(Mapping[str, T], Generic[T]):
 
     def unknown(self, name: object) -> str:
         """What to say of a name that nobody gave."""
-        return f"{name!r} is not one of {', '.join(self._parts)}.{did_you_mean(str(name), self._parts)}"
+        return not_one_of(name, self._parts)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name in self._parts

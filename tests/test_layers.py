@@ -53,7 +53,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # Modules longer than MODULE_LINES, and how long they may be. They only get shorter.
 MODULE_LINES = 300
-LONG = {"tuner/model.py": 339}
+LONG: dict[str, int] = {}
 
 Graph = dict[str, set[str]]
 

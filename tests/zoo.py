@@ -77,6 +77,27 @@ LEARNED = tuple(name for name in GATES if name not in HARD)
 TOKEN = tuple(name for name in GATES if name.startswith(("soft", "top")))
 SUM_TO_ONE = tuple(name for name in GATES if name != "top1-linear")
 
+# Llama has every gate. What others add are names of linears, streams, masks and heads, and how a scope or a sharing meets
+# them, not how a gate computes: each has every scope and every sharing, and gates that are alike are on one of them.
+GATES_ON: dict[str, tuple[str, ...]] = {
+    "llama": tuple(GATES),
+    "gpt2": ("soft-linear", "top2-group", "top2-block", "constant-global", "sequence-mean", "external-mlp",
+             "twopass-linear", "task-table"),
+    "bert": ("top1-linear", "soft-group", "top2-block", "constant-linear", "sequence-last", "external-global",
+             "twopass-global", "task-embedding", "task-group"),
+    "t5": ("topp-linear", "topcut-group", "top2-block", "constant-global", "sequence-mean", "sequence-last", "external-mlp",
+           "twopass-global", "task-table", "task-global"),
+}  # fmt: skip
+
+
+def pairs(
+    names: Sequence[str],
+    on: dict[str, tuple[str, ...]] = GATES_ON,
+    architectures: Sequence[str] = ARCHITECTURES,
+) -> list[tuple[str, str]]:
+    """(architecture, name) for each of the names that the architecture has."""
+    return [(a, name) for a in architectures for name in names if name in on[a]]
+
 
 def base_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
     """A freshly initialised model, without dropout, with weights large enough for outputs to differ."""
@@ -133,9 +154,10 @@ def molora_model(
     **overrides: Any,
 ) -> Any:
     """A wrapped model; `trained` gives B and the gates values, as if training had happened."""
+    config = config_for(architecture, gate, **overrides)
     base = base_model(architecture, seed, dtype)
     torch.manual_seed(seed + 1)
-    model = get_peft_model(base, config_for(architecture, gate, **overrides))
+    model = get_peft_model(base, config)
     if trained:
         randomise(model, seed + 2)
     return model.eval()
@@ -218,6 +240,16 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "identity-external": {
         "gate": GateConfig(scope="external", feature_dim=6, transform="identity", select="dense", share="linear"),
     },
+}  # fmt: skip
+# As GATES_ON: each of the others has every way to mix.
+MIXTURES_ON: dict[str, tuple[str, ...]] = {
+    "llama": tuple(MIXTURES),
+    "gpt2": ("factors-table", "factors-constant", "shared-A-top2", "cores-table", "universal-top1", "by-layer-top2",
+             "ffn-top2", "blend-soft"),
+    "bert": ("factors-splits", "factors-sequence", "shared-A-task", "universal-task", "by-layer-task", "ffn-hard",
+             "balanced-top2", "blend-top2"),
+    "t5": ("factors-task", "factors-sequence", "shared-A-soft", "cores-table", "by-layer-top2", "by-pattern-soft",
+           "ffn-task", "blend-soft", "identity-external"),
 }  # fmt: skip
 
 

@@ -47,7 +47,7 @@ class Shape:
 CPU_SHAPES = {
     "fp32 4 x 512": Shape(Size(4, 512), FP32),
     "fp32 2 x 1024": Shape(Size(2, 1024), FP32),
-    "bf16 2 x 1024": Shape(Size(2, 1024), BF16),
+    "bf16 2 x 512": Shape(Size(2, 512), BF16),
 }
 CUDA_SHAPES = {"1B bf16": Shape(Size(16, 2048, ff=8192, heads=32, kv_heads=8), BF16)}
 QUICK_SHAPES = {"quick": Shape(Size(1, 64, vocab=64), FP32)}

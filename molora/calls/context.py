@@ -16,6 +16,7 @@ from molora.calls.request import NO_REQUEST, RoutingRequest, Scoped
 from molora.calls.statistics import RoutingRecord
 from molora.calls.task_ids import TaskIds, resolve_ids
 from molora.calls.task_map import TaskMap
+from molora.config.mixture import SavedMixture
 from molora.errors import RoutingError
 
 FeatureSource = Callable[[list[list[int]]], Tensor]
@@ -27,7 +28,7 @@ class AdapterRouting:
     """What calls must know of one adapter."""
 
     task_map: TaskMap
-    config: Any  # the tuner's MoLoraConfig
+    config: SavedMixture
     router: Any = None  # the forward's TaskRouter, where the adapter has one
     read: nn.Module | None = None  # the block whose hidden states that reads
     _partial: dict[tuple[str, ...], TaskMap] = field(default_factory=dict)

@@ -29,6 +29,11 @@ class TaskIds:
     listed: tuple[int, ...] | None = None
 
     @property
+    def known(self) -> tuple[int, ...] | None:
+        """`listed`, but for a graph that is traced: it would be one for these tasks only."""
+        return None if torch.compiler.is_compiling() else self.listed
+
+    @property
     def all_base(self) -> bool:
         """Whether the whole batch asks for the base model only."""
         return self.single == BASE_ONLY

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
+from typer import Option
 
-from molora.cli.options import Overrides, RunFolder
+from molora.cli.options import Overrides, RunFolder, show_run
 from molora.errors import ConfigError
 
 SOURCES = {".jsonl": "jsonl", ".gz": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -16,22 +16,12 @@ SOURCES = {".jsonl": "jsonl", ".gz": "jsonl", ".csv": "csv", ".parquet": "parque
 def command(
     run: RunFolder,
     overrides: Overrides = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="A recipe of the new task and its training.")
-    ] = None,
-    task: Annotated[
-        str | None, typer.Option("--task", help="The new task's name, where there is no recipe.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", help="Its training records: .jsonl, .csv, .parquet.")
-    ] = None,
-    eval_data: Annotated[Path | None, typer.Option("--eval-data", help="Its held-out records.")] = None,
-    synthetic: Annotated[
-        str | None, typer.Option("--synthetic", help="A synthetic generator instead of --data.")
-    ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the latest run of this growth.")
-    ] = False,
+    recipe: Annotated[Path | None, Option(help="A recipe of the new task and its training.")] = None,
+    task: Annotated[str | None, Option(help="The new task's name, where there is no recipe.")] = None,
+    data: Annotated[Path | None, Option(help="Its training records: .jsonl, .csv, .parquet.")] = None,
+    eval_data: Annotated[Path | None, Option(help="Its held-out records.")] = None,
+    synthetic: Annotated[str | None, Option(help="A synthetic generator instead of --data.")] = None,
+    resume: Annotated[bool, Option("--resume", help="Go on with the latest run of this growth.")] = False,
 ) -> None:
     """Add an expert for a new task; the old ones stay as they are.
 
@@ -40,13 +30,8 @@ def command(
     source = _source(recipe, task, data, eval_data, synthetic)
 
     from molora.continual.grow import add_expert
-    from molora.evaluation.report import Report
-    from molora.report.tables import console, print_report
 
-    grown = add_expert(run, source, overrides or [], resume=resume or None)
-    to = console()
-    print_report(Report.from_json((grown.path / "report.json").read_text(encoding="utf-8")), to=to)
-    to.print(f"run: {grown.path}\nreport: {grown.path / 'report.html'}", markup=False)
+    show_run(add_expert(run, source, overrides or [], resume=resume or None).path)
 
 
 def _source(
@@ -55,15 +40,12 @@ def _source(
     """The recipe file, or a recipe made of the options."""
     if recipe is not None:
         if task or data or eval_data or synthetic:
-            raise ConfigError(
-                "--recipe describes the task; leave out --task, --data, --eval-data and --synthetic."
-            )
+            others = "--task, --data, --eval-data and --synthetic"
+            raise ConfigError(f"--recipe describes the task; leave out {others}.")
         return recipe
     if task is None or (data is None) == (synthetic is None):
-        raise ConfigError(
-            "say which task to add.",
-            hint="give --recipe FILE, or --task NAME with --data FILE or --synthetic GENERATOR.",
-        )
+        hint = "give --recipe FILE, or --task NAME with --data FILE or --synthetic GENERATOR."
+        raise ConfigError("say which task to add.", hint=hint)
     if synthetic is not None:
         return {"task": {"name": task, "source": "synthetic", "generator": synthetic}}
     assert data is not None

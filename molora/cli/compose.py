@@ -7,43 +7,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
 from molora.errors import ConfigError
 
 
 def command(
-    base: Annotated[str, typer.Argument(metavar="BASE", help="The model the LoRAs were trained on.")],
-    loras: Annotated[
-        list[str], typer.Argument(metavar="NAME=FOLDER...", help="Experts, each a LoRA folder.")
-    ],
-    out: Annotated[
-        Path, typer.Option("--out", help="A folder for the adapter: new, empty, or written by molora.")
-    ],
-    preset: Annotated[
-        str | None, typer.Option("--preset", help="A method for the gate: xlora, arrow, ...")
-    ] = None,
-    fit: Annotated[
-        str | None, typer.Option("--fit", help="Set the gate without training: arrow or uniform.")
-    ] = None,
+    base: Annotated[str, Argument(metavar="BASE", help="The model the LoRAs were trained on.")],
+    loras: Annotated[list[str], Argument(metavar="NAME=FOLDER...", help="Experts, each a LoRA folder.")],
+    out: Annotated[Path, Option(help="A folder for the adapter: new, empty, or written by molora.")],
+    preset: Annotated[str | None, Option(help="A method for the gate: xlora, arrow, ...")] = None,
+    fit: Annotated[str | None, Option(help="Set the gate without training: arrow or uniform.")] = None,
     task: Annotated[
-        list[str] | None, typer.Option("--task", metavar="NAME=EXPERT,...", help="A task and its experts.")
+        list[str] | None, Option(metavar="NAME=EXPERT,...", help="A task and its experts.")
     ] = None,
-    task_type: Annotated[
-        str, typer.Option("--task-type", help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")
-    ] = "CAUSAL_LM",
-    dtype: Annotated[
-        str, typer.Option("--dtype", help="float32, bfloat16 or float16, of the base.")
-    ] = "float32",
+    task_type: Annotated[str, Option(help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS.")] = "CAUSAL_LM",
+    dtype: Annotated[str, Option(help="float32, bfloat16 or float16, of the base.")] = "float32",
 ) -> None:
     """Make a mixture of LoRAs that PEFT saved, of any ranks and targets; they stay exactly as they are.
 
     Example: molora compose Qwen/Qwen2.5-0.5B math=loras/math code=loras/code --preset arrow --fit arrow --out mix
     """
     folders = _named(loras, "FOLDER", "math=loras/math")
-    served = {
-        name: experts.split(",")
-        for name, experts in _named(task or (), "EXPERT,...", "sums=math,code").items()
-    }
+    tasks = _named(task or (), "EXPERT,...", "sums=math,code")
+    served = {name: experts.split(",") for name, experts in tasks.items()}
 
     from molora.config import BaseConfig
     from molora.disk.atomic import check_target, check_writable
@@ -53,10 +40,8 @@ def command(
     from molora.training.environment import quiet_libraries
 
     if fit in ("average", "phatgoose"):
-        raise ConfigError(
-            f"--fit {fit} needs data of each expert.",
-            hint='use Python: molora.compose(base, loras, fit="' + fit + '", data={expert: batches}).',
-        )
+        hint = f'use Python: molora.compose(base, loras, fit="{fit}", data={{expert: batches}}).'
+        raise ConfigError(f"--fit {fit} needs data of each expert.", hint=hint)
     check_target(out, base, *folders.values())
     check_writable(out)
     settings = BaseConfig.model_validate({"model": base, "task_type": task_type, "dtype": dtype})
@@ -64,10 +49,8 @@ def command(
         model, _ = load_base(settings)
         mixed = compose(model, folders, preset=preset, fit=fit, task_type=task_type, tasks=served or None)
         save(mixed, out)
-    config = mixed.active_peft_config
-    typer.echo(
-        f"{len(folders)} experts ({', '.join(folders)}), frozen, under a gate of scope {config.gate.scope}"
-    )
+    scope = mixed.active_peft_config.gate.scope
+    typer.echo(f"{len(folders)} experts ({', '.join(folders)}), frozen, under a gate of scope {scope}")
     typer.echo(f"adapter: {out}")
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
 from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 def command(
@@ -23,37 +21,29 @@ def command(
 
     from molora.continual.sequence import train_sequence
     from molora.disk.manifest import read_json
-    from molora.report.tables import console
 
-    done = train_sequence(config, resume=resume_from or resume or None)
-    to = console()
-    _print(to, read_json(done.path / "matrix.json"))
-    to.print(f"run: {done.path}\nmatrix: {done.path / 'matrix.png'}", markup=False)
+    run = train_sequence(config, resume=resume_from or resume or None).path
+    _print(read_json(run / "matrix.json"), f"run: {run}\nmatrix: {run / 'matrix.png'}")
 
 
-def _print(to: Console, found: dict[str, Any]) -> None:
+def _print(found: dict[str, Any], where: str) -> None:
     from molora.continual.tables import VIEWS
     from molora.evaluation.continual import AccuracyMatrix
-    from molora.report.tables import accuracy_table
+    from molora.report.tables import accuracy_table, console
 
+    to = console()
+    say = partial(to.print, markup=False)
     for view, plain in found["matrices"].items():
         matrix = AccuracyMatrix.from_dict(plain)
         to.print(accuracy_table(matrix, VIEWS[view]))
-        summary = matrix.summary()
-        to.print(
-            ", ".join(f"{name} {100 * v:.1f} %" for name, v in summary.items() if v is not None), markup=False
-        )
+        say(", ".join(f"{name} {100 * v:.1f} %" for name, v in matrix.summary().items() if v is not None))
     if found["task_inference"] is not None:
-        to.print(f"task named rightly: {100 * found['task_inference']:.1f} %", markup=False)
+        say(f"task named rightly: {100 * found['task_inference']:.1f} %")
     if found["overlap"]["mean"] is not None:
-        to.print(f"overlap of the experts' subspaces: {found['overlap']['mean']:.3f}", markup=False)
+        say(f"overlap of the experts' subspaces: {found['overlap']['mean']:.3f}")
     earlier = list(found["unchanged"])[:-1]
-    if not earlier or found["matrices"]["shown"]["joint"]:
-        return
     changed = [task for task in earlier if not found["unchanged"][task]]
-    to.print(
-        f"logits changed since, with task ids given: {', '.join(changed)}"
-        if changed
-        else "logits of every earlier task bit-equal with task ids given",
-        markup=False,
-    )
+    if earlier and not found["matrices"]["shown"]["joint"]:
+        text = f"logits changed since, with task ids given: {', '.join(changed)}"
+        say(text if changed else "logits of every earlier task bit-equal with task ids given")
+    say(where)

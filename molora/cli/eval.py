@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
+from typer import Option
 
 from molora.cli.options import AsJson, Overrides, RunFolder
 from molora.errors import ConfigError
@@ -14,19 +14,12 @@ from molora.errors import ConfigError
 def command(
     run: RunFolder,
     overrides: Overrides = None,
-    task: Annotated[
-        list[str] | None, typer.Option("--task", help="Score this task only; may be repeated.")
-    ] = None,
-    mode: Annotated[
-        list[str] | None, typer.Option("--mode", help="gate, task or base; may be repeated.")
-    ] = None,
-    recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="Data and settings other than the run's own.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="Folder for the report.")] = None,
+    task: Annotated[list[str] | None, Option(help="Score this task only; may be repeated.")] = None,
+    mode: Annotated[list[str] | None, Option(help="gate, task or base; may be repeated.")] = None,
+    recipe: Annotated[Path | None, Option(help="Data and settings other than the run's own.")] = None,
+    out: Annotated[Path | None, Option(help="Folder for the report.")] = None,
     fail_under: Annotated[
-        list[str] | None,
-        typer.Option("--fail-under", metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1."),
+        list[str] | None, Option(metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -54,6 +47,5 @@ def _floor(text: str) -> tuple[str, float]:
     try:
         return task or "*", float(value)
     except ValueError:
-        raise ConfigError(
-            f"--fail-under {text!r} is not VALUE or TASK=VALUE, such as 0.9 or mirror=0.9."
-        ) from None
+        example = "such as 0.9 or mirror=0.9"
+        raise ConfigError(f"--fail-under {text!r} is not VALUE or TASK=VALUE, {example}.") from None

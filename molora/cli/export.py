@@ -6,19 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Option
 
 from molora.cli.options import RunFolder
 
 
 def command(
     run: RunFolder,
-    out: Annotated[
-        Path, typer.Option("--out", help="A folder for the LoRA: new, empty, or written by molora.")
-    ],
-    expert: Annotated[str | None, typer.Option("--expert", help="This expert alone.")] = None,
-    task: Annotated[str | None, typer.Option("--task", help="The experts of this task.")] = None,
+    out: Annotated[Path, Option(help="A folder for the LoRA: new, empty, or written by molora.")],
+    expert: Annotated[str | None, Option(help="This expert alone.")] = None,
+    task: Annotated[str | None, Option(help="The experts of this task.")] = None,
     fold_scaling: Annotated[
-        bool, typer.Option("--fold-scaling", help="For engines that read only r and lora_alpha.")
+        bool, Option("--fold-scaling", help="For engines that read only r and lora_alpha.")
     ] = False,
 ) -> None:
     """Write an expert as an ordinary LoRA that PEFT loads without molora.

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
+from typer import Option
 
 from molora.cli.options import AsJson, RunFolder
 
@@ -19,9 +21,7 @@ if TYPE_CHECKING:
 
 def command(
     run: RunFolder,
-    out: Annotated[
-        Path | None, typer.Option("--out", help="Folder for the pictures; default: the run's.")
-    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for the pictures; default: the run's.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Show parameters, experts, tasks, and which expert does what.
@@ -33,36 +33,31 @@ def command(
     from molora.report.tables import console
     from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
+    from molora.training.evaluate import draw_routing
 
     with quiet_libraries():
         model, _, config = load_trained(run, trainable=True)
     facts = describe(model)
     folder = Run.find(run).path if config is not None else None
-    stored = folder / "report.json" if folder is not None else None
-    report = (
-        Report.from_json(stored.read_text(encoding="utf-8"))
-        if stored is not None and stored.is_file()
-        else None
-    )
+    report = None
+    if folder is not None and (folder / "report.json").is_file():
+        report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
     to = console()
+    say = partial(to.print, markup=False)
     if as_json:
-        routing = report.to_dict()["routing"] if report else None
-        to.print(
-            json.dumps({**facts, "routing": routing}, indent=2, ensure_ascii=False),
-            markup=False,
-            soft_wrap=True,
-        )
+        whole = {**facts, "routing": report.to_dict()["routing"] if report else None}
+        say(json.dumps(whole, indent=2, ensure_ascii=False), soft_wrap=True)
         return
-    _print_facts(facts, to)
+    _print_facts(facts, say)
     if report is None or report.routing is None:
-        to.print("routing: not recorded here; `molora eval RUN` records it.", markup=False)
+        say("routing: not recorded here; `molora eval RUN` records it.")
         return
     _print_routing(report.routing, to)
     pictures = out or folder
     assert pictures is not None
     pictures.mkdir(parents=True, exist_ok=True)
-    for picture in _draw(report.routing, pictures):
-        to.print(f"picture: {picture}", markup=False)
+    for picture in draw_routing(report.routing, pictures):
+        say(f"picture: {picture}")
 
 
 def describe(model: Any) -> dict[str, Any]:
@@ -72,17 +67,14 @@ def describe(model: Any) -> dict[str, Any]:
     from molora.tuner.parts import init_std_report
 
     roles = {role: sum(p.numel() for p in group) for role, group in parameters_by_role(model).items()}
-    config = model.active_peft_config
+    config, ids = model.active_peft_config, model.task_ids
+    frozen = config.frozen_experts
     return {
         "parameters": {**roles, "all": sum(p.numel() for p in model.parameters())},
         "layers": len(model.base_model.targeted_module_names),
         "gate": {"scope": config.gate.scope, "select": config.gate.select, "share": config.gate.share},
-        "experts": {
-            name: "frozen" if name in config.frozen_experts else "trainable" for name in model.expert_names
-        },
-        "tasks": {
-            name: {"id": model.task_ids[name], "experts": experts} for name, experts in model.tasks.items()
-        },
+        "experts": {name: "frozen" if name in frozen else "trainable" for name in model.expert_names},
+        "tasks": {name: {"id": ids[name], "experts": experts} for name, experts in model.tasks.items()},
         "router": _router(model),
         "computed": ways_in_use(model),
         "init": init_std_report(model),
@@ -103,35 +95,25 @@ def _router(model: Any) -> dict[str, Any] | None:
     return {**asdict(found.config.router), "learned": learned}
 
 
-def _print_facts(facts: dict[str, Any], to: Console) -> None:
-    counts = facts["parameters"]
-    trainable = sum(n for role, n in counts.items() if role != "all")
-    parts = ", ".join(f"{role} {n:,}" for role, n in counts.items() if n and role != "all")
-    to.print(f"parameters: {counts['all']:,}, trainable {trainable:,} ({parts})", markup=False)
-    to.print(
-        f"layers: {facts['layers']}; gate: " + ", ".join(f"{k} {v}" for k, v in facts["gate"].items()),
-        markup=False,
-    )
-    to.print(
-        "experts: " + ", ".join(f"{name} ({state})" for name, state in facts["experts"].items()), markup=False
-    )
+def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
+    counts = {role: n for role, n in facts["parameters"].items() if role != "all"}
+    parts = ", ".join(f"{role} {n:,}" for role, n in counts.items() if n)
+    say(f"parameters: {facts['parameters']['all']:,}, trainable {sum(counts.values()):,} ({parts})")
+    say(f"layers: {facts['layers']}; gate: {', '.join(f'{k} {v}' for k, v in facts['gate'].items())}")
+    say(f"experts: {', '.join(f'{name} ({state})' for name, state in facts['experts'].items())}")
     for name, task in facts["tasks"].items():
         experts = ", ".join(f"{expert} {weight:.2f}" for expert, weight in task["experts"].items())
-        to.print(f"task {name} (id {task['id']}): {experts}", markup=False)
+        say(f"task {name} (id {task['id']}): {experts}")
     if facts["router"] is not None:
         learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
-        to.print(f"router: {facts['router']['kind']}; prompts learned from: {learned}", markup=False)
+        say(f"router: {facts['router']['kind']}; prompts learned from: {learned}")
     for batch, ways in facts["computed"].items():
-        counted = ", ".join(f"{way} in {count} layers" for way, count in ways.items())
-        to.print(f"computed, {batch}: {counted}", markup=False)
-    moved: Counter[str] = Counter(row["expert"] for row in facts["init"] if not row["ok"])
-    rows: Counter[str] = Counter(row["expert"] for row in facts["init"])
-    changed = ", ".join(f"{name} {moved[name]}/{rows[name]}" for name in rows)
+        say(f"computed, {batch}: {', '.join(f'{way} in {count} layers' for way, count in ways.items())}")
+    moved = Counter(row["expert"] for row in facts["init"] if not row["ok"])
+    rows = Counter(row["expert"] for row in facts["init"])
     if rows:
-        to.print(
-            f"A's spread differs from its initialisation, in layers: {changed} (trained experts do)",
-            markup=False,
-        )
+        changed = ", ".join(f"{name} {moved[name]}/{rows[name]}" for name in rows)
+        say(f"A's spread differs from its initialisation, in layers: {changed} (trained experts do)")
 
 
 def _print_routing(routing: RoutingSummary, to: Console) -> None:
@@ -144,9 +126,3 @@ def _print_routing(routing: RoutingSummary, to: Console) -> None:
     shares = ", ".join(f"{name} {share:.3f}" for name, share in routing.shares().items())
     to.print(f"share of what the gates chose: {shares}", markup=False)
     to.print(advice(routing.dead_experts(), mode=routing.mode) or "No dead experts.", markup=False)
-
-
-def _draw(routing: RoutingSummary, folder: Path) -> list[Path]:
-    from molora.training.evaluate import draw_routing
-
-    return draw_routing(routing, folder)

@@ -103,11 +103,8 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001  (the last resort of a program: say so and exit 1)
         if "--debug" in arguments:
             traceback.print_exc()
-        print(f"internal error: {type(error).__name__}: {error}", file=sys.stderr)
-        print(
-            "This is a fault in molora. Run it again with `molora --debug ...` and report the traceback.",
-            file=sys.stderr,
-        )
+        what = "This is a fault in molora. Run it again with `molora --debug ...` and report the traceback."
+        print(f"internal error: {type(error).__name__}: {error}\n{what}", file=sys.stderr)
         return 1
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options that several verbs share."""
+"""What several verbs share: arguments, options, groups of verbs, and how a finished run is shown."""
 
 from __future__ import annotations
 
@@ -6,16 +6,30 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from typer import Argument, Option
 
-RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
-RunFolder = Annotated[
-    Path, typer.Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")
-]
+RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
+RunFolder = Annotated[Path, Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False),
+    Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False),
 ]
-Name = Annotated[str, typer.Argument(metavar="NAME")]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the recipe's latest run.")]
-ResumeFrom = Annotated[Path | None, typer.Option("--resume-from", metavar="RUN", help="Go on with this run.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")]
+Name = Annotated[str, Argument(metavar="NAME")]
+Resume = Annotated[bool, Option("--resume", help="Go on with the recipe's latest run.")]
+ResumeFrom = Annotated[Path | None, Option(metavar="RUN", help="Go on with this run.")]
+AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
+
+
+def group(name: str, about: str) -> typer.Typer:
+    """A verb that has verbs of its own."""
+    return typer.Typer(name=name, help=about, no_args_is_help=True, add_completion=False)
+
+
+def show_run(run: Path) -> None:
+    """Print the report of a run and where it is."""
+    from molora.evaluation.report import Report
+    from molora.report.tables import console, print_report
+
+    to = console()
+    print_report(Report.from_json((run / "report.json").read_text(encoding="utf-8")), to=to)
+    to.print(f"run: {run}\nreport: {run / 'report.html'}", markup=False)

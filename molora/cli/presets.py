@@ -7,17 +7,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from molora.cli.options import Name
+from molora.cli.options import Name, group
 
 if TYPE_CHECKING:
     from molora.config import AdapterConfig
 
-command = typer.Typer(
-    name="presets",
-    help="List or show the published methods a recipe can name.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+command = group("presets", "List or show the published methods a recipe can name.")
 
 
 @command.command("list")
@@ -60,9 +55,8 @@ def _row(name: str) -> tuple[str, ...]:
     combined = adapter.combine + (f" in {gate.splits} parts" if gate.splits > 1 else "")
     combined = "whole feed-forwards" if adapter.ffn_targets else combined
     combined += ", one A" if adapter.share_A else ""
-    combined += "".join(
-        f", {expert} always on" for expert in adapter.always_on if adapter.always_on[expert] == "rest"
-    )
+    always = [expert for expert, weight in adapter.always_on.items() if weight == "rest"]
+    combined += "".join(f", {expert} always on" for expert in always)
     combined += ", starts subtracted" if adapter.init == "svd_segments" else ""
     return (
         f"`{name}`", reads, gate.share, score, select, f"{adapter.num_experts} x r={adapter.r}", _where(adapter),

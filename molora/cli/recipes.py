@@ -6,20 +6,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument, Option
 
-from molora.cli.options import Name
-from molora.config.suggest import did_you_mean
+from molora.cli.options import Name, group
+from molora.config.suggest import options
 from molora.errors import ConfigError
 
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-command = typer.Typer(
-    name="recipes",
-    help="List, show or copy the recipes that come with molora.",
-    no_args_is_help=True,
-    add_completion=False,
-)
+command = group("recipes", "List, show or copy the recipes that come with molora.")
 
 
 def available() -> dict[str, Traversable]:
@@ -28,10 +24,8 @@ def available() -> dict[str, Traversable]:
 
     installed = files("molora").joinpath("recipes")
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
-    found = {
-        entry.name.removesuffix(".yaml"): entry for entry in folder.iterdir() if entry.name.endswith(".yaml")
-    }
-    return dict(sorted(found.items()))
+    entries = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return dict(sorted((entry.name.removesuffix(".yaml"), entry) for entry in entries))
 
 
 def find(name: str) -> Traversable:
@@ -39,7 +33,7 @@ def find(name: str) -> Traversable:
     recipes = available()
     name = name.removesuffix(".yaml")
     if name not in recipes:
-        raise ConfigError(f"no recipe {name!r}.{did_you_mean(name, recipes)} Recipes: {', '.join(recipes)}.")
+        raise ConfigError(f"no recipe {name!r}.{options(name, recipes, 'Recipes')}")
     return recipes[name]
 
 
@@ -62,10 +56,8 @@ def show(name: Name) -> None:
 @command.command()
 def copy(
     name: Name,
-    to: Annotated[
-        Path, typer.Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)
-    ] = Path(),
-    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+    to: Annotated[Path, Argument(metavar="[DEST]", help="A folder or a file.", show_default=False)] = Path(),
+    force: Annotated[bool, Option("--force", help="Replace an existing file.")] = False,
 ) -> None:
     """Copy a recipe, to change it."""
     from molora.disk.atomic import write_file

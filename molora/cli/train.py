@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
+from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom, show_run
 from molora.errors import ConfigError
 
 
@@ -31,11 +31,6 @@ def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
         )
     config = load_recipe(recipe, overrides)
 
-    from molora.evaluation.report import Report
-    from molora.report.tables import console, print_report
     from molora.training.train import train
 
-    trained = train(config, resume=resume or None)
-    to = console()
-    print_report(Report.from_json((trained.path / "report.json").read_text(encoding="utf-8")), to=to)
-    to.print(f"run: {trained.path}\nreport: {trained.path / 'report.html'}", markup=False)
+    show_run(train(config, resume=resume or None).path)

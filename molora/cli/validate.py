@@ -5,9 +5,9 @@ from __future__ import annotations
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
-import typer
 from rich.console import Console
 from rich.text import Text
+from typer import Option
 
 from molora.cli.options import Overrides, RecipeFile
 from molora.errors import ConfigError
@@ -21,12 +21,13 @@ if TYPE_CHECKING:
     from molora.data.tasks import TaskSet
 
 RECORDS = 3
+_READS = "the loss reads what is bold, not what is dim"
 
 
 def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    schema_only: Annotated[bool, typer.Option("--schema-only", help="Stop after checking the YAML.")] = False,
+    schema_only: Annotated[bool, Option("--schema-only", help="Stop after checking the YAML.")] = False,
 ) -> None:
     """Check a recipe, its data and its base without training.
 
@@ -101,9 +102,7 @@ def _show_texts(console: Console, tasks: TaskSet) -> None:
     """Records as text, where there is no tokenizer to show them as the model gets them."""
     from molora.data.prompts import render
 
-    console.print(
-        f"4 records     the first {RECORDS} of each task as text; the loss reads what is bold, not what is dim"
-    )
+    console.print(f"4 records     the first {RECORDS} of each task as text; {_READS}")
     for task in tasks:
         for record in islice(task.train, RECORDS):
             console.print(_line(task.name, *render(task, record)))
@@ -114,9 +113,7 @@ def _show_records(
 ) -> None:
     from molora.data.preview import preview
 
-    console.print(
-        f"4 records     the first {RECORDS} of each task; the loss reads what is bold, not what is dim"
-    )
+    console.print(f"4 records     the first {RECORDS} of each task; {_READS}")
     for task in tasks:
         for item in preview(task, tokenizer, RECORDS, max_length=config.data.max_length):
             console.print(_record(task.name, item))
@@ -133,13 +130,11 @@ def _record(task: str, item: Preview) -> Text:
 
 
 def _line(task: str, prompt: str, target: str) -> Text:
-    parts = (f"  {task}: ", (_visible(prompt), "dim"), " → ", (_visible(target), "bold"))
-    return Text.assemble(*parts)
+    return Text.assemble(f"  {task}: ", (_visible(prompt), "dim"), " → ", (_visible(target), "bold"))
 
 
 def _visible(text: str) -> str:
-    shown = text.replace("\n", "⏎")
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in shown)
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\n", "⏎"))
 
 
 def _show_parameters(console: Console, model: PeftModel) -> None:

@@ -13,37 +13,20 @@ if TYPE_CHECKING:
     from molora.config.run import BaseConfig, EvalConfig, RunConfig
     from molora.config.train import StageConfig, TrainConfig
 
-_HOME = {
-    "AdapterConfig": "adapter",
-    "GateSection": "adapter",
-    "DataConfig": "data",
-    "TaskConfig": "data",
-    "GrowConfig": "grow",
-    "load_grow": "grow",
-    "dump_recipe": "load",
-    "load_recipe": "load",
-    "BaseConfig": "run",
-    "EvalConfig": "run",
-    "RunConfig": "run",
-    "StageConfig": "train",
-    "TrainConfig": "train",
+_HOMES = {
+    "adapter": ("AdapterConfig", "GateSection"),
+    "data": ("DataConfig", "TaskConfig"),
+    "grow": ("GrowConfig", "load_grow"),
+    "load": ("dump_recipe", "load_recipe"),
+    "run": ("BaseConfig", "EvalConfig", "RunConfig"),
+    "train": ("StageConfig", "TrainConfig"),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
-    "AdapterConfig",
-    "BaseConfig",
-    "DataConfig",
-    "EvalConfig",
-    "GateSection",
-    "GrowConfig",
-    "RunConfig",
-    "StageConfig",
-    "TaskConfig",
-    "TrainConfig",
-    "dump_recipe",
-    "load_grow",
-    "load_recipe",
-]
+    "AdapterConfig", "BaseConfig", "DataConfig", "EvalConfig", "GateSection", "GrowConfig", "RunConfig", "StageConfig",
+    "TaskConfig", "TrainConfig", "dump_recipe", "load_grow", "load_recipe",
+]  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

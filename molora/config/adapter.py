@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from molora.config.choices import GATE_KIND_KEYS, GATE_KINDS
 from molora.config.gate import GateSettings
 from molora.config.gate_rules import gate_problems
-from molora.config.loss_rules import aux_problems
+from molora.config.loss_rules import AuxLosses
 from molora.config.mixture import Mixture
 from molora.config.mixture_rules import mixture_problems, rank_problems
 from molora.config.presets import preset_settings
@@ -25,7 +25,7 @@ from molora.config.section import (
     refuse,
     without_default,
 )
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import did_you_mean, options
 from molora.errors import ConfigError
 
 
@@ -36,30 +36,21 @@ class GateSection(Section, GateSettings):
     @classmethod
     def _expand_kind(cls, data: Any) -> Any:
         data = expand_shorthand(data, "kind")
-        if not isinstance(data, dict):
+        if not isinstance(data, dict) or "kind" not in data:
             return data
-        if "kind" not in data:
-            return data
-        given = {key: value for key, value in data.items() if key != "kind"}
-        kind = data["kind"]
-        if kind not in GATE_KINDS:
-            hint = did_you_mean(kind, GATE_KINDS)
-            text = f"{kind!r} is not a kind of gate.{hint} Allowed: {', '.join(GATE_KINDS)}."
-            refuse([(("kind",), text)])
+        given = dict(data)
+        kind = given.pop("kind")
+        if not isinstance(kind, str) or kind not in GATE_KINDS:
+            refuse([(("kind",), f"{kind!r} is not a kind of gate.{options(kind, GATE_KINDS)}")])
         legal = GATE_KIND_KEYS[kind]
-        rest = f"Its settings: {', '.join(('kind', *legal))}."
-        refuse(
-            [
-                ((key,), f"not a setting of gate kind {kind!r}.{did_you_mean(key, legal)} {rest}")
-                for key in given
-                if key not in legal
-            ]
-        )
+        text, settings = f"not a setting of gate kind {kind!r}.", ", ".join(("kind", *legal))
+        strange = [key for key in given if key not in legal]
+        refuse(((key,), f"{text}{did_you_mean(key, legal)} Its settings: {settings}.") for key in strange)
         return GATE_KINDS[kind] | given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse([((field,), message) for field, message in gate_problems(self)])
+        refuse(((field,), message) for field, message in gate_problems(self))
         return self
 
 
@@ -85,30 +76,24 @@ class AdapterConfig(Section, Mixture):
     target_modules: str | list[str] = "all-linear"
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
     from_loras: dict[ExpertName, str] | None = None
+    aux_losses: AuxLosses = Field(default_factory=dict)
 
     @model_validator(mode="before")
     @classmethod
     def _expand(cls, data: Any) -> Any:
         """`preset: name` stands for a method's settings. One expert alone has a default gate that picks one."""
-        if isinstance(data, dict) and isinstance(data.get("from_loras"), dict):
-            data = _of_loras(data)
-        if isinstance(data, dict) and "preset" in data:
-            given = {key: value for key, value in data.items() if key != "preset"}
-            if isinstance(given.get("gate"), str):
-                given["gate"] = {"kind": given["gate"]}
+        if not isinstance(data, dict):
+            return data
+        given = _of_loras(data) if isinstance(data.get("from_loras"), dict) else dict(data)
+        if "preset" in given:
+            name = str(given.pop("preset"))
+            if "gate" in given:
+                given["gate"] = expand_shorthand(given["gate"], "kind")
             try:
-                data = preset_settings(str(data["preset"]), given)
+                given = preset_settings(name, given)
             except ConfigError as error:
                 refuse([(("preset",), error.message)])
-        if isinstance(data, dict) and data.get("num_experts") == 1:
-            return without_default(data, "gate", {"top_k": 1})
-        return data
-
-    @field_validator("aux_losses", mode="before")
-    @classmethod
-    def _check_losses(cls, data: Any) -> Any:
-        refuse([*aux_problems(data)] if isinstance(data, dict) else [])
-        return data
+        return without_default(given, "gate", {"top_k": 1}) if given.get("num_experts") == 1 else given
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -118,10 +103,9 @@ class AdapterConfig(Section, Mixture):
         return self
 
     def _empty(self) -> Iterator[Problem]:
-        if not self.r:
-            yield ("r",), "is empty; give a rank, such as 8."
-        if not self.num_experts:
-            yield ("num_experts",), "is empty; give a number, such as 8."
+        for key, what in {"r": "rank", "num_experts": "number"}.items():
+            if not getattr(self, key):
+                yield (key,), f"is empty; give a {what}, such as 8."
         for key in ("target_modules", "plain_targets", "ffn_targets", "modules_to_save", "exclude_modules"):
             value = getattr(self, key)
             if value is not None and (not value or ("" in value and isinstance(value, list))):
@@ -130,16 +114,8 @@ class AdapterConfig(Section, Mixture):
 
 
 _LORAS_DECIDE = (
-    "r",
-    "rank_pattern",
-    "target_modules",
-    "lora_alpha",
-    "use_rslora",
-    "scaling",
-    "kind",
-    "share_A",
-    "init",
-)
+    "r", "rank_pattern", "target_modules", "lora_alpha", "use_rslora", "scaling", "kind", "share_A", "init",
+)  # fmt: skip
 
 
 def _of_loras(data: dict[str, Any]) -> dict[str, Any]:
@@ -149,5 +125,5 @@ def _of_loras(data: dict[str, Any]) -> dict[str, Any]:
     decided = [key for key, value in follow.items() if data.get(key, value) != value]
     if "expert_names" not in data:  # as written, not a resolved recipe, which has every field
         decided += [key for key in _LORAS_DECIDE if key in data]
-    refuse([((key,), "is decided by the LoRAs in from_loras; leave it out.") for key in decided])
+    refuse(((key,), "is decided by the LoRAs in from_loras; leave it out.") for key in decided)
     return {**data, **follow}

@@ -53,16 +53,14 @@ def _parts(what: str, module: str, **names: str) -> Registry[Any]:
     return made
 
 
+_FUNCTIONS = {name: name for name in ("softmax", "sigmoid", "identity", "gain")}
+_SELECTORS = {name: name for name in ("dense", "top_k", "top_p", "threshold", "entropy", "hard")}
 SCORES = _parts(
     "score", "scores", linear="LinearGate", mlp="MlpGate", cosine="CosineGate", table="table_gate", embedding="EmbeddingGate"
 )  # fmt: skip
 SCORES.add("none", None)  # the task ids decide: there is no gate
-TRANSFORMS = _parts(
-    "transform", "selection", softmax="softmax", sigmoid="sigmoid", identity="identity", gain="gain"
-)
-SELECTIONS = _parts(
-    "select", "selection", dense="dense", top_k="top_k", top_p="top_p", threshold="threshold", entropy="entropy", hard="hard"
-)  # fmt: skip
+TRANSFORMS = _parts("transform", "selection", **_FUNCTIONS)
+SELECTIONS = _parts("select", "selection", **_SELECTORS)
 NOISES = _parts("noise", "noise", gaussian="GAUSSIAN", jitter="JITTER", gumbel="GUMBEL", logistic="LOGISTIC")
 
 # The values each long field may take, where it is a choice. `share` may be a regex with one group as well.

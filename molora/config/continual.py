@@ -17,43 +17,36 @@ from molora.config.section import (
     refuse,
     without_default,
 )
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.registry import Lazy, Registry
 
-# Gates that strategies bring where the recipe's adapter says nothing of one.
+# Gates that strategies bring along.
 SUM = {"kind": "constant", "share": "global", "transform": "identity", "start": 1.0}
 BY_TASK = {"kind": "task", "share": "global"}
 GATED = {"kind": "sequence", "score": "cosine", "transform": "gain"}
 
+# What some cannot do without in a gate that the recipe gives instead.
 _SUMMED = {"scope": "constant", "transform": "identity"}
 _ONLY_BY_TASK = {"scope": "task"}
+_BY_COSINE = {"scope": "sequence", "score": "cosine", "transform": "gain", "norm": "unit"}
 
 
 @dataclass(frozen=True)
 class StrategySpec:
-    """All that is known of a strategy before it runs.
+    """All that is known of a strategy before it runs. `strategy`: a subclass of `molora.continual.strategy.Strategy`.
 
-    Args:
-        strategy: its class, a subclass of `molora.continual.strategy.Strategy`.
-        settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
-        gate: the gate it brings where the recipe's adapter says nothing of one.
-        needs: what it cannot do without in a gate that the recipe gives instead.
-        router: the router it has where the recipe names none.
-        one_expert: all tasks train the same experts; else each task adds one and the others are frozen.
-        without_memory: it needs nothing of earlier tasks but their experts, so any trained run can go on with it.
-        task_by_task: it trains on the present task's records alone.
-        at_once: all tasks are learned in one turn.
+    `settings`: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
     """
 
     strategy: type | Lazy[type]
     settings: Mapping[str, Any] = field(default_factory=dict)
-    gate: Mapping[str, Any] | str = field(default_factory=lambda: SUM)
-    needs: Mapping[str, Any] = field(default_factory=dict)
-    router: str | None = None
-    one_expert: bool = False
-    without_memory: bool = False
-    task_by_task: bool = True
-    at_once: bool = False
+    gate: Mapping[str, Any] | str = field(default_factory=lambda: SUM)  # where the adapter names none
+    needs: Mapping[str, Any] = field(default_factory=dict)  # of a gate that the recipe gives instead
+    router: str | None = None  # where the recipe names none
+    one_expert: bool = False  # all tasks train the same experts; else each adds one and the others are frozen
+    without_memory: bool = False  # it needs only the experts of earlier tasks, so any run can go on
+    task_by_task: bool = True  # it trains on the present task's records alone
+    at_once: bool = False  # all tasks are learned in one turn
 
     def load(self) -> type:
         """The class."""
@@ -62,31 +55,27 @@ class StrategySpec:
 
 STRATEGIES: Registry[StrategySpec] = Registry("strategy")
 
-_PLAIN: Lazy[type] = Lazy("continual.strategy:Strategy")
-_PENALTIES = "continual.penalties"
+
+def _at(where: str) -> Lazy[type]:
+    return Lazy(f"continual.{where}")
+
+
+_PLAIN = _at("strategy:Strategy")
+_REPLAY = {"ratio": 0.02, "count": None}
 _O_LORA = {"coefficient": 0.5, "norm": "l1", "factor": "A", "l2": 0.0}
 
 for _name, _spec in {
     "sequential": StrategySpec(_PLAIN, one_expert=True),
     "independent": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK),
     "inc_lora": StrategySpec(_PLAIN, without_memory=True),
-    "replay": StrategySpec(
-        Lazy("continual.replay:Replay"), {"ratio": 0.02, "count": None}, one_expert=True, task_by_task=False
-    ),
-    "joint": StrategySpec(Lazy("continual.replay:Joint"), one_expert=True, task_by_task=False, at_once=True),
-    "o_lora": StrategySpec(Lazy(f"{_PENALTIES}:OLoRA"), _O_LORA, without_memory=True),
-    "n_lora": StrategySpec(Lazy(f"{_PENALTIES}:NLoRA"), {"coefficient": 0.4}, without_memory=True),
-    "inf_lora": StrategySpec(
-        Lazy("continual.inf_lora:InfLoRA"), {"energy": 0.98, "energy_end": 1.0}, needs=_SUMMED
-    ),
-    "slao": StrategySpec(Lazy("continual.slao:Slao"), needs=_SUMMED, one_expert=True),
-    "ella": StrategySpec(Lazy(f"{_PENALTIES}:Ella"), {"coefficient": 5e6}, without_memory=True),
-    "gated": StrategySpec(
-        Lazy("continual.gated:Gated"),
-        {"energy": 0.995},
-        gate=GATED,
-        needs={"scope": "sequence", "score": "cosine", "transform": "gain", "norm": "unit"},
-    ),
+    "replay": StrategySpec(_at("replay:Replay"), _REPLAY, one_expert=True, task_by_task=False),
+    "joint": StrategySpec(_at("replay:Joint"), one_expert=True, task_by_task=False, at_once=True),
+    "o_lora": StrategySpec(_at("penalties:OLoRA"), _O_LORA, without_memory=True),
+    "n_lora": StrategySpec(_at("penalties:NLoRA"), {"coefficient": 0.4}, without_memory=True),
+    "inf_lora": StrategySpec(_at("inf_lora:InfLoRA"), {"energy": 0.98, "energy_end": 1.0}, needs=_SUMMED),
+    "slao": StrategySpec(_at("slao:Slao"), needs=_SUMMED, one_expert=True),
+    "ella": StrategySpec(_at("penalties:Ella"), {"coefficient": 5e6}, without_memory=True),
+    "gated": StrategySpec(_at("gated:Gated"), {"energy": 0.995}, gate=GATED, needs=_BY_COSINE),
     "color": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK, router="prototypes"),
 }.items():
     STRATEGIES.add(_name, _spec)
@@ -112,31 +101,14 @@ class StrategyConfig(Section):
         if not isinstance(data, dict) or "kind" not in data:
             return data
         kind = data["kind"]
-        if not isinstance(kind, str) or kind not in STRATEGIES:
-            allowed = ", ".join(STRATEGIES)
-            refuse(
-                [
-                    (
-                        ("kind",),
-                        f"{kind!r} is no strategy.{did_you_mean(str(kind), STRATEGIES)} Allowed: {allowed}.",
-                    )
-                ]
-            )
-        own = STRATEGIES[kind].settings
-        settings = ", ".join(own) or "none"
-        refuse(
-            [
-                (
-                    (key,),
-                    f"not a setting of strategy {kind!r}.{did_you_mean(key, own)} Its settings: {settings}.",
-                )
-                for key, value in data.items()
-                if key != "kind" and key not in own and value is not None
-            ]
-        )
-        if data.get("count") is not None and "ratio" in own:
+        if kind not in STRATEGIES:
+            refuse([(("kind",), f"{kind!r} is no strategy.{options(kind, STRATEGIES)}")])
+        own, given = STRATEGIES[kind].settings, {k: v for k, v in data.items() if v is not None}
+        text, strange = f"not a setting of strategy {kind!r}.", [k for k in given if k not in ("kind", *own)]
+        refuse(((key,), text + options(key, own, "Its settings")) for key in strange)
+        if "count" in given and "ratio" in own:
             own = {**own, "ratio": None}
-        return {**own, **{key: value for key, value in data.items() if value is not None}}
+        return {**own, **given}
 
     @property
     def spec(self) -> StrategySpec:

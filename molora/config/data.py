@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from molora.config.section import Positive, PositiveInt, Problem, Section, TaskName, refuse
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 
 # What each source needs, and what it may have beside that.
 SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "synthetic": (("generator",), ()),
-    "jsonl": (("train",), ("eval",)),
-    "csv": (("train",), ("eval",)),
-    "parquet": (("train",), ("eval",)),
+    **dict.fromkeys(("jsonl", "csv", "parquet"), (("train",), ("eval",))),
     "hub": (("dataset",), ("subset", "revision", "train_split", "eval_split")),
     "folder": (("path",), ("train_split", "eval_split")),
 }
@@ -88,48 +87,33 @@ class TaskConfig(Section):
         refuse([*self._source_problems(given), *self._kind_problems(given)])
         return self
 
-    def _source_problems(self, given: set[str]) -> list[Problem]:
+    def _source_problems(self, given: set[str]) -> Iterator[Problem]:
         needed, optional = SOURCES[self.source]
-        problems: list[Problem] = [
-            ((key,), f"is missing: source {self.source!r} needs it.") for key in needed if key not in given
-        ]
-        for key in sorted(given & SOURCE_KEYS - {*needed, *optional}):
-            settings = (*needed, *optional)
-            hint = did_you_mean(key, settings)
-            problems.append(
-                (
-                    (key,),
-                    f"not a setting of source {self.source!r}.{hint} Its settings: {', '.join(settings)}.",
-                )
-            )
+        settings = (*needed, *optional)
+        for key in needed:
+            if key not in given:
+                yield (key,), f"is missing: source {self.source!r} needs it."
+        for key in sorted(given & SOURCE_KEYS - {*settings}):
+            yield (key,), f"not a setting of source {self.source!r}.{options(key, settings, 'Its settings')}"
         for key in ("train", "eval"):
             if getattr(self, key) == []:
-                problems.append(((key,), "is an empty list; name at least one file."))
-        return problems
+                yield (key,), "is an empty list; name at least one file."
 
-    def _kind_problems(self, given: set[str]) -> list[Problem]:
-        own = KIND_KEYS[self.kind]
+    def _kind_problems(self, given: set[str]) -> Iterator[Problem]:
+        own, metrics = KIND_KEYS[self.kind], METRICS[self.kind]
         others = {key for keys in KIND_KEYS.values() for key in keys} - set(own)
-        problems: list[Problem] = [
-            ((key,), f"not a setting of kind {self.kind!r}. Its settings: {', '.join(own)}.")
-            for key in sorted(given & others)
-        ]
-        if self.metric not in METRICS[self.kind]:
-            allowed = ", ".join(METRICS[self.kind])
-            problems.append(
-                (("metric",), f"{self.metric!r} does not fit kind {self.kind!r}. Allowed: {allowed}.")
-            )
-        if self.messages is not None:
-            problems += [
-                ((key,), "is not read when `messages` gives the conversation; write only one of them.")
-                for key in ("prompt", "target")
-                if key in given
-            ]
+        for key in sorted(given & others):
+            yield (key,), f"not a setting of kind {self.kind!r}. Its settings: {', '.join(own)}."
+        if self.metric not in metrics:
+            text = f"{self.metric!r} does not fit kind {self.kind!r}. Allowed: {', '.join(metrics)}."
+            yield ("metric",), text
+        for key in ("prompt", "target"):
+            if self.messages is not None and key in given:
+                yield (key,), "is not read when `messages` gives the conversation; write only one of them."
         if self.labels is not None and len(set(self.labels)) != len(self.labels):
-            problems.append((("labels",), "names a label twice."))
+            yield ("labels",), "names a label twice."
         if self.labels is not None and len(self.labels) < 2:
-            problems.append((("labels",), "needs at least two labels."))
-        return problems
+            yield ("labels",), "needs at least two labels."
 
 
 class DataConfig(Section):
@@ -143,13 +127,8 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        seen: dict[str, str] = {}
-        problems: list[Problem] = []
-        for name in self.tasks:
-            other = seen.setdefault(name.casefold(), name)
-            if other != name:
-                problems.append(
-                    (("tasks", name), f"differs from {other!r} only in upper and lower case; rename one.")
-                )
-        refuse(problems)
+        first = {name.casefold(): name for name in reversed(self.tasks)}
+        alike = {name: first[name.casefold()] for name in self.tasks if first[name.casefold()] != name}
+        text = "differs from {!r} only in upper and lower case; rename one."
+        refuse((("tasks", name), text.format(other)) for name, other in alike.items())
         return self

@@ -6,13 +6,14 @@ import copy
 import types
 import typing
 from collections.abc import Callable, Mapping
+from itertools import takewhile
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from molora.config.section import CLASH
 from molora.config.strict_yaml import Path
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 
 TYPE_NAMES = {
     "int_type": "a whole number",
@@ -80,11 +81,8 @@ def _collect(model: type[BaseModel], data: Any, error: ValidationError) -> Probl
         text = _describe(model, path, item)
         if text not in texts:
             texts.append(text)
-    return {
-        path: _join(texts)
-        for path, texts in alternatives.items()
-        if not _is_refined(path, alternatives, data)
-    }
+    kept = [path for path in alternatives if not _is_refined(path, alternatives, data)]
+    return {path: _join(alternatives[path]) for path in kept}
 
 
 def _clash_paths(data: Any, item: Any) -> list[Path]:
@@ -99,10 +97,8 @@ def _real_path(data: Any, loc: tuple[int | str, ...], missing: bool = False) -> 
     path: list[int | str] = []
     here = data
     for i, part in enumerate(loc):
-        inside = (isinstance(here, Mapping) and part in here) or (
-            isinstance(here, list) and isinstance(part, int) and part < len(here)
-        )
-        if inside:
+        keys = here if isinstance(here, Mapping) else range(len(here)) if isinstance(here, list) else ()
+        if part in keys:
             path.append(part)
             here = here[part]
         elif missing and i == len(loc) - 1:
@@ -126,32 +122,25 @@ def _is_refined(path: Path, all_paths: Mapping[Path, Any], data: Any) -> bool:
 
 
 def _join(texts: list[str]) -> str:
-    wanted = [
-        text.removeprefix("must be ").split(", not ")[0] for text in texts if text.startswith("must be ")
-    ]
-    if len(texts) > 1 and len(wanted) == len(texts):
-        tail = texts[0].split(", not ", 1)
-        return (
-            "must be " + " or ".join(dict.fromkeys(wanted)) + (f", not {tail[1]}" if len(tail) == 2 else ".")
-        )
-    return " ".join(texts)
+    if len(texts) == 1 or not all(text.startswith("must be ") for text in texts):
+        return " ".join(texts)
+    wanted = dict.fromkeys(text.removeprefix("must be ").split(", not ")[0] for text in texts)
+    _, found, given = texts[0].partition(", not ")
+    return f"must be {' or '.join(wanted)}{found}{given if found else '.'}"
 
 
 def _describe(model: type[BaseModel], path: Path, item: Any) -> str:
     kind, given, ctx = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        allowed = settings_at(model, path[:-1])
-        return f"not a setting.{did_you_mean(str(path[-1]), allowed)} Settings here: {', '.join(allowed)}."
+        return f"not a setting.{options(path[-1], settings_at(model, path[:-1]), 'Settings here')}"
     if kind == "missing":
         return "is missing, and has no default."
     if kind == "literal_error":
         allowed = [part.strip(" '") for part in ctx["expected"].replace(" or ", ", ").split(",")]
-        return f"{given!r} is not allowed.{did_you_mean(str(given), allowed)} Allowed: {', '.join(allowed)}."
+        return f"{given!r} is not allowed.{options(given, allowed)}"
     if kind in TYPE_NAMES:
-        quotes = (
-            "; put it in quotes" if kind == "string_type" and isinstance(given, (int, float, bool)) else ""
-        )
-        return f"must be {TYPE_NAMES[kind]}, not {_short(given)}{quotes}."
+        plain = kind == "string_type" and isinstance(given, (int, float))
+        return f"must be {TYPE_NAMES[kind]}, not {_short(given)}{'; put it in quotes' if plain else ''}."
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
         return f"must be {words} {ctx[key]:g}, not {given!r}."
@@ -173,7 +162,10 @@ def settings_at(model: type[BaseModel], path: Path) -> list[str]:
     found: Any = model
     for part in path:
         fields = getattr(found, "model_fields", {})
-        found = _section(fields[part].annotation if part in fields else None if fields else _item(found))
+        if fields:
+            found = _section(fields[part].annotation if part in fields else None)
+        else:  # an item of a list or a map
+            found = _section((typing.get_args(found) or (None,))[-1])
     if not hasattr(found, "model_fields"):
         return []
     shorthand = ["kind"] if found.__name__ == "GateSection" else []
@@ -182,17 +174,11 @@ def settings_at(model: type[BaseModel], path: Path) -> list[str]:
 
 def _section(annotation: Any) -> Any:
     """The section (or the container of sections) in an annotation such as `Section | None`."""
-    if typing.get_origin(annotation) in (typing.Union, types.UnionType):
-        sections = [_section(option) for option in typing.get_args(annotation)]
-        return next((option for option in sections if option is not None), None)
-    if typing.get_origin(annotation) in (list, dict):
-        return annotation
-    return annotation if hasattr(annotation, "model_fields") else None
-
-
-def _item(container: Any) -> Any:
-    arguments = typing.get_args(container)
-    return arguments[-1] if arguments else None
+    origin = typing.get_origin(annotation)
+    if origin in (typing.Union, types.UnionType):
+        sections = (_section(option) for option in typing.get_args(annotation))
+        return next((section for section in sections if section is not None), None)
+    return annotation if origin in (list, dict) or hasattr(annotation, "model_fields") else None
 
 
 def _without(data: Any, error: ValidationError) -> Any:
@@ -201,17 +187,13 @@ def _without(data: Any, error: ValidationError) -> Any:
     for item in error.errors(include_url=False):
         paths.update(_clash_paths(data, item) or [_real_path(data, item["loc"])])
     # With a list item its list goes too; with a value those that are only right or wrong beside it.
-    paths = {_up_to_key(path) for path in paths}
+    paths = {tuple(takewhile(lambda part: not isinstance(part, int), path)) for path in paths}
     paths |= {other for path in paths for cause, other in READ_BESIDE if path[: len(cause)] == cause}
     pruned = copy.deepcopy(data)
-    for path in paths:
+    for path in sorted(paths, key=str):  # which goes first may decide what is found next
         while path and not _delete(pruned, path):
             path = path[:-1]
     return pruned
-
-
-def _up_to_key(path: Path) -> Path:
-    return path[: next((i for i, part in enumerate(path) if isinstance(part, int)), len(path))]
 
 
 def _delete(data: Any, path: Path) -> bool:
@@ -230,10 +212,10 @@ def _concerns(path: Path, problems: Problems) -> bool:
 
 def report(problems: Problems, place: Callable[[Path], str], title: str) -> str:
     """The message for all problems: a title when there are several, then `place path: what`, in file order."""
-    lines = []
-    for path, text in problems.items():
-        dotted = ".".join(map(str, path)) or "the recipe"
-        lines.append(f"{place(path)}  {dotted}: {text}")
+    lines = [
+        f"{place(path)}  {'.'.join(map(str, path)) or 'the recipe'}: {text}"
+        for path, text in problems.items()
+    ]
     if len(lines) == 1:
         return lines[0]
     return "\n".join([f"{title}: {len(lines)} problems", *(f"  {line}" for line in lines)])

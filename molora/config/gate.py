@@ -149,11 +149,6 @@ class GateSettings:
         return not (self.scope == "task" and self.score == "none")
 
     @property
-    def by_sample(self) -> bool:
-        """Whether all tokens of a sample have the same weights."""
-        return self.scope in BY_SAMPLE
-
-    @property
     def alone_is_one(self) -> bool:
         """Whether one expert alone always has weight 1."""
         return self.transform not in UNNORMALISED and (self.select != "threshold" or self.renorm == "sum")

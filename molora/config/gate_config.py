@@ -9,7 +9,7 @@ from molora.config.choices import GATE_KINDS
 from molora.config.gate import GateSettings
 from molora.config.gate_rules import gate_problems
 from molora.config.setting import documented
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import not_one_of
 from molora.errors import ConfigError
 
 
@@ -35,7 +35,5 @@ class GateConfig(GateSettings):
 def gate_from_kind(kind: str, **settings: Any) -> GateConfig:
     """A GateConfig from a shorthand of `GATE_KINDS` plus the fields it leaves open."""
     if kind not in GATE_KINDS:
-        raise ConfigError(
-            f"gate.kind={kind!r} is not one of {', '.join(GATE_KINDS)}.{did_you_mean(kind, GATE_KINDS)}"
-        )
+        raise ConfigError(f"gate.kind={not_one_of(kind, GATE_KINDS)}")
     return GateConfig(**{**GATE_KINDS[kind], **settings})

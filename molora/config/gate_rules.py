@@ -10,14 +10,10 @@ from typing import Any
 from molora.config.choices import GATE_CHOICES, GATE_KINDS, SHARES
 from molora.config.gate import UNNORMALISED, GateSettings
 from molora.config.setting import acts, default_of, idle_problems, numbers_of, value_problems
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import did_you_mean, not_one_of
 
-_READS = ("linear", "mlp", "cosine")
 SCORES: dict[str, tuple[str, ...]] = {
-    "token": _READS,
-    "sequence": _READS,
-    "external": _READS,
-    "two_pass": _READS,
+    **dict.fromkeys(("token", "sequence", "external", "two_pass"), ("linear", "mlp", "cosine")),
     "task": ("none", "table", "embedding"),
     "constant": ("table",),
 }
@@ -25,7 +21,7 @@ SCORES: dict[str, tuple[str, ...]] = {
 
 
 def without_idle(gate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """A gate's fields (or its `kind` and some of them) without those that do not act, but for the ones in `given`."""
+    """A gate's fields (or its `kind` and some of them) without those that do not act, unless they are in `given`."""
     declared = fields(GateSettings)
     whole = {f.name: default_of(f) for f in declared} | GATE_KINDS.get(gate.get("kind", ""), {}) | dict(gate)
     idle = [f.name for f in declared if f.name in gate and not acts(f, whole)]
@@ -36,14 +32,9 @@ def gate_problems(gate: GateSettings) -> Iterator[tuple[str, str]]:
     """Field and message of everything wrong with a gate by itself."""
     unknown = [*_unknown_choices(gate)]
     yield from unknown
-    if unknown:
-        return
-    yield from _numbers(gate)
-    yield from _scope(gate)
-    yield from _score(gate)
-    yield from _noise(gate)
-    yield from _selection(gate)
-    yield from idle_problems(gate)
+    if not unknown:
+        for rules in (_numbers, _scope, _score, _noise, _selection, idle_problems):
+            yield from rules(gate)
 
 
 def size_problems(gate: GateSettings, num_experts: int) -> Iterator[tuple[str, str]]:
@@ -56,17 +47,15 @@ def size_problems(gate: GateSettings, num_experts: int) -> Iterator[tuple[str, s
         yield "min_k", f"{gate.min_k} is more than num_experts = {num_experts}."
     alone = gate.select == "top_k" and gate.top_k == 1 and num_experts > 1
     if alone and gate.renorm in ("sum", "softmax"):
-        yield (
-            "renorm",
-            f"{gate.renorm!r} with top_k: 1 makes every weight 1, so the gate would never learn; use none.",
-        )
+        text = f"{gate.renorm!r} with top_k: 1 makes every weight 1, so the gate would never learn; use none."
+        yield "renorm", text
 
 
 def _unknown_choices(gate: GateSettings) -> Iterator[tuple[str, str]]:
     for name, allowed in GATE_CHOICES.items():
         value = getattr(gate, name)
         if value is not None and value not in allowed:
-            yield name, f"{value!r} is not one of {', '.join(allowed)}.{did_you_mean(str(value), allowed)}"
+            yield name, not_one_of(value, allowed)
     share = gate.share
     if share not in SHARES:
         try:
@@ -75,11 +64,8 @@ def _unknown_choices(gate: GateSettings) -> Iterator[tuple[str, str]]:
             groups = 0
             yield "share", f"{share!r} is no regular expression: {error}."
         if groups != 1 or share.isidentifier():
-            yield (
-                "share",
-                f"{share!r} is not one of {', '.join(SHARES)}, nor a regular expression with one group, whose "
-                f"match names the gate.{did_you_mean(share, SHARES)}",
-            )
+            text = f"{share!r} is not one of {', '.join(SHARES)}, nor a regular expression with one group, whose match "
+            yield "share", f"{text}names the gate.{did_you_mean(share, SHARES)}"
 
 
 def _numbers(gate: GateSettings) -> Iterator[tuple[str, str]]:
@@ -95,16 +81,12 @@ def _numbers(gate: GateSettings) -> Iterator[tuple[str, str]]:
 def _scope(gate: GateSettings) -> Iterator[tuple[str, str]]:
     scope, hard = gate.scope, not gate.learned
     if gate.share == "global" and scope in ("token", "sequence"):
-        yield (
-            "share",
-            f"'global' cannot read each layer's own {'tokens' if scope == 'token' else 'sequence'}; use linear, "
-            "group or block, or a gate that reads something else: scope task, external, two_pass or constant.",
-        )
+        own = "tokens" if scope == "token" else "sequence"
+        text = f"'global' cannot read each layer's own {own}; use linear, group or block, or a gate that "
+        yield "share", text + "reads something else: scope task, external, two_pass or constant."
     if hard != (gate.transform == "identity" and gate.select == "hard"):
-        yield (
-            "transform",
-            "identity with select: hard goes with scope: task and score: none, and nothing else does.",
-        )
+        text = "identity with select: hard goes with scope: task and score: none, and nothing else does."
+        yield "transform", text
     if scope == "external" and gate.feature_dim is None:
         yield "feature_dim", "is needed with scope: external: the width of the features you will give."
     if gate.feature_dim is not None and scope not in ("external", "two_pass"):

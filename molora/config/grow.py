@@ -12,11 +12,11 @@ from pydantic import Field, field_validator
 from molora.config.continual import STRATEGIES, StrategyConfig
 from molora.config.data import KIND_OF_TASK_TYPE, TaskConfig
 from molora.config.load import Recipe, load_section, read_text
-from molora.config.loss_rules import aux_problems
+from molora.config.loss_rules import AuxLosses
 from molora.config.run import RunConfig
 from molora.config.section import ExpertName, Section, TaskName, refuse
 from molora.config.strict_yaml import parse
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.config.train import TrainConfig
 
 
@@ -41,15 +41,7 @@ class NewExpert(Section):
     @classmethod
     def _check_init(cls, value: str) -> str:
         if value not in ("new", "mean") and not (value.startswith("copy:") and value != "copy:"):
-            starts = ("new", "mean", "copy:<expert>")
-            refuse(
-                [
-                    (
-                        (),
-                        f"{value!r} is not a start.{did_you_mean(value, starts)} Allowed: {', '.join(starts)}.",
-                    )
-                ]
-            )
+            refuse([((), f"{value!r} is not a start.{options(value, ('new', 'mean', 'copy:<expert>'))}")])
         return value
 
 
@@ -62,7 +54,7 @@ class GrowConfig(Section):
     task: NewTask
     expert: NewExpert = Field(default_factory=NewExpert)
     train: TrainConfig = Field(default_factory=TrainConfig)
-    aux_losses: dict[str, float | dict[str, Any]] = Field(default_factory=dict)
+    aux_losses: AuxLosses = Field(default_factory=dict)
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="inc_lora"))
     softmax: Literal["own", "seen"] = "own"
 
@@ -78,15 +70,9 @@ class GrowConfig(Section):
     def _check_strategy(cls, value: StrategyConfig) -> StrategyConfig:
         if not value.spec.without_memory:
             allowed = ", ".join(name for name, spec in STRATEGIES.items() if spec.without_memory)
-            why = f"needs what a sequence keeps of earlier tasks (molora continual). Allowed: {allowed}."
-            refuse([(("kind",), f"{value.kind} {why}")])
+            text = f"{value.kind} needs what a sequence keeps of earlier tasks (molora continual). Allowed: {allowed}."
+            refuse([(("kind",), text)])
         return value
-
-    @field_validator("aux_losses", mode="before")
-    @classmethod
-    def _check_losses(cls, data: Any) -> Any:
-        refuse([*aux_problems(data)] if isinstance(data, dict) else [])
-        return data
 
 
 def is_grow(source: str | os.PathLike[str]) -> bool:
@@ -102,11 +88,10 @@ def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig |
     Raises:
         ConfigError: everything wrong with it, as `load_recipe` does.
     """
-
-    def complete(data: dict[str, Any]) -> dict[str, Any]:
-        return data if run is None else _inherit(data, run.model_dump(mode="json"))
-
-    return load_section(GrowConfig, source, overrides, complete)
+    if run is None:
+        return load_section(GrowConfig, source, overrides)
+    inherited = run.model_dump(mode="json")
+    return load_section(GrowConfig, source, overrides, lambda data: _inherit(data, inherited))
 
 
 def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
@@ -114,9 +99,8 @@ def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     whole = {"aux_losses": run["adapter"]["aux_losses"]} | data
     if isinstance(task, dict):
         whole["task"] = {"kind": KIND_OF_TASK_TYPE[run["base"]["task_type"]]} | task
-    if not isinstance(own, dict):
-        return whole
-    inherited = run["train"]
-    if own.get("max_steps") is not None or own.get("epochs") is not None:  # the length comes from one of them
-        inherited = inherited | {"max_steps": None, "epochs": None}
-    return whole | {"train": inherited | own}
+    if isinstance(own, dict):
+        length = own.get("max_steps") is not None or own.get("epochs") is not None
+        no_length = {"max_steps": None, "epochs": None} if length else {}  # it comes from one of them
+        whole["train"] = run["train"] | no_length | own
+    return whole

@@ -43,20 +43,14 @@ def load_section(
     data, origins = override.apply(document.data, overrides)
     data = complete(data)
     value, problems = check(model, data)
+
+    def place(path: Path) -> str:
+        origin, line = _origin(path, origins, document), document.line(path)
+        return f"override {origin!r}" if origin else where if line is None else f"{where}:{line}"
+
     if value is None:
-
-        def order(path: Path) -> int:
-            return document.line(path) or 0
-
-        def place(path: Path) -> str:
-            origin = _origin(path, origins, document)
-            if origin is not None:
-                return f"override {origin!r}"
-            line = document.line(path) if document.lines else None
-            return where if line is None else f"{where}:{line}"
-
-        ordered = {path: problems[path] for path in sorted(problems, key=order)}
-        raise ConfigError(report(ordered, place, title=where))
+        ordered = sorted(problems, key=lambda path: document.line(path) or 0)
+        raise ConfigError(report({path: problems[path] for path in ordered}, place, title=where))
     assert isinstance(value, model)
     return value
 
@@ -67,17 +61,14 @@ def dump_recipe(config: BaseModel, path: str | os.PathLike[str]) -> None:
 
 
 def _read(source: Any) -> tuple[Document, str]:
-    if isinstance(source, BaseModel):
-        return Document(source.model_dump(mode="json")), "the recipe"
-    if isinstance(source, Mapping):
-        return Document(dict(source)), "the recipe"
+    if isinstance(source, (BaseModel, Mapping)):
+        data = source.model_dump(mode="json") if isinstance(source, BaseModel) else dict(source)
+        return Document(data), "the recipe"
     path = FilePath(source)
-    text = read_text(path)
-    document = parse(text, str(path))
+    document = parse(read_text(path), str(path))
     if not isinstance(document.data, dict):
-        raise ConfigError(
-            f"{path}  is not a recipe: it must be a mapping with sections such as name, base, data, train."
-        )
+        what = "it must be a mapping with sections such as name, base, data, train."
+        raise ConfigError(f"{path}  is not a recipe: {what}")
     return document, str(path)
 
 
@@ -85,9 +76,8 @@ def read_text(path: FilePath) -> str:
     """The text of a YAML file, with the errors a user can act on."""
     if not path.is_file():
         what = "is a folder, not a recipe file" if path.is_dir() else "no such recipe file"
-        raise ConfigError(
-            f"{path}: {what}.", hint="`molora recipes list` shows the recipes that come with molora"
-        )
+        hint = "`molora recipes list` shows the recipes that come with molora"
+        raise ConfigError(f"{path}: {what}.", hint=hint)
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes, which no recipe is.")
     try:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator
 
 from molora.config.gate import UNNORMALISED, GateSettings
 from molora.config.losses import AUX_LOSSES
 from molora.config.mixture import Mixture
-from molora.config.section import Problem
-from molora.config.suggest import did_you_mean
+from molora.config.section import Problem, refuse
+from molora.config.suggest import options
 
 
 def aux_problems(losses: Mapping[str, Any]) -> Iterator[Problem]:
     """What is wrong with an `aux_losses` mapping by itself."""
     for name, value in losses.items():
         if name not in AUX_LOSSES:
-            yield (
-                (name,),
-                f"not an auxiliary loss.{did_you_mean(name, AUX_LOSSES)} Allowed: {', '.join(AUX_LOSSES)}.",
-            )
+            yield (name,), f"not an auxiliary loss.{options(name, AUX_LOSSES)}"
             continue
         settings = value if isinstance(value, Mapping) else {"coefficient": value}
         if "coefficient" not in settings:
@@ -28,18 +27,24 @@ def aux_problems(losses: Mapping[str, Any]) -> Iterator[Problem]:
             yield from _setting_problems(name, key, setting)
 
 
+def _checked(losses: Any) -> Any:
+    refuse(aux_problems(losses) if isinstance(losses, dict) else ())
+    return losses
+
+
+AuxLosses = Annotated[dict[str, float | dict[str, Any]], BeforeValidator(_checked)]
+
+
 def _setting_problems(name: str, key: str, setting: Any) -> Iterator[Problem]:
-    options = AUX_LOSSES[name].settings
-    number = (
-        isinstance(setting, (int, float)) and not isinstance(setting, bool) and 0 <= setting < float("inf")
-    )
+    known = AUX_LOSSES[name].settings
+    number = isinstance(setting, (int, float)) and not isinstance(setting, bool)
+    number = number and 0 <= setting < float("inf")
     if key == "coefficient":
         if not number:
             yield (name,), f"the coefficient must be a number of at least 0, not {setting!r}."
-    elif key not in options:
-        allowed = ("coefficient", *options)
-        yield (name, key), f"not a setting.{did_you_mean(key, allowed)} Allowed: {', '.join(allowed)}."
-    elif isinstance(choices := options[key], tuple):
+    elif key not in known:
+        yield (name, key), f"not a setting.{options(key, ('coefficient', *known))}"
+    elif isinstance(choices := known[key], tuple):
         if setting not in choices:
             yield (name, key), f"{setting!r} is not one of {', '.join(choices)}."
     elif not number:
@@ -76,7 +81,8 @@ def _fault(name: str, mixture: Mixture, gate: GateSettings) -> str | None:
     if name == "l1" and gate.sums_to_one:
         return "acts on nothing: these weights sum to 1; it needs transform: identity or no renorm."
     tasks, several = mixture.tasks or {}, mixture.most_experts
-    if spec.by_task and (several == 1 or (tasks and not _differ(tasks, several))):
+    differ = not tasks or any(len(set(experts)) < several for experts in tasks.values())
+    if spec.by_task and (several == 1 or not differ):
         return "goes by each task's own experts; give `tasks` whose experts differ."
     return None
 
@@ -85,10 +91,8 @@ def _expert_problems(mixture: Mixture) -> Iterator[Problem]:
     losses = mixture.aux_losses
     if "contrastive" in losses and (mixture.combine == "factors" or mixture.ffn_targets):
         what = "combine: factors" if mixture.combine == "factors" else "ffn_targets"
-        yield (
-            ("contrastive",),
-            f"compares the outputs of experts on single linears; with {what} there are none.",
-        )
+        text = f"compares the outputs of experts on single linears; with {what} there are none."
+        yield ("contrastive",), text
     if not mixture.share_A:
         return
     if "orthogonal" in losses:
@@ -96,11 +100,5 @@ def _expert_problems(mixture: Mixture) -> Iterator[Problem]:
     given = losses.get("expert_similarity")
     factor = given.get("factor", "A") if isinstance(given, Mapping) else "A"
     if given is not None and factor != "B":
-        yield (
-            ("expert_similarity", "factor"),
-            f"{factor!r} compares A's, and with share_A there is one; use B.",
-        )
-
-
-def _differ(tasks: Mapping[str, Any], num_experts: int) -> bool:
-    return any(len(set(experts)) < num_experts for experts in tasks.values())
+        text = f"{factor!r} compares A's, and with share_A there is one; use B."
+        yield ("expert_similarity", "factor"), text

@@ -16,23 +16,14 @@ MASK: dict[str, Option] = {"mask": ("padding", "response")}
 
 @dataclass(frozen=True)
 class LossSpec:
-    """What the rules know of a loss.
-
-    Args:
-        function: (view, settings) -> scalar, of a `GateView`; None for losses of the experts alone.
-        settings: what may be set beside the coefficient.
-        of_gate: whether it is of a gate's answers, not of the experts alone.
-        by_task: whether it goes by each task's own experts.
-        of_probabilities: whether it needs a transform that gives probabilities.
-        one_answer: why it means nothing on a gate that gives everything the same weights, if so.
-    """
+    """What the rules know of a loss. `function`: (`GateView`, settings) -> scalar; None for losses of the experts alone."""
 
     function: Lazy[Callable[..., Any]] | Callable[..., Any] | None = None
-    settings: Mapping[str, Option] = field(default_factory=lambda: MASK)
-    of_gate: bool = True
-    by_task: bool = False
-    of_probabilities: bool = False
-    one_answer: str | None = None
+    settings: Mapping[str, Option] = field(default_factory=lambda: MASK)  # beside the coefficient
+    of_gate: bool = True  # of a gate's answers, not of the experts alone
+    by_task: bool = False  # it goes by each task's own experts
+    of_probabilities: bool = False  # it needs a transform that gives probabilities
+    one_answer: str | None = None  # why it means nothing on a gate that gives everything the same weights
 
     def defaults(self) -> dict[str, Any]:
         """Its settings when none is given."""
@@ -51,6 +42,7 @@ class LossSpec:
 
 AUX_LOSSES: Registry[LossSpec] = Registry("loss")
 
+_ALIKE = "it gives every token the same weights"
 _SPECS = {
     "balance": LossSpec(of_probabilities=True),
     "importance": LossSpec(of_probabilities=True),
@@ -59,9 +51,7 @@ _SPECS = {
     "z": LossSpec(one_answer="softmax ignores a common shift of its logits"),
     "entropy": LossSpec(settings={**MASK, "index": 1.0}, of_probabilities=True),
     "mutual_information": LossSpec(
-        settings={**MASK, "free_bits": None},
-        of_probabilities=True,
-        one_answer="it gives every token the same weights",
+        settings={**MASK, "free_bits": None}, of_probabilities=True, one_answer=_ALIKE
     ),
     "task_label": LossSpec(by_task=True),
     "similarity": LossSpec(of_probabilities=True, one_answer="it gives every sample the same weights"),

@@ -17,8 +17,8 @@ class ExpertSpec:
     r: int
     lora_alpha: float
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = setting(make=dict)
-    alpha_pattern: dict[str, float] = setting(make=dict)
+    rank_pattern: dict[str, int] = setting(dict)
+    alpha_pattern: dict[str, float] = setting(dict)
     scaling: str | float | None = None
 
 
@@ -48,12 +48,10 @@ class Mixture:
     init_std: Positive = setting(0.02, "σ of gaussian and rescaled.")
     init_gain: Positive = setting(1.0, "factor on A's initial standard deviation.")
     kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
-    kind_settings: dict[str, int | float] = setting(make=dict, doc="settings of the kind.")
-    rank_pattern: dict[str, PositiveInt] = setting(
-        make=dict, doc="`{pattern: rank}` exceptions from r, as in PEFT."
-    )
+    kind_settings: dict[str, int | float] = setting(dict, "settings of the kind.")
+    rank_pattern: dict[str, PositiveInt] = setting(dict, "`{pattern: rank}` exceptions from r, as in PEFT.")
     alpha_pattern: dict[str, Positive] = setting(
-        make=dict, doc="`{pattern: alpha}` exceptions from lora_alpha, as in PEFT."
+        dict, "`{pattern: alpha}` exceptions from lora_alpha, as in PEFT."
     )
     target_modules: str | list[str] | None = setting(
         None, 'list of suffixes, a regex, or "all-linear", which a recipe has by default.'
@@ -79,10 +77,10 @@ class Mixture:
         "`outputs` (a sum of the experts' outputs), or `factors`: each sample has one LoRA whose A and B are the experts' "
         "mixed; only for gates whose weights are the same for all tokens of a sample.",
     )
-    frozen_experts: list[ExpertName] = setting(make=list, doc="experts that do not train.")
+    frozen_experts: list[ExpertName] = setting(list, "experts that do not train.")
     always_on: dict[ExpertName, float | Literal["rest"]] = setting(
-        make=dict,
-        doc="`{expert: weight}` of experts that the gate does not decide over; `rest` means 1 minus the largest weight it gave.",
+        dict,
+        "`{expert: weight}` of experts that the gate does not decide over; `rest` means 1 minus the largest weight it gave.",
     )
     share_A: bool = setting(False, "all experts of a layer have one A (HydraLoRA).")
     task_cores: bool = setting(
@@ -96,7 +94,7 @@ class Mixture:
         "tasks too.",
     )
     aux_losses: dict[str, float | dict[str, Any]] = setting(
-        make=dict, doc='`{name: coefficient}`, or `{name: {"coefficient": c, ...settings}}`.'
+        dict, '`{name: coefficient}`, or `{name: {"coefficient": c, ...settings}}`.'
     )
 
     @property
@@ -131,9 +129,9 @@ class SavedMixture(Mixture):
     )
     next_task_id: int | None = setting(None, "the id of the next task; ids are not used again.")
     frozen_extras: bool = setting(False, "plain LoRAs and heads are frozen too.")
-    free_rows: list[str] = setting(make=list, doc="frozen experts whose gate rows learn.")
-    isolated_experts: list[str] = setting(make=list, doc="experts hidden from older tasks.")
-    expert_specs: dict[str, Any] = setting(make=dict, doc="rank and scaling of experts that have their own.")
+    free_rows: list[str] = setting(list, "frozen experts whose gate rows learn.")
+    isolated_experts: list[str] = setting(list, "experts hidden from older tasks.")
+    expert_specs: dict[str, Any] = setting(dict, "rank and scaling of experts that have their own.")
     gate_blocks: list[list[str]] | None = setting(None, "experts whose gate rows are one Parameter.")
     experts_by_layer: list[int] | dict[str, int] | None = setting(
         None, "a num_experts that differs by layer."

@@ -12,17 +12,15 @@ from molora.config.loss_rules import fit_problems
 from molora.config.mixture import Mixture
 from molora.config.section import Problem
 from molora.config.setting import values_of
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 
 
 def mixture_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     """Path and message of everything wrong with a mixture whose parts are fine alone."""
-    for name, message in size_problems(gate, mixture.most_experts):
-        yield ("gate", name), message
+    yield from ((("gate", name), text) for name, text in size_problems(gate, mixture.most_experts))
     yield from _combination(mixture, gate)
     yield from _kind(mixture)
-    for path, message in fit_problems(mixture, gate):
-        yield ("aux_losses", *path), message
+    yield from ((("aux_losses", *path), text) for path, text in fit_problems(mixture, gate))
     yield from _names(mixture)
     yield from _tasks(mixture)
 
@@ -38,8 +36,7 @@ def rank_problems(mixture: Mixture) -> Iterator[Problem]:
 def _names(mixture: Mixture) -> Iterator[Problem]:
     names, known = mixture.expert_names or [], mixture.experts
     if mixture.expert_names is not None and len(names) != mixture.most_experts:
-        text = f"names {len(names)} experts, but num_experts = {mixture.most_experts}."
-        yield ("expert_names",), text
+        yield ("expert_names",), f"names {len(names)} experts, but num_experts = {mixture.most_experts}."
     for i, name in enumerate(names):
         if name.casefold() in [other.casefold() for other in names[:i]]:  # folders may ignore case
             yield ("expert_names", i), f"{name!r} is there twice (upper and lower case count as one)."
@@ -61,16 +58,16 @@ def _tasks(mixture: Mixture) -> Iterator[Problem]:
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    return f"unknown expert {name!r}.{did_you_mean(name, known)} Allowed: {', '.join(known)}."
+    return f"unknown expert {name!r}.{options(name, known)}"
 
 
 def _combination(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     if mixture.combine == "factors":
         if gate.scope not in BY_SAMPLE:
+            text = f"'factors' would need a weight matrix per token with gate scope {gate.scope}; mix outputs, or use "
             yield (
                 ("combine",),
-                f"'factors' would need a weight matrix per token with gate scope {gate.scope}; mix outputs, or use "
-                f"a gate whose weights are one per sample: scope {', '.join(BY_SAMPLE)}.",
+                f"{text}a gate whose weights are one per sample: scope {', '.join(BY_SAMPLE)}.",
             )
         if mixture.ffn_targets or mixture.share_A:
             yield ("combine",), "'factors' goes with neither ffn_targets nor share_A, which mix outputs."
@@ -80,10 +77,8 @@ def _combination(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     if mixture.ffn_targets:
         yield from _feed_forward(gate, mixture.always_on)
     if mixture.task_cores and not (mixture.share_A and gate.scope == "task"):
-        yield (
-            ("task_cores",),
-            "stand between a shared A and the experts of a task: they need share_A and scope: task.",
-        )
+        text = "stand between a shared A and the experts of a task: they need share_A and scope: task."
+        yield ("task_cores",), text
     if mixture.task_cores and mixture.ffn_targets:
         yield ("task_cores",), "do not go with ffn_targets."
     if mixture.share_A and mixture.init == "svd_segments":
@@ -100,9 +95,8 @@ def _kind(mixture: Mixture) -> Iterator[Problem]:
     found = KINDS[kind]
     for name, value in given.items():
         if name not in found.settings:
-            allowed = ", ".join(found.settings) or "none"
-            hint = did_you_mean(name, found.settings)
-            yield ("kind_settings", name), f"not a setting of kind {kind!r}.{hint} Its settings: {allowed}."
+            text = f"not a setting of kind {kind!r}.{options(name, found.settings, 'Its settings')}"
+            yield ("kind_settings", name), text
         elif isinstance(value, bool) or not isinstance(value, (int, type(found.settings[name]))):
             wanted = "a whole number" if isinstance(found.settings[name], int) else "a number"
             yield ("kind_settings", name), f"must be {wanted}, not {value!r}."
@@ -113,10 +107,8 @@ def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
     for name, weight in always_on.items():
         if name not in names:
             yield ("always_on", name), _unknown(name, names)
-        number = (
-            isinstance(weight, (int, float)) and not isinstance(weight, bool) and abs(weight) < float("inf")
-        )
-        if weight != "rest" and not number:
+        number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if weight != "rest" and not (number and abs(weight) < float("inf")):
             yield ("always_on", name), f"{weight!r} is not a number or 'rest' (1 minus the largest weight)."
     if always_on and set(names) <= set(always_on):
         yield ("always_on",), "leaves the gate no expert to decide over."
@@ -125,18 +117,11 @@ def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[P
 def _feed_forward(gate: GateSettings, always_on: Mapping[str, Any]) -> Iterator[Problem]:
     for name, weight in always_on.items():
         if isinstance(weight, (int, float)) and weight < 0:
-            yield (
-                ("always_on", name),
-                f"{weight} does not go with ffn_targets, whose experts are averaged; it must not be negative.",
-            )
+            text = "does not go with ffn_targets, whose experts are averaged; it must not be negative."
+            yield ("always_on", name), f"{weight} {text}"
     if not gate.sums_to_one:
-        yield (
-            ("gate", "renorm"),
-            "whole feed-forwards are averaged, the frozen one among them, so weights must sum to 1; use renorm: sum, "
-            "or select: hard for one expert.",
-        )
+        text = "whole feed-forwards are averaged, the frozen one among them, so weights must sum to 1; "
+        yield ("gate", "renorm"), text + "use renorm: sum, or select: hard for one expert."
     if gate.scope == "sequence":
-        yield (
-            ("gate", "scope"),
-            "'sequence' does not go with ffn_targets; use token, task, external or two_pass.",
-        )
+        text = "'sequence' does not go with ffn_targets; use token, task, external or two_pass."
+        yield ("gate", "scope"), text

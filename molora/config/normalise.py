@@ -18,7 +18,7 @@ from molora.config.names import check_name
 from molora.config.router import router_from
 from molora.config.section import Problem
 from molora.config.setting import value_problems
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.errors import ConfigError
 
 
@@ -65,9 +65,7 @@ def _gate(config: SavedMixture) -> None:
         known = [f.name for f in fields(GateConfig)]
         for name in settings:
             if name not in known:
-                raise ConfigError(
-                    f"gate.{name} is not a setting.{did_you_mean(name, known)} Settings: {', '.join(known)}."
-                )
+                raise ConfigError(f"gate.{name} is not a setting.{options(name, known, 'Settings')}")
         config.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
     gate: GateConfig = replace(config.gate)  # the caller's object stays as it is
     config.gate = gate
@@ -80,9 +78,8 @@ def _gate(config: SavedMixture) -> None:
 
 def _tasks(config: SavedMixture) -> None:
     """Tasks as a map, with ids."""
-    own = not config.gate.learned or any(
-        name in AUX_LOSSES and AUX_LOSSES[name].by_task for name in config.aux_losses
-    )
+    by_task = [name for name, loss in AUX_LOSSES.items() if loss.by_task]
+    own = not config.gate.learned or any(name in by_task for name in config.aux_losses)
     if config.tasks is None:  # where tasks are needed, one for each expert, of the same name
         needed = (own or config.gate.scope == "task") and config.task_ids is None
         config.tasks = [name for name in config.experts if name not in config.always_on] if needed else {}
@@ -97,9 +94,8 @@ def _tasks(config: SavedMixture) -> None:
         config.task_ids = {task: i for i, task in enumerate(config.tasks)}
     ids = config.task_ids
     if set(ids) != set(config.tasks) or len(set(ids.values())) != len(ids):
-        raise ConfigError(
-            f"task_ids {ids} must give each of the tasks {list(config.tasks)} one id of its own."
-        )
+        tasks = list(config.tasks)
+        raise ConfigError(f"task_ids {ids} must give each of the tasks {tasks} one id of its own.")
     if any(i < 0 for i in ids.values()):
         raise ConfigError("task_ids must not be negative: -1 means the base model only.")
     config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
@@ -124,14 +120,10 @@ def _kept(config: SavedMixture) -> None:
     for what in ("free_rows", "isolated_experts", "expert_specs"):
         for name in getattr(config, what):
             if name not in names:
-                raise ConfigError(
-                    f"{what} names {name!r}, which is not an expert.{did_you_mean(name, names)} "
-                    f"Experts: {', '.join(names)}."
-                )
-    config.expert_specs = {
-        name: ExpertSpec(**spec) if isinstance(spec, dict) else spec
-        for name, spec in config.expert_specs.items()
-    }
+                text = f"{what} names {name!r}, which is not an expert."
+                raise ConfigError(text + options(name, names, "Experts"))
+    specs = config.expert_specs.items()
+    config.expert_specs = {n: ExpertSpec(**spec) if isinstance(spec, dict) else spec for n, spec in specs}
     if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:
         raise ConfigError("experts with one A have one rank and scaling; expert_specs gives some their own.")
     if config.gate_blocks is None:

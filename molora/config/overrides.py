@@ -28,11 +28,9 @@ def apply(data: Any, overrides: Sequence[str]) -> tuple[Any, dict[Path, str]]:
             problems.append(f"override {text!r}: write it as section.key=value, such as train.lr=3e-4.")
             continue
         try:
-            path = _set(data, dotted.strip(), parse(value, f"override {text!r}").data)
+            origins[_set(data, dotted.strip(), parse(value, f"override {text!r}").data)] = text
         except ConfigError as error:
             problems.append(error.message)
-            continue
-        origins[path] = text
     if problems:
         raise ConfigError("\n".join(problems))
     return data, origins
@@ -72,8 +70,7 @@ def _child(here: Any, key: Any, path: Path) -> Any:
     elif isinstance(child, str) and path in SHORTHANDS:
         child = {SHORTHANDS[path]: child}
     elif not isinstance(child, (dict, list)):
-        raise ConfigError(
-            f"override: {'.'.join(map(str, path))} is {child!r}, which has no settings of its own."
-        )
+        dotted = ".".join(map(str, path))
+        raise ConfigError(f"override: {dotted} is {child!r}, which has no settings of its own.")
     here[key] = child
     return child

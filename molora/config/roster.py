@@ -12,7 +12,7 @@ from typing import Any
 from molora.config.gate import GateSettings
 from molora.config.mixture import ExpertSpec, SavedMixture
 from molora.config.names import check_name
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.errors import ConfigError
 
 Share = Sequence[str] | Mapping[str, float]
@@ -21,23 +21,14 @@ Share = Sequence[str] | Mapping[str, float]
 
 @dataclass(frozen=True)
 class ExpertRow:
-    """One expert.
-
-    Args:
-        name: its name.
-        frozen: it does not train.
-        free_row: its gate row trains although it is frozen.
-        isolated: older tasks do not see it.
-        spec: rank and scaling, where they are its own.
-        block: experts of one block have their gate rows in one Parameter.
-    """
+    """One expert."""
 
     name: str
-    frozen: bool = False
-    free_row: bool = False
-    isolated: bool = False
-    spec: ExpertSpec | None = None
-    block: int = 0
+    frozen: bool = False  # it does not train
+    free_row: bool = False  # its gate row trains although it is frozen
+    isolated: bool = False  # older tasks do not see it
+    spec: ExpertSpec | None = None  # rank and scaling, where they are its own
+    block: int = 0  # experts of one block have their gate rows in one Parameter
 
 
 @dataclass(frozen=True)
@@ -50,19 +41,12 @@ class TaskRow:
 
 @dataclass(frozen=True)
 class Roster:
-    """All experts in their order, and all tasks.
-
-    Args:
-        experts: a row each.
-        tasks: a row each, by name.
-        next_task_id: the id of the next task: ids are not used again.
-        frozen_extras: plain LoRAs and heads are frozen too.
-    """
+    """All experts in their order, and all tasks by name."""
 
     experts: tuple[ExpertRow, ...]
     tasks: Mapping[str, TaskRow]
-    next_task_id: int = 0
-    frozen_extras: bool = False
+    next_task_id: int = 0  # ids are not used again
+    frozen_extras: bool = False  # plain LoRAs and heads are frozen too
 
     @classmethod
     def of(cls, mixture: SavedMixture) -> Roster:
@@ -92,7 +76,7 @@ class Roster:
         """Where an expert stands; ConfigError where there is none of that name."""
         names = self.names
         if name not in names:
-            raise ConfigError(f"no expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}.")
+            raise ConfigError(f"no expert {name!r}.{options(name, names, 'Experts')}")
         return names.index(name)
 
     def task_frozen(self, task: str) -> bool:
@@ -132,9 +116,7 @@ def added(
     """The roster with one more expert.
 
     Args:
-        roster: as it is.
-        name: the new expert's name.
-        tasks: tasks it serves. Known ones gain it; new ones get the next id.
+        tasks: those it serves. Known ones gain it; new ones get the next id.
         learned: whether the gate learns: then a new task has every expert, else the new one only.
         spec: rank and scaling of its own.
         freeze_others: freeze all other experts with their gate rows, plain LoRAs and heads.
@@ -180,11 +162,8 @@ def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
             f"{name!r} is the only expert of task {', '.join(map(repr, orphans))}.",
             hint="give the task another expert first, or pass drop_tasks=True to forget the task as well.",
         )
-    tasks = {
-        task: replace(row, experts=_without(row.experts, name))
-        for task, row in roster.tasks.items()
-        if task not in orphans
-    }
+    kept = {task: row for task, row in roster.tasks.items() if task not in orphans}
+    tasks = {task: replace(row, experts=_without(row.experts, name)) for task, row in kept.items()}
     return replace(roster, experts=tuple(row for row in roster.experts if row.name != name), tasks=tasks)
 
 
@@ -196,9 +175,7 @@ def frozen(roster: Roster, names: Iterable[str], state: bool = True) -> Roster:
     chosen = set(names)
     for name in names:
         roster.index(name)
-    rows = [
-        replace(row, frozen=state, free_row=False) if row.name in chosen else row for row in roster.experts
-    ]
+    rows = [replace(e, frozen=state, free_row=False) if e.name in chosen else e for e in roster.experts]
     parts = sorted({(row.block, not row.frozen) for row in rows})
     experts = tuple(replace(row, block=parts.index((row.block, not row.frozen))) for row in rows)
     extras = roster.frozen_extras and any(row.frozen for row in experts)
@@ -210,8 +187,10 @@ def fitting(gate: GateSettings, num_experts: int) -> dict[str, Any]:
     top_k: Any = gate.top_k
     if isinstance(top_k, dict):
         top_k = {pattern: min(k, num_experts) for pattern, k in top_k.items()}
+    elif isinstance(top_k, list):
+        top_k = [min(k, num_experts) for k in top_k]
     else:
-        top_k = [min(k, num_experts) for k in top_k] if isinstance(top_k, list) else min(top_k, num_experts)
+        top_k = min(top_k, num_experts)
     fields = {"top_k": top_k, "min_k": min(gate.min_k, num_experts)}
     # The weight of a single chosen expert is its probability, or the gate would never learn.
     return {**fields, "renorm": "none"} if gate.select == "top_k" and top_k == 1 else fields

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -11,7 +13,7 @@ from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.config.train import TrainConfig
 
 Mode = Literal["gate", "task", "base"]
@@ -103,169 +105,114 @@ class RunConfig(Section):
     def _kinds_follow_the_base(cls, data: Any) -> Any:
         """A task without `kind` has the kind that fits base.task_type."""
         try:
-            kind = KIND_OF_TASK_TYPE[data["base"]["task_type"]]
-            tasks = {
-                name: {"kind": kind} | task if isinstance(task, dict) else task
-                for name, task in data["data"]["tasks"].items()
-            }
-        except (
-            KeyError,
-            TypeError,
-            AttributeError,
-        ):  # absent or of a wrong type: the fields' own checks report it
+            kind, named = KIND_OF_TASK_TYPE[data["base"]["task_type"]], data["data"]["tasks"].items()
+            tasks = {name: {"kind": kind} | task if isinstance(task, dict) else task for name, task in named}
+        except (KeyError, TypeError, AttributeError):  # the same
             return data
         return data | {"data": data["data"] | {"tasks": tasks}}
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        refuse(
-            [
-                *self._sequence_problems(),
-                *self._task_problems(),
-                *self._kind_problems(),
-                *self._feature_problems(),
-                *self._start_problems(),
-            ]
-        )
+        of_sequence = () if self.continual is None else self._sequence_problems(self.continual)
+        of_rest = (self._task_problems(), self._kind_problems(), self._feature_problems())
+        refuse(chain(of_sequence, *of_rest, self._start_problems()))
         return self
 
-    def _sequence_problems(self) -> list[Problem]:
-        if self.continual is None:
-            return []
+    def _sequence_problems(self, continual: ContinualConfig) -> Iterator[Problem]:
         if self.adapter.from_loras is not None:
             text = "does not go with tasks one after another, which start from a new expert; to add experts to LoRAs, "
-            return [(("adapter", "from_loras"), text + "use molora train, then molora add-expert.")]
-        problems: list[Problem] = []
-        order, known = self.continual.order, list(self.data.tasks)
+            yield ("adapter", "from_loras"), text + "use molora train, then molora add-expert."
+            return
+        order, known = continual.order, list(self.data.tasks)
         if order is not None and sorted(order) != sorted(known):
-            problems.append(
-                (("continual", "order"), f"must name every task of data.tasks once: {', '.join(known)}.")
-            )
-        kind, spec = self.continual.strategy.kind, self.continual.strategy.spec
+            yield ("continual", "order"), f"must name every task of data.tasks once: {', '.join(known)}."
+        kind, spec = continual.strategy.kind, continual.strategy.spec
         if not spec.one_expert and self.adapter.num_experts != 1:
             text = f"strategy {kind} starts with one expert and adds one for each task; leave it out."
-            problems.append((("adapter", "num_experts"), text))
+            yield ("adapter", "num_experts"), text
         for key in ("tasks", "frozen_experts", *(() if spec.one_expert else ("expert_names",))):
             if getattr(self.adapter, key) not in (None, []):
-                problems.append((("adapter", key), "is the strategy's to say; leave it out."))
+                yield ("adapter", key), "is the strategy's to say; leave it out."
         if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
             text = "a head that is trained task by task forgets; use `match`, the nearest label text."
-            problems.append((("base", "head"), text))
-        problems += self._strategy_problems(kind)
+            yield ("base", "head"), text
+        yield from self._strategy_problems(continual)
         for name, task in self.data.tasks.items():
             if task.metric == "loss":
-                problems.append(
-                    (("data", "tasks", name, "metric"), "must be a share of right answers, not a loss.")
-                )
-        return problems + self._mix_problems(kind)
+                yield ("data", "tasks", name, "metric"), "must be a share of right answers, not a loss."
+        if spec.task_by_task:
+            yield from self._mix_problems(kind)
 
-    def _mix_problems(self, kind: str) -> list[Problem]:
+    def _mix_problems(self, kind: str) -> Iterator[Problem]:
         """Settings of a mix, where each task is trained on alone."""
-        if not STRATEGIES[kind].task_by_task:
-            return []
         text = f"does nothing: strategy {kind} trains on one task at a time."
-        found: list[Problem] = [
-            (("data", "tasks", name, "weight"), text)
-            for name, task in self.data.tasks.items()
-            if task.weight != 1
-        ]
-        fields = type(self.data).model_fields
+        for name, task in self.data.tasks.items():
+            if task.weight != 1:
+                yield ("data", "tasks", name, "weight"), text
         for key in ("mixing", "mixing_temperature"):
-            if getattr(self.data, key) != fields[key].default:
-                found.append((("data", key), text))
-        return found
+            if getattr(self.data, key) != DataConfig.model_fields[key].default:
+                yield ("data", key), text
 
-    def _strategy_problems(self, kind: str) -> list[Problem]:
+    def _strategy_problems(self, continual: ContinualConfig) -> Iterator[Problem]:
         """What the rest of the recipe must be for a strategy to keep its promise."""
-        assert self.continual is not None
-        problems: list[Problem] = []
-        gate, strategy = self.adapter.gate.model_dump(), self.continual.strategy
-        wrong = [f"{key} {value}" for key, value in strategy.spec.needs.items() if gate[key] != value]
+        strategy, softmax = continual.strategy, continual.softmax
+        kind, gate, needs = strategy.kind, self.adapter.gate, strategy.spec.needs
+        wrong = [f"{key} {value}" for key, value in needs.items() if getattr(gate, key) != value]
         if wrong:
             text = f"strategy {kind} needs a gate of {', '.join(wrong)}; leave the gate out to get it."
-            problems.append((("adapter", "gate"), text))
+            yield ("adapter", "gate"), text
         if self.adapter.share_A and (kind == "inf_lora" or (kind == "o_lora" and strategy.factor != "B")):
             text = f"does not go with strategy {kind}, which gives each expert an A of its own."
-            problems.append((("adapter", "share_A"), text))
+            yield ("adapter", "share_A"), text
         if self.adapter.kind != "lora" and kind in ("inf_lora", "o_lora", "slao"):
             text = f"strategy {kind} writes or compares the factors of experts, which only kind: lora trains freely."
-            problems.append((("adapter", "kind"), text))
+            yield ("adapter", "kind"), text
         if self.features is not None:
-            problems.append((("features",), "does not go with tasks one after another."))
-        softmax = self.continual.softmax
+            yield ("features",), "does not go with tasks one after another."
         if softmax is not None and self.base.head != "match":
-            problems.append((("continual", "softmax"), "acts only with base.head: match."))
+            yield ("continual", "softmax"), "acts only with base.head: match."
         elif softmax == "own" and not strategy.spec.task_by_task:
             text = f"'own' leaves out the labels of other tasks, which {kind} trains on; leave it out."
-            problems.append((("continual", "softmax"), text))
-        return problems
+            yield ("continual", "softmax"), text
 
-    def _feature_problems(self) -> list[Problem]:
+    def _feature_problems(self) -> Iterator[Problem]:
         gate, features = self.adapter.gate, self.features
         if (gate.scope == "external") != (features is not None):
             what = "says where the features come from" if features is None else "acts only"
-            return [(("features",), f"{what} with a gate of scope external: give both, or neither.")]
-        if features is not None and gate.feature_dim != features.num_clusters:
+            yield ("features",), f"{what} with a gate of scope external: give both, or neither."
+        elif features is not None and gate.feature_dim != features.num_clusters:
             text = f"must be features.num_clusters = {features.num_clusters}: a cluster is a one-hot feature."
-            return [(("adapter", "gate", "feature_dim"), text)]
-        if features is not None and self.base.task_type == "SEQ_2_SEQ_LM":
-            return [
-                (("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM.")
-            ]
-        return []
+            yield ("adapter", "gate", "feature_dim"), text
+        elif features is not None and self.base.task_type == "SEQ_2_SEQ_LM":
+            yield ("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM."
 
-    def _start_problems(self) -> list[Problem]:
+    def _start_problems(self) -> Iterator[Problem]:
         adapter, gate = self.adapter, self.adapter.gate
         fresh = adapter.from_loras is None and adapter.init != "svd_segments" and not adapter.share_A
         if fresh and gate.scope == "constant" and gate.transform in UNNORMALISED and not gate.start:
-            text = (
-                "0 over new experts, whose B is 0 as well, is a point that training cannot leave; "
-                "use start: 1, or experts in from_loras."
-            )
-            return [(("adapter", "gate", "start"), text)]
-        return []
+            text = "0 over new experts, whose B is 0 as well, is a point that training cannot leave; "
+            yield ("adapter", "gate", "start"), text + "use start: 1, or experts in from_loras."
 
-    def _task_problems(self) -> list[Problem]:
-        known, mapped = list(self.data.tasks), self.adapter.tasks
+    def _task_problems(self) -> Iterator[Problem]:
+        known, mapped, experts = list(self.data.tasks), self.adapter.tasks, self.adapter.most_experts
+        hard = self.continual is None and self.adapter.gate.score == "none"
         if mapped is None:
-            if (
-                self.continual is None
-                and self.adapter.gate.score == "none"
-                and len(known) > self.adapter.most_experts
-            ):
-                text = f"{len(known)} tasks but {self.adapter.most_experts} experts: a task gate gives each task its own."
-                return [
-                    (
-                        ("adapter", "num_experts"),
-                        text + " Raise num_experts, or map tasks to experts in adapter.tasks.",
-                    )
-                ]
-            return []
-        problems: list[Problem] = []
+            if hard and len(known) > experts:
+                text = f"{len(known)} tasks but {experts} experts: a task gate gives each task its own. "
+                text += "Raise num_experts, or map tasks to experts in adapter.tasks."
+                yield ("adapter", "num_experts"), text
+            return
         for task in mapped:
             if task not in known:
-                hint = did_you_mean(task, known)
-                problems.append(
-                    (
-                        ("adapter", "tasks", task),
-                        f"no such task in data.tasks.{hint} Allowed: {', '.join(known)}.",
-                    )
-                )
+                yield ("adapter", "tasks", task), f"no such task in data.tasks.{options(task, known)}"
         for task in known:
             if task not in mapped:
-                problems.append(
-                    (("adapter", "tasks"), f"says nothing about task {task!r}; give it its experts.")
-                )
-        return problems
+                yield ("adapter", "tasks"), f"says nothing about task {task!r}; give it its experts."
 
-    def _kind_problems(self) -> list[Problem]:
+    def _kind_problems(self) -> Iterator[Problem]:
         # A language model classifies by writing the label's name.
         fitting = dict.fromkeys([KIND_OF_TASK_TYPE[self.base.task_type], "classification"])
-        return [
-            (
-                ("data", "tasks", name, "kind"),
-                f"{task.kind!r} does not fit base.task_type {self.base.task_type}. Allowed: {', '.join(fitting)}.",
-            )
-            for name, task in self.data.tasks.items()
-            if task.kind not in fitting
-        ]
+        text = f"does not fit base.task_type {self.base.task_type}. Allowed: {', '.join(fitting)}."
+        for name, task in self.data.tasks.items():
+            if task.kind not in fitting:
+                yield ("data", "tasks", name, "kind"), f"{task.kind!r} {text}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING
 from typing import Annotated, Any, NamedTuple
 
@@ -24,17 +24,14 @@ class Bound(NamedTuple):
     whole: bool = False
 
 
-PositiveInt = Annotated[
-    int, Field(ge=1), Bound("must be at least 1", lambda n: type(n) is int and n >= 1, whole=True)
-]
+_COUNT = Bound("must be at least 1", lambda n: type(n) is int and n >= 1, whole=True)
+_NOT_BELOW_0 = Bound("must not be negative", lambda n: 0 <= n < float("inf"))
+_ABOVE_0 = Bound("must be positive", lambda n: 0 < n < float("inf"))
+PositiveInt = Annotated[int, Field(ge=1), _COUNT]
 Fraction = Annotated[float, Field(ge=0, lt=1), Bound("must be in [0, 1)", lambda n: 0 <= n < 1)]
 Share = Annotated[float, Field(gt=0, le=1), Bound("must be above 0 and at most 1", lambda n: 0 < n <= 1)]
-NonNegative = Annotated[
-    float, Field(ge=0, allow_inf_nan=False), Bound("must not be negative", lambda n: 0 <= n < float("inf"))
-]
-Positive = Annotated[
-    float, Field(gt=0, allow_inf_nan=False), Bound("must be positive", lambda n: 0 < n < float("inf"))
-]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NOT_BELOW_0]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _ABOVE_0]
 
 
 class Section(BaseModel):
@@ -50,11 +47,12 @@ class Section(BaseModel):
                 setattr(cls, declared.name, Field(default_factory=declared.default_factory))
 
 
-def refuse(problems: Sequence[Problem]) -> None:
+def refuse(problems: Iterable[Problem]) -> None:
     """Raise one validation error carrying all `problems`, if there are any."""
-    if problems:
-        text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in problems)
-        raise PydanticCustomError(CLASH, "{text}", {"text": text, "problems": list(problems)})
+    found = list(problems)
+    if found:
+        text = "; ".join(f"{'.'.join(map(str, path))}: {message}" for path, message in found)
+        raise PydanticCustomError(CLASH, "{text}", {"text": text, "problems": found})
 
 
 def _name_rule(what: str) -> AfterValidator:

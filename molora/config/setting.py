@@ -19,23 +19,18 @@ from molora.config.suggest import did_you_mean
 T = TypeVar("T")
 
 
-def setting(
-    default: object = MISSING,
-    doc: str = "",
-    *,
-    make: object = MISSING,
-    acts_with: Mapping[str, Sequence[str]] | None = None,
-) -> Any:
+def setting(default: object, doc: str = "", *, acts_with: Mapping[str, Sequence[str]] | None = None) -> Any:
     """A dataclass field that says what it is.
 
     Args:
-        default: its default.
+        default: its default; `dict` or `list` for an empty one that is made anew each time.
         doc: what it means, one or a few lines.
-        make: makes the default where it must be a new object each time.
-        acts_with: other fields and the values of theirs (none listed: any but None) beside one of which it acts.
+        acts_with: other fields, and their values (none listed: any but None) beside one of which this field acts.
     """
     metadata = {"doc": doc, "acts_with": dict(acts_with or {})}
-    return field(default=default, default_factory=make, metadata=metadata)  # type: ignore[call-overload]
+    if default is dict or default is list:
+        return field(default_factory=default, metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 def documented(declared: type[T]) -> type[T]:
@@ -104,10 +99,10 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
         value = getattr(values, name)
         if isinstance(value, str):
             if choices and value not in choices:
-                number = "a number or " if bound else ""
+                either = "a number or one" if bound else "one"
                 yield (
                     name,
-                    f"{value!r} is not {number}one of {', '.join(choices)}.{did_you_mean(value, choices)}",
+                    f"{value!r} is not {either} of {', '.join(choices)}.{did_you_mean(value, choices)}",
                 )
             elif bound and not choices:
                 yield name, f"must be a number, not {value!r}."

@@ -39,12 +39,12 @@ class _Resolver(BaseResolver):
 
 
 for _tag, _pattern, _first in (
-    ("null", re.compile(r"~|null|Null|NULL|"), [*"~nN", ""]),
-    ("bool", re.compile(r"true|True|TRUE|false|False|FALSE"), list("tTfF")),
-    ("int", re.compile(rf"(?:{_INT.pattern})\Z"), _NUMBER_START),
-    ("float", re.compile(rf"(?:{_FLOAT.pattern})\Z"), _NUMBER_START),
+    ("null", r"~|null|Null|NULL|", [*"~nN", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", _INT.pattern, _NUMBER_START),
+    ("float", _FLOAT.pattern, _NUMBER_START),
 ):
-    _Resolver.add_implicit_resolver(_CORE + _tag, re.compile(rf"(?:{_pattern.pattern})\Z"), _first)
+    _Resolver.add_implicit_resolver(_CORE + _tag, re.compile(rf"(?:{_pattern})\Z"), _first)
 
 
 class _Loader(Reader, Scanner, Parser, Composer, _Resolver):
@@ -170,9 +170,8 @@ class _Builder:
                 return int(text)
             if kind == "float" and _FLOAT.fullmatch(text):
                 return float(text.casefold().replace(".inf", "inf").replace(".nan", "nan"))
-        self.problems.append(
-            f"{self._at(node)}  the tag or value {node.tag} {str(text)[:40]!r} is not allowed."
-        )
+        shown = str(text)[:40]
+        self.problems.append(f"{self._at(node)}  the tag or value {node.tag} {shown!r} is not allowed.")
         return None
 
     def _at(self, node: Node) -> str:

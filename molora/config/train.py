@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
@@ -78,34 +79,24 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        problems: list[Problem] = []
-        if self.max_steps is not None and self.epochs is not None:
-            problems.append((("epochs",), "max_steps is given too; write only one (the other may be null)."))
-        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
-            problems.append(
-                (("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps.")
-            )
-        if self.patience is not None and self.val_every is None:
-            problems.append((("patience",), "counts validations, and val_every is not set; set val_every."))
-        problems += self._stage_problems()
-        refuse(problems)
+        refuse(self._problems())
         return self
 
-    def _stage_problems(self) -> list[Problem]:
-        problems: list[Problem] = []
+    def _problems(self) -> Iterator[Problem]:
+        if self.max_steps is not None and self.epochs is not None:
+            yield ("epochs",), "max_steps is given too; write only one (the other may be null)."
+        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
+            yield ("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps."
+        if self.patience is not None and self.val_every is None:
+            yield ("patience",), "counts validations, and val_every is not set; set val_every."
         for i, stage in enumerate(self.stages):
             last = i == len(self.stages) - 1
             if stage.steps is None and not last:
-                problems.append((("stages", i), "needs `steps`; only the last stage runs until the end."))
+                yield ("stages", i), "needs `steps`; only the last stage runs until the end."
             if stage.steps is not None and last:
-                problems.append(
-                    (("stages", i, "steps"), "the last stage runs until the end; leave its steps out.")
-                )
+                yield ("stages", i, "steps"), "the last stage runs until the end; leave its steps out."
             if len(set(stage.train)) != len(stage.train):
-                problems.append((("stages", i, "train"), "names a part twice."))
+                yield ("stages", i, "train"), "names a part twice."
         planned = sum(stage.steps or 0 for stage in self.stages)
         if self.max_steps is not None and planned >= self.max_steps:
-            problems.append(
-                (("stages",), f"the last one would start at step {planned} of max_steps = {self.max_steps}.")
-            )
-        return problems
+            yield ("stages",), f"the last one would start at step {planned} of max_steps = {self.max_steps}."

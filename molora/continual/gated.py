@@ -21,15 +21,14 @@ class Gated(KeepsBases):
 
     The key k of a new expert starts as the mean z of its task and is kept orthogonal to the directions that hold
     `energy` of the old tasks' z, so the new expert stays silent there; old keys are frozen. No task id is needed.
-    Where nothing of the mean is left (the first decoder layer of an encoder-decoder reads the same start token for all
-    tasks), the key is zero, and the new expert silent for everybody.
-    Reference: GainLoRA, arXiv:2505.15424. Deviations: a key and a gate for each group of linears, z being what they
-    read, where theirs is one MLP of token embeddings for all.
+    A task whose mean has nothing of its own (the first decoder layer of an encoder-decoder reads the same start token
+    for all tasks) gets the key zero there, and an expert that is silent for everybody. Reference: GainLoRA,
+    arXiv:2505.15424, which has one MLP of token embeddings where this has a key and a gate for each group of linears.
     """
 
     @torch.no_grad()
     def before_task(self, model: nn.Module, turn: Turn) -> None:
-        means = {key: (total / count) for key, (total, count, _) in read_by(model, turn.batches).items()}
+        means = {key: total / count for key, (total, count, _) in read_by(model, turn.batches).items()}
         for key, gate in gates(model):
             assert gate.rows is not None
             row = without(means[key].unsqueeze(0), self.bases.get(key))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,10 @@ def add_expert(
     """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
 
     One step of a sequence of tasks, under a strategy that needs no memory of earlier ones. Only the new expert and
-    its gate row are trained, on the new task's data alone. All tasks are scored
-    before and after; the report says whether the old tasks' logits are bit-equal where task ids are given.
+    its gate row are trained, on the new task's data alone. All tasks are scored before and after; the report says
+    whether the old tasks' logits are bit-equal where task ids are given.
 
     Args:
-        run: the trained run.
         recipe: what `GrowConfig` describes, as a YAML file or a mapping; settings left out are the run's.
         overrides: `section.key=value` texts applied on top.
         resume: True continues the latest run of this growth, a path the run in that folder.
@@ -56,11 +56,10 @@ def add_expert(
     """
     parent = run if isinstance(run, Run) else Run.find(run)
     grow = load_grow(recipe, overrides, run=parent.config)
-    old: MoLoraConfig
     prepare_process(parent.config.seed)
     with quiet_libraries():
         model, tokenizer, _ = load_trained(parent.path, trainable=True)
-        old = model.active_peft_config
+        old: MoLoraConfig = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
         tasks = tasks_of(config, known_ids=old.task_ids)
@@ -88,14 +87,12 @@ def add_expert(
             write_report(report, done.path, config)
 
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
-        turn = Turn(
-            len(old_tasks), [*old_tasks, new], lambda: passes(config, model, tokenizer, new), config.seed
-        )
+        batches = partial(passes, config, model, tokenizer, new)
         return play_turn(
             config,
             model,
             tokenizer,
-            turn,
+            Turn(len(old_tasks), [*old_tasks, new], batches, config.seed),
             build_strategy(grow.strategy),
             conclude,
             known_ids=tasks.known_ids,
@@ -105,22 +102,14 @@ def add_expert(
         )
 
 
-def expert_name(grow: GrowConfig) -> str:
-    """The new expert's name: as given, else the task's."""
-    return grow.expert.name or grow.task.name
-
-
 def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, beside: Path) -> RunConfig:
     """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
 
-    Raises:
-        ConfigError: the task or the expert exists already, or does not fit the run.
+    Raises ConfigError where the task or the expert exists already, or does not fit the run.
     """
-    name, expert = grow.task.name, expert_name(grow)
-    for what, new, known in (
-        ("task", name, list(config.data.tasks)),
-        ("expert", expert, adapter.expert_names or []),
-    ):
+    name, expert = grow.task.name, grow.expert.name or grow.task.name
+    experts = adapter.expert_names or []
+    for what, new, known in (("task", name, list(config.data.tasks)), ("expert", expert, experts)):
         if new.casefold() in [old.casefold() for old in known]:
             raise ConfigError(
                 f"the run has {what} {new!r} already (upper and lower case count as one). Its {what}s: {', '.join(known)}.",
@@ -135,8 +124,8 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
     plain["continual"] = None  # a sequence that grows by hand is a run like any other from here on
     section = plain["adapter"]
-    section["expert_names"] = [*(adapter.expert_names or []), expert]
-    section["num_experts"] = len(section["expert_names"])
+    section["expert_names"] = [*experts, expert]
+    section["num_experts"] = len(experts) + 1
     section["aux_losses"] = dict(grow.aux_losses)
     section["from_loras"] = None  # they are in the adapter that grows
     if config.continual is not None:
@@ -151,11 +140,8 @@ def _scores_before(
 ) -> list[Score]:
     """Old tasks in every mode; the new one in the modes that need no id of it."""
     scores = score(config, model, tokenizer, known).scores
-    modes = [
-        m
-        for m in config.eval.modes
-        if m != "task" and (m != "gate" or model.active_peft_config.gate.scope != "task")
-    ]
+    needing = ("task", "gate") if model.active_peft_config.gate.scope == "task" else ("task",)
+    modes = [mode for mode in config.eval.modes if mode not in needing]
     if modes and len(new.eval):
         scores += score(config, model, tokenizer, [new], modes).scores
     return scores

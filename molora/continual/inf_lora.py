@@ -18,11 +18,10 @@ _NOTHING = 1e-9
 class InfLoRA(KeepsBases):
     """A of the new expert is designed and frozen, only B learns; experts add up.
 
-    Before a task: the covariance of each layer's inputs on its data, without the directions of old tasks, gives
-    A = its first r directions / √3, zero where no direction is left. After it: the old directions grow until they hold a
-    share of the new inputs' energy that rises over the sequence from `energy` to `energy_end`. Reference: InfLoRA,
-    CVPR 2024. Deviation: A's directions are the principal ones of the projected inputs, those of P H P for the covariance
-    H; the published code takes the left singular vectors of P H.
+    Before a task, A becomes the first r principal directions / √3 of each layer's inputs on its data, without the
+    directions of old tasks; zero where none is left. After it, the old directions grow until they hold a share of the
+    new inputs' energy that rises over the sequence from `energy` to `energy_end`. Reference: InfLoRA, CVPR 2024, whose
+    code takes the left singular vectors of P H where this takes those of P H P, for the covariance H.
     """
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Use a finished sequence: the prototypes of a run name the task of prompts that come without an id."""
+"""Using a finished sequence: the prototypes of a run name the task of prompts that come without an id."""
 
 from __future__ import annotations
 
@@ -36,12 +36,8 @@ class TaskNamer:
     ) -> list[str]:
         """The task of each prompt, to be given as `routing_task_ids`, or to `molora.routing(model, task_ids=...)`.
 
-        Args:
-            model: the run's model (a PEFT model), as `molora.load` gives it.
-            tokenizer: its tokenizer.
-            prompts: texts as the model is given them, after the task's template; cut where training cuts them (which
-                also leaves room for the answer of a causal model).
-            batch_size: prompts a forward pass of the base.
+        `model` and `tokenizer` are the run's, as `molora.load` gives them. Prompts are texts as the model is given them,
+        after the task's template; they are cut where training cuts them.
         """
         tokens = [prompt_within(tokenizer, text, self.max_length, self.task_type) for text in prompts]
         return self.router.predict(features(model, tokenizer, tokens, batch_size, self.depth))
@@ -50,8 +46,7 @@ class TaskNamer:
 def load_router(run: str | os.PathLike[str] | Run) -> TaskNamer:
     """The prototypes that a sequence run ended with.
 
-    Raises:
-        ConfigError: not a finished sequence with a router. AdapterError: a damaged folder.
+    Raises ConfigError for anything but a finished sequence with a router, AdapterError for a damaged folder.
     """
     run = run if isinstance(run, Run) else Run.find(run)
     section = run.config.continual

@@ -91,9 +91,5 @@ class Memory:
 
 def stored(folder: Path, part: str) -> dict[str, Tensor]:
     """The tensors of one part of a memory on disk: "strategy" or "router"."""
-    tensors = load_file(folder / TENSORS_FILE)
-    return {
-        name.removeprefix(f"{part}/"): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(f"{part}/")
-    }
+    tensors, start = load_file(folder / TENSORS_FILE), f"{part}/"
+    return {name.removeprefix(start): found for name, found in tensors.items() if name.startswith(start)}

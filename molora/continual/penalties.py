@@ -18,8 +18,8 @@ class OLoRA(Strategy):
 
     `coefficient · Σ_layers |A_old A_newᵀ|` (norm l1, what the authors run) or its squares (what the paper prints), on `A`,
     on `B` or on both; `l2 · Σ ‖p‖₂` over the new factors. Under a learned gate the coefficient is divided by the number
-    of old experts, so that it does not grow with the sequence. Reference: O-LoRA, arXiv:2310.14152; of the
-    published code the term is independent of gradient accumulation here, and A is what the code calls lora_A.
+    of old experts, so that it does not grow with the sequence. Reference: O-LoRA, arXiv:2310.14152; unlike in the
+    published code, the term does not depend on gradient accumulation.
     """
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
@@ -54,8 +54,7 @@ class NLoRA(Strategy):
     """The new expert's update is kept sparse, so that it seldom meets the old ones': `coefficient · Σ_layers ‖B A‖₁`.
 
     The mean over the update's entries times rank² stands for the sum, so that the coefficient means the same at any
-    width: the published code takes the r·r product of the factors in the other order, whose sum is of that size.
-    Reference: N-LoRA, COLING 2025.
+    width. Reference: N-LoRA, COLING 2025, whose code sums the r·r product of the factors in the other order.
     """
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:

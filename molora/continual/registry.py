@@ -32,7 +32,6 @@ def register_strategy(
     Register it before reading a recipe, or a run that was made with it.
 
     Args:
-        name: a new name.
         strategy: a subclass of `molora.continual.strategy.Strategy`.
         settings: what it takes beside `kind`, with defaults: some of the fields of `StrategyConfig`.
         gate: the gate it brings, as in a recipe's `adapter.gate`. None: experts add up.

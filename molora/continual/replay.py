@@ -32,14 +32,12 @@ class Replay(Strategy):
         return [turn.task, *old]
 
     def after_task(self, model: nn.Module, turn: Turn) -> None:
-        records = turn.task.train
+        records, fields = turn.task.train, turn.task.fields
         ratio = self.settings.ratio
         count = self.settings.count if ratio is None else max(1, round(ratio * len(records)))
         chosen = random.Random(turn.seed).sample(range(len(records)), min(count or 1, len(records)))
-        fields = turn.task.fields
-        self.kept[turn.task.name] = [
-            {name: records[i][name] for name in fields if name in records[i]} for i in sorted(chosen)
-        ]
+        kept = [records[i] for i in sorted(chosen)]
+        self.kept[turn.task.name] = [{name: r[name] for name in fields if name in r} for r in kept]
 
     def plain(self) -> dict[str, Any]:
         return {"kept": self.kept}

@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.data.clusters import TextClusters, mean_vector
-from molora.data.collate import pad_right, pad_token
+from molora.data.clusters import TextClusters, inference, mean_vector
+from molora.data.collate import pad_token, padded
 from molora.evaluation.generate import batches_by_length
-from molora.evaluation.runner import inference
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity, so that few samples are enough
 
@@ -23,10 +22,10 @@ SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity, so that
 class PrototypeRouter:
     """k-means centres of each task's frozen features; a sample belongs to the task of the nearest one.
 
-    Needs no old data: of a task it keeps the centres and adds the spread around them to one covariance that all share.
-    Metric "covariance" measures distances by its inverse (Mahalanobis); "euclidean" does not, and then a new task never
-    changes the answer for samples that stay nearest to an older centre. Reference: CoLoR, arXiv:2311.17601, which
-    measures absolute distances to 5 centres.
+    Needs no old data: it keeps a task's centres and adds the spread around them to one covariance that all tasks share.
+    Metric "covariance" measures distances by its inverse (Mahalanobis); under "euclidean" a new task never changes the
+    answer for samples that stay nearest to an older centre. Reference: CoLoR, arXiv:2311.17601, which measures absolute
+    distances to 5 centres.
     """
 
     def __init__(self, clusters: int = 20, metric: str = "covariance") -> None:
@@ -46,14 +45,14 @@ class PrototypeRouter:
             rest = features - found.centroids[found.assign(features)]
             self.spreads[task] = rest.t() @ rest / len(rest)
 
-    def predict(self, features: Tensor, among: Sequence[str] | None = None) -> list[str]:
-        """The task of each row of features (sample, d), among those known, or those named."""
-        names = [name for name in self.centres if among is None or name in among]
+    def predict(self, features: Tensor) -> list[str]:
+        """The known task of each row of features (sample, d)."""
+        names = list(self.centres)
         scale = self._scale()
         points = features.float() if scale is None else features.float() @ scale
         nearest = []
-        for name in names:
-            centres = self.centres[name] if scale is None else self.centres[name] @ scale
+        for centres in self.centres.values():
+            centres = centres if scale is None else centres @ scale
             distances = torch.cdist(points, centres, compute_mode="donot_use_mm_for_euclid_dist")
             nearest.append(distances.min(dim=1).values)
         return [names[i] for i in torch.stack(nearest, dim=1).argmin(dim=1).tolist()]
@@ -97,7 +96,7 @@ def features(
     reader = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
     with inference(model), model.disable_adapter():
         for part in batches_by_length([len(p) for p in prompts], batch_size):
-            ids = pad_right([prompts[i] for i in part], pad_token(tokenizer)).to(device)
+            ids = padded([prompts[i] for i in part], pad_token(tokenizer)).to(device)
             lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
             mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
             out = reader(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)

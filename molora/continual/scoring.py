@@ -14,14 +14,15 @@ from molora.config import RunConfig
 from molora.continual.memory import Memory
 from molora.continual.strategy import Turn, expert_layers
 from molora.continual.subspace import overlap
+from molora.data.clusters import inference
 from molora.data.prompts import encode
 from molora.data.tasks import Task
 from molora.evaluation.metrics import METRICS, mean
-from molora.evaluation.runner import in_mode, inference
+from molora.evaluation.runner import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 
 BASE = None  # the route of the base without experts
-OPEN = ""  # the route of nobody in particular: the gate decides
+OPEN = ""  # no route in particular: the gate decides
 PROBE = 16  # held-out records per task whose logits are compared before and after others are learned
 
 
@@ -40,9 +41,7 @@ class Answers(HeldOut):
     def score(self, routes: Sequence[str | None], classes: Sequence[Sequence[int]]) -> float:
         """The task's metric where each record is answered on a route of its own.
 
-        Args:
-            routes: of each record, the task whose experts answer, OPEN or BASE.
-            classes: of each record, the classes a classifier may choose from.
+        routes: of each record, the task whose experts answer, OPEN or BASE. classes: those a classifier may choose from.
         """
         for route in dict.fromkeys(routes):
             known = self._known.setdefault(route, {})
@@ -86,7 +85,7 @@ def score_turn(
 
     Returns:
         `shown` {task: accuracy with its id given, over its own classes}; `hidden` {seen task: accuracy without, over
-        the classes seen, or those of the inferred task; None where nobody can tell}; `inferred` {seen task: share of
+        the classes seen, or those of the inferred task; None where there is no way to}; `inferred` {seen task: share of
         samples whose task the router named}; `unchanged` {seen task: whether logits with its id are bit-equal to
         those after its own turn}; `overlap` between experts, averaged over layers and pairs, and by layer.
     """

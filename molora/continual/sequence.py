@@ -1,8 +1,7 @@
 """The sequence runner: each task in turn is trained, then every task is scored; resumable between and inside turns.
 
-A sequence is a run folder with one run folder per turn in `stages/`. A turn is complete once its `row.json` is
-there, which is written last; what a turn needs of earlier ones it reads from their folders, so a resumed sequence
-does what an uninterrupted one would have done.
+A sequence is a run folder with one run folder per turn in `stages/`. A turn reads what it needs of earlier ones from
+their folders, and is complete once its `row.json` is there, which is written last.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.config.grow import NewExpert
+from molora.config.load import Recipe
 from molora.continual.memory import Memory
 from molora.continual.registry import build_strategy
 from molora.continual.scoring import score_base, score_turn
@@ -43,18 +44,17 @@ ROW_FILE = "row.json"
 
 
 def train_sequence(
-    recipe: Any, overrides: Sequence[str] = (), resume: bool | str | os.PathLike[str] | None = None
+    recipe: Recipe, overrides: Sequence[str] = (), resume: bool | str | os.PathLike[str] | None = None
 ) -> Run:
     """Train on a recipe's tasks one after another and measure what is forgotten.
+
+    The run it returns has `matrix.json`, `matrix.csv` and `matrix.png`, `stages/NN-task` with a run folder each, and
+    `adapter`, that of the last turn.
 
     Args:
         recipe: path of a YAML file with a `continual` section, the same as a mapping, or a RunConfig.
         overrides: `section.key=value` texts applied on top.
         resume: True continues the recipe's latest run, a path the run in that folder.
-
-    Returns:
-        The run: `matrix.json`, `matrix.csv` and `matrix.png`, `stages/NN-task` with a run folder each, and
-        `adapter`, that of the last turn.
 
     Raises:
         ConfigError, DataError: before anything is written. DivergedError, InterruptedRun: as `molora.train`.
@@ -77,12 +77,12 @@ def train_sequence(
 
 def check_held_out(config: RunConfig, tasks: TaskSet) -> None:
     """Raise ConfigError for a task without held-out records."""
+    keys = {"synthetic": "eval_size", "hub": "eval_split", "folder": "eval_split"}
     for task in tasks:
         if not len(task.eval):
-            key = {"synthetic": "eval_size", "hub": "eval_split", "folder": "eval_split"}
             raise ConfigError(
                 f"data.tasks.{task.name}: has no held-out records, so nothing can be said of forgetting.",
-                hint=f"give it `{key.get(config.data.tasks[task.name].source, 'eval')}`.",
+                hint=f"give it `{keys.get(config.data.tasks[task.name].source, 'eval')}`.",
             )
 
 
@@ -105,17 +105,15 @@ def check_sequence(config: RunConfig) -> None:
 
 
 def _check_same(config: RunConfig, run: Run | None) -> None:
-    """What may change when a single run is resumed would make this one's turns differ from each other."""
+    """Refuse changes that a single run may be resumed with, but that would make the turns of a sequence differ."""
     if run is None:
         return
-    for section, names in (
-        ("train", ("max_steps", "epochs")),
-        ("eval", tuple(type(config.eval).model_fields)),
-    ):
-        for name in names:
-            old, new = (getattr(getattr(one, section), name) for one in (run.config, config))
-            if old != new:
-                raise ConfigError(f"{section}.{name} is {new}, but {run.path} was started with {old}.")
+    settings = [("train", name) for name in ("max_steps", "epochs")]
+    settings += [("eval", name) for name in type(config.eval).model_fields]
+    for section, name in settings:
+        old, new = (getattr(getattr(one, section), name) for one in (run.config, config))
+        if old != new:
+            raise ConfigError(f"{section}.{name} is {new}, but {run.path} was started with {old}.")
 
 
 def _check_data(config: RunConfig, tasks: TaskSet) -> None:
@@ -146,6 +144,7 @@ class SequenceRun:
         self.config, self.settings, self.run = config, config.continual, run
         self.tasks = list(tasks)
         self.all_tasks = tasks
+        self.joint = config.continual.strategy.spec.at_once
         self.strategy = build_strategy(self.settings.strategy)
         self.memory = Memory(self.strategy, self.settings.router)
 
@@ -153,11 +152,7 @@ class SequenceRun:
     def stages(self) -> list[Path]:
         """The turns' folders."""
         names = ["all"] if self.joint else [task.name for task in self.tasks]
-        return [self.run.path / "stages" / f"{i + 1:02d}-{name}" for i, name in enumerate(names)]
-
-    @property
-    def joint(self) -> bool:
-        return self.settings.strategy.spec.at_once
+        return [self.run.path / "stages" / f"{i:02d}-{name}" for i, name in enumerate(names, 1)]
 
     def play(self) -> Run:
         """Every turn that is not complete, then the tables; returns the run."""
@@ -174,7 +169,7 @@ class SequenceRun:
         model, tokenizer = self._model(index)
         place = len(self.tasks) - 1 if self.joint else index
         task = self.tasks[place]
-        turn = Turn(place, self.tasks, lambda: passes(self.config, model, tokenizer, task), seed)
+        turn = Turn(place, self.tasks, partial(passes, self.config, model, tokenizer, task), seed)
         if index:
             self.memory.load(self.stages[index - 1] / "memory", self.tasks)
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,7 +179,7 @@ class SequenceRun:
             tokenizer,
             turn,
             self.strategy,
-            lambda done, trained: self._conclude(done, trained, tokenizer, turn),
+            partial(self._conclude, tokenizer, turn),
             known_ids=self.all_tasks.known_ids,
             expert=NewExpert() if index and not self.strategy.one_expert else None,
             softmax=self.settings.softmax,
@@ -211,7 +206,7 @@ class SequenceRun:
         recipe, _ = turn_recipe(self.config, self.all_tasks.known_ids, place)
         return recipe.model_copy(update={"seed": seed, "train": train})
 
-    def _conclude(self, done: Run, model: Any, tokenizer: PreTrainedTokenizerBase, turn: Turn) -> None:
+    def _conclude(self, tokenizer: PreTrainedTokenizerBase, turn: Turn, done: Run, model: PeftModel) -> None:
         """After training: what must be remembered, and every task's score; the row comes last."""
         if (router := self.settings.router) is not None:
             for task in self.tasks if self.joint else [turn.task]:

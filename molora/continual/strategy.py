@@ -1,7 +1,7 @@
 """Strategy: what a way of learning tasks one after another does before, during and after each of them.
 
-The base class does nothing, which is `sequential` (with one expert for all tasks) and, with an expert per task,
-`inc_lora` and `independent`: those differ in who uses the experts, which is the gate's business.
+The base class does nothing. That is `sequential` where one expert serves all tasks, and `inc_lora` and `independent`
+where each task has its own; these two differ only in their gate.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from molora.config.continual import StrategyConfig
+from molora.data.clusters import inference
 from molora.data.tasks import Task
-from molora.evaluation.runner import inference
 from molora.experts.bank import ExpertBank
 from molora.gates.gate import Gate
 from molora.tuner.layer import MoLoraLayer
@@ -24,7 +24,7 @@ Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One task's turn. `batches()` is a pass over its training data as a model is called with it, on its device.
+    """One task's turn. `batches()` is a pass over its training data as the model's inputs, on its device.
 
     Those of generative models have the targets in `labels`, those of classifiers have no labels.
     """
@@ -52,8 +52,8 @@ class Turn:
 class Strategy:
     """The interface; every hook may be left out.
 
-    A strategy is told of the model only in its hooks, so that it can be kept apart from it on disk: `tensors` and
-    `plain` are all it knows after a task, `restore` brings that back.
+    A strategy sees the model only in its hooks, and is stored apart from it: `tensors` and `plain` are all it knows
+    after a task, `restore` brings that back.
     """
 
     softmax = "own"  # whose labels compete while a classifier trains: the task's own, all seen so far, or all
@@ -144,6 +144,6 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, MoLoraLayer, ExpertBa
     """Name, layer and bank of every adapted linear with experts, under the one active adapter."""
     for layer in (m for m in model.modules() if isinstance(m, MoLoraLayer)):
         for adapter in layer.active_adapters:
-            site = layer.mounts.get(adapter)
-            if site is not None and not site.plain:
-                yield site.key, layer, site.bank
+            mount = layer.mounts.get(adapter)
+            if mount is not None and not mount.plain:
+                yield mount.key, layer, mount.bank

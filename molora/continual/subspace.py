@@ -7,17 +7,10 @@ from torch import Tensor
 
 
 def grown_basis(basis: Tensor | None, covariance: Tensor, energy: float) -> Tensor:
-    """The smallest extension of a basis that holds a share `energy` of a covariance's trace.
+    """The smallest extension (d, k') of a basis (d, k) that holds a share `energy`, 0 to 1, of a covariance's trace.
 
-    Args:
-        basis: (d, k) orthonormal columns, or None for none; they are kept as the first ones.
-        covariance: (d, d), the sum of x xᵀ.
-        energy: between 0 and 1.
-
-    Returns:
-        (d, k'), orthonormal, k' >= k.
-
-    Reference: the gradient projection memory that InfLoRA (CVPR 2024) uses, with energies of inputs (eigenvalues)
+    The columns of the basis are orthonormal and stay the first ones; None has none. The covariance (d, d) is the sum
+    of x xᵀ. Reference: the gradient projection memory that InfLoRA (CVPR 2024) uses, with energies of inputs (eigenvalues)
     where its code squares them. Its dual form only changes what is stored.
     """
     covariance = covariance.double()
@@ -25,13 +18,12 @@ def grown_basis(basis: Tensor | None, covariance: Tensor, energy: float) -> Tens
     old = covariance.new_zeros(d, 0) if basis is None else basis.to(covariance)
     total = covariance.trace()
     held = (old * (covariance @ old)).sum()
-    rest = residual(old, covariance)
-    values, vectors = torch.linalg.eigh(rest)
-    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
-    reached = held + values.cumsum(0)
     room = d - old.shape[1]
     if held >= energy * total or room == 0:
         return old
+    values, vectors = torch.linalg.eigh(residual(old, covariance))
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    reached = held + values.cumsum(0)
     count = min(int((reached < energy * total - 1e-12 * total).sum()) + 1, room)
     added = torch.linalg.qr(without(vectors[:, :count].t(), old).t()).Q
     return torch.cat([old, added], dim=1)
@@ -66,8 +58,7 @@ def without(rows: Tensor, basis: Tensor | None) -> Tensor:
 def overlap(A: Tensor, B: Tensor) -> float:
     """How much of the smaller row space lies in the other: mean squared cosine of principal angles, 0 to 1.
 
-    Args:
-        A, B: (rank, d); rows need not be orthogonal, nor independent. 0 where one has no direction at all.
+    A and B are (rank, d); rows need not be orthogonal, nor independent. 0 where one has no direction at all.
     """
     first, second = (_span(rows.detach().double()) for rows in (A, B))
     smaller = min(len(first), len(second))

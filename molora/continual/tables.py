@@ -35,12 +35,11 @@ def write_tables(folder: Path, tasks: Sequence[Task], rows: Sequence[Mapping[str
     names = [task.name for task in tasks]
     found = matrices(names, read_json(folder / "base.json"), rows)
     last = rows[-1]
+    inferred = last["inferred"]
     plain = {
         "matrices": {view: matrix.to_dict() for view, matrix in found.items()},
-        "inferred": last["inferred"],
-        "task_inference": sum(last["inferred"].values()) / len(last["inferred"])
-        if last["inferred"]
-        else None,
+        "inferred": inferred,
+        "task_inference": sum(inferred.values()) / len(inferred) if inferred else None,
         "unchanged": last["unchanged"],
         "overlap": last["overlap"],
     }
@@ -53,10 +52,7 @@ def write_tables(folder: Path, tasks: Sequence[Task], rows: Sequence[Mapping[str
 
 def draw(matrix: AccuracyMatrix, out: Path, view: str) -> Path:
     """The matrix as coloured cells: tasks from left to right, turns from top to bottom."""
-    turns = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.turn_names]
-    values = [
-        [math.nan if v is None else v for v in row]
-        for row in [*([matrix.base] if matrix.base else []), *matrix.rows]
-    ]
-    shown = Matrix(turns, list(matrix.tasks), values)
+    names = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.turn_names]
+    values = [[math.nan if v is None else v for v in row] for _, row in matrix.turns()]
+    shown = Matrix(names, list(matrix.tasks), values)
     return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="", unit="accuracy")

@@ -1,4 +1,4 @@
-"""One task's turn: its recipe; its expert joins the model, a strategy trains it, the caller does what comes after.
+"""One task's turn: its expert joins the model, a strategy trains it, and the caller does what comes after.
 
 Sequences play one turn after another, `add_expert` a single one.
 """
@@ -48,9 +48,8 @@ def turn_recipe(
         adapter["tasks"] = dict.fromkeys(names, adapter["expert_names"])
     else:
         names = names[: turn + 1]
-        alone = (
-            config.adapter.gate.score == "none"
-        )  # the task id decides; a learned gate may use the older ones too
+        # Where the task id decides, each task has its own expert; a learned gate may use the older ones too.
+        alone = config.adapter.gate.score == "none"
         adapter["num_experts"], adapter["expert_names"] = len(names), names
         adapter["tasks"] = {name: [name] if alone else names[: i + 1] for i, name in enumerate(names)}
     plain["continual"] = None
@@ -71,22 +70,21 @@ def play_turn(
     softmax: str | None = None,
     run: Run | None = None,
 ) -> Run:
-    """Train on one task as a strategy does it.
+    """Train on one task in the way of a strategy.
 
     Args:
         config: the recipe of this turn alone.
         model: as earlier tasks left it.
         conclude: called with the run and the trained model, in eval mode, once the strategy is done with the task.
-        known_ids: ids of all tasks by name.
         expert: the expert that joins; None where the task trains one that is there.
         softmax: whose labels compete in a classifier's loss; None: the strategy says.
         run: the run to go on with, or the folder to begin in; None makes a new one.
     """
     prepare_process(config.seed)  # a new expert starts alike, however much was drawn before
     if expert is not None:
-        name = turn.task.name
+        task = turn.task.name
         model.add_expert(
-            expert.name or name, tasks=[name], init=expert.init, freeze_others=True, isolate=expert.isolate
+            expert.name or task, tasks=[task], init=expert.init, freeze_others=True, isolate=expert.isolate
         )
     ready_to_train(model.get_base_model(), config.train)
     hold_sum(model)

@@ -17,14 +17,9 @@ if TYPE_CHECKING:
 class ClusterSource:
     """Prompt tokens -> the prompt's cluster as a one-hot feature (sample, cluster).
 
-    Attach it with `molora.set_feature_source(model, source)`; from then on no call needs `routing_features`. Prompts
-    seen before are not encoded again.
-
-    Args:
-        clusters: the fitted clusters of text embeddings.
-        encoder: any Hugging Face encoder, the one the clusters were fitted with; frozen, not part of the adapter.
-        encoder_tokenizer: the tokenizer of `encoder`.
-        tokenizer: the tokenizer of the base model, to decode its prompts.
+    Attach it with `molora.set_feature_source(model, source)`; from then on no call needs `routing_features`. `encoder`
+    is the one the clusters were fitted with, not part of the adapter; `tokenizer` is the base's, to decode prompts.
+    Prompts seen before are not encoded again.
     """
 
     def __init__(
@@ -38,17 +33,16 @@ class ClusterSource:
         self.encoder = encoder
         self.encoder_tokenizer = encoder_tokenizer
         self.tokenizer = tokenizer
-        self._known: dict[str, int] = {}
+        self._known: dict[str, Tensor] = {}
 
     def __call__(self, prompts: Sequence[Sequence[int]]) -> Tensor:
         """Features (sample, cluster) float32, on the CPU, of prompts given as token ids."""
         texts = [str(self.tokenizer.decode(list(prompt), skip_special_tokens=True)) for prompt in prompts]
         fresh = [text for text in dict.fromkeys(texts) if text not in self._known]
         if fresh:
-            found = self.clusters.assign(encode(fresh, self.encoder, self.encoder_tokenizer))
-            self._known.update(zip(fresh, found.tolist(), strict=True))
-        index = torch.tensor([self._known[text] for text in texts])
-        return torch.nn.functional.one_hot(index, self.clusters.num_clusters).float()
+            found = self.clusters.one_hot(encode(fresh, self.encoder, self.encoder_tokenizer))
+            self._known.update(zip(fresh, found, strict=True))
+        return torch.stack([self._known[text] for text in texts])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ClusterSource:
         return self  # only its cache ever changes

@@ -40,9 +40,8 @@ class TextClusters:
     def fit(cls, embeddings: Tensor, num_clusters: int, seed: int = 0) -> TextClusters:
         """k-means of `embeddings` (text, d); the same clusters for the same seed.
 
-        Raises:
-            ConfigError: scikit-learn is missing, or fewer different texts than clusters.
-            DataError: embeddings of another shape, or not finite.
+        Raises ConfigError where scikit-learn is missing or there are fewer different texts than clusters, DataError for
+        embeddings of another shape, or not finite.
         """
         try:
             from sklearn.cluster import KMeans
@@ -80,11 +79,7 @@ class TextClusters:
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TextClusters:
-        """Read what `save` wrote.
-
-        Raises:
-            AdapterError: the file is missing, damaged, or holds something else.
-        """
+        """Read what `save` wrote; AdapterError where the file is missing, damaged, or holds something else."""
         try:
             tensors = load(Path(path).read_bytes())
         except OSError as error:
@@ -102,29 +97,22 @@ class TextClusters:
         return cls(centroids)
 
 
-@torch.no_grad()
 def encode(
     texts: Sequence[str],
     model: nn.Module,
     tokenizer: Callable[..., Mapping[str, Any]],
     batch_size: int = 64,
 ) -> Tensor:
-    """Sentence embeddings (text, d): the mean of a text's last hidden states, of unit length.
+    """Sentence embeddings (text, d), float32 on the CPU: the mean of a text's last hidden states, of unit length.
 
-    Computed on the model's device without dropout, returned as float32 on the CPU. A text without tokens
-    gets zeros. The tokenizer truncates texts to its own maximum length.
-
-    Args:
-        texts: at least one.
-        model: any Hugging Face encoder whose output has `last_hidden_state`.
-        tokenizer: the model's own, or anything that returns `input_ids` and `attention_mask` in the same way.
-        batch_size: texts per forward pass.
+    The model is any Hugging Face encoder whose output has `last_hidden_state`; its tokenizer truncates texts to its
+    own maximum length. A text without tokens gets zeros. Raises DataError for no texts or a batch size below 1.
     """
     if not texts or batch_size < 1:
         raise DataError(f"{len(texts)} texts in batches of {batch_size}; allowed: 1 or more of both.")
     device = next(model.parameters()).device
     rows = []
-    with evaluating(model):
+    with inference(model):
         for start in range(0, len(texts), batch_size):
             part = list(texts[start : start + batch_size])
             tokens = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
@@ -143,12 +131,13 @@ def mean_vector(hidden: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside the block; afterwards every module has its own mode back, unlike with `model.train()`."""
+def inference(model: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards every module has its own mode back, unlike with `model.train()`."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         for module in training:
             module.training = True

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from molora.data.prompts import IGNORED, Example
 from molora.errors import ConfigError
@@ -40,16 +41,14 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     targets = [example.labels for example in examples if not isinstance(example.labels, int)]
     classes = [example.labels for example in examples if isinstance(example.labels, int)]
     return {
-        "input_ids": pad_right(inputs, pad_id),
-        "attention_mask": pad_right([[1] * len(row) for row in inputs], 0),
-        "labels": torch.tensor(classes) if classes else pad_right(targets, IGNORED),
+        "input_ids": padded(inputs, pad_id),
+        "attention_mask": padded([[1] * len(row) for row in inputs], 0),
+        "labels": torch.tensor(classes) if classes else padded(targets, IGNORED),
         "routing_task_ids": torch.tensor([example.task_id for example in examples]),
     }
 
 
-def pad_right(rows: Sequence[Sequence[int]], value: int) -> Tensor:
-    """Rows of different lengths as one tensor (batch, longest), padded with `value`."""
-    out = torch.full((len(rows), max(len(row) for row in rows)), value)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = torch.tensor(row, dtype=torch.long)
-    return out
+def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
+    """Rows of different lengths as one tensor (batch, longest), filled up with `value` on one side."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)

@@ -20,13 +20,11 @@ Collate = Callable[[Sequence[Example]], Batch]
 class ResumableLoader:
     """Batches of shuffled, mixed tasks: an endless stream of epochs, and a position in it.
 
-    Iterating runs from the position to the end of its epoch, so stopping half-way and iterating again continues.
-    The position enters the next epoch together with an epoch's last batch: Lightning never asks a sized loader
-    for one batch more. It counts batches handed out, so workers that read ahead do not move it. The order is a
-    pure function of (seed, epoch), and no global random state is read or moved. Nothing is dropped: an epoch's
-    last batch may be smaller. In distributed training each process gets its share, all equally many batches.
-
-    It is not a DataLoader, so Lightning leaves its order and sharding alone.
+    Iterating runs from the position to the end of its epoch. With an epoch's last batch the position enters the next
+    epoch, since Lightning never asks a sized loader for one batch more. It counts batches handed out, whatever workers
+    read ahead. The order is a pure function of (seed, epoch), and no global random state is read or moved. Nothing is
+    dropped: an epoch's last batch may be smaller. In distributed training each process gets its share, all equally
+    many batches. It is not a DataLoader, so Lightning leaves its order and sharding alone.
     """
 
     def __init__(
@@ -67,7 +65,15 @@ class ResumableLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, total = self.epoch, len(self)
-        for batch in _read(self.examples, self.batches(epoch)[self.given :], self.collate, self.workers):
+        rest: DataLoader[Example] = DataLoader(
+            self.examples,  # type: ignore[arg-type]
+            batch_sampler=self.batches(epoch)[self.given :],
+            collate_fn=self.collate,
+            num_workers=self.workers,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator().manual_seed(0),
+        )
+        for batch in rest:
             self.given += 1
             if self.given == total:
                 self.epoch, self.given = epoch + 1, 0
@@ -79,12 +85,9 @@ class ResumableLoader:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises ConfigError inside an epoch that this loader would batch differently."""
-        made_for, here = state["made_for"], self._made_for()
-        changed = [
-            f"{key}: {made_for.get(key)} then, {here[key]} now"
-            for key in here
-            if here[key] != made_for.get(key)
-        ]
+        then = state["made_for"]
+        both = [(key, then.get(key), now) for key, now in self._made_for().items()]
+        changed = [f"{key}: {old} then, {now} now" for key, old, now in both if old != now]
         if state["batches"] and changed:
             raise ConfigError(
                 f"cannot go on in the middle of an epoch that was cut differently ({'; '.join(changed)}).",
@@ -130,18 +133,3 @@ class _InOrder(Sampler[int]):
 
     def __iter__(self) -> Iterator[int]:
         return iter(shard(torch.arange(self.size), *this_process()).tolist())
-
-
-def _read(
-    examples: list[Example], batches: list[list[int]], collate: Collate, workers: int
-) -> Iterator[Batch]:
-    return iter(
-        DataLoader(
-            examples,  # type: ignore[arg-type]
-            batch_sampler=batches,
-            collate_fn=collate,
-            num_workers=workers,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator().manual_seed(0),
-        )
-    )

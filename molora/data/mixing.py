@@ -9,8 +9,6 @@ from torch import Tensor
 
 from molora.errors import ConfigError
 
-MIXINGS = ("size", "equal", "temperature")
-
 
 def mixing_counts(
     sizes: Sequence[int],
@@ -27,7 +25,7 @@ def mixing_counts(
         raise ConfigError(f"mixing_temperature must be more than 0, not {temperature}.")
     powers = {"size": 1.0, "equal": 0.0, "temperature": 1.0 / temperature}
     if mixing not in powers:
-        raise ConfigError(f"unknown mixing {mixing!r}; allowed: {', '.join(MIXINGS)}.")
+        raise ConfigError(f"unknown mixing {mixing!r}; allowed: {', '.join(powers)}.")
     weights = weights or [1.0] * len(sizes)
     shares = [weight * size ** powers[mixing] for weight, size in zip(weights, sizes, strict=True)]
     exact = [share / sum(shares) * sum(sizes) for share in shares]

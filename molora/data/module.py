@@ -44,8 +44,7 @@ class SplitSummary:
 class MoLoraDataModule(L.LightningDataModule):
     """Train and validation batches of a set of tasks; every record is encoded once and kept.
 
-    Batches are dicts of input_ids, attention_mask, labels and routing_task_ids. `config` gives max_length, the
-    mixing and the workers; the records come from `tasks`.
+    Batches are dicts of input_ids, attention_mask, labels and routing_task_ids, see `collate`.
     """
 
     def __init__(
@@ -156,18 +155,10 @@ def encode_all(
 
 def _warn(counts: SplitSummary, max_length: int, lost: str) -> None:
     where = f"task {counts.task!r}, {counts.split}"
-    for number, what in (
-        (counts.cut_prompts, lost),
-        (counts.cut_targets, "targets lose their end"),
-    ):
+    for number, what in ((counts.cut_prompts, lost), (counts.cut_targets, "targets lose their end")):
         if number >= CUT_WARNING * counts.records and number:
-            share = number / counts.records
-            log.warning("%s: %d %s (%.1f %%) at max_length %d", where, number, what, 100 * share, max_length)
+            share = 100 * number / counts.records
+            log.warning("%s: %d %s (%.1f %%) at max_length %d", where, number, what, share, max_length)
     if counts.unlabelled:
-        share = counts.unlabelled / counts.records
-        log.warning(
-            "%s: %d records (%.1f %%) have nothing to learn and are left out",
-            where,
-            counts.unlabelled,
-            100 * share,
-        )
+        text = "%s: %d records (%.1f %%) have nothing to learn and are left out"
+        log.warning(text, where, counts.unlabelled, 100 * counts.unlabelled / counts.records)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
-from molora.data.prompts import IGNORED, Example, encode
+from molora.data.prompts import IGNORED, encode
 from molora.data.records import where_of
 from molora.data.tasks import Task
 
@@ -39,34 +39,29 @@ def preview(
     task: Task, tokenizer: PreTrainedTokenizerBase, n: int = 3, *, max_length: int = 512
 ) -> list[Preview]:
     """The first `n` training records of a task as `encode` gives them. Raises what `encode` raises."""
-    return [preview_record(task, record, tokenizer, max_length) for record in islice(task.train, n)]
+    return [_preview(task, record, tokenizer, max_length) for record in islice(task.train, n)]
 
 
-def preview_record(
+def _preview(
     task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Preview:
     """One record. Its texts are read back from its tokens, so special tokens and cuts show."""
+
+    def text(*ids: int) -> str:
+        return str(tokenizer.decode([*ids], skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
     example = encode(task, record, tokenizer, max_length)
-    target, learned = _target(task, example, tokenizer)
-    given = [PreviewToken(_text(tokenizer, [i]), False) for i in example.prompt]
+    if isinstance(example.labels, int):
+        learned, target = [], f"{task.labels[example.labels]} (class {example.labels})"
+    else:
+        learned = [label for label in example.labels if label != IGNORED]
+        target = text(*learned)
+    given = [PreviewToken(text(i), False) for i in example.prompt]
     return Preview(
         where=where_of(record),
-        prompt=_text(tokenizer, example.prompt),
+        prompt=text(*example.prompt),
         target=target,
-        tokens=(*given, *learned),
+        tokens=(*given, *(PreviewToken(text(i), True) for i in learned)),
         cut_prompt=example.cut_prompt,
         cut_target=example.cut_target,
     )
-
-
-def _target(
-    task: Task, example: Example, tokenizer: PreTrainedTokenizerBase
-) -> tuple[str, list[PreviewToken]]:
-    if isinstance(example.labels, int):
-        return f"{task.labels[example.labels]} (class {example.labels})", []
-    ids = [label for label in example.labels if label != IGNORED]
-    return _text(tokenizer, ids), [PreviewToken(_text(tokenizer, [i]), True) for i in ids]
-
-
-def _text(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> str:
-    return str(tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))

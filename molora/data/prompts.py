@@ -19,15 +19,11 @@ if TYPE_CHECKING:
 
 IGNORED = -100  # the label of a position that the loss skips
 
-# -- text -------------------------------------------------------------------------------------------------
-
 
 def render(task: Task, record: Mapping[str, Any]) -> tuple[str, str]:
     """(prompt, target) of a record. Of a conversation: its turns before the answer, one per line, and the answer.
 
-    Raises:
-        DataError: a field is missing or has no text, or the label is not one of the task's.
-        ConfigError: a template is malformed.
+    Raises DataError where a field is missing or has no text, or the label is not one of the task's.
     """
     if task.kind == "classification":
         return fill_template(task.text, record), task.labels[label_index(task, record)]
@@ -60,12 +56,8 @@ def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"{where_of(record)}: the field {field!r} must be a list of at least two messages.")
     for number, turn in enumerate(turns, 1):
-        fit = (
-            isinstance(turn, dict)
-            and isinstance(turn.get("role"), str)
-            and isinstance(turn.get("content"), str)
-        )
-        if not fit:
+        parts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
+        if not all(isinstance(part, str) for part in parts):
             raise DataError(
                 f"{where_of(record)}: message {number} of {field!r} is not a role and a content, both text.",
                 hint='a message is {"role": "user", "content": "..."}',
@@ -76,9 +68,6 @@ def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]
             hint="the last message is what the model learns to say, so its role is assistant",
         )
     return turns
-
-
-# -- tokens -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -104,11 +93,6 @@ class Example:
         return self.input_ids[: self.prompt_length]
 
     @property
-    def truncated(self) -> bool:
-        """Whether anything was cut off."""
-        return self.cut_prompt > 0 or self.cut_target > 0
-
-    @property
     def learns(self) -> bool:
         """Whether any label reaches the loss; the first token of a causal model is never predicted."""
         if isinstance(self.labels, int):
@@ -127,14 +111,12 @@ def encode(
 ) -> Example:
     """Tokens and labels of a record.
 
-    Causal: prompt and target are tokenised separately and joined, so that training sees the prompt's tokens exactly
-    as generation does (tokenising the joined text may merge across the boundary); the target ends with the
-    end-of-sequence token. Over `max_length`, the prompt loses its beginning (after a start token), never the
-    target; only a target that is too long by itself loses its end, and then one prompt token stays.
+    Causal: prompt and target are tokenised apart, so that training sees the prompt's tokens exactly as generation
+    does, and the target ends with the end-of-sequence token. Over `max_length`, the prompt loses its beginning (after
+    a start token); only a target that is too long by itself loses its end, and then one prompt token stays.
     Seq2seq: `max_length` holds for each side. Classification heads: a long text loses its end.
 
-    Raises:
-        DataError: as `render`. ConfigError: the tokenizer lacks a chat template or end-of-sequence token.
+    Raises DataError as `render`; ConfigError where the tokenizer lacks a chat template or end-of-sequence token.
     """
     if task.task_type == "SEQ_CLS":
         return _encode_classified(task, record, tokenizer, max_length)
@@ -144,8 +126,8 @@ def encode(
         prompt, target = _chat_tokens(task, record, tokenizer)
     else:
         prompt_text, target_text = render(task, record)
-        prompt, target = prompt_tokens(tokenizer, prompt_text), _tokens(tokenizer, target_text)
-        target = [*target, _end_token(tokenizer)]
+        prompt = prompt_tokens(tokenizer, prompt_text)
+        target = [*_tokens(tokenizer, target_text), _end_token(tokenizer)]
     cut_target = max(0, len(target) - max(1, max_length - min(1, len(prompt))))
     target = target[: len(target) - cut_target]
     prompt, cut_prompt = _cut_start(prompt, max_length - len(target), tokenizer)
@@ -196,12 +178,9 @@ def prompt_within(
     """A prompt's tokens as `encode` cuts them for a base of this `task_type`, with no room kept for an answer."""
     if task_type == "SEQ_CLS":
         return list(tokenizer(text, truncation=True, max_length=max_length)["input_ids"])
-    whole = (
-        tokenizer(text, verbose=False)["input_ids"]
-        if task_type == "SEQ_2_SEQ_LM"
-        else prompt_tokens(tokenizer, text)
-    )
-    return _cut_start(whole, max_length, tokenizer)[0]
+    if task_type == "CAUSAL_LM":
+        return _cut_start(prompt_tokens(tokenizer, text), max_length, tokenizer)[0]
+    return _cut_start(tokenizer(text, verbose=False)["input_ids"], max_length, tokenizer)[0]
 
 
 def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:

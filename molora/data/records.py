@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import gzip
-import io
 import json
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -33,15 +32,11 @@ def where_of(record: Mapping[str, Any]) -> str:
     return record.where if isinstance(record, Record) else "a record given in Python"
 
 
-# -- lines ------------------------------------------------------------------------------------------------
-
-
 def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) of a UTF-8 file with their line ends; a UTF-8 byte order mark is dropped.
 
-    Raises:
-        DataError: the file is missing, not UTF-8, has a NUL character, a line over `MAX_LINE` bytes, or its
-            gzip data is damaged; the message starts with `file:line`.
+    Raises DataError, starting with `file:line`, where the file is missing, not UTF-8, has a NUL character or a line
+    over `MAX_LINE` bytes, or its gzip data is damaged.
     """
     number = 0
     try:
@@ -54,35 +49,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
             f"{path}:{number + 1}: the gzip data is damaged or cut off ({error}).", hint="copy the file again"
         ) from None
     except OSError as error:
-        raise DataError(f"{path}: cannot be read: {error.strerror or error}.", hint=_hint(path)) from None
+        hint = None if path.parent.is_dir() else f"there is no folder {path.parent}"
+        if path.is_dir():
+            hint = "it is a folder: name a file in it, or use source: folder"
+        raise DataError(f"{path}: cannot be read: {error.strerror or error}.", hint=hint) from None
 
 
 def _open(path: Path) -> BinaryIO:
-    file = open(path, "rb")  # noqa: SIM115 (closed by the caller, or by the buffer around it)
-    start = file.read(4)
-    file.seek(0)
+    with path.open("rb") as file:
+        start = file.read(4)
     if path.suffix == ".gz" and start and not start.startswith(_GZIP_MAGIC):
-        file.close()
         raise DataError(f"{path}: ends in .gz but is not gzip data.")
     for mark, encoding in _BYTE_ORDER_MARKS:
         if start.startswith(mark):
-            file.close()
             raise DataError(f"{path}:1: is {encoding} text, not UTF-8.", hint="save the file as UTF-8")
-    if start.startswith(_GZIP_MAGIC):
-        return io.BufferedReader(cast(Any, _OwningGzip(file)))
-    return file
-
-
-class _OwningGzip(gzip.GzipFile):
-    """Also closes the underlying file, which GzipFile leaves open when it did not open it itself."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        super().__init__(fileobj=file, mode="rb")
-        self._raw = file
-
-    def close(self) -> None:
-        super().close()
-        self._raw.close()
+    return cast(BinaryIO, gzip.open(path)) if start.startswith(_GZIP_MAGIC) else path.open("rb")
 
 
 def _decode(line: bytes, path: Path, number: int) -> str:
@@ -105,21 +86,11 @@ def _decode(line: bytes, path: Path, number: int) -> str:
     return text
 
 
-def _hint(path: Path) -> str | None:
-    if path.is_dir():
-        return "it is a folder: name a file in it, or use source: folder"
-    return None if path.parent.is_dir() else f"there is no folder {path.parent}"
-
-
-# -- JSON lines -------------------------------------------------------------------------------------------
-
-
 def read_jsonl(path: str | Path) -> Iterator[Record]:
     """The records of a JSON lines file: one object per line, blank lines only at the end.
 
-    Raises:
-        DataError: as `read_lines`, and for anything that is not strict JSON: other values than objects,
-            a key written twice, NaN or Infinity, lone surrogates, a line that is cut off.
+    Raises DataError as `read_lines`, and for anything that is not strict JSON: other values than objects, a key written
+    twice, NaN or Infinity, lone surrogates, a line that is cut off.
     """
     path = Path(path)
     blank = 0
@@ -154,9 +125,8 @@ def _parse_object(line: str, place: str) -> dict[str, Any]:
         # Ours, or Python's own limit on the digits of one integer, which adds advice after a semicolon.
         raise DataError(f"{place}: {str(error).split(';')[0]}") from None
     if not isinstance(value, dict):
-        kind = {"list": "an array", "str": "a string", "NoneType": "null"}.get(
-            type(value).__name__, "a bare value"
-        )
+        kinds = {"list": "an array", "str": "a string", "NoneType": "null"}
+        kind = kinds.get(type(value).__name__, "a bare value")
         raise DataError(f"{place}: a record must be a JSON object, this is {kind}.")
     if "\\u" in line:
         _check_escapes(value, place)
@@ -197,15 +167,11 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-# -- CSV --------------------------------------------------------------------------------------------------
-
-
 def read_csv(path: str | Path) -> Iterator[Record]:
     """The records of a comma-separated file with a header line; every value stays text, exactly as written.
 
-    Raises:
-        DataError: as `read_lines`, and for a header with an empty or repeated name, a row with more or fewer
-            values than the header, or quotes that do not close.
+    Raises DataError as `read_lines`, and for a header with an empty or repeated name, a row with more or fewer values
+    than the header, or quotes that do not close.
     """
     path = Path(path)
     # The module's own limit is 131,072 characters for one value.
@@ -223,29 +189,20 @@ def read_csv(path: str | Path) -> Iterator[Record]:
             raise DataError(f"{path}:{first}: not valid CSV: {error}.") from None
         place = f"{path}:{first}"
         if header is None:
-            header = _header(row, place)
+            header = row
+            if len(set(row)) < len(row) or "" in row or not row:
+                named = ", ".join(row) or "nothing"
+                raise DataError(f"{place}: the header must name every column once, it reads {named!r}.")
         elif not row:
             blank = blank or first
         else:
             _no_blank(path, blank)
-            yield Record(_named(header, row, place), place)
-
-
-def _header(row: list[str], place: str) -> list[str]:
-    if len(set(row)) < len(row) or "" in row or not row:
-        raise DataError(
-            f"{place}: the header must name every column once, it reads {', '.join(row) or 'nothing'!r}."
-        )
-    return row
-
-
-def _named(header: list[str], row: list[str], place: str) -> dict[str, str]:
-    if len(row) != len(header):
-        raise DataError(
-            f"{place}: {len(row)} values, but the header names {len(header)} columns.",
-            hint="put values that contain a comma in double quotes",
-        )
-    return dict(zip(header, row, strict=True))
+            if len(row) != len(header):
+                raise DataError(
+                    f"{place}: {len(row)} values, but the header names {len(header)} columns.",
+                    hint="put values that contain a comma in double quotes",
+                )
+            yield Record(dict(zip(header, row, strict=True)), place)
 
 
 READERS: dict[str, Callable[[str | Path], Iterator[Record]]] = {"jsonl": read_jsonl, "csv": read_csv}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -20,7 +21,22 @@ Split = Literal["train", "eval"]
 T = TypeVar("T")
 
 
-class LazyRecords(Sequence[Record]):
+class _Rows(Sequence[Record]):
+    """A sequence that knows its length and its single rows."""
+
+    @abstractmethod
+    def row(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+        found = range(len(self))[index]  # IndexError past the end, as sequences do
+        return self.row(found) if isinstance(found, int) else [self.row(i) for i in found]
+
+
+class LazyRecords(_Rows):
     """Records that are read and checked when they are first used."""
 
     def __init__(self, read: Callable[[], Sequence[Record]]) -> None:
@@ -37,33 +53,22 @@ class LazyRecords(Sequence[Record]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
+    def row(self, index: int) -> Record:
         return self.rows[index]
 
 
-class TableRecords(Sequence[Record]):
+class TableRecords(_Rows):
     """Rows of a `datasets.Dataset`, turned into records one at a time: a large table stays on disk."""
 
-    def __init__(self, table: Dataset, name: str) -> None:
-        self.table = table
+    def __init__(self, table: Dataset, name: str, size: int | None = None) -> None:
+        self.table = table if size is None or size >= len(table) else table.select(range(size))
         self.name = name
 
     def __len__(self) -> int:
         return len(self.table)
 
-    @overload
-    def __getitem__(self, index: int) -> Record: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Record]: ...
-    def __getitem__(self, index: int | slice) -> Record | Sequence[Record]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        row = range(len(self))[index]  # IndexError past the end, as sequences do
-        return Record(self.table[row], f"{self.name} row {row + 1}")
+    def row(self, index: int) -> Record:
+        return Record(self.table[index], f"{self.name} row {index + 1}")
 
     def label_names(self, column: str) -> list[str] | None:
         """The class names of a column that declares them."""
@@ -73,56 +78,29 @@ class TableRecords(Sequence[Record]):
 
 def records_of(task: TaskConfig, split: Split) -> LazyRecords | None:
     """The records of one split of a configured task; None where the recipe gives the task no such split."""
-    read = _SOURCES[task.source](task, split)
-    return None if read is None else LazyRecords(partial(_checked, read, task, split))
+    named = {"synthetic": _size, "hub": _split_name, "folder": _split_name}.get(task.source, _files)
+    # A partial of a module-level function, so that records can be pickled for the loader's workers.
+    return LazyRecords(partial(_read, task, split)) if named(task, split) else None
 
 
-def _checked(read: Callable[[], Sequence[Record]], task: TaskConfig, split: Split) -> Sequence[Record]:
-    rows = read()
+def _read(task: TaskConfig, split: Split) -> Sequence[Record]:
+    rows = _SOURCES[task.source](task, split)
     if not rows:
-        raise DataError(
-            f"{_describe(task, split)}: has no records.", hint="a data set needs at least one record"
-        )
+        files = ", ".join(map(str, _files(task, split)))
+        name = files or f"{task.dataset or task.path or task.generator} ({_split_name(task, split)})"
+        raise DataError(f"{name}: has no records.", hint="a data set needs at least one record")
     return rows
 
 
-def _size(task: TaskConfig, split: Split) -> int | None:
-    return task.train_size if split == "train" else task.eval_size
-
-
-def _describe(task: TaskConfig, split: Split) -> str:
-    files = _files(task, split)
-    if files:
-        return ", ".join(map(str, files))
-    return f"{task.dataset or task.path or task.generator} ({_split_name(task, split)})"
-
-
-# -- sources ----------------------------------------------------------------------------------------------
-# Each takes (task, split) and gives a function that reads, or None where the task has no such split.
-# They are partials of module-level functions, so that records can be pickled for the loader's workers.
-
-Reader = Callable[[], Sequence[Record]]
-
-
-def _synthetic(task: TaskConfig, split: Split) -> Reader | None:
-    size = _size(task, split)
-    if task.generator is None or size is None:
-        return None
-    return partial(_read_synthetic, task.generator, size, split)
-
-
-def _read_synthetic(generator: str, size: int, split: Split) -> list[Record]:
+def _synthetic(task: TaskConfig, split: Split) -> list[Record]:
+    generator, size = task.generator, _size(task, split)
+    assert generator is not None and size is not None
     rows = generate(generator, size, split=split)
     return [Record(row, f"{generator} ({split}) row {i + 1}") for i, row in enumerate(rows)]
 
 
-def _text(task: TaskConfig, split: Split) -> Reader | None:
-    files = _files(task, split)
-    return partial(_read_text, task.source, files, _size(task, split)) if files else None
-
-
-def _read_text(kind: str, files: list[Path], size: int | None) -> list[Record]:
-    return list(islice(_each(READERS[kind], files), size))
+def _text(task: TaskConfig, split: Split) -> list[Record]:
+    return list(islice(_each(READERS[task.source], _files(task, split)), _size(task, split)))
 
 
 def _each(read: Callable[[Path], Iterator[Record]], files: list[Path]) -> Iterator[Record]:
@@ -135,70 +113,51 @@ def _each(read: Callable[[Path], Iterator[Record]], files: list[Path]) -> Iterat
             raise DataError(f"{file}: has no records.", hint="leave the file out, or fill it")
 
 
-def _parquet(task: TaskConfig, split: Split) -> Reader | None:
-    files = _files(task, split)
-    return partial(_read_parquet, files, _size(task, split)) if files else None
-
-
-def _read_parquet(files: list[Path], size: int | None) -> TableRecords:
+def _parquet(task: TaskConfig, split: Split) -> TableRecords:
     import datasets
 
+    files = _files(task, split)
     for file in files:
         if not file.is_file():
             raise DataError(f"{file}: there is no such file.")
     name = ", ".join(map(str, files))
-    table = _load(name, partial(datasets.Dataset.from_parquet, [str(file) for file in files]))
-    return TableRecords(_first(table, size), name)
+    table = _load(name, lambda: datasets.Dataset.from_parquet([str(file) for file in files]))
+    return TableRecords(table, name, _size(task, split))
 
 
-def _hub(task: TaskConfig, split: Split) -> Reader | None:
-    wanted = _split_name(task, split)
-    if task.dataset is None or wanted is None:
-        return None
-    return partial(_read_hub, task.dataset, task.subset, task.revision, wanted, _size(task, split))
-
-
-def _read_hub(
-    dataset: str, subset: str | None, revision: str | None, split: str, size: int | None
-) -> TableRecords:
+def _hub(task: TaskConfig, split: Split) -> TableRecords:
     import datasets
 
-    name = f"{dataset} ({split})"
-    load = partial(datasets.load_dataset, dataset, subset, split=split, revision=revision)
-    return TableRecords(_first(_load(name, load), size), name)
-
-
-def _folder(task: TaskConfig, split: Split) -> Reader | None:
     wanted = _split_name(task, split)
-    return (
-        partial(_read_folder, Path(task.path), wanted, _size(task, split)) if task.path and wanted else None
-    )
+    name = f"{task.dataset} ({wanted})"
+    load = partial(datasets.load_dataset, task.dataset, task.subset, split=wanted, revision=task.revision)
+    return TableRecords(_load(name, load), name, _size(task, split))
 
 
-def _read_folder(path: Path, split: str, size: int | None) -> TableRecords:
+def _folder(task: TaskConfig, split: Split) -> TableRecords:
     """A folder written by `save_to_disk`, or one with data files that `load_dataset` understands."""
     import datasets
 
-    name = f"{path} ({split})"
+    assert task.path is not None
+    path, wanted = Path(task.path), _split_name(task, split)
+    name = f"{path} ({wanted})"
     if not path.is_dir():
         raise DataError(f"{path}: there is no such folder.")
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    load = partial(datasets.load_from_disk, str(path)) if saved else partial(datasets.load_dataset, str(path))
-    loaded = _load(name, load)
+    loaded = _load(name, partial(datasets.load_from_disk if saved else datasets.load_dataset, str(path)))
     if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            raise DataError(
-                f"{path}: has no split {split!r}.", hint=f"its splits: {', '.join(map(str, loaded))}"
-            )
-        loaded = loaded[split]
-    elif split != "train":
+        if wanted not in loaded:
+            listed = ", ".join(map(str, loaded))
+            raise DataError(f"{path}: has no split {wanted!r}.", hint=f"its splits: {listed}")
+        loaded = loaded[wanted]
+    elif wanted != "train":
         raise DataError(
-            f"{path}: holds one unnamed data set, so it has no split {split!r}.", hint="use train"
+            f"{path}: holds one unnamed data set, so it has no split {wanted!r}.", hint="use train"
         )
-    return TableRecords(_first(loaded, size), name)
+    return TableRecords(loaded, name, _size(task, split))
 
 
-_SOURCES: Mapping[str, Callable[[TaskConfig, Split], Reader | None]] = {
+_SOURCES: Mapping[str, Callable[[TaskConfig, Split], Sequence[Record]]] = {
     "synthetic": _synthetic,
     "jsonl": _text,
     "csv": _text,
@@ -208,21 +167,18 @@ _SOURCES: Mapping[str, Callable[[TaskConfig, Split], Reader | None]] = {
 }
 
 
-# -- helpers ----------------------------------------------------------------------------------------------
-
-
-def _files(task: TaskConfig, split: Split) -> list[Path]:
-    given = task.train if split == "train" else task.eval
-    names = [given] if isinstance(given, str) else given or []
-    return [Path(name).expanduser() for name in names]
+def _size(task: TaskConfig, split: Split) -> int | None:
+    return task.train_size if split == "train" else task.eval_size
 
 
 def _split_name(task: TaskConfig, split: Split) -> str | None:
     return task.train_split if split == "train" else task.eval_split
 
 
-def _first(table: Dataset, size: int | None) -> Dataset:
-    return table if size is None or size >= len(table) else table.select(range(size))
+def _files(task: TaskConfig, split: Split) -> list[Path]:
+    given = task.train if split == "train" else task.eval
+    names = [given] if isinstance(given, str) else given or []
+    return [Path(name).expanduser() for name in names]
 
 
 def _load(name: str, load: Callable[[], T]) -> T:
@@ -233,9 +189,6 @@ def _load(name: str, load: Callable[[], T]) -> T:
         return load()
     except (DatasetsError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         cause = error.__cause__ or error
-        raise DataError(f"{name}: cannot be read: {type(cause).__name__}: {_one_line(cause)}") from error
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text if len(text) <= 300 else text[:300] + "..."
+        text = " ".join(str(cause).split())
+        text = text if len(text) <= 300 else text[:300] + "..."
+        raise DataError(f"{name}: cannot be read: {type(cause).__name__}: {text}") from error

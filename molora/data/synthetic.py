@@ -11,8 +11,7 @@ import zlib
 from types import MappingProxyType
 from typing import Literal
 
-from molora.data.synthetic_demo import DEMO
-from molora.data.synthetic_general import GENERAL
+from molora.data.synthetic_tasks import DEMO, GENERAL
 from molora.errors import ConfigError, DataError
 
 Split = Literal["train", "eval"]

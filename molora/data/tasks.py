@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from typing import Any
 
 from molora.config import DataConfig, TaskConfig
@@ -45,27 +46,25 @@ class Task:
     task_type: str = ""
 
     def __post_init__(self) -> None:
+        where = f"task {self.name!r}"
         if self.kind not in METRICS:
-            raise ConfigError(
-                f"task {self.name!r}: unknown kind {self.kind!r}; allowed: {', '.join(METRICS)}."
-            )
+            raise ConfigError(f"{where}: unknown kind {self.kind!r}; allowed: {', '.join(METRICS)}.")
+        own_type = _TASK_TYPE_OF_KIND[self.kind]
         for key, value in (
             ("name", check_name(self.name, "task")),
             ("metric", self.metric or METRICS[self.kind][0]),
-            ("task_type", self.task_type or _TASK_TYPE_OF_KIND[self.kind]),
+            ("task_type", self.task_type or own_type),
             # Without a template of its own, a conversation can only be written by the tokenizer's.
             ("chat_template", self.chat_template or self.messages is not None),
         ):
             object.__setattr__(self, key, value)
-        allowed = _TASK_TYPE_OF_KIND[self.kind]
-        if self.task_type != allowed and not (
-            self.kind == "classification" and self.task_type in KIND_OF_TASK_TYPE
-        ):
+        allowed = [*KIND_OF_TASK_TYPE] if self.kind == "classification" else [own_type]
+        if self.task_type not in allowed:
             raise ConfigError(
-                f"task {self.name!r}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
+                f"{where}: kind {self.kind!r} does not fit a base of task_type {self.task_type}."
             )
         if self.kind == "classification" and len(self.labels) < 2:
-            raise ConfigError(f"task {self.name!r}: a classification needs at least two labels.")
+            raise ConfigError(f"{where}: a classification needs at least two labels.")
         for template in self.templates:
             parse_template(template)
 
@@ -79,40 +78,29 @@ class Task:
     @property
     def fields(self) -> list[str]:
         """The fields of a record that this task reads."""
-        found = {
-            name for template in self.templates for _, name in parse_template(template) if name is not None
-        }
-        extra = self.label if self.kind == "classification" else self.messages
-        return sorted(found if extra is None else found | {extra})
+        found = {name for template in self.templates for _, name in parse_template(template)}
+        found.add(self.label if self.kind == "classification" else self.messages)
+        return sorted(name for name in found if name is not None)
 
 
 def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str | None = None) -> Task:
     """A task of a recipe. Records are read when first needed, or here where only they name the labels.
 
-    Raises:
-        ConfigError: a template is malformed, or a classification gives no labels and its data declare none.
-        DataError: the records were needed and cannot be read.
+    Raises ConfigError for a malformed template or a classification whose labels neither recipe nor data give; DataError
+    where the records were needed and cannot be read.
     """
     train, held_out = records_of(config, "train"), records_of(config, "eval")
     if train is None:
         raise ConfigError(f"data.tasks.{name}: names no training records.")
-    given = {
-        key: getattr(config, key)
-        for key in ("prompt", "target", "text", "label", "metric")
-        if getattr(config, key) is not None
-    }
+    same = {"kind", "messages", "chat_template", "weight", "prompt", "target", "text", "label", "metric"}
     return Task(
         name=name,
         id=task_id,
         train=train,
         eval=() if held_out is None else held_out,
-        kind=config.kind,
-        messages=config.messages,
-        chat_template=config.chat_template,
         labels=_labels(name, config, train) if config.kind == "classification" else (),
-        weight=config.weight,
         task_type=task_type or "",
-        **given,
+        **config.model_dump(include=same, exclude_none=True),
     )
 
 
@@ -150,14 +138,11 @@ class TaskSet:
     ) -> TaskSet:
         """The tasks of a recipe. Names in `known_ids` keep their ids, new names get ids never given before.
 
-        Raises:
-            ConfigError: names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
+        Raises ConfigError where names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
         """
         ids = assign_ids(list(config.tasks), known_ids or {})
-        tasks = tuple(
-            task_from_config(name, ids[name], task, task_type) for name, task in config.tasks.items()
-        )
-        return cls(tasks, ids)
+        tasks = config.tasks.items()
+        return cls(tuple(task_from_config(name, ids[name], task, task_type) for name, task in tasks), ids)
 
     @classmethod
     def of(cls, *tasks: Task) -> TaskSet:
@@ -187,10 +172,9 @@ class TaskSet:
                     f"task {task.name!r}: label {alike[0]!r} is there twice, in upper and lower case.",
                     hint="a head that matches the texts of labels reads them in lower case; rename one",
                 )
-        tasks = tuple(
-            replace(task, classes=tuple(place[label.lower()] for label in task.labels)) for task in self
-        )
-        return TaskSet(tasks, self.known_ids)
+        classes = [tuple(place[label.lower()] for label in task.labels) for task in self]
+        tasks = [replace(task, classes=own) for task, own in zip(self, classes, strict=True)]
+        return TaskSet(tuple(tasks), self.known_ids)
 
     @property
     def num_labels(self) -> int:
@@ -217,9 +201,8 @@ class TaskSet:
 def distinct_labels(of_tasks: Iterable[Iterable[str]]) -> list[str]:
     """Every label once, in order of appearance; labels that differ only in case count as one."""
     found: dict[str, str] = {}
-    for labels in of_tasks:
-        for label in labels:
-            found.setdefault(label.lower(), label)
+    for label in chain.from_iterable(of_tasks):
+        found.setdefault(label.lower(), label)
     return list(found.values())
 
 

@@ -10,9 +10,9 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 
@@ -22,24 +22,19 @@ from molora.errors import AdapterError, ConfigError
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
 _NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DAY = 86_400.0
-_open: set[Path] = (
-    set()
-)  # temporary folders of this process: in a container another run may have the same pid
+# What this process is writing: in a container another run may have the same pid.
+_open: set[Path] = set()
 
 
 @contextmanager
 def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Path]:
     """Yield a temporary sibling folder; at the end of the block it takes the place of `path`.
 
-    On success the folder gets its MANIFEST.json (last), files get the permissions of the umask
-    (safetensors writes 0600), everything reaches the disk, and the folder is renamed. An existing folder
-    (see `check_target` for which) is renamed aside first and deleted last; a crash between the two renames
-    leaves `path` missing and the old folder aside, which `recover` puts back. On any exception the temporary
-    is removed and `path` stays.
-
-    Args:
-        path: the folder to create or replace.
-        size: bytes about to be written; refused at once if they do not fit.
+    Then it gets its MANIFEST.json (last), its files the permissions of the umask (safetensors writes 0600), everything
+    reaches the disk, and it is renamed. An existing folder (see `check_target` for which) is renamed aside first and
+    deleted last; a crash between the two renames leaves `path` missing and the old folder aside, which `recover` puts
+    back. On any exception the temporary is removed and `path` stays. `size` bytes are about to be written; refused at
+    once if they do not fit.
 
     Raises:
         ConfigError: the target cannot be written, or may not be replaced (checked before the block runs).
@@ -48,19 +43,18 @@ def write_folder(path: str | os.PathLike[str], *, size: int = 0) -> Iterator[Pat
     target = check_target(path)
     check_writable(target)
     sweep(target.parent)
-    _check_space(target.parent, size)
-    temporary = _sibling(target, "tmp")
-    temporary.mkdir()
-    _open.add(temporary)
-    try:
+    if size > (free := shutil.disk_usage(target.parent).free):
+        raise AdapterError(
+            f"{target.parent} has {free:,} bytes free, {size:,} are needed.",
+            hint="free some space or write elsewhere.",
+        )
+    with _temporary(target) as temporary:
+        temporary.mkdir()
         with _explain_no_space(target, temporary):
             yield temporary
             finish_folder(temporary)
         check_target(target)  # again: the block may have taken a long time
         _swap(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        _open.discard(temporary)
 
 
 def finish_folder(folder: Path) -> None:
@@ -78,18 +72,13 @@ def finish_folder(folder: Path) -> None:
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
     """Create or replace one file atomically; readers see the old bytes or the new ones."""
     target = Path(path).absolute()
-    temporary = _sibling(target, "tmp")
-    _open.add(temporary)
-    try:
+    with _temporary(target) as temporary:
         with _explain_no_space(target, temporary), temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
         _flush(target.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-        _open.discard(temporary)
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -102,15 +91,13 @@ def recover(path: str | os.PathLike[str]) -> Path:
     target = Path(path).absolute()
     deadline = time.monotonic() + 2.0
     while not target.exists():
-        wanted = ("old", target.name)
-        aside = [old for old in _leftovers(target.parent) if (old["kind"], old["name"]) == wanted]
+        aside = [old for old in _leftovers(target.parent) if (old.kind, old.name) == ("old", target.name)]
         if not aside:
             break
-        if any(_in_use(old) for old in aside) and time.monotonic() < deadline:
+        if any(old.in_use() for old in aside) and time.monotonic() < deadline:
             time.sleep(0.01)  # the writer is alive and about to rename
             continue
-        newest = max(aside, key=lambda old: old["path"].stat().st_mtime)
-        newest["path"].rename(target)
+        max((old.path for old in aside), key=lambda path: path.stat().st_mtime).rename(target)
         _flush(target.parent)
     return target
 
@@ -119,16 +106,11 @@ def sweep(parent: str | os.PathLike[str]) -> list[Path]:
     """Remove what killed writers left in `parent` and return it; leaves live writers alone."""
     removed = []
     for old in _leftovers(Path(parent)):
-        if old["kind"] == "old":
-            recover(old["path"].with_name(old["name"]))
-        path = old["path"]
-        if _in_use(old) or not path.exists():
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
-        removed.append(path)
+        if old.kind == "old":
+            recover(old.path.with_name(old.name))
+        if not old.in_use() and old.path.exists():
+            _remove(old.path)
+            removed.append(old.path)
     return removed
 
 
@@ -136,15 +118,11 @@ def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str])
     """The absolute `path`, if a folder may be written there: a new one, an empty one, or one molora wrote.
 
     Replacing deletes what was there. So a folder that molora wrote must still hold only what its manifest
-    lists, and its README.md. Nothing is written here: call this before the expensive work.
+    lists, and its README.md. Nothing is written here: call this before the expensive work. `sources` are folders
+    the content is made from, such as the run of an exported expert; they need not exist.
 
-    Args:
-        path: the folder to create or replace.
-        sources: folders the content is made from, such as the run of an exported expert; those that exist.
-
-    Raises:
-        ConfigError: a file or a symbolic link, another folder that is not empty, the working folder or a
-            source, or a folder that holds one of these.
+    Raises ConfigError for a file or a symbolic link, another folder that is not empty, the working folder or a
+    source, or a folder that holds one of these.
     """
     target = Path(path).absolute()
     if target.name in ("", ".."):
@@ -156,8 +134,9 @@ def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str])
         )
     if target.exists() and not target.is_dir():
         raise ConfigError(f"{target} is a file, not a folder.", hint="choose another output folder.")
-    kept = [("the working folder", folder) for folder in _working_folder()]
-    kept += [("the source", Path(source).resolve()) for source in sources if Path(source).exists()]
+    kept = [("the source", Path(source).resolve()) for source in sources if Path(source).exists()]
+    with suppress(FileNotFoundError):  # the working folder may have been deleted
+        kept.insert(0, ("the working folder", Path.cwd().resolve()))
     real = target.resolve()
     for what, folder in kept:
         if real == folder or real in folder.parents:
@@ -190,13 +169,6 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         ) from error
 
 
-def _working_folder() -> list[Path]:
-    try:
-        return [Path.cwd().resolve()]
-    except FileNotFoundError:  # deleted meanwhile
-        return []
-
-
 def _swap(temporary: Path, target: Path) -> None:
     recover(target)
     aside = None
@@ -221,33 +193,59 @@ def _sibling(target: Path, kind: str) -> Path:
     return target.with_name(f"{target.name}.{kind}-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _leftovers(parent: Path) -> list[dict[str, Any]]:
-    if not parent.is_dir():
-        return []
-    found = [(entry, _LEFTOVER.fullmatch(entry.name)) for entry in sorted(parent.iterdir())]
-    return [{"path": entry, **match.groupdict()} for entry, match in found if match]
-
-
-def _in_use(leftover: dict[str, Any]) -> bool:
-    path, pid = leftover["path"], int(leftover["pid"])
-    if pid == os.getpid():
-        return path in _open
+@contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """A name beside `target` that counts as in use; what is there in the end is removed."""
+    temporary = _sibling(target, "tmp")
+    _open.add(temporary)
     try:
-        age = time.time() - path.stat().st_ctime  # renaming a folder sets ctime only
-    except FileNotFoundError:
-        return False
-    return process_alive(pid) and age < _DAY  # after a day the pid belongs to another process
+        yield temporary
+    finally:
+        _remove(temporary)
+        _open.discard(temporary)
 
 
-def process_alive(pid: int) -> bool:
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+class _Leftover(NamedTuple):
+    """A temporary ("tmp") or an old folder put aside ("old"), of the writer with that pid."""
+
+    path: Path
+    name: str  # of what it was to become, or was
+    kind: str
+    pid: int
+
+    def in_use(self) -> bool:
+        if self.pid == os.getpid():
+            return self.path in _open
+        try:
+            age = time.time() - self.path.stat().st_ctime  # renaming a folder sets ctime only
+        except FileNotFoundError:
+            return False
+        return _alive(self.pid) and age < _DAY  # after a day the pid belongs to another process
+
+
+def _alive(pid: int) -> bool:
     """Whether a process of this machine has that number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
-    except PermissionError:
-        return True
+    except PermissionError:  # it is another user's
+        pass
     return True
+
+
+def _leftovers(parent: Path) -> list[_Leftover]:
+    if not parent.is_dir():
+        return []
+    found = [(entry, _LEFTOVER.fullmatch(entry.name)) for entry in sorted(parent.iterdir())]
+    return [_Leftover(path, m["name"], m["kind"], int(m["pid"])) for path, m in found if m]
 
 
 def _flush(path: Path) -> None:
@@ -256,15 +254,6 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _check_space(parent: Path, size: int) -> None:
-    free = shutil.disk_usage(parent).free
-    if size > free:
-        raise AdapterError(
-            f"{parent} has {free:,} bytes free, {size:,} are needed.",
-            hint="free some space or write elsewhere.",
-        )
 
 
 @contextmanager

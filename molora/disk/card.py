@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -37,8 +38,9 @@ def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> No
     write_json(folder / CONFIG_FILE, {**stored, **ordered, "weights_sha256": weights_sha256})
     write_json(folder / FACTS_FILE, facts(config))
     names = [CONFIG_FILE, FACTS_FILE]
-    if weights_sha256 is not None and _digest_of(folder / WEIGHTS_FILE) == weights_sha256:
-        names.append(WEIGHTS_FILE)
+    with suppress(FileNotFoundError, SafetensorError):
+        if weights_sha256 and digest(load_file(folder / WEIGHTS_FILE), adapter="") == weights_sha256:
+            names.append(WEIGHTS_FILE)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_manifest(folder, only=names)
 
@@ -46,16 +48,15 @@ def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> No
 def facts(config: Any) -> dict[str, Any]:
     """Experts with their status, tasks with their ids and experts, base and versions."""
     task_map = config.task_map()
-    experts = [
-        {
-            "name": name,
-            "status": "frozen" if name in config.frozen_experts else "trainable",
-            "tasks": [task for task, weights in task_map.weights.items() if name in weights],
-        }
-        for name in config.expert_names
-    ]
     return {
-        "experts": experts,
+        "experts": [
+            {
+                "name": name,
+                "status": "frozen" if name in config.frozen_experts else "trainable",
+                "tasks": [task for task, weights in task_map.weights.items() if name in weights],
+            }
+            for name in config.expert_names
+        ],
         "tasks": {task: {"id": i, "experts": task_map.weights[task]} for task, i in task_map.ids.items()},
         "base_model": config.base_model_name_or_path,
         "base_fingerprint": config.base_fingerprint,
@@ -74,6 +75,9 @@ def write_card(config: Any, folder: Path) -> None:
         head.insert(0, f"base_model: {base}")
     known = facts(config)
     gate = config.gate
+    use = ["model.generate(**inputs)"]
+    if known["tasks"]:
+        use = [f"with molora.routing(model, task_ids=[{next(iter(known['tasks']))!r}]):", f"    {use[0]}"]
     lines = [
         "---",
         *head,
@@ -94,21 +98,8 @@ def write_card(config: Any, folder: Path) -> None:
         "import molora",
         "",
         "model = molora.load(base, folder)  # base: the loaded transformers model",
-        *_example(known["tasks"]),
+        *use,
         "```",
         "",
     ]
     write_file(folder / "README.md", "\n".join(lines).encode())
-
-
-def _example(tasks: dict[str, Any]) -> list[str]:
-    if not tasks:
-        return ["model.generate(**inputs)"]
-    return [f"with molora.routing(model, task_ids=[{next(iter(tasks))!r}]):", "    model.generate(**inputs)"]
-
-
-def _digest_of(weights: Path) -> str | None:
-    try:
-        return digest(load_file(weights), adapter="")
-    except (FileNotFoundError, SafetensorError):
-        return None

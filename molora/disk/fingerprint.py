@@ -29,14 +29,11 @@ class _Weight(NamedTuple):
 
 
 def base_fingerprint(model: nn.Module) -> dict[str, Any]:
-    """Class, sizes, shapes and sampled values of the base below any adapters.
+    """Class, sizes, shapes and sampled values of the base below any adapters, in JSON types.
 
-    Equal before and after wrapping. Values are sampled from up to 24 weights, rounded to bfloat16 and
-    kept as hexadecimal; weights that are quantised, sharded or not in memory are left out.
-
-    Returns:
-        `{"architecture", "sizes", "parameters", "shapes", "dtypes", "values": {weight name: hex}}`, in JSON
-        types; `dtypes` are those of the sampled weights.
+    Equal before and after wrapping. Values are sampled from up to 24 weights, rounded to bfloat16 and kept as
+    hexadecimal by weight name; weights that are quantised, sharded or not in memory are left out. `dtypes` are those
+    of the sampled weights.
     """
     model = _unwrap(model)
     weights = list(_weights(model))

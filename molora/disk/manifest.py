@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -20,23 +21,17 @@ FREE = ("README.md",)
 def write_manifest(folder: Path, only: Sequence[str] | None = None) -> None:
     """List every file below `folder` with its size and sha256, or those in `only`; then others may be added later."""
     files = _listed(folder)
-    names = list(files) if only is None else list(only)
-    manifest = {
-        "format": FORMAT,
-        "complete": only is None,
-        "files": {name: _entry(files[name]) for name in names},
-    }
-    with (folder / MANIFEST).open("w", encoding="utf-8") as out:
-        json.dump(manifest, out, indent=2, ensure_ascii=False)
-        out.write("\n")
+    entries = {name: _entry(files[name]) for name in (files if only is None else only)}
+    manifest = {"format": FORMAT, "complete": only is None, "files": entries}
+    text = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
 
 
 def verify_folder(path: str | os.PathLike[str]) -> None:
     """Compare a folder with its manifest.
 
-    Raises:
-        AdapterError: no manifest, or files that are missing, extra, or not the bytes that were written;
-            every such file is named, damaged ones with the expected and the actual sha256.
+    Raises AdapterError where there is no manifest, or files are missing, extra, or not the bytes that were written;
+    it names every such file, damaged ones with the expected and the actual sha256.
     """
     folder = Path(path)
     manifest, actual = _read(folder), _listed(folder)
@@ -44,9 +39,8 @@ def verify_folder(path: str | os.PathLike[str]) -> None:
     problems = [f"{name}: missing" for name in expected if name not in actual]
     if manifest.get("complete", True):
         problems += [f"{name}: not in the manifest" for name in actual if name not in expected]
-    for name in (name for name in expected if name in actual):
-        wanted, found = expected[name], _entry(actual[name])
-        if wanted != found:
+    for name, wanted in expected.items():
+        if name in actual and wanted != (found := _entry(actual[name])):
             problems.append(
                 f"{name}: damaged\n"
                 f"    expected sha256 {wanted.get('sha256')}, {wanted.get('bytes')} bytes\n"
@@ -71,15 +65,14 @@ def is_complete(path: str | os.PathLike[str]) -> bool:
 def foreign_entries(folder: Path) -> list[str]:
     """Entries that molora did not write: all but the manifest and what it lists; folders end in "/".
 
-    README.md is the model card, and ours however it was edited; hidden files are foreign, though checking
-    ignores them. Without a readable manifest everything is foreign.
-
-    Raises:
-        ConfigError: the folder cannot be read.
+    README.md, the model card, is ours even if edited; hidden files are foreign, though checking ignores them.
+    Without a readable manifest everything is foreign. Raises ConfigError where the folder cannot be read.
     """
-    foreign = []
+    foreign: list[str] = []
+    ours: set[str] = set()
     try:
-        ours = _ours(folder)
+        with suppress(AdapterError):
+            ours = {MANIFEST, *FREE, *_read(folder)["files"]}
         for parent, folders, files in os.walk(folder, onerror=_raise):
             prefix = "" if Path(parent) == folder else Path(parent).relative_to(folder).as_posix() + "/"
             below = [name for name in folders if any(f.startswith(f"{prefix}{name}/") for f in ours)]
@@ -107,13 +100,6 @@ def read_json(file: Path) -> Any:
         raise AdapterError(f"{file} is missing.") from None
     except (ValueError, RecursionError) as error:
         raise AdapterError(f"{file} is not valid JSON: {error}.", hint="copy the file again.") from error
-
-
-def _ours(folder: Path) -> set[str]:
-    try:
-        return {MANIFEST, *FREE, *_read(folder)["files"]}
-    except AdapterError:
-        return set()
 
 
 def _raise(error: OSError) -> None:

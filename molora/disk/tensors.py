@@ -18,19 +18,17 @@ _HINT = "the file is damaged or belongs to another adapter; copy it again."
 
 
 def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping[str, Tensor]) -> None:
-    """Compare tensors, under the model's own names, with those of the adapter in the model.
-
-    Args:
-        model: the model with the adapter in place.
-        config: its MoLoraConfig; `weights_sha256` is checked where it is set.
-        adapter: the adapter's name.
-        given: the tensors about to be loaded.
+    """Compare the tensors about to be loaded, under the model's own names, with those of the adapter in the model.
 
     Raises:
-        AdapterError: keys missing or not known, shapes or dtypes that differ, values that are not finite,
-            or values other than those that were saved; all of them listed.
+        AdapterError: keys missing or not known, shapes or dtypes that differ, values that are not finite; all of
+            them listed. Or values other than those of which `config.weights_sha256` was noted.
     """
-    expected = _expected(model, adapter)
+    expected: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
+            expected.update(module.state_dict(prefix=f"{name}."))
     ours = {name: tensor for name, tensor in given.items() if _is_ours(name)}
     known = {*model.state_dict(), *expected}
     problems = _listed("missing", (name for name in expected if name not in ours))
@@ -57,10 +55,7 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
 
 
 def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
-    """sha256 of the expert and gate tensors, whatever prefix and adapter name their keys have.
-
-    None if they are not in memory.
-    """
+    """sha256 of the expert and gate tensors, whatever their keys' prefix and adapter name; None if not in memory."""
     total = hashlib.sha256()
     ours = {_bare(name, adapter): tensor for name, tensor in tensors.items() if _is_ours(name)}
     for name in sorted(ours):
@@ -70,16 +65,6 @@ def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
-
-
-def _expected(model: nn.Module, adapter: str) -> dict[str, Tensor]:
-    """The adapter's tensors by their names in the model."""
-    found: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
-            found.update(module.state_dict(prefix=f"{name}."))
-    return found
 
 
 def _is_ours(name: str) -> bool:

@@ -9,7 +9,7 @@ import csv
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from statistics import fmean
 from typing import Any
 
@@ -33,10 +33,10 @@ class AccuracyMatrix:
         """What was learned in each turn."""
         return ["all tasks"] if self.joint else self.tasks[: len(self.rows)]
 
-    @property
-    def complete(self) -> bool:
-        """Whether all tasks have been learned."""
-        return self.joint or len(self.rows) == len(self.tasks)
+    def turns(self) -> list[tuple[str, list[float | None]]]:
+        """Every row with its name, that of the base first where it was measured."""
+        base = [("base", self.base)] if self.base else []
+        return [*base, *zip(self.turn_names, self.rows, strict=True)]
 
     def average_accuracy(self) -> float:
         """AA: mean accuracy on the tasks seen, after the last turn."""
@@ -50,9 +50,8 @@ class AccuracyMatrix:
     def forgetting(self) -> float:
         """Mean over old tasks of the best accuracy they ever had before the last turn minus the last; 0 for one task."""
         last = len(self.rows) - 1
-        drops = [
-            max(self._known([row[j] for row in self.rows[:last]])) - self._at(last, j) for j in range(last)
-        ]
+        best = [max(self._known([row[j] for row in self.rows[:last]])) for j in range(last)]
+        drops = [before - self._at(last, j) for j, before in enumerate(best)]
         return fmean(drops) if drops else 0.0
 
     def backward_transfer(self, over_all: bool = False) -> float:
@@ -87,29 +86,19 @@ class AccuracyMatrix:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the summary once there is a row."""
-        plain: dict[str, Any] = {
-            "tasks": list(self.tasks),
-            "base": list(self.base),
-            "rows": [list(row) for row in self.rows],
-        }
-        plain["joint"] = self.joint
-        return {**plain, "summary": self.summary()} if self.rows else plain
+        return {**asdict(self), **({"summary": self.summary()} if self.rows else {})}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> AccuracyMatrix:
         """The inverse of `to_dict`."""
-        return cls(
-            list(plain["tasks"]), list(plain["base"]), [list(row) for row in plain["rows"]], plain["joint"]
-        )
+        return cls(plain["tasks"], plain["base"], plain["rows"], plain["joint"])
 
     def to_csv(self) -> str:
         """One line per turn; an accuracy that was not measured is empty."""
         out = io.StringIO()
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow(["after", *self.tasks])
-        turns = [*([["base", *self.base]] if self.base else [])]
-        turns += [[name, *row] for name, row in zip(self.turn_names, self.rows, strict=True)]
-        writer.writerows([["" if value is None else value for value in row] for row in turns])
+        writer.writerows([name, *row] for name, row in self.turns())  # None is written as nothing
         return out.getvalue()
 
     def _at(self, turn: int, task: int) -> float:

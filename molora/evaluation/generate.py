@@ -5,11 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from molora.data.collate import pad_token
+from molora.data.collate import pad_token, padded
 
 
 def generate_answers(
@@ -36,7 +34,9 @@ def generate_answers(
     starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
     answers = [""] * len(prompts)
     for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        input_ids, mask = pad_left([prompts[i] for i in chosen], pad)
+        rows = [prompts[i] for i in chosen]
+        input_ids = padded(rows, pad, side="left")
+        mask = padded([[1] * len(row) for row in rows], 0, side="left")
         output = model.generate(
             input_ids=input_ids.to(model.device),
             attention_mask=mask.to(model.device),
@@ -52,11 +52,3 @@ def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]
     """Indices in batches of similar length, longest first, so that the first batch needs the most memory."""
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
-
-
-def pad_left(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
-    """Rows of token ids -> ids (batch, seq) and attention mask (batch, seq), padded in front."""
-    width = max(len(row) for row in rows)
-    ids = [[pad] * (width - len(row)) + list(row) for row in rows]
-    mask = [[0] * (width - len(row)) + [1] * len(row) for row in rows]
-    return torch.tensor(ids), torch.tensor(mask)

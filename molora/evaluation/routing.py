@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -41,7 +41,11 @@ class RoutingSummary:
 
     def layer_expert(self) -> Matrix:
         """Mean gate weight, layer x expert; the gates of one layer are averaged."""
-        return _mean_by(self.gates, row_key="layer", value="mean_weight")
+        cells: dict[tuple[str, str], list[float]] = {}
+        for row in self.gates:
+            cells.setdefault((str(row["layer"]), row["expert"]), []).append(row["mean_weight"])
+        layers, experts = _ordered(layer for layer, _ in cells), _experts(self.gates)
+        return Matrix(layers, experts, [[_mean(cells.get((r, c), [])) for c in experts] for r in layers])
 
     def shares(self) -> dict[str, float]:
         """Expert -> its share of what the gates chose, averaged over gates; sums to 1."""
@@ -62,9 +66,7 @@ def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str,
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     by_task = {}
     for task, (tokens, gates) in recorded.items():
-        by_task[task] = {
-            e: _mean([g["mean_weight"] for g in gates if g["expert"] == e]) for e in _experts(gates)
-        }
+        by_task[task] = _mean_of("mean_weight", gates)
         for gate in gates:
             key = gate["gate"], gate["expert"]
             row = rows.setdefault(key, {**gate, **dict.fromkeys(AVERAGED, 0.0)})
@@ -75,10 +77,7 @@ def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str,
 
 def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rows of gate x expert statistics -> expert -> mean share over the gates that know the expert."""
-    collected: dict[str, list[float]] = {}
-    for row in gates:
-        collected.setdefault(row["expert"], []).append(row["share"])
-    return {expert: sum(values) / len(values) for expert, values in collected.items()}
+    return _mean_of("share", gates)
 
 
 def dead_experts(shares: Mapping[str, float]) -> list[str]:
@@ -95,19 +94,13 @@ def advice(dead: Sequence[str], *, mode: str) -> str | None:
     names = ", ".join(dead)
     if mode == "task":
         return f"No evaluated task uses: {names}. Map a task to it, or `remove_expert` to save the memory."
-    return (
-        f"Hardly used: {names}. Raise adapter.aux_losses.balance, add adapter.gate.noise, "
-        "or train with fewer experts."
-    )
+    remedy = "Raise adapter.aux_losses.balance, add adapter.gate.noise, or train with fewer experts."
+    return f"Hardly used: {names}. {remedy}"
 
 
-def _mean_by(gates: Sequence[Mapping[str, Any]], *, row_key: str, value: str) -> Matrix:
-    rows = _ordered(str(g[row_key]) for g in gates)
-    columns = _experts(gates)
-    cells: dict[tuple[str, str], list[float]] = {}
-    for g in gates:
-        cells.setdefault((str(g[row_key]), g["expert"]), []).append(g[value])
-    return Matrix(rows, columns, [[_mean(cells.get((r, c), [])) for c in columns] for r in rows])
+def _mean_of(value: str, gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """The mean of a value over the rows of each expert."""
+    return {e: _mean([row[value] for row in gates if row["expert"] == e]) for e in _experts(gates)}
 
 
 def _experts(gates: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -118,5 +111,5 @@ def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
 
-def _ordered(names: Any) -> list[str]:
+def _ordered(names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(names))

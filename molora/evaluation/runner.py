@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from molora.config.suggest import did_you_mean
+from molora.data.clusters import inference
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Report, Score
@@ -31,40 +31,38 @@ def evaluate_tasks(
 ) -> Report:
     """Score a PEFT model with a molora adapter on the held-out records of each task.
 
-    modes: `gate` (no task ids: the gate alone decides, or the adapter's task router), `task` (routed by the task's id),
-    `base` (the adapter switched off). A mode the adapter cannot run is skipped with a note. Routing is recorded in the first
-    mode that uses the adapter. The model's training mode is restored afterwards.
+    modes: `gate` (no task ids: the gate alone decides, or the adapter's task router), `task` (routed by the task's id), `base`
+    (the adapter switched off). A mode the adapter cannot run is skipped with a note. Routing is recorded in the first mode
+    that uses the adapter.
 
     Raises ConfigError for an unknown mode, or a task the adapter does not know (mode `task`); DataError for a
     task without held-out records.
     """
     tasks = list(tasks)
     modes, notes = usable_modes(model, modes)
-    if "task" in modes:
-        check_tasks_known([task.name for task in tasks], model.tasks)
+    unknown = [task.name for task in tasks if "task" in modes and task.name not in model.tasks]
+    if unknown:
+        known = ", ".join(model.tasks) or "none"
+        meant = did_you_mean(unknown[0], model.tasks)
+        raise ConfigError(f"unknown task {unknown[0]!r}.{meant} Known tasks: {known}.")
     limits = limits or Limits()
     recorded_mode = next((mode for mode in modes if mode != "base"), None)
     scores, recorded = [], {}
     with inference(model):
         for mode in modes:
             for task in tasks:
-                with in_mode(model, task.name, mode):
-                    if mode != recorded_mode:
-                        value, results = score_task(model, tokenizer, task, limits)
-                    else:
-                        with record_routing(model) as record:
-                            value, results = score_task(model, tokenizer, task, limits)
-                        recorded[task.name] = (record.tokens, record.table())
+                recording = record_routing(model) if mode == recorded_mode else nullcontext()
+                with in_mode(model, task.name, mode), recording as record:
+                    value, results = score_task(model, tokenizer, task, limits)
+                if record is not None:
+                    recorded[task.name] = (record.tokens, record.table())
                 scores.append(Score(task.name, mode, task.metric, value, len(results)))
     summary = summarise(recorded_mode, recorded) if recorded_mode else None
     return Report(scores=scores, routing=summary, notes=notes)
 
 
 def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The asked modes that the adapter can run, and a note for each it cannot.
-
-    Raises ConfigError for an unknown mode, a repeated one, or when none is left.
-    """
+    """The asked modes that the adapter can run, and a note for each it cannot; ConfigError where none is left."""
     for mode in modes:
         if mode not in MODES:
             raise ConfigError(
@@ -75,9 +73,8 @@ def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]
     notes = []
     by_id = model.active_peft_config.gate.scope == "task"
     if "gate" in modes and by_id and not names_tasks(model):
-        notes.append(
-            "mode `gate` skipped: this adapter routes by task id, so it gives no answer without one."
-        )
+        why = "this adapter routes by task id, so it gives no answer without one."
+        notes.append(f"mode `gate` skipped: {why}")
         modes = [mode for mode in modes if mode != "gate"]
     if not modes:
         raise ConfigError(
@@ -86,31 +83,8 @@ def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]
     return list(modes), notes
 
 
-def check_tasks_known(names: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ConfigError for the first name that is not among the known tasks."""
-    known = list(known)
-    for name in names:
-        if name not in known:
-            raise ConfigError(
-                f"unknown task {name!r}.{did_you_mean(name, known)} Known tasks: {', '.join(known) or 'none'}."
-            )
-
-
 def in_mode(model: Any, task: str | None, mode: str) -> AbstractContextManager[Any]:
     """The context in which the model answers for `task` in `mode`."""
     if mode == "base":
         return model.disable_adapter()
     return routing(model, task_ids=task, by="task") if mode == "task" else nullcontext()
-
-
-@contextmanager
-def inference(model: Any) -> Iterator[None]:
-    """Evaluation mode without gradients; every module's own training flag is restored."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for module in training:
-            module.training = True

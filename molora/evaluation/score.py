@@ -50,12 +50,9 @@ def score_task(
 
 
 class HeldOut:
-    """A task's held-out records, encoded once.
+    """A task's held-out records, encoded once; DataError where it has none.
 
     The model answers as it is set up: ask inside the context of a mode, in eval mode, without gradients.
-
-    Raises:
-        DataError: the task has no held-out records.
     """
 
     def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
@@ -100,7 +97,9 @@ class HeldOut:
         task = self.task
         if isinstance(answer, Tensor):
             label = torch.tensor(self.examples[record].labels)
-            logits = only_classes(answer, classes or task.classes or range(len(task.labels)))
+            chosen = list(classes or task.classes or range(len(task.labels)))
+            logits = torch.full_like(answer, float("-inf"), dtype=torch.float32)
+            logits[chosen] = answer[chosen].float()
             return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
         if not isinstance(answer, str):
             return Result(record, nll=answer[0], count=answer[1])
@@ -118,15 +117,8 @@ def inputs_of(
     They say where the prompt ends, which is what gates read in training and when the model answers.
     """
     batch = collate(examples, pad_token(tokenizer))
-    keys = ["input_ids", "attention_mask"]
-    if batch["labels"].dim() == 2:
-        keys.append("labels")
+    del batch["routing_task_ids"]
+    if batch["labels"].dim() == 1:
+        del batch["labels"]
     device = next(model.parameters()).device
-    return {key: batch[key].to(device) for key in keys}
-
-
-def only_classes(logits: Tensor, classes: Sequence[int]) -> Tensor:
-    """Logits (class,) in float32 with -inf for every class but these."""
-    kept = torch.full_like(logits, float("-inf"), dtype=torch.float32)
-    kept[list(classes)] = logits[list(classes)].float()
-    return kept
+    return {key: tensor.to(device) for key, tensor in batch.items()}

@@ -133,8 +133,8 @@ def slots_of(leader: Mount, reading: Reading) -> int | None:
         assert tasks is not None
         if tasks.several is not None:
             return experts
-        listed = tasks.listed if tasks.single is None else (tasks.single,)
-        return min(experts, task_map.most_experts(listed))
+        known = tasks.known if tasks.single is None else (tasks.single,)
+        return min(experts, task_map.most_experts(known))
     settings = leader.config.gate
     select, transform = settings.select, settings.transform
     # The first learns from experts that are not chosen, the others may choose experts at weight 0, and learn from that.

@@ -13,6 +13,7 @@ from molora.calls.context import AdapterRouting, RoutingContext
 from molora.calls.decide import experts_in_use
 from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
+from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
 from molora.forward.task_router import TaskRouter
 from molora.gates.gate import Gate
@@ -64,7 +65,7 @@ class Mount:
         return self.context.adapters[self.adapter]
 
     @property
-    def config(self) -> Any:
+    def config(self) -> SavedMixture:
         return self.routing.config
 
     @property

@@ -91,10 +91,9 @@ def chosen(reading: Reading, way: Way, *, skip: bool = True) -> Chosen:
     else:
         rows = max(found.shape[0] for found in weights.values())
         if tasks is not None:
-            rows = max(rows, tasks.ids.shape[0])
-            asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(
-                rows // tasks.ids.shape[0], dim=0
-            )
+            samples = tasks.ids.shape[0]
+            rows = max(rows, samples)
+            asked = base_only(tasks.ids.to(reading.x.device)).repeat_interleave(rows // samples, dim=0)
             active = _active(reading, rows) if skip else None
     weights = {slot: found.expand(rows, -1) for slot, found in weights.items()}
     if asked is not None:
@@ -124,11 +123,11 @@ def _routed(reading: Reading) -> dict[str, Tensor]:
 
 def _active(reading: Reading, rows: int) -> Tensor | None:
     """The samples that ask for a task, where they are known by now; None: compute all."""
-    listed = None if reading.tasks is None else reading.tasks.listed
+    known = None if reading.tasks is None else reading.tasks.known
     has_cores = any(member.bank.cores is not None for member in reading.plan.members)
-    if listed is None or len(listed) != rows or has_cores:
+    if known is None or len(known) != rows or has_cores:
         return None
-    kept = [i for i, task in enumerate(listed) if task != BASE_ONLY]
+    kept = [i for i, task in enumerate(known) if task != BASE_ONLY]
     return torch.tensor(kept, dtype=torch.long, device=reading.x.device)
 
 

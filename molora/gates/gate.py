@@ -1,4 +1,4 @@
-"""Gate: a short pipeline from what it reads to a Routing over experts. Its score stands in `scores.py`."""
+"""Gate: a short pipeline from what it reads to a Routing over experts. The scores are in `scores.py`."""
 
 from __future__ import annotations
 
@@ -89,10 +89,6 @@ class Gate(nn.Module):
     later token.
 
     The names of its parts are those on disk; the order in which they are set is that of an optimiser's state.
-
-    Args:
-        settings: the axes.
-        place: what differs from gate to gate.
     """
 
     rows: GateRows | None  # one row per expert; none for a task's table and for scores of users
@@ -100,9 +96,7 @@ class Gate(nn.Module):
     hidden: nn.Linear | None  # serves all experts, as do `threshold`, `blend` and `custom`
     threshold: nn.Linear | None  # a learned threshold: (tokens, d_in) -> (tokens, 1)
     tasks: GateRows | None  # one row per task id: its logits, or a vector that is scored
-    second: (
-        GateRows | None
-    )  # one row per expert of the gate that is blended in, which reads the pooled sequence
+    second: GateRows | None  # one row per expert of the gate that is blended in, which reads the sequence
     blend: nn.Parameter | None  # logit of that gate's part
     custom: nn.Module | None  # a score of a user: (n, d_in) -> (n, expert)
     balance: Tensor | None
@@ -131,12 +125,7 @@ class Gate(nn.Module):
         raise NotImplementedError
 
     def score(self, x: Tensor, products: Tensor | None) -> Tensor:
-        """Logits (rows, expert) of what the gate reads, without its bias, in float32 or better.
-
-        Args:
-            x: (rows, d_in); (samples, task) shares for a task gate.
-            products: (rows, expert) of the gate's rows and x, where somebody computed them.
-        """
+        """Logits (rows, expert) of x, without the bias, in float32 or better; x and `products` as `forward` has them."""
         raise NotImplementedError
 
     @property
@@ -166,7 +155,7 @@ class Gate(nn.Module):
         balance: Tensor | None = None,
         beside: Tensor | None = None,
     ) -> Routing:
-        """Route what the gate reads.
+        """Weigh the experts.
 
         Args:
             x: (tokens, d_in); samples instead of tokens for a gate that reads those; (samples, task), the share
@@ -198,9 +187,8 @@ class Gate(nn.Module):
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
         weights = self.select(scores, self._how(x, experts, allowed, balance))
-        return Routing(
-            weights, experts, logits, scores, settings.transform, settings.select == "dense", clean, splits=settings.splits
-        )  # fmt: skip
+        dense, splits = settings.select == "dense", settings.splits
+        return Routing(weights, experts, logits, scores, settings.transform, dense, clean, splits=splits)
 
     def _by_sample(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A row for each split; a constant gate has one for each sample, where they differ by what they may use."""
@@ -227,8 +215,9 @@ class Gate(nn.Module):
 
     def apply_freeze(self) -> None:
         """Frozen parts stay frozen, whatever marked the adapter as trainable."""
-        for rows in (*self.grown, *([] if self.tasks is None else [self.tasks])):
-            rows.apply_freeze()
+        for rows in (*self.grown, self.tasks):
+            if rows is not None:
+                rows.apply_freeze()
         if self.frozen_shared:
             self._shared_requires_grad(False)
 
@@ -247,18 +236,14 @@ class Gate(nn.Module):
     def move_balance(self, shortfall: Tensor) -> None:
         """One step of loss-free balancing: up for experts with less than an even share, down for others.
 
-        Args:
-            shortfall: (expert,) shortfall of each from an even share; 0 for experts that were no choice.
-
-        Reference: Wang et al., arXiv:2408.15664; with shares instead of counts, so that the number of tokens
-        does not matter.
+        `shortfall`: (expert,) what each lacks of an even share; 0 for experts that were no choice. Reference: Wang et
+        al., arXiv:2408.15664; with shares instead of counts, so that the number of tokens does not matter.
         """
         if self.balance is not None:
             shortfall = shortfall.to(self.balance)
             # Within a thousandth of even is even: the sign of rounding errors would only jitter.
-            self.balance += (
-                self.settings.balance_rate * shortfall.sign() * (shortfall.abs() > 1e-3 / len(shortfall))
-            )
+            uneven = shortfall.abs() > 1e-3 / len(shortfall)
+            self.balance += self.settings.balance_rate * shortfall.sign() * uneven
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """The balance stays float32 on a 16-bit base: small steps would be rounded away."""
@@ -281,8 +266,7 @@ def blended(own: Tensor, beside: Tensor, blend: Tensor, allowed: Tensor | None) 
     """Logarithms of the mixed probabilities of two gates, (tokens, expert): their softmax is the mixture again.
 
     Args:
-        own: (tokens, expert) scores of one.
-        beside: (tokens, expert) or (1, expert) scores of the other.
+        own: (tokens, expert) scores of one; `beside`, which may have one row for all, those of the other.
         blend: the logit of the other's part.
         allowed: (tokens, expert) bool; each gate's probabilities are of the allowed experts.
     """

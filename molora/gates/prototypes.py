@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from einops import rearrange
@@ -16,19 +17,15 @@ _TIE = 1e-6  # entries this close to the largest count as equally large, so roun
 
 @torch.no_grad()
 def arrow(experts: Sequence[Expert]) -> Tensor:
-    """Top right singular vector of each expert's `B A`, (expert, d_in).
+    """Top right singular vector of each expert's `B A`, (expert, d_in): Arrow, arXiv:2405.11157.
 
-    Arrow (arXiv:2405.11157). Exact, in float64, without the product: with `Aᵀ = Q R` and `B = P S` the
-    singular values are those of `S Rᵀ` (rank, rank). The sign, which the decomposition leaves open, makes
-    the largest entry positive; the scaling does not enter. Where the two largest singular values are
-    equal, the vector is one of many.
-
-    Returns:
-        Rows of unit length, zero where `B A` is zero; float64 if any factor is, else float32.
+    Exact, in float64, without the product: with `Aᵀ = Q R` and `B = P S` the singular values are those of `S Rᵀ`
+    (rank, rank). The sign, which is open, makes the largest entry positive; the scaling does not enter. Where the two
+    largest singular values are equal, the vector is one of many. Rows have length 1, or 0 where `B A` is zero; they are
+    float64 if any factor is, else float32.
     """
-    dtype = torch.float32
-    for expert in experts:
-        dtype = torch.promote_types(dtype, torch.promote_types(expert.A.dtype, expert.B.dtype))
+    dtypes = [factor.dtype for expert in experts for factor in (expert.A, expert.B)]
+    dtype = reduce(torch.promote_types, dtypes, torch.float32)
     return torch.stack([_top_right(expert).to(expert.A.device, dtype) for expert in experts])
 
 
@@ -47,9 +44,8 @@ class MeanActivation:
             raise RoutingError(f"expert {expert} does not exist; allowed: 0 to {num_experts - 1}.")
         if x.shape[-1] != d_in or (mask is not None and mask.shape != x.shape[:-1]):
             found = f"x {tuple(x.shape)}" + ("" if mask is None else f" and mask {tuple(mask.shape)}")
-            raise RoutingError(
-                f"{found} do not fit; expected x (..., {d_in}) and a mask of x's leading shape."
-            )
+            wanted = f"x (..., {d_in}) and a mask of x's leading shape"
+            raise RoutingError(f"{found} do not fit; expected {wanted}.")
         tokens = rearrange(_wide(x), "... d_in -> (...) d_in")
         count = torch.tensor(float(tokens.shape[0]), dtype=torch.float64)
         if mask is not None:

@@ -162,7 +162,6 @@ def register_score(name: str, factory: ScoreFactory) -> None:
     """Make `GateConfig(score=name)` mean a score of your own, in Python and in recipes.
 
     Args:
-        name: a new name.
         factory: (d_in, num_experts) -> a module that maps what the gate reads, (tokens, d_in), to logits (tokens,
             expert), both float32 or better; row by row, or batches would depend on who is in them. Its parameters
             are saved with the adapter. Register it under the same name before loading that.

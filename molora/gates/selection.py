@@ -24,13 +24,9 @@ class How(NamedTuple):
     settings: GateSettings
     transform: Transform
     top_k: int  # experts per token, in this layer
-    renorm: (
-        str | None
-    )  # kept weights: "sum" divides by their sum, "softmax" is that of their scores, else as they are
+    renorm: str | None  # kept weights: "sum" over their sum, "softmax" of their scores, else as they are
     threshold: Tensor | float | None = None  # (tokens, 1), or one for all
-    balance: Tensor | None = (
-        None  # (expert,) added to the probabilities for the choice alone, not for the weights
-    )
+    balance: Tensor | None = None  # (expert,) added to the probabilities for the choice, not for the weights
     allowed: Tensor | None = None  # (tokens, expert) bool, where not every token may use all of the experts
 
 

@@ -40,23 +40,20 @@ Labels = int | Sequence[str] | None
 def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The pre-trained model and its tokenizer, in eval mode, with a pad token.
 
-    Args:
-        base: the recipe's `base` section.
-        labels: classes of a SEQ_CLS head, or with `head: match` their texts.
-
-    Raises:
-        ConfigError: no such model, a model of another kind, or an extra that is not installed.
+    Raises ConfigError for no such model, a model of another kind, or an extra that is not installed.
     """
     settings = {"dtype": getattr(torch, base.dtype), **_quantization(base), **_head(base, labels)}
     if "num_labels" in settings:
         settings["ignore_mismatched_sizes"] = True  # the head is trained anew
     tokenizer = load_tokenizer(base)
     with _explained(base):
-        model = _auto_class(base).from_pretrained(_source(base), **_options(base), **settings)
+        model = _auto_class(base).from_pretrained(**_source(base), **settings)
     if base.head == "match":
         model = match_labels(model.eval(), tokenizer, _texts(labels))
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine
-    _set_pad_token(model, tokenizer)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.can_generate():
+        model.generation_config.pad_token_id = tokenizer.pad_token_id
     if base.quantization == "nf4":
         _keep_weights_unpacked(model)
     return model.eval(), tokenizer
@@ -65,7 +62,7 @@ def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel,
 def load_tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
     """The base's tokenizer, with its eos token for padding where it has no pad token."""
     with _explained(base):
-        tokenizer = AutoTokenizer.from_pretrained(_source(base), **_options(base))
+        tokenizer = AutoTokenizer.from_pretrained(**_source(base))
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
             raise ConfigError(
@@ -78,7 +75,7 @@ def load_tokenizer(base: BaseConfig) -> PreTrainedTokenizerBase:
 def base_skeleton(base: BaseConfig, labels: Labels = None) -> PreTrainedModel:
     """The base without its weights, on the meta device."""
     with _explained(base):
-        described = AutoConfig.from_pretrained(_source(base), **_options(base), **_head(base, labels))
+        described = AutoConfig.from_pretrained(**_source(base), **_head(base, labels))
     with torch.device("meta"):
         model: PreTrainedModel = _auto_class(base).from_config(described)
         if base.head == "match":
@@ -86,12 +83,9 @@ def base_skeleton(base: BaseConfig, labels: Labels = None) -> PreTrainedModel:
     return model
 
 
-def _source(base: BaseConfig) -> str:
-    return str(tiny_path()) if base.model == TINY else base.model
-
-
-def _options(base: BaseConfig) -> dict[str, Any]:
-    return {"revision": base.revision, "trust_remote_code": False}
+def _source(base: BaseConfig) -> dict[str, Any]:
+    path = str(tiny_path()) if base.model == TINY else base.model
+    return {"pretrained_model_name_or_path": path, "revision": base.revision, "trust_remote_code": False}
 
 
 def _auto_class(base: BaseConfig) -> Any:
@@ -147,9 +141,3 @@ def _keep_weights_unpacked(model: PreTrainedModel) -> None:
     for module in model.modules():
         if isinstance(module, Linear4bit):
             module.support_avx512bf16_for_cpu = False
-
-
-def _set_pad_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    model.config.pad_token_id = tokenizer.pad_token_id
-    if model.can_generate():
-        model.generation_config.pad_token_id = tokenizer.pad_token_id

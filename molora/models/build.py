@@ -44,8 +44,7 @@ def tasks_of(config: RunConfig, known_ids: Mapping[str, int] | None = None) -> T
 
 def adapter_config(config: RunConfig, task_ids: dict[str, int]) -> MoLoraConfig:
     """The PEFT config of a recipe's `adapter` section for these tasks."""
-    settings = config.adapter.model_dump(exclude_none=True, exclude={"tasks"})
-    settings.pop("from_loras", None)
+    settings = config.adapter.model_dump(exclude_none=True, exclude={"tasks", "from_loras"})
     return MoLoraConfig(**settings, **_tasks(config, task_ids))
 
 
@@ -63,21 +62,15 @@ def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int])
     loras = config.adapter.from_loras
     if loras is None:
         return get_peft_model(base, adapter_config(config, task_ids))
-    kept = ("gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save")
-    settings = config.adapter.model_dump(include=set(kept), exclude_none=True)
+    kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}
+    settings = config.adapter.model_dump(include=kept, exclude_none=True)
     return compose(base, loras, **settings, **_tasks(config, task_ids))
 
 
 def build_model(
     config: RunConfig, task_ids: dict[str, int], labels: Labels = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase]:
-    """A new mixture on the recipe's base, ready to train.
-
-    Args:
-        config: the recipe.
-        task_ids: ids of its tasks by name.
-        labels: see `labels_of_tasks`.
-    """
+    """A new mixture on the recipe's base, ready to train; for `labels` see `labels_of_tasks`."""
     base, tokenizer = load_base(config.base, labels)
     ready_to_train(base, config.train)
     return _mixture(base, config, task_ids), tokenizer
@@ -94,14 +87,10 @@ def ready_to_train(base: Any, train: TrainConfig) -> None:
 def load_trained(
     path: str | Path, *, trainable: bool = False, device: str | torch.device | None = None
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
-    """The model of a run folder or an adapter folder, verified, in eval mode.
+    """The model of a run folder or an adapter folder, verified, in eval mode, its tokenizer, and a run's recipe.
 
-    It is on `device`: a CUDA device where there is one, unless told otherwise. Returns the recipe too where
-    the folder is a run, else None.
-
-    Raises:
-        AdapterError: damaged or incomplete folder, or another base.
-        ConfigError: neither a run nor an adapter folder.
+    It is on `device`: a CUDA device where there is one, unless told otherwise. Raises AdapterError for a damaged or
+    incomplete folder, or another base; ConfigError for neither a run nor an adapter folder.
     """
     path = Path(path)
     if (path / "adapter_config.json").is_file():

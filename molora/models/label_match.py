@@ -19,12 +19,8 @@ SCALE = 20.0  # of the cosine: what sentence encoders are trained with
 class LabelMatcher(PreTrainedModel):
     """An encoder whose logits are `20 · cos(text, label text)`; nothing of it is trained but adapters.
 
-    A text's vector is the mean of its last hidden states. The labels' vectors are those of the encoder as it
-    was loaded, so logits of a label do not depend on which other labels there are.
-
-    Args:
-        encoder: any encoder of Hugging Face whose output has `last_hidden_state`.
-        labels: (class, d) unit vectors of the labels' texts, see `label_vectors`.
+    A text's vector is the mean of its last hidden states. The labels' unit vectors `labels` (class, d) are those of the
+    encoder as it was loaded, so logits of a label do not depend on which other labels there are.
     """
 
     wraps = "encoder"  # the name of what an exported LoRA belongs to

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.calls.call import Call
-from molora.data.clusters import evaluating
-from molora.data.collate import pad_right, pad_token
+from molora.data.clusters import inference
+from molora.data.collate import pad_token, padded
 from molora.data.prompts import prompt_within
 from molora.errors import ConfigError, DataError
 from molora.forward.task_naming import mean_of, read_base
@@ -188,9 +188,9 @@ def features(
             hint="call model.unmerge_adapter() first.",
         )
     rows: dict[int, Tensor] = {}
-    with evaluating(model):
+    with inference(model):
         for part in _batches([len(prompt) for prompt in prompts], batch_size):
-            ids = pad_right([prompts[i] for i in part], pad_token(tokenizer)).to(model.device)
+            ids = padded([prompts[i] for i in part], pad_token(tokenizer)).to(model.device)
             lengths = torch.tensor([len(prompts[i]) for i in part], device=ids.device)
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
             inputs = {"input_ids": ids, "attention_mask": mask.long()}

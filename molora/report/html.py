@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from molora.evaluation.report import Report, Score, differences
+from molora.evaluation.report import Report, differences
 from molora.evaluation.routing import advice
-from molora.report.tables import MODE_TITLES
+from molora.report.tables import MODE_TITLES, score_cells
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -22,7 +22,8 @@ img { max-width: 100%; height: auto } pre { background: #f5f5f5; padding: 1rem; 
 
 def render(report: Report, *, title: str, pictures: Sequence[Path] = (), config: str = "") -> str:
     """The page as text. pictures: PNG files, embedded. config: the resolved recipe as YAML."""
-    parts = [_scores(report)]
+    head, rows = score_cells(report.scores)
+    parts = [f"<h2>Held-out scores</h2>{_table(head, rows, names=2)}"]
     if report.before:
         parts.append(_differences(report))
     if report.routing:
@@ -31,24 +32,14 @@ def render(report: Report, *, title: str, pictures: Sequence[Path] = (), config:
     parts += [f"<p>{escape(note)}</p>" for note in report.notes]
     parts += [_picture(path) for path in pictures]
     for heading, values in (("Facts", report.facts), ("Environment", report.environment)):
-        if values:
-            parts.append(f"<h2>{heading}</h2>{_pairs(values)}")
+        pairs = [[str(key), str(value)] for key, value in values.items()]
+        if pairs:
+            parts.append(f"<h2>{heading}</h2>{_table(['', ''], pairs, names=2)}")
     if config:
         parts.append(f"<h2>Recipe</h2><pre>{escape(config)}</pre>")
-    head = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
+    meta = f"<meta charset='utf-8'><title>{escape(title)}</title><style>{STYLE}</style>"
     body = "\n".join([f"<h1>{escape(title)}</h1>", *parts])
-    return f"<!doctype html>\n<html lang='en'><head>{head}</head><body>\n{body}\n</body></html>\n"
-
-
-def _scores(report: Report) -> str:
-    found = {(score.task, score.mode): score for score in report.scores}
-    head = ["task", "metric", "items", *(MODE_TITLES.get(m, m) for m in report.modes)]
-    rows = []
-    for task in report.tasks:
-        cells = [found.get((task, mode)) for mode in report.modes]
-        first = next(cell for cell in cells if cell)
-        rows.append([task, first.metric, str(first.count), *map(_text, cells)])
-    return f"<h2>Held-out scores</h2>{_table(head, rows, names=2)}"
+    return f"<!doctype html>\n<html lang='en'><head>{meta}</head><body>\n{body}\n</body></html>\n"
 
 
 def _differences(report: Report) -> str:
@@ -69,14 +60,6 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, names: int) ->
     return "<table>" + "\n".join(lines) + "</table>"
 
 
-def _pairs(values: Mapping[str, object]) -> str:
-    return _table(["", ""], [[str(key), str(value)] for key, value in values.items()], names=2)
-
-
 def _picture(path: Path) -> str:
     data = base64.b64encode(path.read_bytes()).decode("ascii")
     return f"<p><img alt='{escape(path.stem, quote=True)}' src='data:image/png;base64,{data}'></p>"
-
-
-def _text(score: Score | None) -> str:
-    return score.text() if score else "-"

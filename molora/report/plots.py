@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MODE_COLOURS = {"gate": "#2563a8", "task": "#5fa8d3", "base": "#b5b5b5"}
+LINE_COLOURS = ("#2563a8", "#d1700a", "#3d8f4f", "#a8325e")
 BEFORE, AFTER = "#b5b5b5", "#2563a8"
 ANNOTATE_UP_TO = 400  # cells of a heat map that still have room for a number
 
@@ -42,7 +43,7 @@ def plot_loss(metrics_csv: Path, out: Path, columns: Sequence[str]) -> Path:
     if not curves:
         raise DataError(f"{metrics_csv}: none of the columns {list(columns)} has a value")
     figure, axes = _figure(7.0, 4.0)
-    for colour, (name, points) in zip(_colours(), curves.items(), strict=False):
+    for colour, (name, points) in zip(LINE_COLOURS, curves.items(), strict=False):
         steps, values = zip(*points, strict=True)
         noisy = len(points) > 100  # fewer points are shown as they are: smoothing would lag behind them
         axes.plot(steps, values, color=colour, alpha=0.3 if noisy else 1.0, label=None if noisy else name,
@@ -68,10 +69,7 @@ def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
 def plot_heatmap(
     matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: str, unit: str = "mean gate weight"
 ) -> Path:
-    """A matrix of values in 0..1 as coloured cells, with numbers while they are readable; NaN stays empty.
-
-    Returns `out`.
-    """
+    """A matrix of values in 0..1 as coloured cells, with numbers while they are readable; NaN stays empty."""
     rows, columns = len(matrix.rows), len(matrix.columns)
     if not rows or not columns:
         raise DataError(f"nothing to draw for {title!r}: no routing was recorded")
@@ -79,9 +77,8 @@ def plot_heatmap(
     peak = max((value for row in matrix.values for value in row if not math.isnan(value)), default=0.0)
     image = axes.imshow(matrix.values, cmap="Blues", vmin=0.0, vmax=peak or 1.0, aspect="auto")
     crowded = columns > 8 or any(len(name) > 10 for name in matrix.columns)
-    axes.set_xticks(
-        range(columns), matrix.columns, rotation=45 if crowded else 0, ha="right" if crowded else "center"
-    )
+    angle, end = (45, "right") if crowded else (0, "center")
+    axes.set_xticks(range(columns), matrix.columns, rotation=angle, ha=end)
     axes.set_yticks(range(rows), matrix.rows)
     axes.set(title=title, xlabel=xlabel, ylabel=ylabel)
     axes.spines[:].set_visible(False)
@@ -89,10 +86,9 @@ def plot_heatmap(
     if rows * columns <= ANNOTATE_UP_TO:
         for y, values in enumerate(matrix.values):
             for x, value in enumerate(values):
-                if math.isnan(value):
-                    continue
-                ink = "white" if value > 0.6 * peak else "#333333"
-                axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
+                if not math.isnan(value):
+                    ink = "white" if value > 0.6 * peak else "#333333"
+                    axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=axes, label=unit)
     return _save(figure, out)
 
@@ -152,7 +148,3 @@ def _save(figure: Figure, out: Path) -> Path:
 
     FigureCanvasAgg(figure).print_png(str(out), metadata={"Software": None}, pil_kwargs=None)
     return out
-
-
-def _colours() -> Iterable[str]:
-    return ("#2563a8", "#d1700a", "#3d8f4f", "#a8325e")

@@ -40,13 +40,8 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
 
 def accuracy_table(matrix: AccuracyMatrix, title: str) -> Table:
     """An accuracy matrix in percent: turns from top to bottom, tasks from left to right."""
-    table = _table(f"accuracy, {title}")
-    table.add_column("after")
-    for task in matrix.tasks:
-        table.add_column(task, justify="right")
-    turns = [*([("base", matrix.base)] if matrix.base else [])]
-    turns += zip(matrix.turn_names, matrix.rows, strict=True)
-    for name, row in turns:
+    table = _table(f"accuracy, {title}", ["after"], matrix.tasks)
+    for name, row in matrix.turns():
         table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in row))
     return table
 
@@ -57,37 +52,35 @@ def report_tables(report: Report) -> list[Table]:
         tables = [difference_table(differences(report.before, report.scores))]
     else:
         tables = [score_table(report.scores)]
-    if report.routing and report.routing.by_task:
-        tables.append(
-            matrix_table(report.routing.task_expert(), routing_title(report.routing), corner="task")
-        )
+    if (routing := report.routing) and routing.by_task:
+        tables.append(matrix_table(routing.task_expert(), routing_title(routing), corner="task"))
     return tables
 
 
 def score_table(scores: Sequence[Score], title: str = "Held-out scores") -> Table:
     """Task x mode."""
-    modes = list(dict.fromkeys(score.mode for score in scores))
-    found = {(score.task, score.mode): score for score in scores}
-    table = _table(title)
-    table.add_column("task")
-    table.add_column("metric")
-    table.add_column("items", justify="right")
-    for mode in modes:
-        table.add_column(MODE_TITLES.get(mode, mode), justify="right")
-    for task in dict.fromkeys(score.task for score in scores):
-        first = next(score for score in scores if score.task == task)
-        cells = [found[task, mode].text() if (task, mode) in found else "-" for mode in modes]
-        table.add_row(_plain(task), first.metric, str(first.count), *cells)
+    head, rows = score_cells(scores)
+    table = _table(title, head[:2], head[2:])
+    for task, *cells in rows:
+        table.add_row(_plain(task), *cells)
     return table
+
+
+def score_cells(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
+    """Headings and rows of task x mode; the first two columns are texts, the others numbers."""
+    modes = list(dict.fromkeys(score.mode for score in scores))
+    found = {(score.task, score.mode): score.text() for score in scores}
+    first = {score.task: score for score in reversed(scores)}
+    rows = [
+        [task, first[task].metric, str(first[task].count), *(found.get((task, mode), "-") for mode in modes)]
+        for task in dict.fromkeys(score.task for score in scores)
+    ]
+    return ["task", "metric", "items", *(MODE_TITLES.get(mode, mode) for mode in modes)], rows
 
 
 def difference_table(rows: Iterable[Difference], title: str = "Before and after") -> Table:
     """Task x mode, one line each: before, after, change."""
-    table = _table(title)
-    for heading in ("task", "mode", "metric"):
-        table.add_column(heading)
-    for heading in ("before", "after", "change"):
-        table.add_column(heading, justify="right")
+    table = _table(title, ["task", "mode", "metric"], ["before", "after", "change"])
     rows, last = list(rows), None
     order = list(dict.fromkeys(row.task for row in rows))
     for row in sorted(rows, key=lambda row: order.index(row.task)):
@@ -107,10 +100,7 @@ def difference_table(rows: Iterable[Difference], title: str = "Before and after"
 
 def matrix_table(matrix: Matrix, title: str, *, corner: str) -> Table:
     """A labelled matrix of weights; each row's largest value is bold, and starred for a pipe's sake."""
-    table = _table(title)
-    table.add_column(corner)
-    for column in matrix.columns:
-        table.add_column(_plain(column), justify="right")
+    table = _table(title, [corner], map(_plain, matrix.columns))
     for name, values in zip(matrix.rows, matrix.values, strict=True):
         top = max(values, default=0.0)
         cells = [f"[bold]{v:.2f}*[/bold]" if v == top and v > 0 else f"{v:.2f} " for v in values]
@@ -123,8 +113,14 @@ def routing_title(routing: RoutingSummary) -> str:
     return f"Mean gate weight, task x expert ({MODE_TITLES.get(routing.mode, routing.mode)})"
 
 
-def _table(title: str) -> Table:
-    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    """An empty table with these columns of texts, then these of numbers."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    for heading in texts:
+        table.add_column(heading)
+    for heading in numbers:
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _plain(name: str) -> str:

@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from peft import PeftModel
 from safetensors import SafetensorError
@@ -27,22 +26,19 @@ _PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytor
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
-    """Write one adapter as a folder; one that molora wrote is replaced atomically or stays as it was.
+    """Write one adapter of what `get_peft_model` or `load` returned as a folder; of several active ones, say which.
 
-    Args:
-        model: what `get_peft_model` or `load` returned.
-        path: the folder: new, empty, or one that molora wrote and nothing was added to.
-        adapter_name: which adapter; may be left out where one is active.
-
-    Raises:
-        ConfigError: not a molora model, or the folder cannot be written or may not be replaced.
-        AdapterError: the disk is full.
+    The folder is new, empty, or one that molora wrote and nothing was added to; such a one is replaced atomically or
+    stays as it was. Raises ConfigError for a model without molora, or a folder that cannot be written or may not be
+    replaced; AdapterError where the disk is full.
     """
     model = peft_model(model)
     name = active_adapter(model, adapter_name)
     check_adapter_name(name)
-    config: Any = model.peft_config[name]
-    with write_folder(path, size=_size(model, name)) as folder:
+    config = model.peft_config[name]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [tensor for key, tensor in named if f".{name}." in f"{key}."]
+    with write_folder(path, size=sum(tensor.nbytes for tensor in tensors)) as folder:
         # "auto" would ask the Hub whether the vocabulary was resized; experts never touch embeddings.
         model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)
         if name != "default":
@@ -68,8 +64,6 @@ def load(
 
     Args:
         base: the transformers model the adapter was trained on; it is changed in place, as in PEFT.
-        path: an adapter folder.
-        adapter_name: the adapter's name in the model.
         is_trainable: keep trainable experts trainable (frozen ones stay frozen).
         allow_other_base: load even if the base has other weights; shapes must still fit.
 
@@ -87,7 +81,7 @@ def load(
     if allow_other_base:
         config.base_fingerprint = None
     compare(config.base_fingerprint, base_fingerprint(base))  # before the base is touched
-    with _explain(folder):
+    with _explain(folder, config):
         return PeftModel.from_pretrained(
             base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config
         )
@@ -96,8 +90,7 @@ def load(
 def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
     """The config of an adapter folder, its files verified.
 
-    Raises:
-        AdapterError: not an adapter folder, a damaged one, or a config this version cannot read.
+    Raises AdapterError for no adapter folder, a damaged one, or a config this version cannot read.
     """
     folder = Path(path)
     if not (folder / CONFIG_FILE).is_file():
@@ -114,13 +107,12 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
             )
         raise AdapterError(f"{folder / WEIGHTS_FILE} is missing.")
     stored = read_json(folder / CONFIG_FILE)
-    if not isinstance(stored, dict) or stored.get("peft_type") != "MOLORA":
-        kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
+    kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
+    if not isinstance(stored, dict) or kind != "MOLORA":
+        hint = "use molora.import_lora to bring an ordinary LoRA in as an expert."
         raise AdapterError(
             f"{folder / CONFIG_FILE} describes a {kind!r} adapter, not a mixture of experts.",
-            hint="use molora.import_lora to bring an ordinary LoRA in as an expert."
-            if kind == "LORA"
-            else None,
+            hint=hint if kind == "LORA" else None,
         )
     known = [field.name for field in fields(MoLoraConfig)]
     for key in stored:
@@ -159,23 +151,18 @@ def peft_model(model: nn.Module) -> PeftModel:
     return model
 
 
-def _size(model: PeftModel, adapter: str) -> int:
-    marks = (f".{adapter}.", f".{adapter}")
-    named = [*model.named_parameters(), *model.named_buffers()]
-    tensors = [tensor for name, tensor in named if marks[0] in name or name.endswith(marks[1])]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
 @contextmanager
-def _explain(folder: Path) -> Iterator[None]:
-    """PEFT's and safetensors' own errors as AdapterErrors that name the folder."""
+def _explain(folder: Path, config: MoLoraConfig) -> Iterator[None]:
+    """PEFT's and safetensors' own errors as AdapterErrors that name the file."""
+    file = folder / WEIGHTS_FILE
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="Found missing adapter keys")
             yield
     except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged: {error}.", hint="copy it again.") from error
+        raise AdapterError(f"{file} is damaged: {error}.", hint="copy it again.") from error
     except KeyError as error:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE} lacks the tensor {error}.", hint="copy it again."
-        ) from error
+        # PEFT looks up every tensor of a head (a module saved whole) by its name in the model.
+        if not any(f".{head}." in str(error) for head in config.modules_to_save or ()):
+            raise
+        raise AdapterError(f"{file} lacks the tensor {error}.", hint="copy it again.") from error

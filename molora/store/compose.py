@@ -30,9 +30,8 @@ def compose(
 ) -> PeftModel:
     """A mixture whose experts are these LoRAs, of any ranks and targets, exactly as they are.
 
-    The experts are frozen; the gate learns, or is fitted without training (`fit`). A layer that a LoRA does not
-    cover has an expert that adds nothing. `molora.routing(model, experts=[name])` gives each LoRA's
-    own outputs.
+    The experts are frozen; the gate learns, or is fitted without training (`fit`). A layer that a LoRA does not cover
+    has an expert that adds nothing. `molora.routing(model, experts=[name])` gives each LoRA's own outputs.
 
     Args:
         base: the model the LoRAs were trained on; it is changed in place, as in PEFT.
@@ -49,10 +48,8 @@ def compose(
     """
     if not loras:
         raise ConfigError("compose needs at least one LoRA: {name: folder}.")
-    decided = sorted(
-        {"num_experts", "r", "target_modules", "expert_names", "expert_specs", "share_A"} & set(settings)
-    )
-    if decided:
+    ours = {"num_experts", "r", "target_modules", "expert_names", "expert_specs", "share_A"}
+    if decided := sorted(ours & set(settings)):
         raise ConfigError(f"compose: {', '.join(decided)} follow from the LoRAs; leave them out.")
     if fit is not None and fit not in METHODS:
         raise ConfigError(f"fit={fit!r} is not one of {', '.join(METHODS)}.{did_you_mean(fit, METHODS)}")
@@ -61,9 +58,9 @@ def compose(
     for folder in folders.values():
         foreign = sorted(set(folder.factors) - modules)
         if foreign:
+            more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
             raise AdapterError(
-                f"{folder.path} does not fit this base: it has no module {foreign[0]!r}"
-                + (f" and {len(foreign) - 1} more." if len(foreign) > 1 else "."),
+                f"{folder.path} does not fit this base: it has no module {foreign[0]!r}{more}.",
                 hint="use the base the LoRA was trained on.",
             )
     targets = sorted({key for folder in folders.values() for key in folder.factors})
@@ -84,8 +81,7 @@ def compose(
         chosen = given["gate"].get("top_k") if isinstance(given["gate"], Mapping) else None
         if isinstance(chosen, int) and "gate" not in settings:  # a method that picks 3 of 2 LoRAs picks both
             given["gate"] = {**given["gate"], "top_k": min(chosen, len(loras))}
-    config = MoLoraConfig(**given)
-    model = get_peft_model(base, config)
+    model = get_peft_model(base, MoLoraConfig(**given))
     for name, path in loras.items():
         import_lora(model, path, expert=name)
     if fit is not None:

@@ -23,6 +23,7 @@ from molora.disk.card import WEIGHTS_FILE
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
 from molora.experts.factor_mix import as_one
+from molora.forward.mount import PLAIN, Mount
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
@@ -75,13 +76,11 @@ def export_lora(
     (`modules_to_save`) are included. Modules whose update is zero are left out.
 
     Args:
-        model: what `get_peft_model` or `molora.load` returned.
         out: the folder to write: new, empty, or one that molora wrote, which is replaced atomically.
         expert: this expert alone, at weight 1.
         task: the experts of this task, where a task's weights do not depend on the input.
         weights: a fixed mixture by expert name; others get 0. With none of the three: the mixture itself
             where its gate reads no input.
-        adapter_name: which adapter; may be left out where one is active.
         fold_scaling: multiply the scaling into B and pad to one rank, so that `lora_alpha = r` without
             rsLoRA or patterns: for engines that read only `r` and `lora_alpha`.
 
@@ -98,7 +97,8 @@ def export_lora(
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     config: Any = wrapped.peft_config[adapter]
     with torch.no_grad():
-        parts = {layer.mounts[adapter].key: _part(config, layer, adapter, task, chosen) for layer in layers}
+        mounts = [layer.mounts[adapter] for layer in layers]
+        parts = {mount.key: _part(config, mount, task, chosen) for mount in mounts}
         parts = {key: part for key, part in parts.items() if part.B.any()} or parts
         # A head that wraps the encoder is molora's own: the LoRA belongs to the encoder.
         wrapper = getattr(wrapped.get_base_model(), "wraps", None)
@@ -115,45 +115,35 @@ def export_lora(
     if wrapper is not None:
         lora.task_type = "FEATURE_EXTRACTION"
     named = (f"{kind} `{name}`" for kind, name in (("expert", expert), ("task", task)) if name is not None)
-    card = _card(lora, next(named, "a fixed mixture"))
-    return _write(Path(out), lora, parts, _heads(wrapped, adapter), card)
-
-
-def _write(out: Path, lora: LoraConfig, parts: dict[str, _Part], heads: dict[str, Tensor], card: str) -> Path:
-    tensors = dict(heads)
+    what = next(named, "a fixed mixture")
+    tensors = _heads(wrapped, adapter)
     for key, part in parts.items():
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
     # Views share storage with their stack, which safetensors refuses to write.
     own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
-    with write_folder(out, size=sum(t.numel() * t.element_size() for t in own.values())) as folder:
+    with write_folder(out, size=sum(t.nbytes for t in own.values())) as folder:
         save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         lora.save_pretrained(str(folder))
-        write_file(folder / "README.md", card.encode())
-    return out
+        write_file(folder / "README.md", _card(lora, what).encode())
+    return Path(out)
 
 
-def _part(
-    config: MoLoraConfig,
-    layer: MoLoraLayer,
-    adapter: str,
-    task: str | None,
-    chosen: Mapping[str, float] | None,
-) -> _Part:
+def _part(config: MoLoraConfig, mount: Mount, task: str | None, chosen: Mapping[str, float] | None) -> _Part:
     """What one module contributes: a single expert as it is, several concatenated along the rank."""
-    bank: Any = layer.mounts[adapter].bank
-    site = layer.mounts[adapter]
-    weights = static_weights(layer.mounts[adapter], task, chosen)
-    names = ["plain"] if site.plain else experts_at(config, site.key)
-    experts = bank.at_task(static_shares(layer.mounts[adapter], task))
-    if site.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
+    bank = mount.bank
+    weights = static_weights(mount, task, chosen)
+    names = [PLAIN] if mount.plain else experts_at(config, mount.key)
+    experts = bank.at_task(static_shares(mount, task))
+    if mount.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
         mixed = as_one(bank, weights)
         return _Part(mixed.A, mixed.B, 1.0, mixed.rank)
-    used = [(n, w, e) for n, w, e in zip(names, weights[0].tolist(), experts, strict=True) if w]
+    used = [entry for entry in zip(names, weights[0].tolist(), experts, strict=True) if entry[1]]
     if not used:  # an expert that is not in this layer
         like = bank.expert(0)
         return _Part(like.A[:1] * 0, like.B[:, :1] * 0, 1.0, 1)
-    if len(used) == 1 and used[0][1] == 1.0:
-        return _single(config, used[0][0], site.key, used[0][2])
+    name, weight, expert = used[0]
+    if len(used) == 1 and weight == 1.0:
+        return _single(config, name, mount.key, expert)
     A = torch.cat([e.A for _, _, e in used])
     B = torch.cat([w * e.scaling * e.B for _, w, e in used], dim=1)
     return _Part(A, B, 1.0, A.shape[0])
@@ -172,7 +162,7 @@ def _single(config: MoLoraConfig, name: str, key: str, expert: Expert) -> _Part:
 def _lora_config(
     config: MoLoraConfig, parts: dict[str, _Part], targets: list[str], conv1d: bool
 ) -> LoraConfig:
-    root = next((part.root for part in parts.values() if part.root), False)
+    root = any(part.root for part in parts.values())
     parts = {key: part.with_rule(root) for key, part in parts.items()}
     r = Counter(part.rank for part in parts.values()).most_common(1)[0][0]
     alpha = Counter(part.alpha for part in parts.values()).most_common(1)[0][0]
@@ -192,7 +182,7 @@ def _lora_config(
     )
 
 
-def _number(value: float) -> Any:
+def _number(value: float) -> Any:  # PEFT declares an int and takes both
     return int(value) if float(value).is_integer() else float(value)
 
 
@@ -201,7 +191,7 @@ def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            wrapper: Any = module
+            wrapper: Any = module  # PEFT's base class declares it without the state dict
             state = wrapper.adapter_state_dict(adapter, module.state_dict())
             found.update({f"{name}.{key}": tensor for key, tensor in state.items()})
     return found

@@ -69,16 +69,14 @@ class LoraFolder:
 def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
     """Read a PEFT LoRA folder (safetensors only).
 
-    Raises:
-        AdapterError: a damaged folder, another kind of adapter, or a LoRA variant; says why it cannot be
-            an expert.
+    Raises AdapterError, with the reason, for a damaged folder, another kind of adapter, or a LoRA variant.
     """
     folder = Path(path)
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
     config = read_json(folder / CONFIG_FILE)
     _check_config(folder, config)
-    factors, skipped = _sort(folder, _tensors(folder), config)
+    factors, skipped = _tensors(folder, config)
     spec = ExpertSpec(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -116,26 +114,21 @@ def _check_config(folder: Path, config: object) -> None:
         raise AdapterError(f"{folder} cannot become an expert:\n  " + "\n  ".join(reasons))
 
 
-def _tensors(folder: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(folder / WEIGHTS_FILE)
-    except FileNotFoundError:
-        raise AdapterError(
-            f"{folder / WEIGHTS_FILE} is missing.",
-            hint="only safetensors are read: a pickle (.bin) could run any code.",
-        ) from None
-    except SafetensorError as error:
-        raise AdapterError(f"{folder / WEIGHTS_FILE} is damaged: {error}.", hint="copy it again.") from error
-
-
-def _sort(
-    folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]
+def _tensors(
+    folder: Path, config: dict[str, Any]
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[str, ...]]:
     """Pairs of factors by module, and the names of tensors that belong to modules saved whole."""
-    saved = {
-        *(config.get("modules_to_save") or ()),
-        *(_HEADS if config.get("task_type") == "SEQ_CLS" else ()),
-    }
+    file = folder / WEIGHTS_FILE
+    try:
+        tensors = load_file(file)
+    except FileNotFoundError:
+        hint = "only safetensors are read: a pickle (.bin) could run any code."
+        raise AdapterError(f"{file} is missing.", hint=hint) from None
+    except SafetensorError as error:
+        raise AdapterError(f"{file} is damaged: {error}.", hint="copy it again.") from error
+    saved = set(config.get("modules_to_save") or ())
+    if config.get("task_type") == "SEQ_CLS":
+        saved.update(_HEADS)
     halves: dict[str, dict[str, Tensor]] = {}
     skipped, problems = [], []
     for name, tensor in tensors.items():
@@ -153,10 +146,9 @@ def _sort(
         if set(half) != {"A", "B"}:
             problems.append(f"{key}: has lora_{next(iter(half))} only")
         elif half["A"].dim() != 2 or half["B"].dim() != 2 or half["A"].shape[0] != half["B"].shape[1]:
-            problems.append(
-                f"{key}: lora_A {tuple(half['A'].shape)} and lora_B {tuple(half['B'].shape)} do not fit"
-            )
+            a, b = tuple(half["A"].shape), tuple(half["B"].shape)
+            problems.append(f"{key}: lora_A {a} and lora_B {b} do not fit")
     if problems or not halves:
         listed = problems[:10] or ["it holds no factors at all"]
-        raise AdapterError(f"{folder / WEIGHTS_FILE} cannot become an expert:\n  " + "\n  ".join(listed))
+        raise AdapterError(f"{file} cannot become an expert:\n  " + "\n  ".join(listed))
     return {key: (half["A"], half["B"]) for key, half in halves.items()}, tuple(sorted(skipped))

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
 
 from molora.errors import AdapterError
-from molora.experts.bank import Expert, ExpertBank, ExpertRows
+from molora.experts.bank import Expert, ExpertRows
+from molora.forward.mount import Mount
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import LoraFolder, read_lora
-from molora.tuner.api import find_context
+from molora.tuner.api import config_of, find_context
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.grow import add_expert
 from molora.tuner.layer import MoLoraLayer
@@ -39,19 +39,12 @@ def import_lora(
     tasks: Sequence[str] = (),
     adapter_name: str | None = None,
 ) -> Imported:
-    """Load a LoRA folder into the expert of that name, or into a new expert where there is none.
+    """Load a LoRA folder into the expert of that name, or into a new expert (of these tasks) where there is none.
 
     Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
     the mixture's widens the stacks. Layers the LoRA does not cover get B = 0. A new expert's gate row is
     zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
     Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result.
-
-    Args:
-        model: what `get_peft_model` or `molora.load` returned.
-        folder: the LoRA's folder.
-        expert: the expert's name.
-        tasks: tasks a new expert serves, as in `add_expert`.
-        adapter_name: which adapter; may be left out where one is active.
 
     Raises:
         AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.
@@ -60,14 +53,11 @@ def import_lora(
     wrapped = peft_model(model)
     adapter = active_adapter(wrapped, adapter_name)
     context = find_context(wrapped)
-    config: MoLoraConfig = context.adapters[adapter].config
+    config = config_of(context, adapter)
     lora = read_lora(folder)
-    layers: dict[str, MoLoraLayer] = {
-        m.mounts[adapter].key: m
-        for m in wrapped.modules()
-        if isinstance(m, MoLoraLayer) and adapter in m.mounts
-    }
-    _check_fit(lora, config, layers, adapter)
+    layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
+    mounts = {layer.mounts[adapter].key: layer.mounts[adapter] for layer in layers}
+    _check_fit(lora, config, mounts)
 
     def factors(key: str, fresh: Expert) -> Expert:
         if key not in lora.factors:
@@ -76,7 +66,7 @@ def import_lora(
         return Expert(A.to(fresh.A), B.to(fresh.B), lora.scaling(key))
 
     if expert in (config.expert_names or []):
-        _replace(config, layers, adapter, expert, lora, factors)
+        _replace(config, mounts, expert, lora, factors)
     else:
         add_expert(
             wrapped,
@@ -98,45 +88,42 @@ def import_lora(
 
 def _replace(
     config: MoLoraConfig,
-    layers: dict[str, MoLoraLayer],
-    adapter: str,
+    mounts: Mapping[str, Mount],
     expert: str,
     lora: LoraFolder,
-    factors: Any,
+    factors: Callable[[str, Expert], Expert],
 ) -> None:
     if config.share_A:
         raise AdapterError(f"{lora.path} has factors of its own, but this mixture's experts share one A.")
     config.expert_specs[expert] = lora.spec
-    for key, layer in layers.items():
-        if layer.mounts[adapter].plain or expert not in experts_at(config, key):
+    for key, mount in mounts.items():
+        names = experts_at(config, key)
+        if mount.plain or expert not in names:
             continue
-        bank: ExpertBank = layer.mounts[adapter].bank
-        index = experts_at(config, key).index(expert)
-        experts: list[Expert | ExpertRows] = [*bank.rows()]
-        rank, old = lora.rank(key), bank.expert(index)
+        index, rank = names.index(expert), lora.rank(key)
+        experts: list[Expert | ExpertRows] = [*mount.bank.rows()]
+        old = mount.bank.expert(index)
         A = old.A.detach()[:rank]
         A = nn.functional.pad(A, (0, 0, 0, rank - A.shape[0]))
         fresh = Expert(A, old.B.new_zeros(old.B.shape[0], rank), lora.scaling(key))
         experts[index] = factors(key, fresh)
-        bank.assign(experts, frozen_at(config, key))
+        mount.bank.assign(experts, frozen_at(config, key))
 
 
-def _check_fit(lora: LoraFolder, config: MoLoraConfig, layers: dict[str, MoLoraLayer], adapter: str) -> None:
+def _check_fit(lora: LoraFolder, config: MoLoraConfig, mounts: Mapping[str, Mount]) -> None:
     problems = []
     for key, (A, B) in lora.factors.items():
-        layer = layers.get(key)
-        if layer is None or layer.mounts[adapter].plain:
-            kind = "has no experts" if layer is None else "has a plain LoRA, no experts"
+        mount = mounts.get(key)
+        if mount is None or mount.plain:
+            kind = "has no experts" if mount is None else "has a plain LoRA, no experts"
             problems.append(f"{key}: {kind} in this mixture (target_modules={config.target_modules!r})")
             continue
-        bank: ExpertBank = layer.mounts[adapter].bank
-        if bank.kind.imports is not None:
-            raise AdapterError(f"{lora.path} cannot become an expert of this mixture: {bank.kind.imports}.")
-        like = bank.expert(0)
-        if (B.shape[0], A.shape[1]) != (like.B.shape[0], like.A.shape[1]):
-            problems.append(
-                f"{key}: maps {A.shape[1]} to {B.shape[0]}, the layer {like.A.shape[1]} to {like.B.shape[0]}"
-            )
+        if (why := mount.bank.kind.imports) is not None:
+            raise AdapterError(f"{lora.path} cannot become an expert of this mixture: {why}.")
+        like = mount.bank.expert(0)
+        given, here = (A.shape[1], B.shape[0]), (like.A.shape[1], like.B.shape[0])
+        if given != here:
+            problems.append(f"{key}: maps {given[0]} to {given[1]}, the layer {here[0]} to {here[1]}")
         if A.shape[0] != lora.rank(key):
             problems.append(f"{key}: rank {A.shape[0]}, but its config says {lora.rank(key)}")
     if problems:

@@ -39,8 +39,7 @@ class Run:
     def create(cls, output: str | os.PathLike[str], name: str) -> Run:
         """Make a new, empty folder `<output>/<name>/<stamp>` and point `<output>/<name>/latest` at it.
 
-        Raises:
-            ConfigError: the name breaks the name rule, or the folder cannot be written.
+        Raises ConfigError where the name breaks the name rule, or the folder cannot be written.
         """
         parent = Path(output).absolute() / check_name(name, "run")
         check_writable(parent / "run")
@@ -57,17 +56,14 @@ class Run:
 
     @classmethod
     def find(cls, path: str | os.PathLike[str]) -> Run:
-        """The run at a run folder, at `<output>/<name>` (its latest one) or at `<output>/<name>/latest`.
-
-        Raises:
-            ConfigError: there is none.
-        """
+        """The run at a run folder, `<output>/<name>` (its latest) or `<output>/<name>/latest`; else a ConfigError."""
         given = Path(path).absolute()
         if (given / CONFIG_FILE).is_file():
             return cls(given.resolve())
         parent = given.parent if given.name == LATEST else given
         pointed = _read_latest(parent)
-        found = [pointed] if pointed is not None else _stamped(parent)
+        stamped = sorted(file.parent.resolve() for file in parent.glob(f"*/{CONFIG_FILE}"))
+        found = [pointed] if pointed is not None else stamped
         if not found:
             what = "is not a run folder" if given.exists() else "does not exist"
             raise ConfigError(
@@ -100,16 +96,12 @@ class Run:
     @property
     def checkpoints(self) -> list[Path]:
         """Undamaged checkpoints `checkpoints/step-N`, by step."""
-        found = {
-            path: re.fullmatch(r"step-(\d+)", path.name) for path in (self.path / "checkpoints").glob("*")
-        }
-        steps = sorted((int(match[1]), path) for path, match in found.items() if match)
-        return [path for _, path in steps if is_complete(path)]
+        return [path for path in checkpoints(self.path / "checkpoints") if is_complete(path)]
 
     @property
     def latest_checkpoint(self) -> Path | None:
         """The newest undamaged checkpoint."""
-        return self.checkpoints[-1] if self.checkpoints else None
+        return latest_valid(self.path / "checkpoints")
 
     @property
     def report(self) -> dict[str, Any] | None:
@@ -119,12 +111,9 @@ class Run:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Refuse every other process that wants to write into the run meanwhile.
+        """Keep every other process from writing into the run meanwhile; AdapterError where one is writing already.
 
         The kernel drops the lock when its process dies, so one left by a killed run never blocks.
-
-        Raises:
-            AdapterError: another process is writing; says which, and on which machine.
         """
         file = self.path / LOCK_FILE
         if file in _held:
@@ -140,6 +129,22 @@ class Run:
                 stream.truncate(0)
             finally:
                 _held.discard(file)
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint folders by step, oldest first, damaged ones included."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d+", path.name)]
+    return sorted(found, key=checkpoint_step)
+
+
+def latest_valid(folder: Path) -> Path | None:
+    """The newest undamaged checkpoint: after damage an older one is better than none."""
+    return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
+
+
+def checkpoint_step(path: Path | None) -> int:
+    """The step a checkpoint folder was written at; 0 for none."""
+    return 0 if path is None else int(path.name.removeprefix("step-"))
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -182,10 +187,6 @@ def _read_latest(parent: Path) -> Path | None:
     if pointer.is_file():
         pointer = parent / Path(pointer.read_text(encoding="utf-8").strip()).name
     return pointer.resolve() if (pointer / CONFIG_FILE).is_file() else None
-
-
-def _stamped(parent: Path) -> list[Path]:
-    return sorted(file.parent.resolve() for file in parent.glob(f"*/{CONFIG_FILE}"))
 
 
 def _runs_near(folder: Path) -> str:

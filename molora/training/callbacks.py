@@ -14,22 +14,17 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from molora.data.clusters import inference
 from molora.errors import DivergedError, InterruptedRun
 from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
 from molora.training.objective import held_out_loss
 
 
-def _any_process(trainer: Trainer, flag: bool) -> bool:
-    """Whether `flag` is set in any process; all of them must call this."""
-    return trainer.strategy.reduce_boolean_decision(flag, all=False) if trainer.world_size > 1 else flag
-
-
 class DivergenceGuard(Callback):
     """Stops training at a loss that is not finite, before anything of it is saved.
 
-    The loss is looked at after every batch on a CPU, and every `every` batches where looking means
-    waiting for the device; checkpoints check the weights on their own.
+    It looks after every batch on a CPU, and every `every` batches where looking means waiting for the device.
     """
 
     def __init__(self, every: int) -> None:
@@ -46,7 +41,7 @@ class DivergenceGuard(Callback):
         if self._loss is None or (self._loss.device.type != "cpu" and (batch_idx + 1) % self.every):
             return
         total, self._loss = self._loss.item(), None
-        if _any_process(trainer, not math.isfinite(total)):
+        if trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False):
             raise DivergedError(
                 f"the training loss is {total} at step {trainer.global_step}.",
                 hint="checkpoints up to here are intact; lower train.lr, set train.clip, or look at the data.",
@@ -72,19 +67,16 @@ class Interrupt(StepCallback):
         self._received = number
 
     def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
-        if _any_process(trainer, self._received is not None):
+        if trainer.strategy.reduce_boolean_decision(self._received is not None, all=False):
             path = self.checkpoints.save(trainer, module)
             raise InterruptedRun(
                 f"stopped by a signal at step {step}; saved {path}.", hint="go on with --resume."
             )
 
-    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        self._restore()
-
     def on_exception(self, trainer: Trainer, module: LightningModule, exception: BaseException) -> None:
-        self._restore()
+        self.on_train_end(trainer, module)
 
-    def _restore(self) -> None:
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
@@ -93,8 +85,8 @@ class Interrupt(StepCallback):
 class Validation(StepCallback):
     """Mean loss on held-out batches every `every` steps; stops early after `patience` times without a gain.
 
-    It runs inside the training step, not as Lightning's validation loop, so that a checkpoint of the same
-    step always contains its outcome and a resumed run never skips or repeats one.
+    Unlike Lightning's validation loop it runs inside the training step, so that a checkpoint of the same step always
+    contains its outcome and a resumed run never skips or repeats one.
     """
 
     def __init__(self, batches: Iterable[Any], every: int, patience: int | None) -> None:
@@ -116,19 +108,15 @@ class Validation(StepCallback):
         self.best = min(self.best, loss)
         self._stop_if_stale(trainer)
 
-    @torch.no_grad()
     def loss(self, trainer: Trainer, module: MoLoraModule) -> float:
         """Mean loss per target token (per sample for a classifier), without auxiliary losses."""
-        was_training = [m for m in module.modules() if m.training]
-        module.eval()
         totals = torch.zeros(2, dtype=torch.float64)
-        for batch in self.batches:
-            batch = trainer.strategy.batch_to_device(batch)
-            with trainer.precision_plugin.forward_context():
-                loss, count = held_out_loss(module.model, batch)
-            totals += torch.stack([loss.double() * count, count.double()]).cpu()
-        for m in was_training:
-            m.training = True
+        with inference(module):
+            for batch in self.batches:
+                batch = trainer.strategy.batch_to_device(batch)
+                with trainer.precision_plugin.forward_context():
+                    loss, count = held_out_loss(module.model, batch)
+                totals += torch.stack([loss.double() * count, count.double()]).cpu()
         totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
         return (totals[0] / totals[1].clamp(min=1)).item()
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -19,24 +18,22 @@ from torch import nn
 from molora.disk.atomic import write_folder
 from molora.disk.manifest import is_complete, verify_folder
 from molora.errors import DivergedError
+from molora.store.runs import checkpoints
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
 
 
 class FolderIO(CheckpointIO):
-    """Lightning checkpoints as folders: the adapter's weights, and everything else the trainer needs.
+    """Lightning checkpoints as folders with a manifest of hashes: the adapter's weights, and the trainer's other state.
 
-    Folders are written beside their place and renamed into it, with a manifest of hashes; reading checks
-    the manifest first and never unpickles anything but plain data.
+    They are written whole or not at all; reading checks the manifest first and unpickles nothing but plain data.
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` as the folder `path`, replacing a damaged one of that name."""
-        if Path(path).is_dir() and not is_complete(
-            path
-        ):  # worth nothing; its manifest may be what is damaged
-            shutil.rmtree(path)
+        if Path(path).is_dir() and not is_complete(path):
+            shutil.rmtree(path)  # worth nothing; its manifest may be what is damaged
         state = dict(checkpoint)
         weights = {name: tensor.contiguous() for name, tensor in state.pop("state_dict").items()}
         with write_folder(path) as folder:
@@ -82,17 +79,16 @@ def restore_random_state(state: dict[str, Any]) -> None:
 class RandomState(Callback):
     """Hands the random state from the end of one training batch to the start of the next.
 
-    Whatever draws in between (validation, a new worker, a log line) cannot shift the training's own
-    sequence, and a checkpoint written in between holds exactly what the next batch will see.
+    So what draws in between (validation, a new worker) does not change what training draws, and a checkpoint written in
+    between holds exactly what the next batch will see.
     """
 
     def __init__(self) -> None:
         self._states: list[dict[str, Any]] = []  # one per process
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        if (
-            not self._states and trainer.world_size > 1
-        ):  # all processes were seeded alike to build the same model
+        # All processes were seeded alike, to build the same model.
+        if not self._states and trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
@@ -104,18 +100,15 @@ class RandomState(Callback):
             restore_random_state(self._states[mine])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"states": _from_all_processes(self._states)}
+        states = self._states
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            gathered: list[Any] = [None] * torch.distributed.get_world_size()
+            torch.distributed.all_gather_object(gathered, states)
+            states = [state for part in gathered for state in part]
+        return {"states": states}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._states = state["states"]
-
-
-def _from_all_processes(states: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return states
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, states)
-    return [state for part in gathered for state in part]
 
 
 def require_finite(module: nn.Module, step: int) -> None:
@@ -171,19 +164,3 @@ class Checkpoints(StepCallback):
             for old in checkpoints(self.folder)[: -self.keep]:
                 shutil.rmtree(old)
         return path
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """Checkpoint folders by step, oldest first, damaged ones included."""
-    found = {path: re.fullmatch(r"step-(\d+)", path.name) for path in folder.glob("step-*")}
-    return sorted((path for path, match in found.items() if match), key=checkpoint_step)
-
-
-def latest_valid(folder: Path) -> Path | None:
-    """The newest undamaged checkpoint: after damage an older one is better than none."""
-    return next((path for path in reversed(checkpoints(folder)) if is_complete(path)), None)
-
-
-def checkpoint_step(path: Path | None) -> int:
-    """The step a checkpoint folder was written at; 0 for none."""
-    return 0 if path is None else int(path.name.removeprefix("step-"))

@@ -10,13 +10,14 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
+from molora.config.load import Recipe
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import write_file
 from molora.errors import ConfigError
 from molora.evaluation.naming import NAMED, named_right
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
-from molora.evaluation.runner import check_tasks_known, evaluate_tasks
+from molora.evaluation.runner import evaluate_tasks
 from molora.evaluation.score import Limits
 from molora.models.build import load_trained, tasks_of
 from molora.models.task_router import names_tasks
@@ -35,7 +36,7 @@ def evaluate(
     *,
     tasks: Sequence[str] | None = None,
     modes: Sequence[str] | None = None,
-    recipe: Any = None,
+    recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
 ) -> Report:
@@ -56,13 +57,18 @@ def evaluate(
     """
     path = run_or_adapter.path if isinstance(run_or_adapter, Run) else Path(run_or_adapter)
     run = None if (path / "adapter_config.json").is_file() else Run.find(path)
-    config = load_recipe(_recipe_of(run, recipe, path), overrides)
-    task_set = _known_tasks(config, run.trained_adapter if run else path)
-    names = list(task_set.ids) if tasks is None else list(tasks)
-    check_tasks_known(names, task_set.ids)
+    source = recipe if recipe is not None or run is None else run.config
+    if source is None:
+        raise ConfigError(
+            f"{path} is an adapter folder, which holds no data to score.", hint="name a recipe with --recipe."
+        )
+    config = load_recipe(source, overrides)
+    adapter = read_config(run.trained_adapter if run else path)
+    task_set = tasks_of(config, known_ids=adapter.task_ids or {})
+    chosen = [task_set[name] for name in (task_set.ids if tasks is None else tasks)]
     with quiet_libraries():
         model, tokenizer, _ = load_trained(run.path if run else path)
-        report = score(config, model, tokenizer, [task_set[name] for name in names], modes)
+        report = score(config, model, tokenizer, chosen, modes)
     whole = tasks is None and modes is None and recipe is None and not overrides
     folder = Path(out) if out is not None else _folder(run, whole)
     if folder is not None:
@@ -75,8 +81,7 @@ def evaluate_run(run: Run, model: Any, tokenizer: PreTrainedTokenizerBase, tasks
 
     Tasks without held-out records are named in a note instead.
     """
-    scored = [task for task in tasks if len(task.eval)]
-    report = score(run.config, model, tokenizer, scored)
+    report = score(run.config, model, tokenizer, [task for task in tasks if len(task.eval)])
     skipped = [task.name for task in tasks if not len(task.eval)]
     if skipped:
         report.notes.append(f"not scored, for want of held-out records: {', '.join(skipped)}.")
@@ -92,12 +97,12 @@ def score(
     modes: Sequence[str] | None = None,
 ) -> Report:
     """Score these tasks under a recipe's `eval` section."""
-    if not tasks:
-        return Report(environment=describe_environment())
-    modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
-    report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
-    if names_tasks(model):
-        report.facts[NAMED] = named_right(model, tokenizer, tasks, limits)
+    report = Report()
+    if tasks:
+        modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
+        report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
+        if names_tasks(model):
+            report.facts[NAMED] = named_right(model, tokenizer, tasks, limits)
     report.environment = describe_environment()
     return report
 
@@ -131,33 +136,17 @@ def draw(report: Report, folder: Path) -> list[Path]:
 def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
     """Heat maps of task x expert and layer x expert."""
     title = routing_title(routing)
-    tasks, layers = routing.task_expert(), routing.layer_expert()
+    found = {"task": routing.task_expert(), "layer": routing.layer_expert()}
     return [
-        plot_heatmap(tasks, folder / "task_expert.png", title=title, xlabel="expert", ylabel="task"),
         plot_heatmap(
-            layers,
-            folder / "layer_expert.png",
-            title=title.replace("task x", "layer x"),
+            matrix,
+            folder / f"{rows}_expert.png",
+            title=title.replace("task x", f"{rows} x"),
             xlabel="expert",
-            ylabel="layer",
-        ),
-    ]
-
-
-def _recipe_of(run: Run | None, recipe: Any, path: Path) -> Any:
-    if recipe is not None:
-        return recipe
-    if run is None:
-        raise ConfigError(
-            f"{path} is an adapter folder, which holds no data to score.", hint="name a recipe with --recipe."
+            ylabel=rows,
         )
-    return run.config
-
-
-def _known_tasks(config: RunConfig, adapter: Path) -> TaskSet:
-    """The recipe's tasks under the ids the adapter knows them by."""
-    known = read_config(adapter).task_ids or {}
-    return tasks_of(config, known_ids=known)
+        for rows, matrix in found.items()
+    ]
 
 
 def _folder(run: Run | None, whole: bool) -> Path | None:

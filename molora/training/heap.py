@@ -20,8 +20,7 @@ _TRIM_THRESHOLD = (1 << 31) - 1
 def keep_freed_memory() -> bool:
     """Set both thresholds for this process; True if glibc took them.
 
-    Does nothing where there is no glibc, and leaves a choice made in the environment
-    (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_, GLIBC_TUNABLES) alone.
+    Does nothing where there is no glibc, or where the environment (MALLOC_..._, GLIBC_TUNABLES) has chosen already.
     """
     chosen = ("MALLOC_MMAP_THRESHOLD_", "MALLOC_TRIM_THRESHOLD_", "GLIBC_TUNABLES")
     if not sys.platform.startswith("linux") or any(name in os.environ for name in chosen):

@@ -14,14 +14,22 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 
-class MetricsCsv(Logger):
+class _Metrics(Logger):
+    """A logger of numbers alone: the run folder holds the configuration already."""
+
+    version = ""
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+class MetricsCsv(_Metrics):
     """One row per logged step, in a file that is complete after every row.
 
-    A resumed run drops the rows after its checkpoint, so no step is counted twice. A metric that appears
-    later (the first validation) adds a column and rewrites the file.
+    A resumed run drops the rows after its checkpoint. A metric that appears later adds a column and rewrites the file.
     """
 
-    name, version = "metrics", ""
+    name = "metrics"
 
     def __init__(self, path: Path, resume_step: int = 0) -> None:
         super().__init__()
@@ -33,9 +41,8 @@ class MetricsCsv(Logger):
 
     def _continue(self, resume_step: int) -> None:
         with self.path.open(newline="", encoding="utf-8") as file:
-            rows = [
-                {name: cell for name, cell in row.items() if name and cell} for row in csv.DictReader(file)
-            ]
+            read = list(csv.DictReader(file))
+        rows = [{name: cell for name, cell in row.items() if name and cell} for row in read]
         self.rows = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= resume_step]
         self.columns = list(dict.fromkeys(["step", *(name for row in self.rows for name in row)]))
         self._rewrite()
@@ -65,14 +72,11 @@ class MetricsCsv(Logger):
             writer.writerows(self.rows)
         partial.replace(self.path)
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """The run folder holds the configuration already."""
 
-
-class Terminal(Logger):
+class Terminal(_Metrics):
     """A progress bar with the newest numbers; a line per log where the output is not a terminal."""
 
-    name, version = "terminal", ""
+    name = "terminal"
 
     def __init__(self, total: int, console: Console | None = None) -> None:
         super().__init__()
@@ -102,9 +106,6 @@ class Terminal(Logger):
             self.progress.stop()
             self.progress = None
 
-    def log_hyperparams(self, *_: Any, **__: Any) -> None:
-        """Not shown."""
-
 
 _SHOWN = {
     "loss": "loss",
@@ -117,28 +118,17 @@ _SHOWN = {
 
 def _text(metrics: dict[str, float]) -> str:
     """`loss 1.234  balance 1.02  lr 0.001  tokens/s 5120`, in the order of the metrics."""
-    shown = {
-        _SHOWN.get(name) or name.removeprefix("aux/"): value
-        for name, value in metrics.items()
-        if _wanted(name)
-    }
+    wanted = [name for name in metrics if name in _SHOWN or name.startswith("aux/")]
+    shown = {_SHOWN.get(name) or name.removeprefix("aux/"): metrics[name] for name in wanted}
     return "  ".join(
         f"{name} {value:,.0f}" if name == "tokens/s" else f"{name} {value:.4g}"
         for name, value in shown.items()
     )
 
 
-def _wanted(name: str) -> bool:
-    return name in _SHOWN or name.startswith("aux/")
-
-
-def build_loggers(
-    folder: Path | None, total: int, resume_step: int, *, progress: bool = True
-) -> list[Logger]:
-    """The CSV file always, the terminal unless told otherwise, TensorBoard where it is installed."""
-    loggers: list[Logger] = [Terminal(total)] if progress else []
-    if folder is not None:
-        loggers.append(MetricsCsv(folder / "metrics.csv", resume_step))
-        if find_spec("tensorboard") is not None:
-            loggers.append(TensorBoardLogger(save_dir=folder, name="tb", version=""))
+def build_loggers(folder: Path, total: int, resume_step: int) -> list[Logger]:
+    """The terminal and the CSV file always, TensorBoard where it is installed."""
+    loggers: list[Logger] = [Terminal(total), MetricsCsv(folder / "metrics.csv", resume_step)]
+    if find_spec("tensorboard") is not None:
+        loggers.append(TensorBoardLogger(save_dir=folder, name="tb", version=""))
     return loggers

@@ -1,14 +1,13 @@
 """MoLoraModule: the LightningModule of a mixture, usable with any Lightning Trainer.
 
-A step, told once. Lightning draws a batch and calls `training_step`: the objective runs the model and gives the loss,
-that of the task plus auxiliary losses plus a companion's terms (objective.py), and the meter notes its parts. Lightning
-divides by the number of accumulated batches, which `_window_correction` mends where an epoch's last window is short,
-and runs backward. At the end of a window `on_before_optimizer_step` averages gradients where the base is sharded and
-drops those of parts that the present stage does not train; `configure_gradient_clipping` clips and notes the norm;
-`optimizer_step` moves the weights, and the companion looks at them. The scheduler steps. Then the callbacks, in their
-order: the random state is kept, a loss that is not finite stops the run, held-out batches are measured, a checkpoint is
-written, a signal ends it (optimise.py, train.py). Last, `on_train_batch_end` reports the meter's means every `log_every`
-steps.
+What happens in a step: Lightning draws a batch and calls `training_step`, where the objective runs the model and gives
+the loss, that of the task plus auxiliary losses plus a companion's terms (objective.py), and the meter notes its parts.
+Lightning divides by the number of accumulated batches (`_window_correction` corrects that where an epoch's last window
+is short) and runs backward. At the end of a window `on_before_optimizer_step` averages gradients where the base is
+sharded and drops those of parts that the current stage does not train; `configure_gradient_clipping` clips and notes
+the norm; `optimizer_step` moves the weights, and the companion looks at them. Then the callbacks, in their order: the
+random state is kept, a loss that is not finite stops the run, held-out batches are measured, a checkpoint is written, a
+signal ends the run (optimise.py, train.py). Last, `on_train_batch_end` reports the meter's means every `log_every` steps.
 """
 
 from __future__ import annotations
@@ -32,9 +31,8 @@ from molora.training.sharded import average_gradients, shard_base
 class MoLoraModule(L.LightningModule):
     """Trains the adapter of a PEFT model; its state dict is the adapter and nothing else.
 
-    Batches are dicts of model inputs with `labels` and, where the gate or a loss needs them,
-    `routing_task_ids`. The loss is averaged over the accumulated batches. A companion, such as a continual strategy,
-    adds terms of its own.
+    Batches are dicts of model inputs with `labels` and, where the gate or a loss needs them, `routing_task_ids`. A
+    companion, such as a continual strategy, adds terms of its own to the loss.
     """
 
     def __init__(self, model: PeftModel, settings: TrainConfig, companion: Companion | None = None) -> None:
@@ -47,8 +45,6 @@ class MoLoraModule(L.LightningModule):
         self._logged_step = 0
         self._sharded = False
         self._rates: dict[str, float] = {}
-
-    # -- steps ------------------------------------------------------------------------------------------
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own output; `out.loss` without auxiliary losses."""
@@ -72,8 +68,6 @@ class MoLoraModule(L.LightningModule):
         loss, count = held_out_loss(self.model, batch)
         self.log("val_loss", loss, batch_size=int(count), prog_bar=True, sync_dist=True)
         return loss
-
-    # -- optimisation -----------------------------------------------------------------------------------
 
     def configure_model(self) -> None:
         """Shard the frozen base where the strategy has a device mesh (fsdp2)."""
@@ -120,8 +114,6 @@ class MoLoraModule(L.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if limit is None else limit)
         self.meter.add(grad_norm=norm)
 
-    # -- logging ----------------------------------------------------------------------------------------
-
     def on_train_start(self) -> None:
         """Start counting where the run starts."""
         self.meter, self._logged_step = Meter(), self.global_step
@@ -139,12 +131,10 @@ class MoLoraModule(L.LightningModule):
         values = dict(zip(means, summed.tolist(), strict=True))
         if "tokens_per_second" in values:
             values["tokens_per_second"] *= self.trainer.world_size
-        self.report({**values, **self._rates_used()})
-
-    def _rates_used(self) -> dict[str, float]:
-        """Learning rate of this step: the experts' A as `lr`, other groups as `lr/<group>` where it differs."""
+        # The rate of the experts' A is `lr`, that of another group `lr/<group>` where it differs.
         lr = self._rates.get("experts_A", next(iter(self._rates.values())))
-        return {"lr": lr, **{f"lr/{name}": rate for name, rate in self._rates.items() if rate != lr}}
+        others = {f"lr/{name}": rate for name, rate in self._rates.items() if rate != lr}
+        self.report({**values, "lr": lr, **others})
 
     def report(self, values: dict[str, float]) -> None:
         """Send metrics to every logger and to callbacks that monitor one.
@@ -154,8 +144,6 @@ class MoLoraModule(L.LightningModule):
         self.log_dict(values, logger=False)
         for logger in self.trainer.loggers:
             logger.log_metrics(values, step=self.global_step)
-
-    # -- state: the adapter only ------------------------------------------------------------------------
 
     def state_dict(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:  # type: ignore[override]
         """The adapter's tensors under their names in an adapter folder."""

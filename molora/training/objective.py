@@ -12,7 +12,7 @@ from molora.tuner.api import aux_in_loss, aux_loss, aux_losses
 
 
 class Companion(Protocol):
-    """What accompanies a training: terms of the loss, and a look at the model after every optimiser step."""
+    """What else takes part in training: it adds terms to the loss, and sees the model after every optimiser step."""
 
     def loss(self, model: Any) -> Mapping[str, Tensor]: ...
 
@@ -22,8 +22,7 @@ class Companion(Protocol):
 class Supervised:
     """The task's own loss, auxiliary losses weighted and counted once, and what a companion adds.
 
-    Batches are dicts of model inputs with `labels`: next tokens, a class, or the nearest label text, as the base takes
-    them. Everything is a mean over the batch, so that accumulated batches are averaged like it.
+    Batches are dicts of model inputs with `labels` as the base takes them. Everything is a mean over the batch.
     """
 
     def __init__(self, companion: Companion | None = None) -> None:

@@ -66,20 +66,18 @@ def optimise(
     """Train a model in place, for as many steps as `settings` say; by itself it writes nothing.
 
     Args:
-        model: a PEFT model.
-        data: its training batches.
         companion: see MoLoraModule.
         validation: held-out batches, measured every `val_every` steps.
         callbacks: run after molora's own, so that nothing is saved before it was found good.
-        loggers: where metrics go.
         checkpoint: a checkpoint folder to go on from.
 
-    Raises:
-        DivergedError: the loss is not finite.
+    Raises DivergedError where the loss is not finite.
     """
     own: list[Callback] = [RandomState(), DivergenceGuard(settings.log_every)]
     if validation is not None and settings.val_every is not None:
         own.append(Validation(validation, settings.val_every, settings.patience))
+    sharded = settings.strategy == "fsdp2"
+    strategy = ShardedBaseStrategy(_processes(settings)) if sharded else settings.strategy
     trainer = L.Trainer(
         max_steps=total_steps(settings, len(data.train_dataloader())),
         max_epochs=-1,
@@ -88,7 +86,7 @@ def optimise(
         precision=settings.precision,
         accelerator=settings.accelerator,
         devices=settings.devices,
-        strategy=_strategy(settings),
+        strategy=strategy,
         plugins=[FolderIO()],
         callbacks=[*own, *callbacks],
         logger=list(loggers),
@@ -107,7 +105,3 @@ def optimise(
         weights_only=True if checkpoint else None,
     )
     return trainer
-
-
-def _strategy(settings: TrainConfig) -> Any:
-    return ShardedBaseStrategy(_processes(settings)) if settings.strategy == "fsdp2" else settings.strategy

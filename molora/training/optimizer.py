@@ -19,25 +19,21 @@ ROLES = ("experts_A", "experts_B", "gates", "heads")
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    """Every trainable parameter under exactly one of ROLES.
+    """Every trainable parameter under exactly one of ROLES, by the module that owns it.
 
-    Roles follow the module that owns a parameter, not its name: `experts_A` and `experts_B` are an
-    ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A), `gates` is all that a Gate
-    holds, and everything else that trains (`modules_to_save`) is a head.
+    `experts_A` and `experts_B` are an ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A),
+    `gates` is all that a Gate holds, and everything else that trains (`modules_to_save`) is a head.
     """
     roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
-    seen: set[int] = set()
-    inside = {id(module) for gate in model.modules() if isinstance(gate, Gate) for module in gate.modules()}
+    seen: set[nn.Parameter] = set()
+    inside = {module for gate in model.modules() if isinstance(gate, Gate) for module in gate.modules()}
     for module in model.modules():
+        role = f"experts_{module.role}" if isinstance(module, Stack) else "heads"
         for parameter in module.parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                roles["gates" if id(module) in inside else _role(module)].append(parameter)
+            if parameter.requires_grad and parameter not in seen:
+                seen.add(parameter)
+                roles["gates" if module in inside else role].append(parameter)
     return roles
-
-
-def _role(owner: nn.Module) -> str:
-    return f"experts_{owner.role}" if isinstance(owner, Stack) else "heads"
 
 
 def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, Any]]:
@@ -52,13 +48,9 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
         "gates": lr if settings.gate_lr is None else settings.gate_lr,
         "heads": lr if settings.head_lr is None else settings.head_lr,
     }
+    decays = dict.fromkeys(ROLES, settings.weight_decay) | {"gates": settings.gate_weight_decay}
     groups = [
-        {
-            "name": role,
-            "params": parameters,
-            "lr": rates[role],
-            "weight_decay": settings.gate_weight_decay if role == "gates" else settings.weight_decay,
-        }
+        {"name": role, "params": parameters, "lr": rates[role], "weight_decay": decays[role]}
         for role, parameters in parameters_by_role(model).items()
         if parameters
     ]
@@ -79,19 +71,12 @@ def warmup_steps(warmup: float | int, total: int) -> int:
     return warmup if isinstance(warmup, int) else math.ceil(warmup * total)
 
 
-def _cosine(progress: float) -> float:
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-def _linear(progress: float) -> float:
-    return 1.0 - progress
-
-
-def _constant(progress: float) -> float:
-    return 1.0
-
-
-SCHEDULES: dict[str, Callable[[float], float]] = {"cosine": _cosine, "linear": _linear, "constant": _constant}
+# What the learning rate is multiplied by after a share of the steps that follow the warm-up.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
+    "linear": lambda progress: 1.0 - progress,
+    "constant": lambda progress: 1.0,
+}
 
 
 def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:

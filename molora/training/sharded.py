@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy
 from peft import PeftModel
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
@@ -43,12 +44,12 @@ def shard_base(model: PeftModel, mesh: DeviceMesh) -> None:
             "train.strategy: fsdp2 shards block by block, and this base does not name its blocks.",
             hint="use strategy: ddp.",
         )
-    adapter: set[Any] = {parameter for parameter in model.parameters() if parameter.requires_grad}
+    adapter = {parameter for parameter in model.parameters() if parameter.requires_grad}
     for block in [*blocks, model]:
         fully_shard(block, mesh=mesh["data_parallel"], ignored_params=adapter)
 
 
-def average_gradients(parameters: list[Any]) -> None:
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Mean gradient over all processes: FSDP leaves parameters it was told to ignore to us."""
     for parameter in parameters:
         if parameter.grad is not None:

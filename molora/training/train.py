@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, dump_recipe, load_recipe
+from molora.config.load import Recipe
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import check_target, write_json
@@ -21,9 +22,9 @@ from molora.models.build import build_model, labels_of_tasks, load_trained, task
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
-from molora.store.runs import Run
+from molora.store.runs import Run, checkpoint_step
 from molora.training.callbacks import Interrupt
-from molora.training.checkpoint import Checkpoints, checkpoint_step, latest_valid
+from molora.training.checkpoint import Checkpoints
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
@@ -31,7 +32,6 @@ from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, total_steps
 from molora.training.teach_router import teach_router
 
-Recipe = str | os.PathLike[str] | Mapping[str, Any] | RunConfig
 Conclude = Callable[[Run, PeftModel], None]
 
 # A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
@@ -94,8 +94,8 @@ def fit(
     """Train a model that is already built, in a new run folder or going on in `run`.
 
     All data are read and encoded before the folder is made, so bad data leave nothing behind. `conclude`
-    scores the trained model, in the first process, once the adapter is saved; default: `finish`. `companion`: see
-    MoLoraModule.
+    scores the trained model, in the first process, once the adapter is saved; by default every task is evaluated.
+    `companion`: see MoLoraModule.
     """
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
@@ -107,7 +107,7 @@ def fit(
         load_features(config, run.path, model, tokenizer)
     steps = total_steps(settings, len(data.train_dataloader()))
     validation = _validation(config, data)
-    first = _is_first_process()
+    first = getattr(rank_zero_only, "rank", 0) == 0  # writes; Lightning has not set up the others yet
     if run is None and first:
         run = start_run(config)
         if clusters is not None:
@@ -117,9 +117,8 @@ def fit(
     with run.lock() if run is not None and first else nullcontext():
         if run is not None and first:
             check_target(run.adapter)  # a resumed run replaces it in the end
-        checkpoint = latest_valid(folder / "checkpoints") if run is not None else None
-        if run is not None and first:
             write_config(run, config)
+        checkpoint = run.latest_checkpoint if run is not None else None
         writer = Checkpoints(folder / "checkpoints", settings.save_every or steps, settings.keep_checkpoints)
         trainer = optimise(
             model,
@@ -144,13 +143,9 @@ def fit(
             if conclude is not None:
                 conclude(run, model)
             else:
-                finish(run, model, tokenizer, tasks)
+                plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
+                evaluate_run(run, model, tokenizer, tasks)
     return run
-
-
-def _is_first_process() -> bool:
-    """Whether this is the process that writes; asked before Lightning has set up the others."""
-    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def start_run(config: RunConfig) -> Run:
@@ -176,7 +171,7 @@ def check_output(output: Path) -> None:
         raise ConfigError(f"output: {existing} {what}.", hint="choose another output folder.")
 
 
-def _validation(config: RunConfig, data: MoLoraDataModule) -> Any:
+def _validation(config: RunConfig, data: MoLoraDataModule) -> Iterable[Any] | None:
     """The held-out batches to validate on, or None where the recipe does not."""
     if config.train.val_every is None:
         return None
@@ -227,9 +222,3 @@ def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:
     }
     data = config.data.model_copy(update={"tasks": {**config.data.tasks, **resolved}})
     return config.model_copy(update={"data": data})
-
-
-def finish(run: Run, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: TaskSet) -> None:
-    """Draw the loss and score every task."""
-    plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
-    evaluate_run(run, model, tokenizer, tasks)

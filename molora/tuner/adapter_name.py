@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from molora.config.names import check_name
 from molora.errors import ConfigError
 
 _MODULES = nn.ModuleDict()
+
+
+def only_one(active: Sequence[str]) -> str:
+    """The one adapter that is active; ConfigError where there are several, or none."""
+    if len(active) != 1:
+        raise ConfigError(f"{len(active)} adapters are active; name one with adapter_name=.")
+    return active[0]
 
 
 def check_adapter_name(name: object) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -15,18 +16,24 @@ from molora.errors import ConfigError, RoutingError
 from molora.forward.auxiliary import weighted_sum
 from molora.forward.mount import MountPoint
 from molora.forward.root_hooks import points_of
+from molora.tuner.config import MoLoraConfig
 
 
 def find_context(model: nn.Module) -> RoutingContext:
     """The routing context of a model, however it was wrapped (PEFT, transformers, compile, DDP)."""
     point = next((m for m in model.modules() if isinstance(m, MountPoint)), None)
     if point is None:
-        raise ConfigError(
-            f"{type(model).__name__} has no molora adapter.",
-            hint="build one with peft.get_peft_model(base, MoLoraConfig(...)).",
-        )
+        hint = "build one with peft.get_peft_model(base, MoLoraConfig(...))."
+        raise ConfigError(f"{type(model).__name__} has no molora adapter.", hint=hint)
     points_of(point.context, model)
     return point.context
+
+
+def config_of(context: RoutingContext, adapter: str) -> MoLoraConfig:
+    """The config of an adapter, which calls know as a mixture only."""
+    config = context.adapters[adapter].config
+    assert isinstance(config, MoLoraConfig)
+    return config
 
 
 @contextmanager
@@ -42,7 +49,6 @@ def routing(
     """Set task ids, force experts, or give features, for every forward and generate inside.
 
     Args:
-        model: any model with a molora adapter.
         task_ids: a name or id for all samples, or one per sample (list or integer tensor); None or -1
             inside a list, or -1 alone, means the base model only. A list inside a list: a sample of several tasks,
             in equal shares (task gates).
@@ -67,13 +73,9 @@ def routing(
         if not names:
             raise RoutingError("experts is empty; name one or more, or use task_ids=-1 for the base alone.")
         experts = {name: 1 / len(names) for name in names}
+    given = task_ids is not None
     request = RoutingRequest(
-        task_ids=task_ids,
-        by=by,
-        experts=experts,
-        given=task_ids is not None,
-        features=features,
-        prompt_mask=prompt_mask,
+        task_ids=task_ids, by=by, experts=experts, given=given, features=features, prompt_mask=prompt_mask
     )
     with find_context(model).use_request(request):
         yield
@@ -83,8 +85,7 @@ def set_feature_source(model: nn.Module, source: FeatureSource | None) -> None:
     """Work out the features of gates of external scope from each call's prompt, unless a call gives them.
 
     Args:
-        model: any model with a molora adapter: decoder-only (a generation's features are those of its prompt), or
-            an encoder.
+        model: decoder-only (a generation's features are those of its prompt), or an encoder.
         source: prompts, a list of token ids for each sample, -> features (sample, feature); None takes it away.
             `molora.data.cluster_source.ClusterSource` is one.
     """
@@ -93,10 +94,7 @@ def set_feature_source(model: nn.Module, source: FeatureSource | None) -> None:
 
 @contextmanager
 def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Count what the gates decide in every forward of this thread or asyncio task inside.
-
-    Padding is excluded, and no activation is kept.
-    """
+    """Count what gates decide in every forward of this thread or asyncio task inside, without padding or activations."""
     record = RoutingRecord()
     with find_context(model).record(record):
         yield record
@@ -121,13 +119,12 @@ def aux_losses(model: nn.Module) -> dict[str, Tensor]:
     if not any(context.adapters[a].config.aux_losses for a in context.active):
         return {}
     if context.aux is None:
-        raise RoutingError(
-            "no auxiliary losses yet: they come from a forward in train mode with gradients enabled."
-        )
-    found: dict[str, list[Tensor]] = {}
+        text = "no auxiliary losses yet: they come from a forward in train mode with gradients enabled."
+        raise RoutingError(text)
+    found: dict[str, list[Tensor]] = defaultdict(list)
     for values in context.aux.values():
         for name, value in values.items():
-            found.setdefault(name, []).append(value)
+            found[name].append(value)
     return {name: torch.stack(values).mean() for name, values in found.items()}
 
 

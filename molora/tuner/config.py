@@ -40,10 +40,9 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         super().__post_init__()
         self.peft_type = MoLoraPeftType.MOLORA
         normalise(self)
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)  # type: ignore[assignment]  # as PEFT keeps it
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)  # type: ignore[assignment]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, set(getattr(self, name)))  # as PEFT keeps them
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; sets as sorted lists, so that equal configs are equal files."""
@@ -56,8 +55,6 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         if self.router is None:
             del plain["router"]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
-
-    # -- disk ------------------------------------------------------------------------------------------
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """PEFT's, completed by molora.json and a manifest."""
@@ -74,8 +71,6 @@ class MoLoraConfig(SavedMixture, PeftConfig):
             verify_folder(folder)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
-    # -- reading ---------------------------------------------------------------------------------------
-
     @property
     def roster(self) -> Roster:
         """Experts and tasks as one table."""
@@ -85,16 +80,13 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         """The routing view of `tasks`: equal weights where only names are given."""
         assert self.expert_names is not None and self.task_ids is not None
         weights = {
-            task: dict(experts) if isinstance(experts, dict) else {name: 1 / len(experts) for name in experts}
+            task: dict(experts)
+            if isinstance(experts, dict)
+            else dict.fromkeys(experts, 1 / max(1, len(experts)))
             for task, experts in self.tasks.items()
         }
-        return TaskMap(
-            tuple(self.expert_names),
-            dict(self.task_ids),
-            weights,
-            frozenset(self.isolated_experts),
-            dict(self.always_on),
-        )
+        names, isolated = tuple(self.expert_names), frozenset(self.isolated_experts)
+        return TaskMap(names, dict(self.task_ids), weights, isolated, dict(self.always_on))
 
 
 def as_sequence(value: str | Sequence[str]) -> list[str]:

@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from molora.calls.context import RoutingContext
-from molora.config.suggest import did_you_mean
+from molora.config.mixture import SavedMixture
+from molora.config.suggest import not_one_of, options
 from molora.errors import ConfigError
 from molora.forward.mount import Mount, MountPoint
 from molora.forward.root_hooks import mounts_of
 from molora.gates.gate import Gate, Routing
 from molora.gates.prototypes import MeanActivation, arrow
 from molora.gates.rows import GateRows
+from molora.tuner.adapter_name import only_one
 from molora.tuner.api import find_context, routing
-from molora.tuner.config import MoLoraConfig
 from molora.tuner.placement import experts_at
 
 METHODS = ("arrow", "average", "phatgoose", "uniform")
 
-Batches = Mapping[str, Iterable[Mapping[str, Any]]]
+Inputs = Iterable[Mapping[str, Any]]
+Batches = Mapping[str, Inputs]
 
 
 def fit_gate(
@@ -39,7 +40,7 @@ def fit_gate(
     """Set the gate rows of a mixture of existing experts; experts and base stay as they are.
 
     Args:
-        model: any model with one active molora adapter whose gates read tokens, one per linear.
+        model: any model with a molora adapter whose gates read tokens, one per linear.
         method: `arrow`: the top right singular vector of each expert's B A (arXiv:2405.11157);
             `average`: the mean input of each expert's own data (mttl's average-activation router);
             `phatgoose`: rows trained with `y = base(x) + sigmoid(row · x) · expert(x)`, one expert at a time
@@ -54,83 +55,71 @@ def fit_gate(
         ConfigError: a gate that has no such rows, or data that is missing or names no expert.
     """
     context = find_context(model)
-    adapter = adapter_name or _only(context)
-    config: MoLoraConfig = context.adapters[adapter].config
+    adapter = adapter_name or only_one(context.active)
+    config = context.adapters[adapter].config
     leaders = [mount for mount in mounts_of(context, model, adapter) if mount.gate is not None]
     _check(config, method, data)
-    if method == "arrow":
+    if method in ("arrow", "uniform"):
         for mount in leaders:
-            _set_rows(mount, arrow(mount.bank.experts()))
-    elif method == "uniform":
-        for mount in leaders:
-            _set_rows(mount, torch.zeros_like(_rows(mount).weight))
+            rows = _rows(mount)
+            new = torch.zeros_like(rows.weight) if method == "uniform" else arrow(mount.bank.experts())
+            rows.set_weight(new)
     elif method == "average":
-        _average(model, config, leaders, data or {})
+        _average(model, leaders, data or {})
     else:
-        _phatgoose(model, config, leaders, data or {}, steps, lr)
+        _phatgoose(model, leaders, data or {}, steps, lr)
 
 
-def _check(config: MoLoraConfig, method: str, data: Batches | None) -> None:
+def _check(config: SavedMixture, method: str, data: Batches | None) -> None:
     if method not in METHODS:
-        raise ConfigError(
-            f"method={method!r} is not one of {', '.join(METHODS)}.{did_you_mean(method, METHODS)}"
-        )
+        raise ConfigError(f"method={not_one_of(method, METHODS)}")
     gate = config.gate
     if gate.scope != "token" or gate.score not in ("linear", "cosine"):
-        raise ConfigError(
-            f"{method} sets a row per expert of gates that read tokens; this gate has scope {gate.scope} and score "
-            f"{gate.score}.",
-            hint="use GateConfig(scope='token', score='linear' or 'cosine', share='linear').",
-        )
+        here = f"this gate has scope {gate.scope} and score {gate.score}"
+        hint = "use GateConfig(scope='token', score='linear' or 'cosine', share='linear')."
+        raise ConfigError(f"{method} sets a row per expert of gates that read tokens; {here}.", hint=hint)
     if method == "arrow" and gate.share != "linear":
-        raise ConfigError(
-            f"arrow's rows belong to one linear each; use gate.share='linear', not {gate.share!r}."
-        )
+        text = f"arrow's rows belong to one linear each; use gate.share='linear', not {gate.share!r}."
+        raise ConfigError(text)
     if method in ("average", "phatgoose"):
         names = config.expert_names or []
         if not data:
             raise ConfigError(f"{method} needs data: {{expert: batches}} for experts {', '.join(names)}.")
         for name in data:
             if name not in names:
-                raise ConfigError(
-                    f"data: no expert {name!r}.{did_you_mean(name, names)} Experts: {', '.join(names)}."
-                )
+                raise ConfigError(f"data: no expert {name!r}.{options(name, names, 'Experts')}")
 
 
 @torch.no_grad()
-def _average(model: nn.Module, config: MoLoraConfig, leaders: list[Mount], data: Batches) -> None:
+def _average(model: nn.Module, leaders: list[Mount], data: Batches) -> None:
     means: dict[str, MeanActivation] = {}
     with _eval_mode(model):
         for name, batches in data.items():
-            with _seen(model, leaders, config, name, means), routing(model, experts=[name]):
+            with _seen(model, leaders, name, means), routing(model, experts=[name]):
                 for batch in batches:
                     model(**batch)
     for mount in leaders:
         rows = _rows(mount).weight.detach()
         seen = means[mount.key].rows().to(rows)
-        _set_rows(mount, torch.where(_named(config, mount, data), seen, rows))
+        _rows(mount).set_weight(torch.where(_named(mount, data), seen, rows))
 
 
 @contextmanager
 def _seen(
-    model: nn.Module, leaders: list[Mount], config: MoLoraConfig, name: str, means: dict[str, MeanActivation]
+    model: nn.Module, leaders: list[Mount], name: str, means: dict[str, MeanActivation]
 ) -> Iterator[None]:
     """Count what the gates' layers read towards the expert `name`."""
-    handles = []
-    for layer in model.modules():
-        mount = layer.mounts.get(leaders[0].adapter) if isinstance(layer, MountPoint) else None
-        if mount not in leaders:
-            continue
-        here, weight = experts_at(config, mount.key), _rows(mount).weight
-        mean = means.setdefault(mount.key, MeanActivation(len(here), weight.shape[1], weight.device))
-        if name in here:
-            count = partial(_count, mount=mount, mean=mean, index=here.index(name))
-            handles.append(layer.register_forward_pre_hook(count))
-    try:
+    with ExitStack() as hooks:
+        for layer in model.modules():
+            mount = layer.mounts.get(leaders[0].adapter) if isinstance(layer, MountPoint) else None
+            if mount not in leaders:
+                continue
+            here, weight = experts_at(mount.config, mount.key), _rows(mount).weight
+            mean = means.setdefault(mount.key, MeanActivation(len(here), weight.shape[1], weight.device))
+            if name in here:
+                count = partial(_count, mount=mount, mean=mean, index=here.index(name))
+                hooks.enter_context(layer.register_forward_pre_hook(count))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _count(
@@ -141,37 +130,29 @@ def _count(
     mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
 
 
-def _phatgoose(
-    model: nn.Module, config: MoLoraConfig, leaders: list[Mount], data: Batches, steps: int, lr: float
-) -> None:
+def _phatgoose(model: nn.Module, leaders: list[Mount], data: Batches, steps: int, lr: float) -> None:
     trained = {p: p.requires_grad for p in model.parameters()}
     model.requires_grad_(False)
     for mount in leaders:
         rows = _rows(mount)
-        _set_rows(mount, rows.weight.detach().masked_fill(_named(config, mount, data), 0.0))
+        rows.set_weight(rows.weight.detach().masked_fill(_named(mount, data), 0.0))
         rows.requires_grad_(True)
     try:
         with _eval_mode(model):
             for name, batches in data.items():
-                _train_rows(model, config, leaders, name, batches, steps, lr)
+                _train_rows(model, leaders, name, batches, steps, lr)
     finally:
         for parameter, requires_grad in trained.items():
             parameter.requires_grad_(requires_grad)
 
 
 def _train_rows(
-    model: nn.Module,
-    config: MoLoraConfig,
-    leaders: list[Mount],
-    name: str,
-    batches: Iterable[Mapping[str, Any]],
-    steps: int,
-    lr: float,
+    model: nn.Module, leaders: list[Mount], name: str, batches: Inputs, steps: int, lr: float
 ) -> None:
     """The rows of one expert; those of the others get zero gradients, which move nothing without decay."""
     solo: dict[Gate, int | None] = {}
     for mount in leaders:
-        here = experts_at(config, mount.key)
+        here = experts_at(mount.config, mount.key)
         assert mount.gate is not None
         solo[mount.gate] = here.index(name) if name in here else None
     rows = [p for gate in solo if gate.rows is not None for p in gate.rows.parameters()]
@@ -204,24 +185,20 @@ def one_expert(solo: Mapping[Gate, int | None]) -> Iterator[None]:
         weights = products.sigmoid().masked_fill(columns != (-1 if expert is None else expert), 0.0)
         return Routing(weights if experts is None else weights[:, list(experts)], experts)
 
-    handles = [
-        gate.register_forward_hook(partial(weighted, expert=expert), with_kwargs=True)
-        for gate, expert in solo.items()
-    ]
-    try:
+    with ExitStack() as hooks:
+        for gate, expert in solo.items():
+            hook = gate.register_forward_hook(partial(weighted, expert=expert), with_kwargs=True)
+            hooks.enter_context(hook)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def _named(config: MoLoraConfig, mount: Mount, data: Batches) -> Tensor:
+def _named(mount: Mount, data: Batches) -> Tensor:
     """Which of a layer's experts there are data of, (expert, 1)."""
-    here = experts_at(config, mount.key)
+    here = experts_at(mount.config, mount.key)
     return torch.tensor([[name in data] for name in here], device=_rows(mount).weight.device)
 
 
-def _repeated(batches: Iterable[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
+def _repeated(batches: Inputs) -> Iterator[Mapping[str, Any]]:
     kept = list(batches)
     if not kept:
         raise ConfigError("data: an expert has no batches.")
@@ -234,10 +211,6 @@ def _rows(mount: Mount) -> GateRows:
     return mount.gate.rows
 
 
-def _set_rows(mount: Mount, rows: Tensor) -> None:
-    _rows(mount).set_weight(rows)
-
-
 @contextmanager
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     training = model.training
@@ -246,9 +219,3 @@ def _eval_mode(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.train(training)
-
-
-def _only(context: RoutingContext) -> str:
-    if len(context.active) != 1:
-        raise ConfigError(f"{len(context.active)} adapters are active; name one with adapter_name=.")
-    return context.active[0]

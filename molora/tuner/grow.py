@@ -21,18 +21,10 @@ from molora.experts.bank import Expert, ExpertBank, ExpertRows, mean_delta
 from molora.experts.init import low_rank
 from molora.forward.mount import Mount, MountPoint
 from molora.gates.gate import Gate
+from molora.tuner.api import config_of
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.parts import new_expert
-from molora.tuner.placement import (
-    blocks_at,
-    experts_at,
-    frozen_at,
-    frozen_rows_at,
-    place,
-    shared_frozen_at,
-    task_blocks,
-    top_k_at,
-)
+from molora.tuner.placement import blocks_at, experts_at, frozen_at, frozen_rows_at, place, task_blocks
 
 
 def add_expert(
@@ -48,17 +40,13 @@ def add_expert(
     spec: ExpertSpec | None = None,
     factors: Callable[[str, Expert], Expert] | None = None,
 ) -> None:
-    """Append one expert to every bank of an adapter, and its row to every learned gate.
+    """Append one expert to every bank of an adapter in a model, and its row to every learned gate.
 
     The new gate row is a Parameter of its own, so old logits stay bit-equal. Old weights do not: the
     softmax has one more term. Old *outputs* are bit-equal under task routing.
 
     Args:
-        model: the base model the adapter lives in.
-        context: its routing context.
-        adapter: which adapter.
-        name: the new expert's name.
-        tasks: tasks it serves. New ones get the next free id; under a task gate they use this expert
+        tasks: those it serves. New ones get the next free id; under a task gate they use this expert
             only, under a learned gate every expert there is. Known ones gain it.
         init: "new" (B = 0), "copy:<expert>" or "mean" (SVD of the mean update).
         freeze_others: freeze the other experts, their gate rows, plain LoRAs and heads.
@@ -66,16 +54,13 @@ def add_expert(
         spec: rank and scaling that differ from the config's (imports).
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
-    config: MoLoraConfig = context.adapters[adapter].config
+    config = config_of(context, adapter)
     _check_growable(model, config, adapter, spec, by_factors=init == "mean" or factors is not None)
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(source)
-    roster, learned = config.roster, config.gate.learned
-    grown = added(
-        roster, name, tasks, learned=learned, spec=spec, freeze_others=freeze_others, isolate=isolate
-    )
-    grown.write(config)
+    how = {"learned": config.gate.learned, "freeze_others": freeze_others, "isolate": isolate}
+    added(config.roster, name, tasks, spec=spec, **how).write(config)
     config.inference_mode = False
     for mount in _mounts(model, adapter):
         bank = mount.bank
@@ -102,29 +87,23 @@ def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -
     """A row for the new expert, new or copied, and one for each new task of a gate that learns from tasks."""
     for rows in gate.grown:
         weight = rows.weight.detach()
-        row = weight[source] if source is not None else _new_row(gate, weight)
-        rows.assign(
-            torch.cat([weight, row.unsqueeze(0)]), blocks_at(config, key), frozen_rows_at(config, key)
-        )
+        row = _new_row(gate, weight) if source is None else weight[source]
+        rows.assign(torch.cat([weight, row[None]]), blocks_at(config, key), frozen_rows_at(config, key))
     if gate.tasks is not None:
-        weight = gate.tasks.weight.detach()
-        if gate.settings.score == "table":  # one more column in each split
-            weight = F.pad(weight.unflatten(1, (gate.settings.splits, -1)), (0, 1))
-            weight[..., -1] = (
-                _new_row(gate, weight[..., :-1].movedim(-1, 0)) if source is None else weight[..., source]
-            )
-            weight = weight.flatten(1)
+        weight, table = gate.tasks.weight.detach(), gate.settings.score == "table"
+        if table:  # one more column in each split
+            splits = weight.unflatten(1, (gate.settings.splits, -1))
+            column = _new_row(gate, splits.movedim(-1, 0)) if source is None else splits[..., source]
+            weight = torch.cat([splits, column.unsqueeze(-1)], dim=-1).flatten(1)
         parts, frozen = task_blocks(config)
         fresh = weight.new_zeros(len(frozen) - len(weight), weight.shape[1])
         if gate.settings.score == "embedding":
             fresh.normal_()
-        for row in fresh if gate.settings.score == "table" else ():
+        for row in fresh if table else ():
             row.copy_(_new_row(gate, weight))
         gate.tasks.assign(torch.cat([weight, fresh]), parts, frozen)
     if gate.balance is not None:
         gate.balance = F.pad(gate.balance, (0, 1))
-    gate.top_k = top_k_at(config, key)
-    gate.freeze_shared(shared_frozen_at(config, key))
 
 
 def _new_row(gate: Gate, rows: torch.Tensor) -> torch.Tensor:
@@ -145,7 +124,7 @@ def remove_expert(
     model: nn.Module, context: RoutingContext, adapter: str, name: str, *, drop_tasks: bool = False
 ) -> None:
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
-    config: MoLoraConfig = context.adapters[adapter].config
+    config = config_of(context, adapter)
     shrunk = removed(config.roster, name, drop_tasks=drop_tasks)
     for mount in _mounts(model, adapter):
         if not mount.plain and experts_at(config, mount.key) == [name]:
@@ -166,7 +145,7 @@ def set_frozen(
     model: nn.Module, context: RoutingContext, adapter: str, names: str | Sequence[str], *, frozen: bool
 ) -> None:
     """Freeze or unfreeze experts together with their gate rows; with the last frozen one, also what froze with them."""
-    config: MoLoraConfig = context.adapters[adapter].config
+    config = config_of(context, adapter)
     before = config.roster
     after = with_frozen(before, as_sequence(names), frozen)
     after.write(config)
@@ -192,37 +171,29 @@ def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
 
 
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
-    config = context.adapters[adapter].config
+    config = config_of(context, adapter)
     before = context.adapters[adapter]
     context.adapters[adapter] = AdapterRouting(config.task_map(), config, before.router, before.read)
     if before.router is not None:
-        before.router.set_tasks(list(config.task_ids.values()))
+        before.router.set_tasks([*(config.task_ids or {}).values()])
     for mount in _mounts(model, adapter):
         place(mount, config)
 
 
 def _check_growable(
-    model: nn.Module,
-    config: MoLoraConfig,
-    adapter: str,
-    spec: ExpertSpec | None,
-    *,
-    by_factors: bool = False,
+    model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None, *, by_factors: bool = False
 ) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
     for mount in _mounts(model, adapter):
         reason = mount.bank.kind.imports
         if by_factors and reason is not None:
-            raise ConfigError(
-                f"an expert of this mixture cannot start from a weight update: {reason}.",
-                hint="use init='new' or 'copy:<expert>'.",
-            )
+            text = f"an expert of this mixture cannot start from a weight update: {reason}."
+            raise ConfigError(text, hint="use init='new' or 'copy:<expert>'.")
         if mount.gate is not None and mount.gate.custom is not None:
-            raise ConfigError(
-                f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert.",
-                hint="make a new mixture with molora.compose, or use a built-in score.",
-            )
+            text = f"the score {config.gate.score!r} is a registered module, which cannot gain or lose an expert."
+            hint = "make a new mixture with molora.compose, or use a built-in score."
+            raise ConfigError(text, hint=hint)
 
 
 def _source(config: MoLoraConfig, init: str) -> str | None:
@@ -263,10 +234,9 @@ def _reassign(
 ) -> None:
     """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
     for mount in _mounts(model, adapter):
-        key = mount.key
-        if key not in before:  # a plain LoRA
+        if mount.plain:
             continue
-        bank, now = mount.bank, experts_at(config, key)
+        bank, key, now = mount.bank, mount.key, experts_at(config, mount.key)
         kept = [i for i, name in enumerate(before[key]) if name in now]
         rows = bank.rows()
         bank.assign([rows[i] for i in kept], frozen_at(config, key))
@@ -286,5 +256,3 @@ def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) ->
         gate.tasks.assign(weight, *task_blocks(config))
     if gate.balance is not None:
         gate.balance = gate.balance[kept]
-    gate.top_k = top_k_at(config, key)
-    gate.freeze_shared(shared_frozen_at(config, key))

@@ -11,18 +11,19 @@ from molora.calls.call import Call
 from molora.calls.decide import route
 from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
-from molora.config.suggest import did_you_mean
+from molora.config.mixture import SavedMixture
+from molora.config.suggest import options
 from molora.errors import ConfigError
 from molora.forward.mount import Mount
 from molora.gates.gate import Gate
-from molora.tuner.config import MoLoraConfig
 from molora.tuner.placement import experts_at
 
+ExpertWeights = Mapping[str, float] | Sequence[float]
+"""`{expert: weight}`, the others 0; or a weight for each expert."""
 
-def named_weights(
-    config: MoLoraConfig, given: Mapping[str, float] | Sequence[float], names: Sequence[str]
-) -> list[float]:
-    """Weights of the experts `names`, from `{expert: weight}` (others 0) or a full list over all experts."""
+
+def named_weights(config: SavedMixture, given: ExpertWeights, names: Sequence[str]) -> list[float]:
+    """The weights given to the experts `names`."""
     known = config.expert_names or []
     if not isinstance(given, Mapping):
         if len(given) != len(known):
@@ -30,16 +31,12 @@ def named_weights(
         given = dict(zip(known, given, strict=True))
     for name in given:
         if name not in known:
-            raise ConfigError(
-                f"unknown expert {name!r}.{did_you_mean(name, known)} Experts: {', '.join(known)}."
-            )
+            raise ConfigError(f"unknown expert {name!r}.{options(name, known, 'Experts')}")
     return [float(given.get(name, 0.0)) for name in names]
 
 
 def static_weights(
-    mount: Mount,
-    task: str | None = None,
-    expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+    mount: Mount, task: str | None = None, expert_weights: ExpertWeights | None = None
 ) -> Tensor:
     """One layer's expert weights (splits, expert) where they do not depend on x, in float32 or better.
 
@@ -48,17 +45,14 @@ def static_weights(
     """
     if mount.plain:
         return torch.ones(1, 1)
-    config: MoLoraConfig = mount.config
-    names = experts_at(config, mount.key)
+    names = experts_at(mount.config, mount.key)
     if expert_weights is not None:
-        weights = torch.tensor([named_weights(config, expert_weights, names)])
+        weights = torch.tensor([named_weights(mount.config, expert_weights, names)])
     else:
         weights = _decided(mount, task, names)
     if mount.feed_forward is not None and (weights != 0).sum() != 1:
-        raise ConfigError(
-            "experts of whole feed-forwards are mixed after a non-linearity, so a mixture of them is no weight matrix.",
-            hint="merge or export one expert at a time: expert_weights={name: 1.0}.",
-        )
+        text = "experts of whole feed-forwards are mixed after a non-linearity, so a mixture of them is no weight matrix."
+        raise ConfigError(text, hint="merge or export one expert at a time: expert_weights={name: 1.0}.")
     return weights
 
 
@@ -68,53 +62,47 @@ def static_shares(mount: Mount, task: str | None) -> Tensor | None:
     Raises:
         ConfigError: it has, and no task is named.
     """
-    cores = mount.bank.cores
+    cores, task_map = mount.bank.cores, mount.routing.task_map
     if cores is None:
         return None
-    task_map = mount.routing.task_map
-    if task is None and len(task_map.ids) == 1:
-        task = next(iter(task_map.ids))
+    task = _only_task(task_map) if task is None else task
     if task is None:
-        raise ConfigError(
-            f"each task has a core of its own; name one: task=... Tasks: {', '.join(task_map.ids)}."
-        )
+        tasks = ", ".join(task_map.ids)
+        raise ConfigError(f"each task has a core of its own; name one: task=... Tasks: {tasks}.")
     ids = torch.arange(cores.num_experts)
     return (ids == task_map.resolve(task)).float().unsqueeze(0)
 
 
+def _only_task(task_map: TaskMap) -> str | None:
+    return next(iter(task_map.ids)) if len(task_map.ids) == 1 else None
+
+
 def _decided(mount: Mount, task: str | None, names: Sequence[str]) -> Tensor:
     gate, task_map, config = mount.leader.gate, mount.task_map, mount.config
-    if task is None and config.gate.scope == "task" and len(task_map.ids) == 1:
-        task = next(iter(task_map.ids))
+    scope, tasks = config.gate.scope, ", ".join(task_map.ids)
+    if task is None and scope == "task":
+        task = _only_task(task_map)
     task_id = None if task is None else task_map.resolve(task)
     if gate is None:
         if task_id is None:
-            raise ConfigError(
-                f"the weights depend on the task id; name one: merge_and_unload(task=...). Tasks: {', '.join(task_map.ids)}."
-            )
+            what = "the weights depend on the task id; name one: merge_and_unload(task=...)."
+            raise ConfigError(f"{what} Tasks: {tasks}.")
         chosen = task_map.experts_of(task_id)
         return torch.tensor([[chosen.get(i, 0.0) for i in range(len(names))]])
     visible = None if task_id is None else task_map.visible(task_id, own_only=True)
-    alone = config.num_experts == 1 and config.gate.alone_is_one
-    if not task_map.always and (
-        alone or (visible is not None and len(visible) == 1 and config.gate.alone_is_one)
-    ):
+    alone = config.num_experts == 1 or (visible is not None and len(visible) == 1)
+    if alone and config.gate.alone_is_one and not task_map.always:
         only = 0 if visible is None else visible[0]
         return torch.tensor([[float(i == only) for i in range(len(names))]])
-    if config.gate.scope == "constant" and task_id is None:
-        return _of_gate(gate, task_map, None, None)
-    if config.gate.scope == "task":
-        if task_id is None:
-            raise ConfigError(
-                f"the weights depend on the task; name one: task=... Tasks: {', '.join(task_map.ids)}."
-            )
-        return _of_gate(gate, task_map, task_id, visible)
-    if config.gate.scope == "constant":
+    if scope == "constant" and task_id is not None:
         raise ConfigError("a constant gate gives all tasks the same weights; leave the task out.")
-    raise ConfigError(
-        f"the gate's weights depend on the input (gate.scope={config.gate.scope!r}), so no merged weight equals the mixture.",
-        hint="merge fixed weights with expert_weights={...}, or keep the adapter unmerged.",
-    )
+    if scope == "task" and task_id is None:
+        raise ConfigError(f"the weights depend on the task; name one: task=... Tasks: {tasks}.")
+    if scope in ("constant", "task"):
+        return _of_gate(gate, task_map, task_id, visible)
+    text = f"the gate's weights depend on the input (gate.scope={scope!r}), so no merged weight equals the mixture."
+    hint = "merge fixed weights with expert_weights={...}, or keep the adapter unmerged."
+    raise ConfigError(text, hint=hint)
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.calls.context import AdapterRouting, RoutingContext
+from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
 from molora.disk.fingerprint import base_fingerprint, compare
@@ -23,28 +23,26 @@ from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.tuner import grow
-from molora.tuner.adapter_name import check_adapter_name
+from molora.tuner.adapter_name import check_adapter_name, only_one
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
-from molora.tuner.merge import static_shares, static_weights
+from molora.tuner.merge import ExpertWeights, static_shares, static_weights
 from molora.tuner.mounting import Mounting
-from molora.tuner.placement import stretch_lists
-from molora.tuner.router import make_router
-from molora.tuner.targets import check_targets, hidden_size, is_target
+from molora.tuner.placement import fit_to_base
+from molora.tuner.router import make_known
+from molora.tuner.targets import check_targets, is_target
 
 
 class MoLoraModel(BaseTuner):
-    """A mixture of LoRA experts on the linears of a frozen model.
+    """A mixture of LoRA experts on the linears of a frozen model, as `peft.get_peft_model(base, MoLoraConfig(...))` makes it.
 
-    Built by `peft.get_peft_model(base, MoLoraConfig(...))`; everything PEFT does with a method (save,
-    load, several adapters, disable, delete, merge) works on it. The verbs below change its experts.
+    All that PEFT does with a method (save, load, several adapters, disable, delete, merge) works; the verbs change experts.
     """
 
     prefix = "molora_"
     tuner_layer_cls = MoLoraLayer
     target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-
-    # -- building --------------------------------------------------------------------------------------
+    _check_target_module_exists: Any = staticmethod(is_target)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
@@ -53,15 +51,12 @@ class MoLoraModel(BaseTuner):
         config: MoLoraConfig = deepcopy(self.peft_config[adapter_name])  # type: ignore[assignment]
         self.peft_config[adapter_name] = config
         check_targets(config, model)
-        stretch_lists(config, model)
+        fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             compare(config.base_fingerprint, base_fingerprint(model))
-        if config.gate.scope == "two_pass" and config.gate.feature_dim is None:
-            config.gate.feature_dim = hidden_size(model, "gate.scope='two_pass'")
-        existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
-        self.context = existing[0].context if existing else RoutingContext()
-        self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
-        make_router(model, self.context, adapter_name)
+        existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
+        self.context = next(existing, None) or RoutingContext()
+        make_known(model, self.context, adapter_name, config)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
         self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
         for name in config.aux_losses:
@@ -72,10 +67,6 @@ class MoLoraModel(BaseTuner):
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
         root_hooks.install(model, self.context)
         self._keep_heads_frozen()
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> Any:
-        return is_target(peft_config, key)
 
     def _create_and_replace(
         self,
@@ -99,9 +90,8 @@ class MoLoraModel(BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
         if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
-            raise ConfigError(
-                f"target {key!r} is a {type(base).__name__}; experts go on linear layers (nn.Linear, Conv1D, quantised ones)."
-            )
+            allowed = "experts go on linear layers (nn.Linear, Conv1D, quantised ones)"
+            raise ConfigError(f"target {key!r} is a {type(base).__name__}; {allowed}.")
         layer = Linear(target, self.context)
         layer.quantization_backend = backend
         return layer
@@ -164,10 +154,8 @@ class MoLoraModel(BaseTuner):
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
         if kwargs.get("adapter_names") is not None:
-            raise RoutingError(
-                "adapter_names is not supported: the tasks of one adapter are mixed in a batch instead.",
-                hint="pass routing_task_ids=[...], one per sample.",
-            )
+            text = "adapter_names is not supported: the tasks of one adapter are mixed in a batch instead."
+            raise RoutingError(text, hint="pass routing_task_ids=[...], one per sample.")
         yield
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -176,13 +164,9 @@ class MoLoraModel(BaseTuner):
         `routing_prompt_mask`, (batch, seq): the tokens of the prompt that gates of sequence scope pool.
         """
         ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
-        request = RoutingRequest(
-            task_ids=ids,
-            given=ids is not None,
-            features=kwargs.pop("routing_features", None),
-            prompt_mask=kwargs.pop("routing_prompt_mask", None),
-            prompt_length=_prompt_length(self.model, args, kwargs),
-        )
+        asked = {name: kwargs.pop(f"routing_{name}", None) for name in ("features", "prompt_mask")}
+        length = _prompt_length(self.model, args, kwargs)
+        request = RoutingRequest(task_ids=ids, given=ids is not None, prompt_length=length, **asked)
         root_hooks.points_of(self.context, self.model)
         with self.context.use_request(request):
             return self.model.generate(*args, **kwargs)
@@ -196,14 +180,12 @@ class MoLoraModel(BaseTuner):
         adapter_names: list[str] | None = None,
         *,
         task: str | None = None,
-        expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+        expert_weights: ExpertWeights | None = None,
     ) -> nn.Module:
         """Merge a static mixture into the base and return the plain model.
 
         Args:
-            progressbar: show a progress bar.
-            safe_merge: check the merged weights for NaN.
-            adapter_names: adapters to merge; default: the active ones.
+            progressbar: as in PEFT, like `safe_merge` and `adapter_names`.
             task: merge the experts of this task of a task gate.
             expert_weights: merge these weights, by name or in expert order, whatever the gate.
 
@@ -219,14 +201,16 @@ class MoLoraModel(BaseTuner):
         safe_merge: bool = False,
         *,
         task: str | None = None,
-        expert_weights: Mapping[str, float] | Sequence[float] | None = None,
+        expert_weights: ExpertWeights | None = None,
     ) -> None:
         """Merge in place, reversibly (`unmerge_adapter` restores the exact base); see merge_and_unload."""
         with self._static(adapter_names, task, expert_weights):
             super().merge_adapter(adapter_names, safe_merge)
 
     @contextmanager
-    def _static(self, adapter_names: list[str] | None, task: str | None, expert_weights: Any) -> Any:
+    def _static(
+        self, adapter_names: list[str] | None, task: str | None, expert_weights: ExpertWeights | None
+    ) -> Any:
         """Decide every layer's static weights first, so that a refusal leaves the model untouched."""
         layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
         for adapter in adapter_names or self.active_adapters:
@@ -254,8 +238,7 @@ class MoLoraModel(BaseTuner):
     @property
     def trainable_experts(self) -> list[str]:
         """Experts that are not frozen."""
-        config = self._config()
-        return [name for name in self.expert_names if name not in config.frozen_experts]
+        return [name for name in self.expert_names if name not in self._config().frozen_experts]
 
     @property
     def task_ids(self) -> dict[str, int]:
@@ -277,41 +260,28 @@ class MoLoraModel(BaseTuner):
         isolate: bool = False,
         adapter_name: str | None = None,
     ) -> None:
-        """Grow every bank by one expert; see `grow.add_expert`."""
-        adapter = self._adapter(adapter_name)
-        grow.add_expert(
-            self.model,
-            self.context,
-            adapter,
-            name,
-            tasks=tasks,
-            init=init,
-            freeze_others=freeze_others,
-            isolate=isolate,
-        )
+        """Give every bank one more expert; see `grow.add_expert`."""
+        where = self._place(adapter_name)
+        grow.add_expert(*where, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate)
 
     def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
         """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
-        grow.remove_expert(self.model, self.context, self._adapter(adapter_name), name, drop_tasks=drop_tasks)
+        grow.remove_expert(*self._place(adapter_name), name, drop_tasks=drop_tasks)
 
     def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
         """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
-        grow.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=True)
+        grow.set_frozen(*self._place(adapter_name), names, frozen=True)
 
     def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """Make experts and their gate rows trainable. Replaces Parameters: build the optimiser afterwards.
+        """The reverse of `freeze_experts`; after the last one plain LoRAs, heads and gates' common parts learn too."""
+        grow.set_frozen(*self._place(adapter_name), names, frozen=False)
 
-        With the last frozen expert, plain LoRAs, heads and the gates' common parts learn again too.
-        """
-        grow.set_frozen(self.model, self.context, self._adapter(adapter_name), names, frozen=False)
+    def _place(self, adapter_name: str | None) -> tuple[nn.Module, RoutingContext, str]:
+        return self.model, self.context, self._adapter(adapter_name)
 
     def _adapter(self, adapter_name: str | None = None) -> str:
         if adapter_name is None:
-            if len(self.active_adapters) != 1:
-                raise ConfigError(
-                    f"{len(self.active_adapters)} adapters are active; name one with adapter_name=."
-                )
-            return self.active_adapters[0]
+            return only_one(self.active_adapters)
         if adapter_name not in self.peft_config:
             raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(self.peft_config)}.")
         return adapter_name

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.config.choices import KINDS, SCORES
+from molora.config.mixture import SavedMixture
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.experts.cores import TaskCores
@@ -20,22 +21,12 @@ from molora.experts.kinds.kind import Kind
 from molora.experts.kinds.lora import Lora
 from molora.forward.mount import MountPoint
 from molora.gates.gate import Gate, GatePlace
-from molora.tuner.config import ExpertSpec, MoLoraConfig
-from molora.tuner.placement import (
-    blend_at,
-    blocks_at,
-    by_layer,
-    experts_at,
-    frozen_at,
-    frozen_rows_at,
-    shared_frozen_at,
-    task_blocks,
-    top_k_at,
-)
+from molora.tuner import placement
+from molora.tuner.placement import by_layer, experts_at, frozen_at, task_blocks
 from molora.tuner.targets import pattern_value
 
 
-def rank_of(config: MoLoraConfig, expert: str, key: str) -> int:
+def rank_of(config: SavedMixture, expert: str, key: str) -> int:
     """The rank of one expert in the layer named `key`."""
     spec = config.expert_specs.get(expert)
     if spec is not None:
@@ -45,9 +36,9 @@ def rank_of(config: MoLoraConfig, expert: str, key: str) -> int:
     return int(pattern_value(config.rank_pattern, key, config.r))
 
 
-def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
+def scaling_of(config: SavedMixture, expert: str, key: str) -> float:
     """The scaling of one expert in the layer named `key`."""
-    spec: ExpertSpec | MoLoraConfig = config.expert_specs.get(expert, config)
+    spec = config.expert_specs.get(expert, config)
     if isinstance(spec.scaling, (int, float)):
         return float(spec.scaling)
     alpha, r = float(pattern_value(spec.alpha_pattern, key, spec.lora_alpha)), rank_of(config, expert, key)
@@ -56,13 +47,13 @@ def scaling_of(config: MoLoraConfig, expert: str, key: str) -> float:
     return alpha / math.sqrt(r) if spec.use_rslora or spec.scaling == "alpha_over_sqrt_r" else alpha / r
 
 
-def kind_of(config: MoLoraConfig) -> Kind:
+def kind_of(config: SavedMixture) -> Kind:
     """The kind of a config's experts, with its settings."""
     return KINDS[config.kind](share_A=config.share_A, **config.kind_settings)
 
 
 def new_expert(
-    config: MoLoraConfig,
+    config: SavedMixture,
     kind: Kind,
     name: str,
     key: str,
@@ -80,7 +71,7 @@ def new_expert(
 
 
 def new_experts(
-    config: MoLoraConfig, kind: Kind, names: Sequence[str], key: str, base: nn.Module
+    config: SavedMixture, kind: Kind, names: Sequence[str], key: str, base: nn.Module
 ) -> list[ExpertRows]:
     """Fresh experts for one layer, from its base layer's weight where `init` asks for that.
 
@@ -90,15 +81,13 @@ def new_experts(
     d_in, d_out = _get_in_out_features(base)
     assert d_in is not None and d_out is not None  # only linear layers come here
     experts = [new_expert(config, kind, name, key, d_in, d_out) for name in names]
-    if (
-        config.init != "svd_segments" or config.base_fingerprint is not None
-    ):  # saved: tensors come from the file
+    saved = config.base_fingerprint is not None  # then the tensors come from the file
+    if config.init != "svd_segments" or saved:
         return experts
     weight = getattr(base, "weight", None)
     if weight is None or not weight.is_floating_point():
-        raise ConfigError(
-            f"init='svd_segments' needs the weight of {key!r} in floating point, not quantised."
-        )
+        text = f"init='svd_segments' needs the weight of {key!r} in floating point, not quantised."
+        raise ConfigError(text)
     if weight.is_meta:
         return experts
     weight = weight.t() if isinstance(base, Conv1D) else weight
@@ -115,7 +104,7 @@ def new_experts(
     ]
 
 
-def new_bank(config: MoLoraConfig, kind: Kind, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
+def new_bank(config: SavedMixture, kind: Kind, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
     """Fresh experts of a kind for one layer, or its one ordinary LoRA (`plain`)."""
     if plain:
         lora = Lora()
@@ -126,29 +115,25 @@ def new_bank(config: MoLoraConfig, kind: Kind, key: str, base: nn.Module, *, pla
     return ExpertBank(experts, frozen_at(config, key), config.lora_dropout, kind=kind, cores=cores)
 
 
-def new_gate(config: MoLoraConfig, key: str, d_in: int) -> Gate:
+def new_gate(config: SavedMixture, key: str, d_in: int) -> Gate:
     """A fresh gate at the layer named `key`, whose x is d_in wide."""
     settings = config.gate
+    if settings.scope == "task":
+        d_in = settings.embedding_dim
+    elif settings.scope in ("external", "two_pass"):
+        d_in = settings.feature_dim
     place = GatePlace(
-        d_in=_reads(config, d_in),
-        blocks=blocks_at(config, key),
-        frozen=frozen_rows_at(config, key),
-        top_k=top_k_at(config, key),
+        d_in=d_in,
+        blocks=placement.blocks_at(config, key),
+        frozen=placement.frozen_rows_at(config, key),
+        top_k=placement.top_k_at(config, key),
         tasks=task_blocks(config) if settings.scope == "task" else None,
-        blend=blend_at(config, key),
+        blend=placement.blend_at(config, key),
         spread=config.share_A,  # with one A for all, experts under equal weights would stay equal for ever
     )
     gate: Gate = SCORES[settings.score](settings, place)
-    gate.freeze_shared(shared_frozen_at(config, key))
+    gate.freeze_shared(placement.shared_frozen_at(config, key))
     return gate
-
-
-def _reads(config: MoLoraConfig, d_in: int) -> int:
-    """Width of what a gate reads."""
-    gate = config.gate
-    if gate.scope == "task":
-        return gate.embedding_dim
-    return gate.feature_dim if gate.scope in ("external", "two_pass") else d_in
 
 
 def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
@@ -159,25 +144,18 @@ def init_std_report(model: torch.nn.Module) -> list[dict[str, Any]]:
     the base weight, or are of a kind with another start, have no row: nothing says what their spread should be.
     """
     rows = []
-    for point in (m for m in model.modules() if isinstance(m, MountPoint)):
-        for mount in point.mounts.values():
-            config: MoLoraConfig = mount.config
-            if (config.init == "svd_segments" and not mount.plain) or not mount.bank.kind.starts_by_init:
-                continue
-            names = ["plain"] if mount.plain else experts_at(config, mount.key)
-            for name, expert in zip(names, mount.bank.experts(), strict=True):
-                std = expert.A.detach().float().std(correction=0).item()
-                expected = expected_std(
-                    config.init, expert.A.shape[1], expert.rank, config.init_std, config.init_gain
-                )
-                ratio = std / expected
-                ok = abs(ratio - 1) < 4 / math.sqrt(2 * expert.A.numel())
-                found = {
-                    "name": mount.key,
-                    "expert": name,
-                    "r": expert.rank,
-                    "std": std,
-                    "expected": expected,
-                }
-                rows.append({**found, "ratio": ratio, "ok": ok})
+    points = (m for m in model.modules() if isinstance(m, MountPoint))
+    for mount in (mount for point in points for mount in point.mounts.values()):
+        config = mount.config
+        if (config.init == "svd_segments" and not mount.plain) or not mount.bank.kind.starts_by_init:
+            continue
+        names = ["plain"] if mount.plain else experts_at(config, mount.key)
+        for name, expert in zip(names, mount.bank.experts(), strict=True):
+            A, r = expert.A.detach(), expert.rank
+            expected = expected_std(config.init, A.shape[1], r, config.init_std, config.init_gain)
+            std = A.float().std(correction=0).item()
+            ratio = std / expected
+            ok = abs(ratio - 1) < 4 / math.sqrt(2 * A.numel())
+            row = {"name": mount.key, "expert": name, "r": r, "std": std, "expected": expected}
+            rows.append({**row, "ratio": ratio, "ok": ok})
     return rows

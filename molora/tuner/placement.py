@@ -7,10 +7,11 @@ from typing import Any
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from molora.config.mixture import SavedMixture
+from molora.config.roster import Roster
 from molora.errors import ConfigError
 from molora.forward.mount import Mount
-from molora.tuner.config import MoLoraConfig
-from molora.tuner.targets import block_index, pattern_value
+from molora.tuner.targets import block_index, hidden_size, pattern_value
 
 
 def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
@@ -28,39 +29,34 @@ def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
     return value[index]
 
 
-def stretch_lists(config: MoLoraConfig, model: nn.Module) -> None:
-    """Lists by block that name fewer entries than the model has blocks cover as many blocks each, where that works out.
+def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
+    """Fill in what follows from the base: its blocks, the width of two-pass features, and lists by block.
 
-    So `[2, 4, 6, 8]` gives a model of 32 blocks 2 experts in its first 8, and so on.
+    A list with fewer entries than there are blocks covers several blocks with each, where that works out:
+    `[2, 4, 6, 8]` gives a model of 32 blocks 2 experts in its first 8, and so on.
     """
     linears = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
-    blocks = 1 + max((i for i in map(block_index, linears) if i is not None), default=-1)
+    blocks = config.depth = 1 + max((i for i in map(block_index, linears) if i is not None), default=-1)
 
-    def stretched(value: Any) -> Any:
-        if not isinstance(value, list) or len(value) >= blocks or blocks % len(value):
+    def stretched(value: Any, what: str) -> Any:
+        if not isinstance(value, list):
             return value
-        return [entry for entry in value for _ in range(blocks // len(value))]
-
-    for what, value in (
-        ("num_experts", config.experts_by_layer),
-        ("r", config.r),
-        ("gate.top_k", config.gate.top_k),
-    ):
-        if isinstance(value, list) and len(value) > blocks:
+        if len(value) > blocks:
             raise ConfigError(
                 f"{what} is a list of {len(value)} numbers, one per block, but the model has {blocks} blocks.",
                 hint=f"give at most {blocks} numbers; fewer that divide {blocks} cover several blocks each.",
             )
-    config.depth = blocks
-    config.experts_by_layer = stretched(config.experts_by_layer)
-    config.r, config.gate.top_k = stretched(config.r), stretched(config.gate.top_k)
+        return value if blocks % len(value) else [n for n in value for _ in range(blocks // len(value))]
+
+    gate = config.gate
+    config.experts_by_layer = stretched(config.experts_by_layer, "num_experts")
+    config.r, gate.top_k = stretched(config.r, "r"), stretched(gate.top_k, "gate.top_k")
+    if gate.scope == "two_pass" and gate.feature_dim is None:
+        gate.feature_dim = hidden_size(model, "gate.scope='two_pass'")
 
 
-def experts_at(config: MoLoraConfig, key: str) -> list[str]:
-    """Names of the experts that exist in a layer, in expert order.
-
-    Of the experts an adapter was made with, a layer has the first so many; those added later are everywhere.
-    """
+def experts_at(config: SavedMixture, key: str) -> list[str]:
+    """Names of the experts in a layer, in order: the first so many of those the adapter was made with, all added later."""
     names = list(config.expert_names or [])
     if config.experts_by_layer is None:
         return names
@@ -69,19 +65,13 @@ def experts_at(config: MoLoraConfig, key: str) -> list[str]:
     return [name for name in names if name in kept or name not in first]
 
 
-def names_at(config: MoLoraConfig, key: str) -> tuple[str, ...] | None:
-    """`experts_at` where that is not all of them, else None."""
-    names = experts_at(config, key)
-    return None if len(names) == config.num_experts else tuple(names)
-
-
-def top_k_at(config: MoLoraConfig, key: str) -> int:
+def top_k_at(config: SavedMixture, key: str) -> int:
     """Experts per token in a layer, at most as many as it has."""
     smallest = 2  # the default of GateConfig, for layers that no pattern names
     return min(by_layer(config.gate.top_k, key, "gate.top_k", smallest), len(experts_at(config, key)))
 
 
-def blend_at(config: MoLoraConfig, key: str) -> float:
+def blend_at(config: SavedMixture, key: str) -> float:
     """Where the blend of a layer's gate starts: its logit rises from block to block; 0 outside of blocks."""
     index, last = block_index(key), config.depth - 1
     if index is None or last < 1:
@@ -89,35 +79,35 @@ def blend_at(config: MoLoraConfig, key: str) -> float:
     return config.gate.blend_spread * float(2 * index / last - 1)
 
 
-def frozen_at(config: MoLoraConfig, key: str) -> list[bool]:
+def frozen_at(config: SavedMixture, key: str) -> list[bool]:
     """Per expert of a layer, whether it is frozen."""
     return [name in config.frozen_experts for name in experts_at(config, key)]
 
 
-def frozen_rows_at(config: MoLoraConfig, key: str) -> list[bool]:
+def frozen_rows_at(config: SavedMixture, key: str) -> list[bool]:
     """Per expert of a layer, whether its gate row is frozen: with the expert, unless the config frees it."""
     names = experts_at(config, key)
     return [name in config.frozen_experts and name not in config.free_rows for name in names]
 
 
-def shared_frozen_at(config: MoLoraConfig, key: str) -> bool:
+def shared_frozen_at(config: SavedMixture, key: str) -> bool:
     """Whether what serves all rows of a layer's gate is frozen: with the adapter's extras, or with all the rows."""
     return config.frozen_extras or all(frozen_rows_at(config, key))
 
 
-def blocks_at(config: MoLoraConfig, key: str) -> list[list[int]]:
+def blocks_at(config: SavedMixture, key: str) -> list[list[int]]:
     """The gate's blocks as indices of a layer's experts."""
     names = experts_at(config, key)
     blocks = [[names.index(n) for n in block if n in names] for block in config.gate_blocks or []]
     return [block for block in blocks if block]
 
 
-def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
+def task_blocks(config: SavedMixture) -> tuple[list[list[int]], list[bool]]:
     """Rows of a learned task gate, one per task id: frozen and trainable ones, and which are frozen.
 
     A task learns as long as one of its experts does.
     """
-    roster = config.roster
+    roster = Roster.of(config)
     count = max(roster.next_task_id, 1)
     frozen = [True] * count
     for task, row in roster.tasks.items():
@@ -126,8 +116,12 @@ def task_blocks(config: MoLoraConfig) -> tuple[list[list[int]], list[bool]]:
     return [part for part in parts if part], frozen
 
 
-def place(mount: Mount, config: MoLoraConfig) -> None:
-    """Note at a mount which experts its layer has, and which of their gate rows are frozen."""
+def place(mount: Mount, config: SavedMixture) -> None:
+    """Note at a mount, and its gate, which experts the layer has, how many a token uses and what is frozen."""
     if not mount.plain:
-        mount.names = names_at(config, mount.key)
+        names = experts_at(config, mount.key)
+        mount.names = None if len(names) == config.num_experts else tuple(names)
         mount.frozen_rows = tuple(frozen_rows_at(config, mount.key))
+    if mount.gate is not None:
+        mount.gate.top_k = top_k_at(config, mount.key)
+        mount.gate.freeze_shared(shared_frozen_at(config, mount.key))

@@ -43,7 +43,7 @@ def group_key(key: str, share: str, stream: str) -> str:
     if share == "global":
         return ""
     if share == "block":
-        number = next((m for m in re.finditer(r"(?:^|\.)\d+(?=\.|$)", key)), None)
+        number = re.search(r"(?:^|\.)\d+(?=\.|$)", key)
         return f"{key[: number.end()]} {stream}" if number else key
     if share not in ("linear", "group"):
         found = re.search(share, key)
@@ -68,17 +68,13 @@ def stream_of(key: str, encoder_decoder: bool) -> str:
         return "decoder"
     parts = key.split(".")
     queries = {members[0] for members in SIBLINGS} | {"o", "out_proj"}
-    return (
-        "encoder"
-        if "encoder" in parts or (is_cross_attention(key) and parts[-1] not in queries)
-        else "decoder"
-    )
+    crossed = is_cross_attention(key) and parts[-1] not in queries
+    return "encoder" if crossed or "encoder" in parts else "decoder"
 
 
 def block_index(key: str) -> int | None:
     """Index of the transformer block a module lies in: the first number in its path."""
-    numbers = [part for part in key.split(".") if part.isdigit()]
-    return int(numbers[0]) if numbers else None
+    return next((int(part) for part in key.split(".") if part.isdigit()), None)
 
 
 def matches(targets: Iterable[str] | str | None, key: str) -> bool:
@@ -99,8 +95,7 @@ def is_target(config: MoLoraConfig, key: str) -> Any:
     also = matches(config.plain_targets, key) or matches(config.ffn_targets, key)
     if not (result or also):
         return result
-    excluded = config.exclude_modules
-    if excluded and matches(excluded, key):
+    if matches(config.exclude_modules, key):
         return False
     if config.layers_to_transform is not None:
         return _in_layers(config, key)
@@ -121,11 +116,8 @@ def _in_layers(config: MoLoraConfig, key: str) -> bool:
 
 def linear_names(model: nn.Module) -> list[str]:
     """Distinct last names of a model's linear layers: what target_modules may list."""
-    names = {
-        name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, (nn.Linear, Conv1D))
-    }
+    paths = (name for name, module in model.named_modules() if isinstance(module, (nn.Linear, Conv1D)))
+    names = {path.rpartition(".")[2] for path in paths}
     return sorted(name for name in names if not name.isdigit())
 
 
@@ -136,14 +128,13 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
         targets = getattr(config, what)
         if not targets or (isinstance(targets, str) and targets.lower() == "all-linear"):
             continue
-        for target in [targets] if isinstance(targets, str) else sorted(targets):
-            if not any(matches(target if isinstance(targets, str) else [target], key) for key in keys):
+        parts = {targets: targets} if isinstance(targets, str) else {t: [t] for t in sorted(targets)}
+        for target, pattern in parts.items():
+            if not any(matches(pattern, key) for key in keys):
                 candidates = linear_names(model)
-                raise ConfigError(
-                    f"{what}: {target!r} matches no module of {type(model).__name__}."
-                    f"{did_you_mean(target, candidates)} Linear layers: {', '.join(candidates)}.",
-                    hint='list suffixes of module names, give a regex, or use "all-linear".',
-                )
+                hint = 'list suffixes of module names, give a regex, or use "all-linear".'
+                text = f"{what}: {target!r} matches no module of {type(model).__name__}.{did_you_mean(target, candidates)}"
+                raise ConfigError(f"{text} Linear layers: {', '.join(candidates)}.", hint=hint)
 
 
 def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:

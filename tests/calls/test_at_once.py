@@ -14,7 +14,7 @@ from molora import RoutingError
 from molora.calls.request import Scoped
 from tests.zoo import TASKS, batch_for, molora_model
 
-ROUNDS = 50
+ROUNDS = 20
 GATES = ["task-group", "top2-group"]
 
 

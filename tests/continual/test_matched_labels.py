@@ -42,11 +42,18 @@ def sequence(tmp_path, labels, strategy="color", **train):
     return molora.train_sequence(whole)
 
 
-def test_an_exported_expert_is_a_lora_of_the_encoder_for_stock_peft(tmp_path):
-    run = sequence(tmp_path, {"a": ["low", "high"], "b": ["odd", "even"]})
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Where a base and a sequence on it are, and the sequence."""
+    folder = tmp_path_factory.mktemp("plain")
+    return folder, sequence(folder, {"a": ["low", "high"], "b": ["odd", "even"]})
+
+
+def test_an_exported_expert_is_a_lora_of_the_encoder_for_stock_peft(plain, tmp_path):
+    where, run = plain
     model, tokenizer, _ = load_trained(run.path)
     folder = molora.export_lora(model, tmp_path / "lora", expert="b")
-    base = AutoModel.from_pretrained(tmp_path / "base")
+    base = AutoModel.from_pretrained(where / "base")
     alone = PeftModel.from_pretrained(base, folder).eval()
     inputs = tokenizer(["some text"], return_tensors="pt")
     model.eval()
@@ -54,13 +61,13 @@ def test_an_exported_expert_is_a_lora_of_the_encoder_for_stock_peft(tmp_path):
         ours = model.get_base_model().encoder(**inputs).last_hidden_state
         theirs = alone(**inputs).last_hidden_state
         with alone.disable_adapter():
-            plain = alone(**inputs).last_hidden_state
+            without = alone(**inputs).last_hidden_state
     torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(theirs, plain, atol=1e-4)
+    assert not torch.allclose(theirs, without, atol=1e-4)
 
 
-def test_an_adapter_without_its_run_says_that_it_needs_it(tmp_path):
-    run = sequence(tmp_path, {"a": ["low", "high"], "b": ["odd", "even"]})
+def test_an_adapter_without_its_run_says_that_it_needs_it(plain):
+    _, run = plain
     with pytest.raises(AdapterError, match="whose labels only the recipe"):
         load_trained(run.adapter)
 

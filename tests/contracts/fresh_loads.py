@@ -11,6 +11,7 @@ from peft import (
     AutoPeftModelForCausalLM,
     AutoPeftModelForSeq2SeqLM,
     AutoPeftModelForSequenceClassification,
+    PeftConfig,
     PeftModel,
 )
 from torch import nn
@@ -52,7 +53,10 @@ LOADERS = ("PeftModel", "PeftModel trainable", "PeftModel low memory", "PeftMode
 
 def main(root: Path) -> None:
     """Write {(architecture, gate, loader): (logits, names of trainable parameters)} to root/loaded.pt."""
-    found = {}
+    found: dict[Any, Any] = {}
+    found["peft, then molora"] = type(
+        PeftConfig.from_pretrained(next((root / "adapters").iterdir()))
+    ).__name__
     for adapter in sorted((root / "adapters").iterdir()):
         architecture, gate = adapter.name.split("+")
         for loader in LOADERS:

@@ -30,7 +30,9 @@ def arguments(architecture, batch, seq, seed, tasks):
     return inputs["input_ids"], inputs["attention_mask"], torch.tensor(tasks)
 
 
-@pytest.mark.parametrize("gate", ["top2-group", "task-group", "constant-global"])
+@pytest.mark.parametrize(
+    "gate", ["top2-group", "task-group", pytest.param("constant-global", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("architecture", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_an_exported_model_gives_equal_outputs(architecture, gate):
     model = Exportable(molora_model(architecture, gate)).eval()

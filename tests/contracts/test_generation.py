@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import molora
-from tests.zoo import GATES, TASKS, batch_for, molora_model, routed
+from tests.zoo import GATES, TASKS, batch_for, molora_model, pairs, routed
 
 MODES = {
     "greedy": {"use_cache": True},
@@ -16,6 +16,8 @@ MODES = {
     "static-cache": {"cache_implementation": "static"},
 }
 GENERATIVE = ("llama", "gpt2", "t5")
+# Beams are copied and reordered: what that may break is what a scope keeps of a sample, or reads with it.
+BEAMS = [gate for gate in GATES if not gate.startswith(("soft", "top1", "top3", "topp", "topcut"))]
 
 
 def generate(model, inputs, **options):
@@ -28,8 +30,13 @@ def prompts(architecture):
     return {key: batch[key] for key in ("input_ids", "attention_mask")}
 
 
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize(
+    ("architecture", "mode"),
+    [
+        *(("llama", mode) for mode in MODES),
+        *((a, mode) for a in GENERATIVE[1:] for mode in ("greedy", "beams-return-2")),
+    ],
+)
 def test_tasks_mixed_in_one_batch_equal_their_merged_models(architecture, mode):
     model, inputs = molora_model(architecture, "task-group"), prompts(architecture)
     together = generate(model, inputs, routing_task_ids=["gamma", "alpha", None], **MODES[mode])
@@ -43,16 +50,14 @@ def test_tasks_mixed_in_one_batch_equal_their_merged_models(architecture, mode):
         )
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize(("architecture", "gate"), pairs(GATES, architectures=GENERATIVE))
 def test_the_cache_changes_nothing(architecture, gate):
     model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
     cached = generate(model, inputs, use_cache=True, **extra)
     assert torch.equal(cached, generate(model, inputs, use_cache=False, **extra))
 
 
-@pytest.mark.parametrize("gate", GATES)
-@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize(("architecture", "gate"), pairs(BEAMS, architectures=GENERATIVE))
 def test_beams_change_nothing_but_the_search(architecture, gate):
     model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
     cached = generate(model, inputs, use_cache=True, num_beams=3, **extra)

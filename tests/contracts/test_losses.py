@@ -10,7 +10,7 @@ from torch.testing import assert_close
 import molora
 from molora import ConfigError, GateConfig, MoLoraConfig, losses
 from molora.tuner.layer import MoLoraLayer
-from tests.zoo import LEARNED, TOKEN, base_model, batch_for, config_for, gradients, molora_model, routed
+from tests.zoo import base_model, batch_for, config_for, gradients, molora_model
 
 
 def gate_modules(model):
@@ -57,22 +57,13 @@ def test_masked_tokens_do_not_count():
     assert losses.z(logits, torch.zeros(6, dtype=torch.bool)) == 0
 
 
-@pytest.mark.parametrize("gate", LEARNED)
-@pytest.mark.parametrize("name", ["balance", "z"])
-def test_each_loss_moves_every_gate(gate, name):
-    if name == "z" and gate in ("constant-linear", "constant-global", "task-table"):
-        with pytest.raises(ConfigError, match="meaningless on a"):
-            config_for("llama", gate, aux_losses={name: 1.0})
-        return
-    model = molora_model("llama", gate, aux_losses={name: 1.0}).train()
-    model(**batch_for("llama"), **routed(gate))
-    molora.aux_losses(model)[name].backward()
-    part = ".tasks." if gate == "task-table" else ".rows."
-    grads = {name: g for name, g in gradients(model).items() if part in name}
-    assert len(grads) == len(gate_modules(model)) and all(g.abs().max() > 0 for g in grads.values())
+@pytest.mark.parametrize("gate", ["constant-linear", "constant-global", "task-table"])
+def test_z_is_refused_where_a_gate_reads_nothing(gate):
+    with pytest.raises(ConfigError, match="meaningless on a"):
+        config_for("llama", gate, aux_losses={"z": 1.0})
 
 
-@pytest.mark.parametrize("gate", TOKEN)
+@pytest.mark.parametrize("gate", ["top1-linear", "top2-block", "topcut-group"])
 def test_padding_changes_no_loss(gate):
     model = molora_model("llama", gate, aux_losses={"balance": 1.0, "z": 1.0}).train()
     batch = batch_for("llama")

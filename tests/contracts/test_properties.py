@@ -1,6 +1,6 @@
 """Random mixtures: refused with a reason when they are made, or they do all that a mixture must.
 
-The fast tests check 60 that are valid, the slow ones 300; seeds are fixed, so that a failure can be had again.
+The fast tests check 40 that are valid, the slow ones 300; seeds are fixed, so that a failure can be had again.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ LIMITED = {
 }  # fmt: skip
 
 
-@fixed(60)
+@fixed(40)
 @given(adapters())
 @example(LONELY)
 @example(SPLIT)

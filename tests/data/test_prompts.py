@@ -83,7 +83,9 @@ def test_a_missing_field_names_the_row_and_the_fields():
 def test_only_the_target_and_its_end_are_learned(tokenizer):
     example = encode(task(), PLAIN, tokenizer, 64)
     assert text_of(tokenizer, example.input_ids) == "<bos>2+2=four<eos>"
-    assert example.prompt_length == 5 and example.task_id == 3 and not example.truncated
+    assert (
+        example.prompt_length == 5 and example.task_id == 3 and example.cut_prompt == example.cut_target == 0
+    )
     assert example.labels == [IGNORED] * 5 + example.input_ids[5:]
     assert example.labels[-1] == EOS
 

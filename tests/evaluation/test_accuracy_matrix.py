@@ -21,7 +21,6 @@ def test_by_hand():
     assert HAND.backward_transfer() == pytest.approx(((0.8 - 0.9) + (0.6 - 0.8)) / 2)
     assert HAND.backward_transfer(over_all=True) == pytest.approx(((0.8 - 0.9) + (0.6 - 0.8)) / 3)
     assert HAND.forward_transfer() == pytest.approx(((0.25 - 0.2) + (0.5 - 0.3)) / 2)
-    assert HAND.complete
 
 
 def test_forgetting_takes_the_best_there_ever_was():
@@ -36,13 +35,12 @@ def test_forgetting_takes_the_best_there_ever_was():
 def test_one_task_forgets_nothing_and_half_a_sequence_counts_what_it_saw():
     one = AccuracyMatrix(["a", "b"], [0.1, 0.1], [[0.9, 0.3]])
     assert (one.average_accuracy(), one.forgetting(), one.backward_transfer()) == (0.9, 0.0, 0.0)
-    assert not one.complete
 
 
 def test_joint_training_has_an_average_only():
     joint = AccuracyMatrix(["a", "b"], [], [[0.9, 0.5]], joint=True)
     assert joint.summary() == {"AA": pytest.approx(0.7)}
-    assert joint.complete and joint.turn_names == ["all tasks"]
+    assert joint.turn_names == ["all tasks"]
 
 
 def test_there_and_back_and_as_csv():

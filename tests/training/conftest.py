@@ -6,7 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.pictures import blank_pictures
 from tests.training.runs import write_base, write_encoder
+
+__all__ = ["blank_pictures"]
 
 
 @pytest.fixture(scope="session")

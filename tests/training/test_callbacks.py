@@ -12,16 +12,9 @@ import pytest
 import torch
 
 from molora.errors import DivergedError
+from molora.store.runs import checkpoint_step, checkpoints, latest_valid
 from molora.training.callbacks import Interrupt
-from molora.training.checkpoint import (
-    Checkpoints,
-    checkpoint_step,
-    checkpoints,
-    latest_valid,
-    random_state,
-    require_finite,
-    restore_random_state,
-)
+from molora.training.checkpoint import Checkpoints, random_state, require_finite, restore_random_state
 from molora.training.meter import Meter
 
 

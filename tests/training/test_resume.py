@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 
 from molora.errors import ConfigError, DivergedError, InterruptedRun
-from molora.store.runs import Run
-from molora.training.checkpoint import checkpoints, latest_valid
+from molora.store.runs import Run, checkpoints, latest_valid
 from molora.training.module import MoLoraModule
 from molora.training.train import train
 from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
@@ -34,6 +33,12 @@ def full(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
     return train(recipe_for(base, tmp_path_factory.mktemp("full"), **SETTINGS))
 
 
+def copied(full: Run, to: Path) -> Run:
+    """The uninterrupted run again, to be changed."""
+    shutil.copytree(full.path.parents[1], to, symlinks=True)
+    return Run.find(to / "small")
+
+
 def kill_and_resume(base: Path, output: Path, kill_at: int) -> Run:
     recipe = recipe_for(base, output, **SETTINGS)
     finish(start(recipe, kill_at=kill_at), -signal.SIGKILL)
@@ -42,7 +47,7 @@ def kill_and_resume(base: Path, output: Path, kill_at: int) -> Run:
     return train(recipe, resume=True)
 
 
-@pytest.mark.parametrize("kill_at", [4, 6], ids=["in accumulation", "after the epoch's end"])
+@pytest.mark.parametrize("kill_at", [6], ids=["after the epoch's end"])
 def test_a_killed_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path, kill_at: int) -> None:
     run = kill_and_resume(base, tmp_path, kill_at)
     assert_same_weights(full.adapter, run.adapter)
@@ -53,7 +58,7 @@ def test_a_killed_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kill_at", [1, 2, 3, 5, 7, 8, 9, 10, 11, 12])
+@pytest.mark.parametrize("kill_at", [1, 2, 3, 4, 5, 7, 8, 9, 10, 11, 12])
 def test_a_run_killed_at_any_batch_resumes_bit_exactly(
     base: Path, full: Run, tmp_path: Path, kill_at: int
 ) -> None:
@@ -114,30 +119,36 @@ def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(base: Path, tmp
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(
     base: Path, full: Run, tmp_path: Path
 ) -> None:
-    recipe = recipe_for(base, tmp_path, **SETTINGS)
-    finish(start(recipe, kill_at=10), -signal.SIGKILL)
-    folder = Run.find(tmp_path / "small").path / "checkpoints"
+    run = copied(full, tmp_path / "runs")
+    shutil.rmtree(run.adapter)
+    folder = run.path / "checkpoints"
     newest, before = checkpoints(folder)[-1], checkpoints(folder)[-2]
     state = newest / "trainer_state.pt"
     damaged = bytearray(state.read_bytes())
     damaged[len(damaged) // 2] ^= 1
     state.write_bytes(bytes(damaged))
     assert latest_valid(folder) == before
-    assert_same_weights(full.adapter, train(recipe, resume=True).adapter)
+    again = train(recipe_for(base, tmp_path / "runs", **SETTINGS), resume=True)
+    assert again.path == run.path
+    assert_same_weights(full.adapter, again.adapter)
 
 
-def test_a_newest_checkpoint_without_its_manifest_is_written_again(base: Path, tmp_path: Path) -> None:
+def test_a_newest_checkpoint_without_its_manifest_is_written_again(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
     recipe = recipe_for(base, tmp_path / "runs", **SETTINGS)
-    run = train(recipe)
+    run = copied(full, tmp_path / "runs")
     newest = checkpoints(run.path / "checkpoints")[-1]
     (newest / "MANIFEST.json").unlink()
     train(recipe, resume=True)
     assert latest_valid(run.path / "checkpoints") == newest
 
 
-def test_a_file_added_to_a_runs_adapter_stops_a_resume_before_it_trains(base: Path, tmp_path: Path) -> None:
+def test_a_file_added_to_a_runs_adapter_stops_a_resume_before_it_trains(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
     recipe = recipe_for(base, tmp_path / "runs", **SETTINGS)
-    run = train(recipe)
+    run = copied(full, tmp_path / "runs")
     (run.adapter / "notes.txt").write_text("mine")
     shutil.rmtree(checkpoints(run.path / "checkpoints")[-1])
     with pytest.raises(ConfigError, match=r": notes\.txt\."):

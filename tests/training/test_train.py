@@ -16,6 +16,7 @@ from molora.models.build import load_trained
 from molora.store.runs import Run
 from molora.training.optimise import check_device, total_steps
 from molora.training.train import train
+from tests.pictures import drawn
 from tests.training.runs import adapter_weights, recipe_for
 
 
@@ -44,10 +45,23 @@ def classification(encoder: Path, output: Path, data: Path) -> dict[str, Any]:
     return recipe
 
 
-def test_a_run_folder_is_complete(base: Path, tmp_path: Path) -> None:
-    run = train(recipe_for(base, tmp_path, val_every=4))
-    assert run.path == Run.find(tmp_path / "small" / "latest").path
-    assert load_recipe(run.path / "config.yaml") == load_recipe(recipe_for(base, tmp_path, val_every=4))
+@pytest.fixture(scope="module")
+def output(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where `trained` is."""
+    return tmp_path_factory.mktemp("output")
+
+
+@pytest.fixture(scope="module")
+def trained(base: Path, output: Path) -> Run:
+    """A run of eight steps, with its pictures."""
+    with drawn():
+        return train(recipe_for(base, output, val_every=4))
+
+
+def test_a_run_folder_is_complete(base: Path, output: Path, trained: Run) -> None:
+    run = trained
+    assert run.path == Run.find(output / "small" / "latest").path
+    assert load_recipe(run.path / "config.yaml") == load_recipe(recipe_for(base, output, val_every=4))
     assert json.loads((run.path / "env.json").read_text())["versions"]["torch"] == torch.__version__
     rows = metrics(run)
     assert [row["step"] for row in rows] == ["2", "4", "6", "8"]
@@ -58,8 +72,8 @@ def test_a_run_folder_is_complete(base: Path, tmp_path: Path) -> None:
     assert (run.path / "report.json").is_file()
 
 
-def test_a_trained_run_loads_for_inference(base: Path, tmp_path: Path) -> None:
-    run = train(recipe_for(base, tmp_path))
+def test_a_trained_run_loads_for_inference(trained: Run) -> None:
+    run = trained
     model, tokenizer, config = load_trained(run.path)
     assert config == run.config
     assert model.task_ids == {"copy": 0, "reverse": 1}
@@ -87,19 +101,15 @@ def test_epochs_count_every_batch(base: Path, tmp_path: Path) -> None:
     assert len(metrics(run)) == 6  # 5 batches an epoch are 3 steps
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"gradient_checkpointing": True}, {"precision": "bf16-mixed"}],
-    ids=["gradient checkpointing", "bf16-mixed"],
-)
-def test_other_ways_to_compute_train_alike(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+def test_other_ways_to_compute_train_alike(base: Path, tmp_path: Path) -> None:
     recipe = recipe_for(base, tmp_path, max_steps=3, log_every=1)
     recipe["adapter"]["lora_dropout"] = 0.0
     plain = train(recipe)
-    other = train({**recipe, "name": "other", "train": {**recipe["train"], **settings}})
-    for one, two in zip(metrics(plain), metrics(other), strict=True):
-        assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.02)
-    assert all(value.dtype == torch.float32 for value in adapter_weights(other.adapter).values())
+    for settings in ({"gradient_checkpointing": True}, {"precision": "bf16-mixed"}):
+        other = train({**recipe, "name": "other", "train": {**recipe["train"], **settings}})
+        for one, two in zip(metrics(plain), metrics(other), strict=True):
+            assert float(two["loss"]) == pytest.approx(float(one["loss"]), rel=0.02), settings
+        assert all(value.dtype == torch.float32 for value in adapter_weights(other.adapter).values())
 
 
 def test_a_bfloat16_base_keeps_float32_experts(base: Path, tmp_path: Path) -> None:

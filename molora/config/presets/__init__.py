@@ -13,7 +13,7 @@ from typing import Any
 
 from molora.config.gate_rules import without_idle
 from molora.config.presets import over_loras, sample_gates, token_gates
-from molora.config.suggest import did_you_mean
+from molora.config.suggest import options
 from molora.errors import ConfigError
 from molora.registry import Registry
 
@@ -33,7 +33,7 @@ def preset_settings(name: str, overrides: Mapping[str, Any]) -> dict[str, Any]:
     """
     key = name.replace("-", "_")
     if key not in PRESETS:
-        raise ConfigError(f"no preset {name!r}.{did_you_mean(key, PRESETS)} Presets: {', '.join(PRESETS)}.")
+        raise ConfigError(f"no preset {name!r}.{options(key, PRESETS, 'Presets')}")
     settings = PRESETS[key]()
     gate = overrides.get("gate")
     if isinstance(gate, Mapping) and "kind" not in gate:
