@@ -15,6 +15,7 @@ from molora.version import __version__ as __version__
 
 _HOMES = {
     "config.gate_config": ("GateConfig",),
+    "config.router": ("RouterConfig",),
     "continual.inference": ("load_router",),
     "continual.registry": ("register_strategy",),
     "continual.sequence": ("train_sequence",),
@@ -22,6 +23,7 @@ _HOMES = {
     "forward.auxiliary": ("register_loss",),
     "forward.dispatch": ("dispatch",),
     "gates.scores": ("register_score",),
+    "models.task_router": ("fit_router", "route"),
     "store.adapter": ("load", "save"),
     "store.compose": ("compose",),
     "store.lora_export": ("export_lora",),

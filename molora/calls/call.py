@@ -28,6 +28,7 @@ class PromptMemory:
     routings: dict[Place, Routing] = field(default_factory=dict)  # of gates of sequence scope
     logits: dict[Place, Tensor] = field(default_factory=dict)  # (batch, expert) of gates that are blended in
     features: Tensor | None = None  # (batch, feature) from the model's feature source
+    tasks: dict[str, TaskIds] = field(default_factory=dict)  # by adapter: what its router named
 
 
 class Part(Protocol):
@@ -103,7 +104,9 @@ class Call:
     balances: Mapping[int, Tensor] = field(
         default_factory=dict
     )  # by gate: as the forward began, for recomputing
+    unnamed: tuple[str, ...] = ()  # adapters that need task ids, were given none, and have a router
     first_pass: bool = False  # the base runs alone, for features
+    stops_after: nn.Module | None = None  # the block after which such a run is not needed any more
     base_cache: object = None  # the base's own key-value cache of this call's first pass
     owner: nn.Module | None = None  # whose forward it is; routings are shared and recorded only then
     recording: bool = False

@@ -29,6 +29,8 @@ class AdapterRouting:
 
     task_map: TaskMap
     config: SavedMixture
+    router: Any = None  # the forward's TaskRouter, where the adapter has one
+    read: nn.Module | None = None  # the block whose hidden states that reads
     _partial: dict[tuple[str, ...], TaskMap] = field(default_factory=dict)
 
     def map_at(self, names: tuple[str, ...] | None) -> TaskMap:

@@ -40,12 +40,13 @@ def with_inputs(
     gates = [context.adapters[a].config.gate for a in context.active]
     scopes = {gate.scope for gate in gates} | {gate.blend for gate in gates}
     wanted = context.source is not None and "external" in scopes and "external" not in call.features
-    if "sequence" not in scopes and not wanted:
+    if "sequence" not in scopes and not wanted and not call.unnamed:
         return call
     cache = inputs.get("past_key_values")
     if past_length(cache) > 0:
-        memory: PromptMemory = getattr(cache, _MEMORY, PromptMemory())
-        call = replace(call, continued=memory)
+        memory = remembered(cache) or PromptMemory()
+        named = {name: ids for name, ids in memory.tasks.items() if name in call.unnamed}
+        call = replace(call, continued=memory, tasks={**call.tasks, **named})
         if not wanted or memory.features is None:
             return call
         return replace(call, features={**call.features, "external": memory.features})
@@ -75,13 +76,34 @@ def _work_out(context: RoutingContext, call: Call, inputs: Mapping[str, Any]) ->
 def attach(call: Call, kwargs: Mapping[str, Any], output: Any) -> None:
     """Let the call's cache remember what the gates decided on its prompt."""
     begun = call.begun
-    if begun is None or not (begun.routings or begun.logits or begun.features is not None):
+    if begun is None or not (begun.routings or begun.logits or begun.features is not None or begun.tasks):
         return
     cache = kwargs.get("past_key_values")
     if cache is None and hasattr(output, "get"):
         cache = output.get("past_key_values")
+        if cache is None and begun.tasks and "last_hidden_state" in output:
+            cache = output  # of an encoder, which decoders go on from
     if cache is not None and not isinstance(cache, tuple):
         setattr(cache, _MEMORY, begun)
+
+
+def remembered(cache: Any) -> PromptMemory | None:
+    """What a key-value cache, or an encoder's output, remembers of its prompt."""
+    return getattr(cache, _MEMORY, None)
+
+
+def attended(inputs: Mapping[str, Any]) -> Tensor | None:
+    """(batch, seq) the mask of what is read first, also where generate() has expanded a prompt's for a cache of fixed size."""
+    mask = inputs.get("attention_mask")
+    if isinstance(mask, Mapping):  # by the kind of attention of a block
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if not isinstance(mask, Tensor) or mask.dim() == 2:
+        return mask
+    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
+    if mask.dim() != 4 or tokens is None or past_length(inputs.get("past_key_values")) > 0:
+        return None
+    last = mask[:, 0, -1, : tokens.shape[1]]  # the last position sees all of its sequence
+    return last if last.dtype == torch.bool else last == 0
 
 
 def past_length(cache: Any) -> int:
@@ -131,7 +153,7 @@ def _prompt(
 
 
 def _masks(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
-    mask = inputs.get("attention_mask")
+    mask = attended(inputs)
     if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
         return {"decoder": mask} if isinstance(mask, Tensor) else {}
     decoder = inputs.get("decoder_attention_mask")

@@ -75,9 +75,24 @@ def describe(model: Any) -> dict[str, Any]:
         "gate": {"scope": config.gate.scope, "select": config.gate.select, "share": config.gate.share},
         "experts": {name: "frozen" if name in frozen else "trainable" for name in model.expert_names},
         "tasks": {name: {"id": ids[name], "experts": experts} for name, experts in model.tasks.items()},
+        "router": _router(model),
         "computed": ways_in_use(model),
         "init": init_std_report(model),
     }
+
+
+def _router(model: Any) -> dict[str, Any] | None:
+    """The adapter's task router: its settings, and how many prompts of each task it learned from."""
+    from dataclasses import asdict
+
+    from molora.tuner.api import find_context
+
+    found = find_context(model).adapters[str(model.active_adapter)]
+    if found.router is None:
+        return None
+    counts = zip(found.router.ids, found.router.counts.tolist(), strict=True)
+    learned = {found.task_map.name(task): int(count) for task, count in counts}
+    return {**asdict(found.config.router), "learned": learned}
 
 
 def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -89,6 +104,9 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
     for name, task in facts["tasks"].items():
         experts = ", ".join(f"{expert} {weight:.2f}" for expert, weight in task["experts"].items())
         say(f"task {name} (id {task['id']}): {experts}")
+    if facts["router"] is not None:
+        learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
+        say(f"router: {facts['router']['kind']}; prompts learned from: {learned}")
     for batch, ways in facts["computed"].items():
         say(f"computed, {batch}: {', '.join(f'{way} in {count} layers' for way, count in ways.items())}")
     moved = Counter(row["expert"] for row in facts["init"] if not row["ok"])

@@ -17,7 +17,7 @@ from molora.version import __version__
 
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
-    "train", "continual", "validate", "eval", "inspect", "add-expert", "compose", "export", "recipes", "presets",
+    "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "recipes", "presets",
 )  # fmt: skip
 
 

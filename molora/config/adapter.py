@@ -14,6 +14,7 @@ from molora.config.loss_rules import AuxLosses
 from molora.config.mixture import Mixture
 from molora.config.mixture_rules import mixture_problems, rank_problems
 from molora.config.presets import preset_settings
+from molora.config.router import RouterSettings, router_problems
 from molora.config.section import (
     ExpertName,
     Positive,
@@ -53,10 +54,25 @@ class GateSection(Section, GateSettings):
         return self
 
 
+class RouterSection(Section, RouterSettings):
+    """Who names the task of a prompt that comes without an id. `router: kind` is short for `router: {kind: kind}`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _shorthand(cls, data: Any) -> Any:
+        return expand_shorthand(data, "kind")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse([((field,), message) for field, message in router_problems(self)])
+        return self
+
+
 class AdapterConfig(Section, Mixture):
     """The mixture: how many experts of which rank sit on which layers, and how they are mixed."""
 
     gate: GateSection = Field(default_factory=GateSection)
+    router: RouterSection | None = None
     target_modules: str | list[str] = "all-linear"
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
     from_loras: dict[ExpertName, str] | None = None

@@ -68,6 +68,10 @@ class Mixture:
         None, "`{task: [experts]}` or `{task: {expert: weight}}`; in Python a list of task names as well."
     )
     gate: Any = setting(None, "GateConfig, or a map of its fields (with `kind` for the shorthand).")
+    router: Any = setting(
+        None,
+        "RouterConfig, or a map of its fields, or its kind: names the task of prompts that come without an id.",
+    )
     combine: Literal["outputs", "factors"] = setting(
         "outputs",
         "`outputs` (a sum of the experts' outputs), or `factors`: each sample has one LoRA whose A and B are the experts' "

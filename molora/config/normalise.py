@@ -15,6 +15,7 @@ from molora.config.losses import AUX_LOSSES
 from molora.config.mixture import ExpertSpec, Mixture, SavedMixture
 from molora.config.mixture_rules import mixture_problems, rank_problems
 from molora.config.names import check_name
+from molora.config.router import router_from
 from molora.config.section import Problem
 from molora.config.setting import value_problems
 from molora.config.suggest import options
@@ -42,6 +43,7 @@ def normalise(config: SavedMixture) -> None:
         given = config.num_experts
         config.experts_by_layer, config.num_experts = given, config.most_experts
     _gate(config)
+    config.router = router_from(config.router)
     config.expert_names = [check_name(name, "expert") for name in config.experts]
     _tasks(config)
     _refuse((("aux_losses", *path), message) for path, message in aux_problems(config.aux_losses))

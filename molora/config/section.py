@@ -29,6 +29,7 @@ _NOT_BELOW_0 = Bound("must not be negative", lambda n: 0 <= n < float("inf"))
 _ABOVE_0 = Bound("must be positive", lambda n: 0 < n < float("inf"))
 PositiveInt = Annotated[int, Field(ge=1), _COUNT]
 Fraction = Annotated[float, Field(ge=0, lt=1), Bound("must be in [0, 1)", lambda n: 0 <= n < 1)]
+Share = Annotated[float, Field(gt=0, le=1), Bound("must be above 0 and at most 1", lambda n: 0 < n <= 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NOT_BELOW_0]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _ABOVE_0]
 

@@ -83,7 +83,7 @@ def add_expert(
             report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
             report.before = before
             same = all(map(torch.equal, probed(grown), logits))
-            report.facts = {"parent": str(parent.path), UNCHANGED: same}
+            report.facts |= {"parent": str(parent.path), UNCHANGED: same}
             write_report(report, done.path, config)
 
         model.active_peft_config.aux_losses = dict(grow.aux_losses)

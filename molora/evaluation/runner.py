@@ -15,6 +15,7 @@ from molora.errors import ConfigError
 from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import summarise
 from molora.evaluation.score import Limits, score_task
+from molora.models.task_router import names_tasks
 from molora.tuner.api import record_routing, routing
 
 MODES = ("gate", "task", "base")
@@ -30,8 +31,8 @@ def evaluate_tasks(
 ) -> Report:
     """Score a PEFT model with a molora adapter on the held-out records of each task.
 
-    modes: `gate` (no task ids: the gate alone decides), `task` (routed by the task's id), `base` (the adapter
-    switched off). A mode the adapter cannot run is skipped with a note. Routing is recorded in the first mode
+    modes: `gate` (no task ids: the gate alone decides, or the adapter's task router), `task` (routed by the task's id), `base`
+    (the adapter switched off). A mode the adapter cannot run is skipped with a note. Routing is recorded in the first mode
     that uses the adapter.
 
     Raises ConfigError for an unknown mode, or a task the adapter does not know (mode `task`); DataError for a
@@ -70,7 +71,8 @@ def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]
     if len(set(modes)) != len(modes):
         raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
     notes = []
-    if "gate" in modes and model.active_peft_config.gate.scope == "task":
+    by_id = model.active_peft_config.gate.scope == "task"
+    if "gate" in modes and by_id and not names_tasks(model):
         why = "this adapter routes by task id, so it gives no answer without one."
         notes.append(f"mode `gate` skipped: {why}")
         modes = [mode for mode in modes if mode != "gate"]

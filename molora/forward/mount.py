@@ -15,6 +15,7 @@ from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
 from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
+from molora.forward.task_router import TaskRouter
 from molora.gates.gate import Gate
 from molora.gates.rows import GateRows
 
@@ -36,6 +37,7 @@ class Mount:
     context: RoutingContext
     bank: ExpertBank
     gate: Gate | None = None  # its own, where it leads a group whose weights are learned
+    router: TaskRouter | None = None  # the adapter's, at the first layer of it
     plain: bool = False  # one ordinary LoRA, no gate
     names: tuple[str, ...] | None = None  # the experts this layer has, where that is not all of them
     frozen_rows: tuple[bool, ...] = ()  # per expert of the layer, whether its gate row is frozen

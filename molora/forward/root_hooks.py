@@ -21,6 +21,7 @@ from molora.calls.request import RoutingRequest
 from molora.forward.auxiliary import aux_losses_of, balance_experts, weighted_sum
 from molora.forward.first_pass import first_pass, off, remember
 from molora.forward.mount import Mount, MountPoint
+from molora.forward.task_naming import StopAfter, name_tasks
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -51,7 +52,11 @@ class RootHooks:
             recording=bool(context.recorders) or balanced or (learns and any(c.aux_losses for c in configs)),
             balances=_balances(points) if balanced else {},
         )
-        call = with_inputs(context, call, request, module, named_inputs(module, args, kwargs))
+        call = replace(call, unnamed=_unnamed(context, call, module, points))
+        inputs = named_inputs(module, args, kwargs)
+        call = with_inputs(context, call, request, module, inputs)
+        if call.unnamed and call.begun is not None:
+            call = name_tasks(context, call, module, inputs)
         if any(config.gate.scope == "two_pass" for config in configs) and not off(points):
             call, args, kwargs = first_pass(context, call, module, args, kwargs)
         context.here.call = call
@@ -117,6 +122,9 @@ class RootHooks:
                 function.refuse_lost_gradients()
 
 
+_OURS = (RootHooks, StopAfter)
+
+
 def install(model: nn.Module, context: RoutingContext) -> None:
     """Register the hooks on a base model, and on its encoder, which generate() calls on its own."""
     hooks = RootHooks(context)
@@ -136,7 +144,7 @@ def uninstall(model: nn.Module) -> None:
     """Remove every trace of the hooks; nothing of molora stays on an unloaded model."""
     for module in model.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
-            for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), RootHooks)]:
+            for key in [k for k, h in hooks.items() if isinstance(getattr(h, "__self__", None), _OURS)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_with_kwargs.pop(key, None)
@@ -175,6 +183,21 @@ def _balances(points: list[MountPoint]) -> dict[int, Tensor]:
     """The balance of every gate now: it moves after the forward, and checkpoints are computed again after that."""
     gates = [mount.gate for point in points for mount in point.mounts.values() if mount.gate is not None]
     return {id(gate): gate.balance.clone() for gate in gates if gate.balance is not None}
+
+
+def _unnamed(
+    context: RoutingContext, call: Call, module: nn.Module, points: list[MountPoint]
+) -> tuple[str, ...]:
+    """Adapters that need task ids, were given none, and have a router to name them. Training names nothing."""
+    if module.training or call.experts is not None or off(points):
+        return ()
+    return tuple(
+        name
+        for name in context.active
+        if context.adapters[name].router is not None
+        and name not in call.tasks
+        and (call.by_task or context.adapters[name].config.gate.scope == "task")
+    )
 
 
 def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:

@@ -62,7 +62,7 @@ def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int])
     loras = config.adapter.from_loras
     if loras is None:
         return get_peft_model(base, adapter_config(config, task_ids))
-    kept = {"gate", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}
+    kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}
     settings = config.adapter.model_dump(include=kept, exclude_none=True)
     return compose(base, loras, **settings, **_tasks(config, task_ids))
 

@@ -36,7 +36,8 @@ def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | Non
     name = active_adapter(model, adapter_name)
     check_adapter_name(name)
     config = model.peft_config[name]
-    tensors = [tensor for key, tensor in model.named_parameters() if f".{name}." in f"{key}."]
+    named = [*model.named_parameters(), *model.named_buffers()]
+    tensors = [tensor for key, tensor in named if f".{name}." in f"{key}."]
     with write_folder(path, size=sum(tensor.nbytes for tensor in tensors)) as folder:
         # "auto" would ask the Hub whether the vocabulary was resized; experts never touch embeddings.
         model.save_pretrained(str(folder), selected_adapters=[name], save_embedding_layers=False)

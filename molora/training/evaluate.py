@@ -14,11 +14,13 @@ from molora.config.load import Recipe
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import write_file
 from molora.errors import ConfigError
+from molora.evaluation.naming import NAMED, named_right
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import evaluate_tasks
 from molora.evaluation.score import Limits
 from molora.models.build import load_trained, tasks_of
+from molora.models.task_router import names_tasks
 from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
 from molora.report.tables import routing_title
@@ -97,8 +99,10 @@ def score(
     """Score these tasks under a recipe's `eval` section."""
     report = Report()
     if tasks:
-        modes = config.eval.modes if modes is None else modes
-        report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=Limits.of(config))
+        modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
+        report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
+        if names_tasks(model):
+            report.facts[NAMED] = named_right(model, tokenizer, tasks, limits)
     report.environment = describe_environment()
     return report
 

@@ -30,6 +30,7 @@ from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
 from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, total_steps
+from molora.training.teach_router import teach_router
 
 Conclude = Callable[[Run, PeftModel], None]
 
@@ -131,11 +132,14 @@ def fit(
         )
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:
-            save(model, run.adapter)
             if settings.strategy == "fsdp2":
                 # A sharded one answers only where all processes ask together.
+                save(model, run.adapter)
                 model, _, _ = load_trained(run.path)
             model = model.to(trainer.strategy.root_device).eval()
+            taught = teach_router(model, tokenizer, data, config.eval.batch_size, config.seed)
+            if taught or settings.strategy != "fsdp2":
+                save(model, run.adapter)
             if conclude is not None:
                 conclude(run, model)
             else:

@@ -52,6 +52,8 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
         if self.kind == "lora":  # as adapters were written before there were other kinds
             del plain["kind"], plain["kind_settings"]
+        if self.router is None:
+            del plain["router"]
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -172,7 +172,10 @@ def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
 
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = config_of(context, adapter)
-    context.adapters[adapter] = AdapterRouting(config.task_map(), config)
+    before = context.adapters[adapter]
+    context.adapters[adapter] = AdapterRouting(config.task_map(), config, before.router, before.read)
+    if before.router is not None:
+        before.router.set_tasks([*(config.task_ids or {}).values()])
     for mount in _mounts(model, adapter):
         place(mount, config)
 

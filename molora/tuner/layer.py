@@ -22,7 +22,7 @@ from molora.tuner.merge import static_shares, static_weights
 class MoLoraLayer(BaseTunerLayer, MountPoint):
     """Base of the adapted layers: adds the mounts' mixtures to the base layer's output."""
 
-    adapter_layer_names = ("molora_experts", "molora_gate")
+    adapter_layer_names = ("molora_experts", "molora_gate", "molora_router")
     other_param_names = ("mounts", "static_weights", "static_shares")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
@@ -32,6 +32,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             {}
         )  # adapter -> ExpertBank, as PEFT and state dicts find them
         self.molora_gate: Any = nn.ModuleDict({})  # adapter -> Gate, where this layer leads its group
+        self.molora_router: Any = nn.ModuleDict({})  # adapter -> TaskRouter, in the adapter's first layer
         self.mounts: dict[str, Mount] = {}
         self.static_weights: dict[str, Tensor] = {}  # (splits, expert), set by the model just before merging
         self.static_shares: dict[str, Tensor | None] = {}  # (1, task), the same
@@ -46,9 +47,16 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         self.molora_experts[adapter] = mount.bank
         if mount.gate is not None:
             self.molora_gate[adapter] = mount.gate
+        if mount.router is not None:
+            self.keep_router(adapter, mount.router)
         self._move_adapter_to_device_of_base_layer(adapter)
         if active:
             self.set_adapter(self.active_adapters)
+
+    def keep_router(self, adapter: str, router: nn.Module) -> None:
+        """Hold the adapter's router, so that state dicts find it here."""
+        self.molora_router[adapter] = router
+        self._move_adapter_to_device_of_base_layer(adapter)
 
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this after every path that marks an adapter as trainable.

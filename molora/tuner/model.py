@@ -14,7 +14,7 @@ from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPP
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.calls.context import AdapterRouting, RoutingContext
+from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
 from molora.disk.fingerprint import base_fingerprint, compare
@@ -29,6 +29,7 @@ from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import ExpertWeights, static_shares, static_weights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
+from molora.tuner.router import make_known
 from molora.tuner.targets import check_targets, is_target
 
 
@@ -53,9 +54,9 @@ class MoLoraModel(BaseTuner):
         fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             compare(config.base_fingerprint, base_fingerprint(model))
-        existing = [m for m in model.modules() if isinstance(m, MoLoraLayer)]
-        self.context = existing[0].context if existing else RoutingContext()
-        self.context.adapters[adapter_name] = AdapterRouting(config.task_map(), config)
+        existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
+        self.context = next(existing, None) or RoutingContext()
+        make_known(model, self.context, adapter_name, config)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
         self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
         for name in config.aux_losses:

@@ -8,6 +8,7 @@ from torch import nn
 from molora.calls.context import RoutingContext
 from molora.errors import ConfigError
 from molora.forward.mount import InputGroup, Mount
+from molora.forward.task_router import TaskRouter
 from molora.tuner import parts
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.placement import place
@@ -30,6 +31,7 @@ class Mounting:
         self.adapter, self.config, self.context = adapter, config, context
         self.encoder_decoder = encoder_decoder
         self.kind = parts.kind_of(config)
+        self._router: TaskRouter | None = context.adapters[adapter].router
         self._leaders: dict[str, Mount] = {}  # by group that shares a gate
         self._readers: dict[str, InputGroup] = {}  # by input
 
@@ -46,6 +48,7 @@ class Mounting:
         assert d_in is not None  # only linear layers come here
         mount = Mount(self.adapter, key, stream, d_in, self.context, bank, plain=plain)
         place(mount, config)
+        mount.router, self._router = self._router, None  # the first layer keeps it
         self._among_readers(mount)
         if not plain:
             self._into_group(mount)

@@ -11,7 +11,7 @@ from molora.config.mixture import SavedMixture
 from molora.config.roster import Roster
 from molora.errors import ConfigError
 from molora.forward.mount import Mount
-from molora.tuner.targets import block_index, pattern_value
+from molora.tuner.targets import block_index, hidden_size, pattern_value
 
 
 def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
@@ -52,17 +52,7 @@ def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
     config.experts_by_layer = stretched(config.experts_by_layer, "num_experts")
     config.r, gate.top_k = stretched(config.r, "r"), stretched(gate.top_k, "gate.top_k")
     if gate.scope == "two_pass" and gate.feature_dim is None:
-        gate.feature_dim = _hidden_size(model)
-
-
-def _hidden_size(model: nn.Module) -> int:
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    size = getattr(config, "hidden_size", None)
-    if size is None:
-        text = "gate.scope='two_pass' needs a transformers model, whose config names its hidden_size."
-        raise ConfigError(text)
-    return int(size)
+        gate.feature_dim = hidden_size(model, "gate.scope='two_pass'")
 
 
 def experts_at(config: SavedMixture, key: str) -> list[str]:

@@ -140,3 +140,13 @@ def check_targets(config: MoLoraConfig, model: nn.Module) -> None:
 def pattern_value(pattern: dict[str, Any], key: str, default: Any) -> Any:
     """PEFT's pattern rule: the first pattern that matches the end of the module's name wins."""
     return next((value for name, value in pattern.items() if re.match(rf"(.*\.)?({name})$", key)), default)
+
+
+def hidden_size(model: nn.Module, what: str) -> int:
+    """Width of a transformers model's hidden states; `what` needs it."""
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    size = getattr(config, "hidden_size", None)
+    if size is None:
+        raise ConfigError(f"{what} needs a transformers model, whose config names its hidden_size.")
+    return int(size)

@@ -64,6 +64,14 @@ def test_beams_change_nothing_but_the_search(architecture, gate):
     assert torch.equal(cached, generate(model, inputs, use_cache=False, num_beams=3, **extra))
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_cache_of_fixed_size_changes_nothing_for_padded_prompts(architecture):
+    model, batch = molora_model(architecture, "sequence-mean"), batch_for(architecture, padding="left")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    expected = generate(model, inputs)
+    assert torch.equal(generate(model, inputs, cache_implementation="static"), expected)
+
+
 @pytest.mark.parametrize("architecture", GENERATIVE)
 def test_the_ways_to_give_task_ids_agree(architecture):
     model, inputs = molora_model(architecture, "task-group"), prompts(architecture)

@@ -1,0 +1,140 @@
+"""Which task a prompt belongs to, in closed form: what is kept of each task's features, and two ways to name by it.
+
+All in float64. Nothing of the data is kept but sums, so any order and any split of the prompts give the same statistics, a
+new task never changes the numbers of an older one, and what two machines learned is merged by adding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from einops import einsum, rearrange
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TaskStatistics:
+    """What is known of the features of some tasks, a row for each. A task that was never seen has count 0."""
+
+    counts: Tensor  # (task,) how many features each task showed
+    means: Tensor  # (task, d)
+    scatter: Tensor  # (d, d) Σ (x - mean of its task)(x - mean of its task)ᵀ over all tasks
+    spread: Tensor  # () how many features are in the scatter, those of tasks that were removed too
+
+    @classmethod
+    def of(cls, tasks: int, d: int) -> Self:
+        """Nothing known yet of so many tasks, in features of width d."""
+        shapes = (tasks,), (tasks, d), (d, d), ()
+        return cls(*(torch.zeros(shape, dtype=torch.float64) for shape in shapes))
+
+    def learned(self, task: int, features: Tensor) -> Self:
+        """With more features (sample, d) of the task in row `task`."""
+        x = features.to(self.means)
+        if not len(x):
+            return self
+        mean = x.mean(dim=0)
+        row = torch.zeros_like(self.counts)
+        row[task] = 1
+        return self.merged(
+            replace(
+                self,
+                counts=len(x) * row,
+                means=torch.outer(row, mean),
+                scatter=(x - mean).t() @ (x - mean),
+                spread=self.spread.new_tensor(len(x)),
+            )
+        )
+
+    def merged(self, other: TaskStatistics) -> Self:
+        """What both know together, of the same tasks: row by row."""
+        counts = self.counts + other.counts
+        share = other.counts / counts.clamp(min=1)
+        apart = other.means - self.means
+        # Two batches of one task spread around their own means, and those around the common one.
+        between = einsum(self.counts * share, apart, apart, "task, task i, task j -> i j")
+        return replace(
+            self,
+            counts=counts,
+            means=self.means + share.unsqueeze(-1) * apart,
+            scatter=self.scatter + other.scatter + between,
+            spread=self.spread + other.spread,
+        )
+
+    def rows(self, kept: list[int | None]) -> Self:
+        """These rows in this order; None: room for a new task. The scatter keeps what removed tasks gave to it."""
+        places = torch.tensor([-1 if row is None else row for row in kept], dtype=torch.long)
+        places = places.to(self.counts.device)
+        known = (places >= 0).to(self.counts)
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])[
+            places
+        ]  # -1 is the row of zeros at the end
+        means = torch.cat([self.means, self.means.new_zeros(1, self.means.shape[1])])[places]
+        return replace(self, counts=counts * known, means=means * known.unsqueeze(-1))
+
+
+class Gaussian:
+    """One Gaussian per task, all with one covariance: linear discriminant analysis with every task equally likely.
+
+    The covariance is shrunk towards its mean variance, `(1 - s) S + s tr(S)/d I`, so that few samples are enough.
+    Reference: Lee et al., arXiv:1807.03888, who tell known from unknown inputs by the same densities.
+
+    Args:
+        known: the statistics; every row of them has been seen.
+        shrinkage: s, in (0, 1].
+    """
+
+    def __init__(self, known: TaskStatistics, shrinkage: float) -> None:
+        self.known, d = known, known.means.shape[1]
+        covariance = known.scatter / known.spread.clamp(min=1)
+        level = covariance.trace() / d
+        one = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
+        level = torch.where(level > 0, level, 1.0)  # no spread at all: the nearest mean names the task
+        self.root = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * level * one)
+        self.constant = -d / 2 * math.log(2 * math.pi) - self.root.diagonal().log().sum()
+        self.means = self._white(known.means)
+
+    def _white(self, rows: Tensor) -> Tensor:
+        """Rows (row, d) in the space where the covariance is the identity."""
+        return torch.linalg.solve_triangular(self.root, rows.t(), upper=False).t()
+
+    def log_densities(self, features: Tensor) -> Tensor:
+        """Features (sample, d) -> log density under each task's Gaussian (sample, task)."""
+        apart = rearrange(self._white(features.to(self.means)), "s d -> s 1 d") - self.means
+        return self.constant - apart.square().sum(dim=-1) / 2
+
+    def posteriors(self, features: Tensor) -> Tensor:
+        """Features (sample, d) -> how likely each task is (sample, task); rows sum to 1."""
+        return self.log_densities(features).softmax(dim=-1)
+
+
+class Ridge(Gaussian):
+    """Ridge regression from features to tasks, the solution over all data at once; densities are those of `Gaussian`.
+
+    `W = (Xᵀ X + λ I)⁻¹ Xᵀ Y` of centred X and Y, λ = shrinkage · tr(scatter)/d, with an intercept that is not shrunk. A score
+    estimates how likely a task is where tasks are as frequent as among the prompts learned from.
+    Reference: Any-SSR, arXiv:2503.13575.
+    """
+
+    def __init__(self, known: TaskStatistics, shrinkage: float) -> None:
+        super().__init__(known, shrinkage)
+        counts, d = known.counts, known.means.shape[1]
+        frequency = counts / counts.sum()
+        mean = frequency @ known.means
+        apart = known.means - mean
+        level = known.scatter.trace() / d
+        squares = known.scatter + einsum(counts, apart, apart, "task, task i, task j -> i j")
+        squares.diagonal().add_(shrinkage * torch.where(level > 0, level, 1.0))
+        self.weight = torch.linalg.solve(squares, (counts.unsqueeze(-1) * apart).t())  # (d, task)
+        self.bias = frequency - mean @ self.weight
+
+    def scores(self, features: Tensor) -> Tensor:
+        """Features (sample, d) -> the regression's answer (sample, task); rows sum to 1, numbers may be negative."""
+        return features.to(self.weight) @ self.weight + self.bias
+
+    def posteriors(self, features: Tensor) -> Tensor:
+        """The scores, without negative ones, over their sum."""
+        positive = self.scores(features).clamp(min=0)
+        return positive / positive.sum(dim=-1, keepdim=True)

@@ -1,0 +1,223 @@
+"""Teach an adapter's task router from prompts, and ask it which task a prompt belongs to."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from molora.calls.call import Call
+from molora.data.clusters import inference
+from molora.data.collate import pad_token, padded
+from molora.data.prompts import prompt_within
+from molora.errors import ConfigError, DataError
+from molora.forward.task_naming import mean_of, read_base
+from molora.forward.task_router import TaskRouter
+from molora.store.adapter import active_adapter, peft_model
+from molora.tuner.api import find_context
+from molora.tuner.router import give_router
+
+MOST_PROMPTS = 2000  # of a task that are read; more change its mean and the spread by less and less
+
+
+class NamedTask(NamedTuple):
+    """What a router says of one prompt."""
+
+    task: str | None  # None: it is like no task that was learned, where the router tells those apart
+    posteriors: dict[str, float]  # how likely each task is; they sum to 1
+    log_density: float  # of the prompt's features under the likeliest task
+
+
+def fit_router(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[str]],
+    *,
+    router: Any = None,
+    adapter_name: str | None = None,
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> None:
+    """Teach an adapter's task router which prompts belong to which task. What it learned before stays, and counts.
+
+    The base alone reads each prompt, forward only and up to an early block; nothing is kept but sums. At most 2,000 prompts
+    of a task are read, drawn at random. Tasks may come one after another, in any order: older tasks' numbers never change.
+
+    Args:
+        model: what `get_peft_model` or `load` returned.
+        tokenizer: its tokenizer.
+        prompts: task -> texts as the model is given them, after any template, without the answer.
+        router: makes the router (a RouterConfig, a map of its fields, or a kind), where the config named none.
+        adapter_name: which adapter; may be left out where one is active.
+        batch_size: prompts a forward pass.
+        max_length: tokens of a prompt that are read: its last ones (a classifier's first ones).
+
+    Raises:
+        ConfigError: the adapter has no router, or does not know a task. DataError: a task without prompts.
+    """
+    model = peft_model(model)
+    adapter = active_adapter(model, adapter_name)
+    context = find_context(model)
+    if router is not None:
+        give_router(model.get_base_model(), context, adapter, router)
+    tokens = {
+        task: [_tokens(model, tokenizer, adapter, text, max_length) for text in drawn(texts, seed=0)]
+        for task, texts in prompts.items()
+    }
+    learn_prompts(model, tokenizer, tokens, adapter, batch_size)
+
+
+def learn_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Mapping[str, Sequence[Sequence[int]]],
+    adapter: str,
+    batch_size: int = 16,
+) -> None:
+    """`fit_router` from prompts that are token ids already."""
+    router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
+    for task, rows in prompts.items():
+        if task not in task_map.ids:
+            known = ", ".join(task_map.ids) or "none"
+            raise ConfigError(f"adapter {adapter!r} has no task {task!r}. Its tasks: {known}.")
+        if not len(rows):
+            raise DataError(f"task {task!r} has no prompts for the router to learn from.")
+    found = {
+        task_map.ids[task]: features(model, tokenizer, rows, adapter, batch_size)
+        for task, rows in prompts.items()
+    }
+    router.learn(found)
+
+
+def route(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[str],
+    *,
+    adapter_name: str | None = None,
+    batch_size: int = 16,
+    max_length: int = 512,
+) -> list[NamedTask]:
+    """The task of each prompt, as the model itself names it where it is called without task ids.
+
+    Args:
+        model: what `get_peft_model` or `load` returned, its router fitted.
+        tokenizer: its tokenizer.
+        prompts: texts as the model is given them.
+        adapter_name: which adapter; may be left out where one is active.
+        batch_size: prompts a forward pass.
+        max_length: tokens of a prompt that are read: its last ones (a classifier's first ones).
+
+    Raises:
+        ConfigError: the adapter has no router, or one that has learned nothing.
+    """
+    model = peft_model(model)
+    adapter = active_adapter(model, adapter_name)
+    tokens = [_tokens(model, tokenizer, adapter, text, max_length) for text in prompts]
+    return named_prompts(model, tokenizer, tokens, adapter, batch_size)
+
+
+def named_prompts(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    adapter: str | None = None,
+    batch_size: int = 16,
+) -> list[NamedTask]:
+    """`route` of prompts that are token ids already."""
+    adapter = active_adapter(model, adapter)
+    router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
+    if not router.learned:
+        raise ConfigError(
+            f"the router of adapter {adapter!r} has learned no task yet.",
+            hint="molora.fit_router(model, tokenizer, {task: prompts}) teaches it.",
+        )
+    if not prompts:
+        return []
+    guess = router.guess(features(model, tokenizer, prompts, adapter, batch_size))
+    names = [task_map.name(task) for task in guess.ids]
+    told_apart = router.settings.unknown != "nearest"
+    rows = zip(
+        guess.nearest.tolist(),
+        guess.posteriors.tolist(),
+        guess.log_densities.tolist(),
+        guess.known.tolist(),
+        strict=True,
+    )
+    return [
+        NamedTask(
+            None if told_apart and not known else names[row], dict(zip(names, shares, strict=True)), density
+        )
+        for row, shares, density, known in rows
+    ]
+
+
+def router_of(model: Any, adapter: str) -> TaskRouter:
+    """An adapter's router; ConfigError where it has none."""
+    router: TaskRouter | None = find_context(model).adapters[adapter].router
+    if router is None:
+        raise ConfigError(
+            f"adapter {adapter!r} has no task router.",
+            hint="build it with MoLoraConfig(router=RouterConfig()), or call molora.fit_router(..., router='gaussian').",
+        )
+    return router
+
+
+def names_tasks(model: Any) -> bool:
+    """Whether the active adapter names the tasks of prompts by itself: it has a router that has learned some."""
+    router: TaskRouter | None = find_context(model).adapters[str(model.active_adapter)].router
+    return router is not None and bool(router.learned)
+
+
+def features(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    adapter: str,
+    batch_size: int,
+) -> Tensor:
+    """What the router reads (sample, d) of prompts (token ids): means of the base's early hidden states, float64."""
+    context, base = find_context(model), model.get_base_model()
+    if any(point.merged for point in context.points or ()):
+        raise ConfigError(
+            "the adapter is merged into the base, which the router must read alone.",
+            hint="call model.unmerge_adapter() first.",
+        )
+    rows: dict[int, Tensor] = {}
+    with inference(model):
+        for part in _batches([len(prompt) for prompt in prompts], batch_size):
+            ids = padded([prompts[i] for i in part], pad_token(tokenizer)).to(model.device)
+            lengths = torch.tensor([len(prompts[i]) for i in part], device=ids.device)
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+            inputs = {"input_ids": ids, "attention_mask": mask.long()}
+            states = read_base(context, Call(), adapter, base, inputs)
+            rows.update(zip(part, mean_of(*states).cpu(), strict=True))
+    return torch.stack([rows[i] for i in range(len(prompts))])
+
+
+def drawn(prompts: Sequence[Any], seed: int) -> list[Any]:
+    """As many of a task's prompts as are read, at random but in their order: files are often sorted."""
+    if len(prompts) <= MOST_PROMPTS:
+        return list(prompts)
+    return [prompts[i] for i in sorted(random.Random(seed).sample(range(len(prompts)), MOST_PROMPTS))]
+
+
+def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
+
+
+def _tokens(
+    model: Any, tokenizer: PreTrainedTokenizerBase, adapter: str, text: str, max_length: int
+) -> list[int]:
+    base = model.get_base_model()
+    if getattr(base.config, "is_encoder_decoder", False):
+        kind = "SEQ_2_SEQ_LM"
+    else:
+        kind = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
+    return prompt_within(tokenizer, text, max_length, str(model.peft_config[adapter].task_type or kind))
