@@ -122,7 +122,7 @@ class StrategyConfig(Section):
         return self
 
 
-class RouterConfig(Section):
+class PrototypesConfig(Section):
     """Who names the task of a sample that comes without an id: the nearest of some prototypes per task.
 
     Features are the base's hidden states at this share of its `depth`, averaged over the prompt; as CoLoR publishes it:
@@ -146,7 +146,7 @@ class ContinualConfig(Section):
 
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="color"))
     order: list[TaskName] | None = None
-    router: RouterConfig | None = None
+    router: PrototypesConfig | None = None
     softmax: Literal["own", "seen", "all"] | None = None
 
     @model_validator(mode="before")

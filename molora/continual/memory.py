@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from molora.config.continual import RouterConfig
+from molora.config.continual import PrototypesConfig
 from molora.continual.router import PrototypeRouter, features
 from molora.continual.strategy import Strategy
 from molora.data.prompts import Example
@@ -27,7 +27,7 @@ FEATURE_BATCH = 64
 class Memory:
     """Grows by one task at a time; saved after each turn and read by the next."""
 
-    def __init__(self, strategy: Strategy, router: RouterConfig | None) -> None:
+    def __init__(self, strategy: Strategy, router: PrototypesConfig | None) -> None:
         self.strategy = strategy
         self.settings = router
         self.router = None if router is None else PrototypeRouter(router.clusters, router.metric)

@@ -65,7 +65,7 @@ def fit_router(
     if router is not None:
         give_router(model.get_base_model(), context, adapter, router)
     tokens = {
-        task: [_tokens(model, tokenizer, adapter, text, max_length) for text in drawn(texts, seed=0)]
+        task: [_tokens(model, tokenizer, text, max_length) for text in drawn(texts, seed=0)]
         for task, texts in prompts.items()
     }
     learn_prompts(model, tokenizer, tokens, adapter, batch_size)
@@ -117,7 +117,7 @@ def route(
     """
     model = peft_model(model)
     adapter = active_adapter(model, adapter_name)
-    tokens = [_tokens(model, tokenizer, adapter, text, max_length) for text in prompts]
+    tokens = [_tokens(model, tokenizer, text, max_length) for text in prompts]
     return named_prompts(model, tokenizer, tokens, adapter, batch_size)
 
 
@@ -212,12 +212,10 @@ def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
     return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
-def _tokens(
-    model: Any, tokenizer: PreTrainedTokenizerBase, adapter: str, text: str, max_length: int
-) -> list[int]:
+def _tokens(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[int]:
+    """A prompt's tokens as models of this sort are trained on them."""
     base = model.get_base_model()
+    kind = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
     if getattr(base.config, "is_encoder_decoder", False):
         kind = "SEQ_2_SEQ_LM"
-    else:
-        kind = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
-    return prompt_within(tokenizer, text, max_length, str(model.peft_config[adapter].task_type or kind))
+    return prompt_within(tokenizer, text, max_length, kind)
