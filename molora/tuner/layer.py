@@ -16,7 +16,7 @@ from molora.experts.factor_mix import mixed_delta
 from molora.forward.feed_forward import refuse_beside_others
 from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
-from molora.tuner.merge import static_shares, static_weights
+from molora.tuner.merge import ExpertWeights, static_shares, static_weights
 
 
 class MoLoraLayer(BaseTunerLayer, MountPoint):
@@ -76,6 +76,12 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         return _get_in_out_features(self.get_base_layer())[1]
 
     # -- merging ---------------------------------------------------------------------------------------
+
+    def decide(self, adapter: str, task: str | None, expert_weights: ExpertWeights | None) -> None:
+        """Fix the weights with which a static mixture is merged here, until they are cleared."""
+        mount = self.mounts[adapter]
+        self.static_weights[adapter] = static_weights(mount, task, expert_weights)
+        self.static_shares[adapter] = static_shares(mount, task)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What a static mixture adds to the base weight, laid out as that is; float32 or better.

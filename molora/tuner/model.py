@@ -26,7 +26,7 @@ from molora.tuner import grow
 from molora.tuner.adapter_name import check_adapter_name, only_one
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
-from molora.tuner.merge import ExpertWeights, static_shares, static_weights
+from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
 from molora.tuner.router import make_known
@@ -213,12 +213,10 @@ class MoLoraModel(BaseTuner):
     ) -> Any:
         """Decide every layer's static weights first, so that a refusal leaves the model untouched."""
         layers = [m for m in self.model.modules() if isinstance(m, MoLoraLayer)]
-        for adapter in adapter_names or self.active_adapters:
-            for layer in (layer for layer in layers if adapter in layer.mounts):
-                mount = layer.mounts[adapter]
-                layer.static_weights[adapter] = static_weights(mount, task, expert_weights)
-                layer.static_shares[adapter] = static_shares(mount, task)
         try:
+            for layer in layers:
+                for adapter in layer.mounts.keys() & set(adapter_names or self.active_adapters):
+                    layer.decide(adapter, task, expert_weights)
             yield
         finally:
             for layer in layers:
