@@ -106,10 +106,13 @@ def _of_tasks(leader: Mount, reading: Reading, rows: int, tokens: int, slots: in
 def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens: int) -> Way:
     copies = slots if leader.feed_forward is not None else 1  # it has a copy of its tokens for each slot
     samples = tokens if rows is None else rows  # a few tokens are samples of their own
-    if samples * slots * (_COPY + tokens // samples) < experts * (_READ + tokens * copies):
-        return Way("by_sample", slots)
-    grouped = rows is None and pays_by_token(leader, slots, experts)
-    return Way("by_token" if grouped else "dense", slots)
+    costs = {
+        "dense": experts * (_READ + tokens * copies),
+        "by_sample": samples * slots * (_COPY + tokens // samples),
+    }
+    if rows is None:
+        costs["by_token"] = experts * _READ + tokens * slots * (1 + _SEND / max(leader.bank.ranks))
+    return Way(min(costs, key=lambda way: costs[way]), slots)
 
 
 def pays_by_token(leader: Mount, slots: int, experts: int) -> bool:

@@ -204,6 +204,9 @@ def test_the_rule_takes_the_way_that_costs_least():
     assert ways_taken(many(GateConfig(scope="sequence", top_k=2), experts=2), **long) == {"DensePart"}
     assert ways_taken(many(GateConfig(top_k=1)), **long) == {"ByToken"}
     assert ways_taken(many(GateConfig(top_k=1)), **batch_for("llama", batch=1, seq=1)) == {"BySample"}
+    assert ways_taken(many(GateConfig(top_k=1), experts=128), **long) == {
+        "ByToken"
+    }  # not each token a sample
     assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {"DensePart"}
     assert ways_taken(many(GateConfig(select="dense")), **long) == {"DensePart"}
     narrow, wide = GateConfig(select="top_p", top_p=0.01), GateConfig(select="top_p", top_p=0.99)
