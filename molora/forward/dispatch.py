@@ -106,7 +106,7 @@ def _of_tasks(leader: Mount, reading: Reading, rows: int, tokens: int, slots: in
 def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens: int) -> Way:
     copies = slots if leader.feed_forward is not None else 1  # it has a copy of its tokens for each slot
     samples = tokens if rows is None else rows  # a few tokens are samples of their own
-    costs = {
+    costs: dict[str, float] = {
         "dense": experts * (_READ + tokens * copies),
         "by_sample": samples * slots * (_COPY + tokens // samples),
     }
