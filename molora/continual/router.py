@@ -13,8 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.clusters import TextClusters, inference, mean_vector
-from molora.data.collate import pad_token, padded
-from molora.evaluation.generate import batches_by_length
+from molora.data.collate import pad_token, padded_batches
 
 SHRINKAGE = 0.1  # of the covariance towards a multiple of the identity, so that few samples are enough
 
@@ -95,10 +94,7 @@ def features(
     base = model.get_base_model()
     reader = base.get_encoder() if getattr(base.config, "is_encoder_decoder", False) else base
     with inference(model), model.disable_adapter():
-        for part in batches_by_length([len(p) for p in prompts], batch_size):
-            ids = padded([prompts[i] for i in part], pad_token(tokenizer)).to(device)
-            lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
-            mask = torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)
+        for part, ids, mask in padded_batches(prompts, pad_token(tokenizer), batch_size, device):
             out = reader(input_ids=ids, attention_mask=mask.long(), output_hidden_states=True)
             layer = round(depth * (len(out.hidden_states) - 1))
             rows.update(zip(part, mean_vector(out.hidden_states[layer], mask).cpu(), strict=True))

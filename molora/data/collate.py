@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -52,3 +52,19 @@ def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Te
     """Rows of different lengths as one tensor (batch, longest), filled up with `value` on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=value, padding_side=side)
+
+
+def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, so that the first batch needs the most memory."""
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def padded_batches(
+    prompts: Sequence[Sequence[int]], pad_id: int, batch_size: int, device: torch.device
+) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+    """Prompts by similar length: their indices, token ids and mask, both (batch, seq) and padded on the right."""
+    for part in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        ids = padded([prompts[i] for i in part], pad_id).to(device)
+        lengths = torch.tensor([len(prompts[i]) for i in part], device=device)
+        yield part, ids, torch.arange(ids.shape[1], device=device) < lengths.unsqueeze(1)

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from molora.data.collate import pad_token, padded
+from molora.data.collate import batches_by_length, pad_token, padded
 
 
 def generate_answers(
@@ -46,9 +46,3 @@ def generate_answers(
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers
-
-
-def batches_by_length(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """Indices in batches of similar length, longest first, so that the first batch needs the most memory."""
-    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]

@@ -12,11 +12,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
-from molora.data.collate import collate, pad_token
+from molora.data.collate import batches_by_length, collate, pad_token
 from molora.data.prompts import Example, encode, render
 from molora.data.tasks import Task
 from molora.errors import DataError
-from molora.evaluation.generate import batches_by_length, generate_answers
+from molora.evaluation.generate import generate_answers
 from molora.evaluation.metrics import METRICS, Result, match_label, mean, token_nll
 
 Answer = Tensor | str | tuple[float, int]

@@ -88,10 +88,8 @@ def picked(bank: ExpertBank, experts: Tensor, rank: int | None = None) -> tuple[
     """
     stacks, kind = bank.named_stacks(), bank.kind
     if kind.keeps_factors:
-        order = bank.frozen + bank.trainable
-        if order != tuple(range(bank.num_experts)):
-            experts = torch.tensor(order, device=experts.device).argsort()[experts]
-        A, B = (Picked(stacks[name].blocks, experts) for name in "AB")
+        places = stacks["B"].places(experts)  # as in A, where each expert has one of its own
+        A, B = (Picked(stacks[name].blocks, places) for name in "AB")
     else:
         flat = experts.flatten()
         rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows[flat] for n, s in stacks.items()}

@@ -150,10 +150,14 @@ class Stack(Stacked):
 
     def in_order(self, values: Tensor, dim: int = -1) -> Tensor:
         """Values of the blocks side by side along `dim`, in expert order."""
-        if self._sorted:
-            return values
-        flat = [i for block in self.order for i in block]
-        return values.index_select(dim, torch.tensor(flat, device=values.device).argsort())
+        return values if self._sorted else values.index_select(dim, self._places(values.device))
+
+    def places(self, rows: Tensor) -> Tensor:
+        """Where rows (...) int64, counted in expert order, stand in the blocks laid end to end."""
+        return rows if self._sorted else self._places(rows.device)[rows]
+
+    def _places(self, device: torch.device) -> Tensor:
+        return torch.tensor([i for block in self.order for i in block], device=device).argsort()
 
     # -- freezing ----------------------------------------------------------------------------------------
 

@@ -26,7 +26,7 @@ from molora.experts.picks import Picks, ordered, picked, scale_of
 from molora.forward.dispatch import way_of
 from molora.forward.mount import Mount
 from molora.forward.reading import Reading
-from molora.forward.sparse import chosen
+from molora.forward.sparse import chosen, rank_in_use
 
 
 def mix(reading: Reading, y: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def _by_sample(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
     once = not reading.mount.leaves
     rows = len(picks.experts) // slots.count if once else len(picks.experts)
-    A, B = picked(bank, picks.experts)
+    A, B = picked(bank, picks.experts, rank_in_use(reading, reading.mount))
     if A is None:
         h = bank.shared_h(x).repeat(slots.count if once else 1, 1)
     elif once:

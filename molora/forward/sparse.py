@@ -171,8 +171,7 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
     x = _samples(reading, x, rows, found.rows)
     own, B = {}, {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
-        bank = member.bank
-        A, B[member.key] = picked(bank, found.picks[slot].experts, _rank(reading, member))
+        A, B[member.key] = picked(member.bank, found.picks[slot].experts, rank_in_use(reading, member))
         if A is not None:
             own[member.key] = A
     h = {}
@@ -191,7 +190,7 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
     return parts
 
 
-def _rank(reading: Reading, member: Mount) -> int:
+def rank_in_use(reading: Reading, member: Mount) -> int:
     """The largest rank among the experts of the batch's tasks, so that a larger one elsewhere changes no bit."""
     ranks, named = member.bank.ranks, None if reading.tasks is None else reading.tasks.named
     learned = member.plain or member.leader.gate is not None
@@ -268,7 +267,7 @@ def _keep(reading: Reading, found: Chosen) -> Kept:
     A, B = [], {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
         picks = found.picks[slot]
-        own, of_member = picked(member.bank, picks.experts, _rank(reading, member))
+        own, of_member = picked(member.bank, picks.experts, rank_in_use(reading, member))
         assert own is not None  # those that share A are not kept
         scale = scale_of(member.bank, picks, own.rank).flatten(1)
         A.append(own)

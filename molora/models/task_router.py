@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.calls.call import Call
 from molora.data.clusters import inference
-from molora.data.collate import pad_token, padded
+from molora.data.collate import pad_token, padded_batches
 from molora.data.prompts import prompt_within
 from molora.errors import ConfigError, DataError
 from molora.forward.task_naming import mean_of, read_base
@@ -189,10 +189,7 @@ def features(
         )
     rows: dict[int, Tensor] = {}
     with inference(model):
-        for part in _batches([len(prompt) for prompt in prompts], batch_size):
-            ids = padded([prompts[i] for i in part], pad_token(tokenizer)).to(model.device)
-            lengths = torch.tensor([len(prompts[i]) for i in part], device=ids.device)
-            mask = torch.arange(ids.shape[1], device=ids.device) < lengths.unsqueeze(1)
+        for part, ids, mask in padded_batches(prompts, pad_token(tokenizer), batch_size, model.device):
             inputs = {"input_ids": ids, "attention_mask": mask.long()}
             states = read_base(context, Call(), adapter, base, inputs)
             rows.update(zip(part, mean_of(*states).cpu(), strict=True))
@@ -204,12 +201,6 @@ def drawn(prompts: Sequence[Any], seed: int) -> list[Any]:
     if len(prompts) <= MOST_PROMPTS:
         return list(prompts)
     return [prompts[i] for i in sorted(random.Random(seed).sample(range(len(prompts)), MOST_PROMPTS))]
-
-
-def _batches(lengths: Sequence[int], batch_size: int) -> Iterator[list[int]]:
-    """Indices in batches of similar length."""
-    order = sorted(range(len(lengths)), key=lengths.__getitem__)
-    return (order[start : start + batch_size] for start in range(0, len(order), batch_size))
 
 
 def _tokens(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[int]:

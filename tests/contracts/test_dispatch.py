@@ -18,6 +18,7 @@ from molora.forward.sparse import Ready
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import (
     ARCHITECTURES,
+    FEED_FORWARD,
     GATES,
     MIXTURES,
     TASKS,
@@ -285,8 +286,9 @@ def lora_of_rank(rank, folder):
     return folder
 
 
-def test_a_larger_expert_of_another_task_changes_no_bit(tmp_path):
-    model, ids = many(GateConfig(scope="task"), experts=6), ["t1", None, "t5"]
+@pytest.mark.parametrize("ffn_targets", [None, FEED_FORWARD])
+def test_a_larger_expert_of_another_task_changes_no_bit(tmp_path, ffn_targets):
+    model, ids = many(GateConfig(scope="task"), experts=6, ffn_targets=ffn_targets), ["t1", None, "t5"]
     batch, step = batch_for("llama"), {"input_ids": torch.ones(3, 1, dtype=torch.long)}
     with torch.no_grad():
         before = [model(**inputs, routing_task_ids=ids).logits for inputs in (batch, step)]
