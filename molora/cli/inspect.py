@@ -90,9 +90,8 @@ def _router(model: Any) -> dict[str, Any] | None:
     found = find_context(model).adapters[str(model.active_adapter)]
     if found.router is None:
         return None
-    counts = zip(found.router.ids, found.router.counts.tolist(), strict=True)
-    learned = {found.task_map.name(task): int(count) for task, count in counts}
-    return {**asdict(found.config.router), "learned": learned}
+    learned = {found.task_map.name(task): count for task, count in found.router.seen.items()}
+    return {**asdict(found.config.router), "passes": 1 if found.along else 2, "learned": learned}
 
 
 def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -106,7 +105,8 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"task {name} (id {task['id']}): {experts}")
     if facts["router"] is not None:
         learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
-        say(f"router: {facts['router']['kind']}; prompts learned from: {learned}")
+        along = "in the model's own forward" if facts["router"]["passes"] == 1 else "in a pass of its own"
+        say(f"router: {facts['router']['kind']}, {along}; prompts learned from: {learned}")
     for batch, ways in facts["computed"].items():
         say(f"computed, {batch}: {', '.join(f'{way} in {count} layers' for way, count in ways.items())}")
     moved = Counter(row["expert"] for row in facts["init"] if not row["ok"])

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
 from copy import deepcopy
+from functools import partial
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.calls.context import RoutingContext
+from molora.calls.prompt import generation_start
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
 from molora.disk.fingerprint import base_fingerprint, compare
@@ -29,7 +31,7 @@ from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
-from molora.tuner.router import make_known
+from molora.tuner.router import make_known, modules_before_experts
 from molora.tuner.targets import check_targets, is_target
 
 
@@ -41,8 +43,8 @@ class MoLoraModel(BaseTuner):
 
     prefix = "molora_"
     tuner_layer_cls = MoLoraLayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _check_target_module_exists: Any = staticmethod(is_target)
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
@@ -61,6 +63,7 @@ class MoLoraModel(BaseTuner):
         self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
+        self._check_target_module_exists = partial(is_target, without=modules_before_experts(model, config))
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._mounting
         self.context.forget_modules()
@@ -165,7 +168,7 @@ class MoLoraModel(BaseTuner):
         """
         ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
         asked = {name: kwargs.pop(f"routing_{name}", None) for name in ("features", "prompt_mask")}
-        length = _prompt_length(self.model, args, kwargs)
+        length = generation_start(self.model, args, kwargs)
         request = RoutingRequest(task_ids=ids, given=ids is not None, prompt_length=length, **asked)
         root_hooks.points_of(self.context, self.model)
         with self.context.use_request(request):
@@ -287,13 +290,3 @@ class MoLoraModel(BaseTuner):
 
     def _config(self) -> MoLoraConfig:
         return self.peft_config[self._adapter()]  # type: ignore[return-value]
-
-
-def _prompt_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Positions of the decoder that a generation begins with."""
-    prompt: Any = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-    if getattr(model.config, "is_encoder_decoder", False):
-        prompt = kwargs.get("decoder_input_ids")
-    elif args:
-        prompt = args[0]
-    return 1 if prompt is None else prompt.shape[1]
