@@ -10,7 +10,9 @@ from torch import Tensor
 from molora.calls.call import Call
 from molora.calls.task_ids import TaskIds, spread
 from molora.calls.task_map import TaskMap
+from molora.config.gate import GateSettings
 from molora.errors import RoutingError
+from molora.experts.kernel import flattened
 from molora.gates.gate import Gate, Routing
 from molora.gates.pooling import pool
 
@@ -36,15 +38,18 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=own_only)
 
 
-def decided(task_map: TaskMap, call: Call, experts: tuple[int, ...] | None, *, alone_is_one: bool) -> bool:
+def decided(
+    settings: GateSettings, task_map: TaskMap, call: Call, experts: tuple[int, ...] | None
+) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
     With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
     """
     if call.experts is not None:
         return True
-    alone = alone_is_one and experts is not None and len(experts) == 1 and not task_map.always
-    return alone and not torch.is_grad_enabled() and not call.recording
+    if experts is None or len(experts) != 1 or task_map.always or not settings.alone_is_one:
+        return False
+    return not torch.is_grad_enabled() and not call.recording
 
 
 def route(
@@ -81,7 +86,7 @@ def route(
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts, by_sample=by_sample)
-    if experts is not None and decided(task_map, call, experts, alone_is_one=gate.settings.alone_is_one):
+    if decided(gate.settings, task_map, call, experts):
         return Routing(task_map.row((1.0,), x), experts)
     read = gate_input(x, gate, tasks, call, stream)
     allowed = None
@@ -108,7 +113,7 @@ def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream:
         read = call.read(stream, settings.scope, lead).to(x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return read.to(dtype)
-    return x.reshape(-1, x.shape[-1])
+    return flattened(x)
 
 
 def _allowed(

@@ -34,15 +34,15 @@ def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -
     """By module name, the parts of all members of a plan; `weights`: by slot, where they are known already."""
     plan, x, experts = reading.plan, reading.x, reading.experts
     operands = _operands(plan, experts, x)
-    one = reading.mount.config.gate.alone_is_one
-    routed = weights is not None or decided(reading.mount.task_map, reading.call, experts, alone_is_one=one)
+    mount = reading.mount
+    routed = weights is not None or decided(mount.config.gate, mount.task_map, reading.call, experts)
     h, products = _shrink(reading, operands, routed=routed)
     if weights is None:
         weights = _weights(reading, products)
     keys = [member.key for member in plan.members]
     if operands.joint is not None:  # without gradients the whole group is weighted at once
         h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
-    columns = (h,) if len(keys) == 1 else h.split(operands.widths, dim=-1)
+    columns = (h,) if len(keys) == 1 else h.split_with_sizes(operands.widths, -1)
     return {
         key: DensePart(
             part, None if operands.joint is not None else weights[slot], operands.expansions[key], operands.B[key]
