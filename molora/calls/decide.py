@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -38,9 +40,7 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=own_only)
 
 
-def decided(
-    settings: GateSettings, task_map: TaskMap, call: Call, experts: tuple[int, ...] | None
-) -> bool:
+def decided(settings: GateSettings, task_map: TaskMap, call: Call, experts: tuple[int, ...] | None) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
     With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
@@ -95,10 +95,10 @@ def route(
         rows = None if gate.settings.scope == "constant" else len(read)
         allowed = _allowed(task_map, tasks, x.shape[:-1], x.device, rows, own_only=own_only)
     beside = None if beside is None else spread(beside, x.shape[:-1])
-    options = {"products": products, "balance": call.balances.get(id(gate)), "beside": beside}
+    weigh = partial(gate, products=products, balance=call.balances.get(id(gate)), beside=beside)
     if task_map.always:
-        return _with_always(gate, task_map, read, experts, allowed, options)
-    return _gated(gate, read, experts, allowed, options)
+        return _with_always(weigh, task_map, read, experts, allowed)
+    return _gated(weigh, read, experts, allowed)
 
 
 def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream: str = "decoder") -> Tensor:
@@ -147,29 +147,24 @@ def _allowed(
 
 
 def _gated(
-    gate: Gate,
-    read: Tensor,
-    experts: tuple[int, ...] | None,
-    allowed: Tensor | None,
-    options: dict[str, Tensor | None],
+    gate: Callable[..., Routing], read: Tensor, experts: tuple[int, ...] | None, allowed: Tensor | None
 ) -> Routing:
     """The gate's answer; weight 0 for rows whose task has no expert in this layer."""
     if allowed is None:
-        return gate(read, experts=experts, **options)
+        return gate(read, experts=experts)
     nobody = ~allowed.any(dim=-1, keepdim=True)
-    routing: Routing = gate(read, experts=experts, allowed=allowed | nobody, **options)
+    routing = gate(read, experts=experts, allowed=allowed | nobody)
     nobody = nobody.repeat_interleave(routing.splits, dim=0)
     routing.weights = routing.weights.masked_fill(nobody, 0.0)
     return routing
 
 
 def _with_always(
-    gate: Gate,
+    gate: Callable[..., Routing],
     task_map: TaskMap,
     read: Tensor,
     experts: tuple[int, ...] | None,
     allowed: Tensor | None,
-    options: dict[str, Tensor | None],
 ) -> Routing:
     """The gate's weights over the experts it decides over, and those of the experts that are always on."""
     columns = tuple(range(len(task_map.experts))) if experts is None else experts
@@ -179,7 +174,7 @@ def _with_always(
         return Routing(task_map.row(tuple(1.0 if w == "rest" else float(w) for w in weights), read), experts)
     if allowed is not None:
         allowed = allowed[:, list(gated)]
-    routing = _gated(gate, read, gated, allowed, options)
+    routing = _gated(gate, read, gated, allowed)
     decided_weights = routing.weights
     parts = []
     for i in columns:
