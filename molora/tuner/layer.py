@@ -154,7 +154,7 @@ class Linear(nn.Module, MoLoraLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
-        if self.merged:
+        if self.merged_adapters:
             return y
         mounts = [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
         if len(mounts) > 1:
