@@ -93,6 +93,12 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
     Raises:
         ConfigError: the model does not say which its blocks are.
     """
+    blocks = blocks_of(model)
+    return blocks[max(1, round(depth * len(blocks))) - 1]
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks that prompts run through, in order; raises as `block_at`."""
     reader, config = _reader(model), getattr(model, "config", None)
     config = config.get_text_config() if config is not None else None
     count = getattr(config, "num_hidden_layers", None)
@@ -103,7 +109,7 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
             f"router: {type(model).__name__} has no list of blocks as long as its config's num_hidden_layers.",
             hint="a task router needs a transformers model; leave router out and give task ids.",
         )
-    return blocks[max(1, round(depth * len(blocks))) - 1]
+    return blocks
 
 
 @torch.compiler.disable(reason=_WHOLE_GRAPH)

@@ -73,3 +73,14 @@ def _made(model: nn.Module, config: MoLoraConfig, settings: RouterConfig) -> Tas
     """A new router over all tasks of the adapter, in the width of the base's hidden states."""
     task_naming.block_at(model, settings.depth)  # refuses a model without blocks before anything changes
     return TaskRouter(settings, [*(config.task_ids or {}).values()], hidden_size(model, "router"))
+
+
+def where_it_reads(model: nn.Module, context: RoutingContext, adapter: str) -> str | None:
+    """For people: after which block an adapter's router reads a prompt, and how often that is read; None without one."""
+    found = context.adapters[adapter]
+    if found.router is None:
+        return None
+    blocks = task_naming.blocks_of(model)
+    place = next(i for i, block in enumerate(blocks, 1) if block is found.read)
+    how = "in the model's own forward" if found.along else "in a pass of its own, since experts sit that early"
+    return f"after block {place} of {len(blocks)}, {how}"
