@@ -8,14 +8,16 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import molora
 from molora import AdapterError, ConfigError, DataError, RouterConfig, RoutingError
+from molora.config import BaseConfig
 from molora.forward.root_hooks import mounts_of
 from molora.forward.task_naming import modules_until
+from molora.models.base import load_base
 from molora.models.task_router import features, router_of
 from molora.tuner.api import find_context
 from tests.zoo import ARCHITECTURES, TASKS, base_model, molora_model
@@ -613,3 +615,58 @@ def test_a_mixture_of_loras_can_have_one(tmp_path):
     )
     molora.fit_router(model, TOKENS, {"alpha": texts("alpha")})
     assert molora.route(model, TOKENS, texts("alpha", 1))[0].task == "alpha"
+
+
+def tiny(dtype):
+    """The embedded base with ten tasks, an expert each, and a router."""
+    base, tokenizer = load_base(BaseConfig(model="molora/tiny"))
+    config = molora.MoLoraConfig(
+        num_experts=10, r=1, target_modules=["v_proj"], gate={"kind": "task"}, router="gaussian",
+        expert_names=list(GENERATORS), tasks={name: [name] for name in GENERATORS}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, config).to(dtype), tokenizer
+
+
+GENERATORS = ("pig", "mirror", "zigzag", "back", "mask", "spell", "shout", "pairs", "even", "boxed")
+WORDS = (
+    "abc",
+    "hello",
+    "tree",
+    "rainbow",
+    "blue",
+    "houses",
+    "word",
+    "stone",
+    "x",
+    "quietly",
+    "jam",
+    "violin",
+)
+
+
+def orders(dtype, count):
+    """The router's state after random orders of arrival, in random parts and batches, padded on either side; its names."""
+    states, prompts = [], {name: [f"{name}({word})=" for word in WORDS] for name in GENERATORS}
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        model, tokenizer = tiny(dtype)
+        tokenizer.padding_side = ("left", "right")[seed % 2]
+        for i in torch.randperm(10, generator=generator).tolist():
+            name, cut = GENERATORS[i], int(torch.randint(1, len(WORDS), (), generator=generator))
+            rows = [prompts[name][j] for j in torch.randperm(len(WORDS), generator=generator)]
+            for part in (rows[:cut], rows[cut:]):
+                molora.fit_router(model, tokenizer, {name: part}, batch_size=1 + seed)
+        states.append({k: v.clone() for k, v in buffers(model).items() if "floors" not in k})
+        asked = [f"{name}(never)=" for name in GENERATORS]
+        assert [row.task for row in molora.route(model, tokenizer, asked)] == list(GENERATORS)
+    first = states[0]
+    return max(float((s[k] - v).norm() / v.norm()) for s in states[1:] for k, v in first.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "most"),
+    [(torch.float64, 10, 1e-10), (torch.float32, 3, 1e-5), (torch.bfloat16, 3, 2e-2)],
+)
+def test_ten_tasks_in_any_order_end_in_one_router(dtype, count, most):
+    """Sums do not depend on the order; what is left is the base's own rounding, which depends on the batch."""
+    assert orders(dtype, count) < most
