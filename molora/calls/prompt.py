@@ -99,11 +99,10 @@ def attended(inputs: Mapping[str, Any]) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() == 2:
         return mask
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if mask.dim() != 4 or tokens is None or past_length(inputs.get("past_key_values")) > 0:
+    if mask.dim() != 4 or past_length(inputs.get("past_key_values")) > 0:
         return None
-    last = mask[:, 0, -1, : tokens.shape[1]]  # the last position sees all of its sequence
-    return last if last.dtype == torch.bool else last == 0
+    own = mask[:, 0].diagonal(dim1=1, dim2=2)  # any token but padding sees itself, however far it looks back
+    return own if own.dtype == torch.bool else own == 0
 
 
 def past_length(cache: Any) -> int:

@@ -124,7 +124,8 @@ def name_tasks(context: RoutingContext, call: Call, module: nn.Module, inputs: M
         call.begun.tasks.update(encoded.tasks)
     for adapter in call.unnamed if encoded is None else ():
         found = context.adapters[adapter]
-        if found.along and inputs.get("encoder_outputs") is None:
+        # Another adapter's experts may sit before the block, and the router must read the base alone.
+        if found.along and len(context.active) == 1 and inputs.get("encoder_outputs") is None:
             later.append(adapter)
             continue
         states, mask = read_base(context, call, adapter, module, inputs)
