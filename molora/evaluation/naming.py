@@ -65,7 +65,7 @@ def naming(model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
             for row, known in zip(guess.nearest.tolist(), guess.known.tolist(), strict=True)
         ]
         named[task.name] = dict(Counter(names).most_common())
-        share = router.strangers(task_map.ids[task.name], read)
+        share = router.strangers(task_map.ids.get(task.name), read)  # None: a task that is still to come
         if share is not None:
             refused[task.name] = share
     return Naming(named, refused)

@@ -131,7 +131,7 @@ class TaskRouter(nn.Module):
         floors = self.floors[[self.ids.index(i) for i in self.learned]]
         return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest])
 
-    def strangers(self, task: int, features: Tensor) -> float | None:
+    def strangers(self, task: int | None, features: Tensor) -> float | None:
         """Share of features (sample, d) of a task that would not count as known if this task were not; None: no other is."""
         others = deepcopy(self)
         others.set_tasks([i for i in self.learned if i != task])
