@@ -22,7 +22,7 @@ from molora.continual.turn import passes, play_turn, teach_old_tasks
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
-from molora.models.build import load_trained, tasks_of
+from molora.models.build import check_router, load_trained, tasks_of
 from molora.models.label_match import add_labels
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
@@ -64,6 +64,7 @@ def add_expert(
         old: MoLoraConfig = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
+        check_router(config)
         tasks = tasks_of(config, known_ids=old.task_ids)
         config = with_labels(config, tasks)
         if config.base.head == "match":

@@ -58,11 +58,17 @@ def _tasks(config: RunConfig, task_ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def check_router(config: RunConfig) -> None:
+    """Raise ConfigError where the recipe's router could not learn: that comes at the end of training."""
+    router = config.adapter.router
+    if router is not None and router.kind == "prototypes":
+        need_kmeans("adapter.router: prototypes")
+
+
 def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int]) -> PeftModel:
     """A new adapter on the base: of fresh experts, or of the LoRAs the recipe names."""
-    loras, router = config.adapter.from_loras, config.adapter.router
-    if router is not None and router.kind == "prototypes":  # learned at the end of training
-        need_kmeans("adapter.router: prototypes")
+    check_router(config)
+    loras = config.adapter.from_loras
     if loras is None:
         return get_peft_model(base, adapter_config(config, task_ids))
     kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}

@@ -82,5 +82,7 @@ def where_it_reads(model: nn.Module, context: RoutingContext, adapter: str) -> s
         return None
     blocks = task_naming.blocks_of(model)
     place = next(i for i, block in enumerate(blocks, 1) if block is found.read)
-    how = "in the model's own forward" if found.along else "in a pass of its own, since experts sit that early"
+    how = (
+        "in the model's own forward" if found.along else "in a pass of its own, since experts sit that early"
+    )
     return f"after block {place} of {len(blocks)}, {how}"
