@@ -54,6 +54,8 @@ class MoLoraConfig(SavedMixture, PeftConfig):
             del plain["kind"], plain["kind_settings"]
         if self.router is None:
             del plain["router"]
+        if self.modules_to_save:  # PEFT's task models append their heads each time
+            plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
@@ -23,17 +22,19 @@ from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.tuner import grow
-from molora.tuner.adapter_name import check_adapter_name, only_one
+from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
+from molora.tuner.loan import borrow, give_back, lend, note_base
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
 from molora.tuner.router import make_known
 from molora.tuner.targets import check_targets, is_target
+from molora.tuner.verbs import ExpertVerbs
 
 
-class MoLoraModel(BaseTuner):
+class MoLoraModel(ExpertVerbs, BaseTuner):
     """A mixture of LoRA experts on the linears of a frozen model, as `peft.get_peft_model(base, MoLoraConfig(...))` makes it.
 
     All that PEFT does with a method (save, load, several adapters, disable, delete, merge) works; the verbs change experts.
@@ -47,9 +48,19 @@ class MoLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
         check_adapter_name(adapter_name)
-        # A copy: saving and growing note things in it, and the caller may put the same config on another base.
-        config: MoLoraConfig = deepcopy(self.peft_config[adapter_name])  # type: ignore[assignment]
+        # The caller's own object, which PEFT's task models edit once this is done.
+        config, given = borrow(self.peft_config[adapter_name])  # type: ignore[arg-type]
         self.peft_config[adapter_name] = config
+        try:
+            self._inject(model, adapter_name, config, *args, **kwargs)
+        except BaseException:
+            give_back(config, given)
+            raise
+        lend(config, given, model, self.context, adapter_name)
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, config: MoLoraConfig, *args: Any, **kwargs: Any
+    ) -> None:
         check_targets(config, model)
         fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
@@ -134,7 +145,7 @@ class MoLoraModel(BaseTuner):
         # PEFT saves what this returns, then the config: the place to note whose tensors they are.
         check_adapter_name(adapter_name)  # PEFT joins it to the folder it saves in
         selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        config.base_fingerprint = base_fingerprint(model)
+        note_base(config, base_fingerprint(model))
         config.taken_sha256 = digest(selected, adapter_name)
         return selected
 
@@ -226,67 +237,6 @@ class MoLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         root_hooks.uninstall(self.model)
         return model
-
-    # -- experts ---------------------------------------------------------------------------------------
-
-    @property
-    def expert_names(self) -> list[str]:
-        """Experts of the active adapter, in order."""
-        return list(self._config().expert_names or [])
-
-    @property
-    def trainable_experts(self) -> list[str]:
-        """Experts that are not frozen."""
-        return [name for name in self.expert_names if name not in self._config().frozen_experts]
-
-    @property
-    def task_ids(self) -> dict[str, int]:
-        """Task name -> stable id."""
-        return dict(self._config().task_ids or {})
-
-    @property
-    def tasks(self) -> dict[str, dict[str, float]]:
-        """Task name -> {expert: weight}."""
-        return self._config().task_map().weights
-
-    def add_expert(
-        self,
-        name: str,
-        *,
-        tasks: Sequence[str] = (),
-        init: str = "new",
-        freeze_others: bool = True,
-        isolate: bool = False,
-        adapter_name: str | None = None,
-    ) -> None:
-        """Give every bank one more expert; see `grow.add_expert`."""
-        where = self._place(adapter_name)
-        grow.add_expert(*where, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate)
-
-    def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
-        """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
-        grow.remove_expert(*self._place(adapter_name), name, drop_tasks=drop_tasks)
-
-    def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
-        grow.set_frozen(*self._place(adapter_name), names, frozen=True)
-
-    def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """The reverse of `freeze_experts`; after the last one plain LoRAs, heads and gates' common parts learn too."""
-        grow.set_frozen(*self._place(adapter_name), names, frozen=False)
-
-    def _place(self, adapter_name: str | None) -> tuple[nn.Module, RoutingContext, str]:
-        return self.model, self.context, self._adapter(adapter_name)
-
-    def _adapter(self, adapter_name: str | None = None) -> str:
-        if adapter_name is None:
-            return only_one(self.active_adapters)
-        if adapter_name not in self.peft_config:
-            raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(self.peft_config)}.")
-        return adapter_name
-
-    def _config(self) -> MoLoraConfig:
-        return self.peft_config[self._adapter()]  # type: ignore[return-value]
 
 
 def _prompt_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
