@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from copy import deepcopy
+from copy import copy, deepcopy
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -28,7 +28,13 @@ class Loan:
     changes: dict[str, tuple[Any, Any]] = field(default_factory=dict)  # by field: as given, as fitted
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"adapter": self.adapter, "changes": self.changes, "model": None, "context": None, "lent": False}
+        return {
+            "adapter": self.adapter,
+            "changes": self.changes,
+            "model": None,
+            "context": None,
+            "lent": False,
+        }
 
     def note(self, config: MoLoraConfig, name: str, value: Any) -> None:
         """Set a field to what follows from the base."""
@@ -122,10 +128,12 @@ def _let_go(config: MoLoraConfig, loan: Loan) -> None:
 
 
 def _replace(config: MoLoraConfig, model: nn.Module, context: RoutingContext, adapter: str) -> MoLoraConfig:
-    mine = deepcopy(config)
-    loan = _loan(mine)
+    mine = copy(config)  # it keeps the very objects, such as settings that gates hold
+    for f in fields(config):
+        setattr(config, f.name, deepcopy(getattr(config, f.name)))
+    loan = _loan(config)
     assert loan is not None
-    loan.model, loan.context = weakref.ref(model), weakref.ref(context)
+    _hold(mine, Loan(adapter, weakref.ref(model), weakref.ref(context), changes=deepcopy(loan.changes)))
     context.adapters[adapter].config = mine
     configs: Any = model.peft_config
     configs[adapter] = mine

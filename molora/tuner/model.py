@@ -16,7 +16,8 @@ from transformers.pytorch_utils import Conv1D
 from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
-from molora.disk.fingerprint import base_fingerprint, compare
+from molora.disk.base_check import check_base
+from molora.disk.fingerprint import base_fingerprint
 from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
@@ -49,7 +50,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
         check_adapter_name(adapter_name)
         # The caller's own object, which PEFT's task models edit once this is done.
-        config, given = borrow(self.peft_config[adapter_name])  # type: ignore[arg-type]
+        config, given = borrow(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
         try:
             self._inject(model, adapter_name, config, *args, **kwargs)
@@ -64,7 +65,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         check_targets(config, model)
         fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
-            compare(config.base_fingerprint, base_fingerprint(model))
+            check_base(config.base_fingerprint, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -124,7 +125,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
     def _keep_heads_frozen(self) -> None:
         # Banks and gates re-freeze themselves; the wrappers of heads are PEFT's and know nothing of it.
         for name, config in self.peft_config.items():
-            if config.frozen_extras:  # type: ignore[attr-defined]
+            if config.frozen_extras:
                 grow.freeze_heads(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -154,7 +155,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         # Every PEFT loader comes through here; PEFT itself would only warn of missing keys.
-        compare(config.base_fingerprint, base_fingerprint(model))
+        if not check_base(config.base_fingerprint, model):
+            config.weights_sha256 = None  # it covers the names, which were mapped
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
         check_state_dict(model, config, adapter_name, loaded)
         config.weights_sha256 = None  # another file may be loaded into this adapter next

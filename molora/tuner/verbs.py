@@ -17,7 +17,7 @@ from molora.tuner.config import MoLoraConfig
 class ExpertVerbs:
     """Experts of an adapter: what they are called, and adding, removing and freezing them."""
 
-    model: nn.Module
+    model: Any  # the base, as PEFT declares it
     context: RoutingContext
     peft_config: dict[str, Any]
 

@@ -85,7 +85,9 @@ def test_A1_growing_and_saving_change_no_config_that_another_model_holds(second,
     config = small(task_type="CAUSAL_LM")
     first = get_peft_model(base_model("llama"), config)
     first.save_pretrained(tmp_path)
-    other = get_peft_model(base_model("llama", seed=1) if second == "other base" else base_model("llama"), config)
+    other = get_peft_model(
+        base_model("llama", seed=1) if second == "other base" else base_model("llama"), config
+    )
     first.add_expert("late")
     other.freeze_experts("expert_0")
     assert first.expert_names == ["expert_0", "expert_1", "late"] and first.trainable_experts == ["late"]
