@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -34,13 +34,16 @@ class _Weight(NamedTuple):
     linear: bool  # weights of linear layers, which quantisers replace
 
 
-def base_fingerprint(model: nn.Module, *, vocabulary: int | None = None) -> dict[str, Any]:
+def base_fingerprint(
+    model: nn.Module, *, vocabulary: int | None = None, without: Collection[int] = ()
+) -> dict[str, Any]:
     """Class, sizes, shapes and sampled values of the base below any adapters, in JSON types.
 
     Equal before and after wrapping. Values are sampled from up to 24 weights, rounded to bfloat16 and kept as
     hexadecimal by weight name; weights that are quantised, sharded or not in memory are left out. `dtypes` are those
     of the sampled weights. With `vocabulary`, as if there were so many tokens: the rows of a smaller vocabulary are
-    the first of a larger one; values of rows that there are not are `----`.
+    the first of a larger one; values of rows that there are not are `----`. No values of weights whose
+    `data_ptr()` is in `without`: an adapter that brings its own of a module does not ask for the base's.
     """
     model = _unwrap(model)
     weights = list(_weights(model))
@@ -55,7 +58,7 @@ def base_fingerprint(model: nn.Module, *, vocabulary: int | None = None) -> dict
         ]
         sizes = {k: vocabulary if k == "vocab_size" else v for k, v in sizes.items()}
     lines = sorted(f"{weight.name} {tuple(weight.shape)}" for weight in weights)
-    sampled = [weight for weight in _chosen(weights) if _readable(weight.tensor)]
+    sampled = [w for w in _chosen(weights) if _readable(w.tensor) and w.tensor.data_ptr() not in without]
     nested = {} if "vocab_size" in sizes or tokens is None else {"vocabulary": vocabulary or tokens}
     return {
         "architecture": type(model).__name__,
@@ -70,23 +73,27 @@ def base_fingerprint(model: nn.Module, *, vocabulary: int | None = None) -> dict
 
 def token_count(model: nn.Module) -> int | None:
     """Rows of the input embeddings of a model that has them: its vocabulary, padded or not."""
-    weight = _embeddings(_unwrap(model), "get_input_embeddings")
+    weight: Any = next((getattr(module, "weight", None) for module in embeddings_of(model)), None)
     return None if weight is None else int(weight.shape[0])
 
 
-def _embeddings(model: nn.Module, which: str) -> Tensor | None:
-    try:
-        module: Any = getattr(model, which)()
-    except (AttributeError, NotImplementedError):  # no model of texts
-        return None
-    _, plain = next(_modules(module, "")) if isinstance(module, nn.Module) else ("", module)
-    return getattr(plain, "weight", None)
+def embeddings_of(model: nn.Module) -> list[nn.Module]:
+    """The plain input and output embeddings of a model of texts, below any adapter; those that it has."""
+    model, found = _unwrap(model), []
+    for which in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            module: Any = getattr(model, which)()
+        except (AttributeError, NotImplementedError):  # no model of texts
+            continue
+        if isinstance(module, nn.Module):
+            found.append(next(_modules(module, ""))[1])
+    return found
 
 
 def _with_rows_of_tokens(model: nn.Module, weights: list[_Weight]) -> set[str]:
     """Weights that have a row for each token: the embeddings, those tied to them, and biases of heads."""
-    both = (_embeddings(model, which) for which in ("get_input_embeddings", "get_output_embeddings"))
-    places = {embeddings.data_ptr(): len(embeddings) for embeddings in both if embeddings is not None}
+    both: Any = [module.weight for module in embeddings_of(model) if hasattr(module, "weight")]
+    places = {weight.data_ptr(): len(weight) for weight in both}
     matrices = {w.name: w.shape[0] for w in weights if places.get(w.tensor.data_ptr()) == w.shape[0]}
     biases = {
         w.name

@@ -30,13 +30,24 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
             expected.update(module.state_dict(prefix=f"{name}."))
     ours = {name: tensor for name, tensor in given.items() if _is_ours(name)}
-    known = {*model.state_dict(), *expected}
+    base = model.state_dict()
+    known = {*base, *expected}
     problems = _listed("missing", (name for name in expected if name not in ours))
     problems += _listed("unknown", (name for name in given if not {name, name.removeprefix(_PREFIX)} & known))
     for name, tensor in given.items():
         shape = expected[name].shape if name in expected else tensor.shape
+        plain = base.get(
+            name, base.get(name.removeprefix(_PREFIX), tensor)
+        )  # embeddings of a resized vocabulary
         if tensor.shape != shape:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        elif (
+            "modules_to_save" not in name
+            and tensor.shape[1:] == plain.shape[1:]
+            and len(tensor) != len(plain)
+        ):
+            first = f"first base.resize_token_embeddings({len(tensor)})"
+            problems.append(f"{name}: {len(tensor)} tokens, the base has {len(plain)}; {first}")
         if tensor.dtype not in _FLOATS:
             problems.append(f"{name}: dtype {tensor.dtype}, expected floating point")
         elif not torch.isfinite(tensor).all():

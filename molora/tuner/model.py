@@ -33,6 +33,13 @@ from molora.tuner.placement import fit_to_base
 from molora.tuner.router import make_known
 from molora.tuner.targets import check_targets, is_target
 from molora.tuner.verbs import ExpertVerbs
+from molora.tuner.vocabulary import (
+    brought_along,
+    embeddings_to_save,
+    note_loaded,
+    note_tokens,
+    without_doubles,
+)
 
 
 class MoLoraModel(ExpertVerbs, BaseTuner):
@@ -58,6 +65,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
             give_back(config, given)
             raise
         lend(config, given, model, self.context, adapter_name)
+        note_tokens(config, model)
 
     def _inject(
         self, model: nn.Module, adapter_name: str, config: MoLoraConfig, *args: Any, **kwargs: Any
@@ -141,14 +149,21 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         # PEFT saves what this returns, then the config: the place to note whose tensors they are.
         check_adapter_name(adapter_name)  # PEFT joins it to the folder it saves in
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        note_base(config, base_fingerprint(model))
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        embeddings = embeddings_to_save(model, config, state_dict)
+        note_base(config, base_fingerprint(model, without=brought_along(model, embeddings)))
         config.taken_sha256 = digest(selected, adapter_name)
-        return selected
+        return {**selected, **embeddings}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
@@ -158,7 +173,9 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         if not check_base(config.base_fingerprint, model):
             config.weights_sha256 = None  # it covers the names, which were mapped
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
+        loaded = without_doubles(model, loaded)
         check_state_dict(model, config, adapter_name, loaded)
+        note_loaded(model, config, loaded)
         config.weights_sha256 = None  # another file may be loaded into this adapter next
         if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
             grow.freeze_heads(model, adapter_name)
