@@ -10,6 +10,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -105,6 +106,12 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)  # a head put back whole; PEFT expects it to be one linear
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
     def _new_layer(self, target: nn.Module, key: str) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
