@@ -24,11 +24,7 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         AdapterError: keys missing or not known, shapes or dtypes that differ, values that are not finite; all of
             them listed. Or values other than those of which `config.weights_sha256` was noted.
     """
-    expected: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
-            expected.update(module.state_dict(prefix=f"{name}."))
+    expected = adapter_tensors(model, adapter)
     ours = {name: tensor for name, tensor in given.items() if _is_ours(name)}
     base = model.state_dict()
     known = {*base, *expected}
@@ -58,11 +54,25 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
             "the adapter's tensors do not fit its config:\n  " + "\n  ".join(shown), hint=_HINT
         )
     if config.weights_sha256 is not None and digest(ours, adapter) != config.weights_sha256:
-        raise AdapterError(
-            "the adapter's tensors are not the ones that were saved:\n"
-            f"  expected sha256 {config.weights_sha256}\n  actual   sha256 {digest(ours, adapter)}",
-            hint=f"{_HINT[:-1]}; if they were changed on purpose, set weights_sha256 to null in adapter_config.json.",
-        )
+        raise changed(config.weights_sha256, digest(ours, adapter))
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors in a model, as they are saved, under the model's own names."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
+            found.update(module.state_dict(prefix=f"{name}."))
+    return found
+
+
+def changed(stored: str, found: str | None) -> AdapterError:
+    """The error of tensors whose digest is not the one that was noted when they were saved."""
+    return AdapterError(
+        f"the adapter's tensors are not the ones that were saved:\n  expected sha256 {stored}\n  actual   sha256 {found}",
+        hint=f"{_HINT[:-1]}; if they were changed on purpose, set weights_sha256 to null in adapter_config.json.",
+    )
 
 
 def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:

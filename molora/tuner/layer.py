@@ -16,6 +16,8 @@ from molora.experts.factor_mix import mixed_delta
 from molora.forward.feed_forward import refuse_beside_others
 from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
+from molora.tuner.arrival import check_arrived
+from molora.tuner.loan import holder_of
 from molora.tuner.merge import ExpertWeights, static_shares, static_weights
 
 
@@ -142,6 +144,16 @@ class Linear(nn.Module, MoLoraLayer):
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         self._forget_operands()
         return super()._apply(*args, **kwargs)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        # transformers' load_adapter ends with this call: all weights have been assigned by then.
+        made = super().requires_grad_(requires_grad)
+        for adapter in [*self.mounts]:
+            config: Any = self.context.adapters[adapter].config
+            model = holder_of(config)
+            if model is not None:
+                check_arrived(model, config, adapter)
+        return made
 
     def _forget_operands(self) -> None:
         for mount in self.mounts.values():

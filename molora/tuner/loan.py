@@ -89,6 +89,12 @@ def own(model: nn.Module, context: RoutingContext, adapter: str) -> MoLoraConfig
     return mine
 
 
+def holder_of(config: MoLoraConfig) -> nn.Module | None:
+    """The model that a config belongs to, where it is known."""
+    loan = _loan(config)
+    return loan.model() if loan is not None and loan.model is not None else None
+
+
 def note_base(config: MoLoraConfig, fingerprint: dict[str, Any]) -> None:
     """Note whose weights an adapter fits; on another base the object forgets it."""
     loan = _loan(config)

@@ -74,7 +74,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         check_targets(config, model)
         fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
-            check_base(config.base_fingerprint, model)
+            self._same_base(config, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -177,8 +177,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         # Every PEFT loader comes through here; PEFT itself would only warn of missing keys.
-        if not check_base(config.base_fingerprint, model):
-            config.weights_sha256 = None  # it covers the names, which were mapped
+        cls._same_base(config, model)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
         loaded = without_doubles(model, loaded)
         check_state_dict(model, config, adapter_name, loaded)
@@ -187,6 +186,11 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
             grow.freeze_heads(model, adapter_name)
         return loaded
+
+    @staticmethod
+    def _same_base(config: MoLoraConfig, model: nn.Module) -> None:
+        if not check_base(config.base_fingerprint, model):
+            config.weights_sha256 = None  # it covers the names, which were mapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
