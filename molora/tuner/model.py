@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -31,6 +32,7 @@ from molora.tuner.loan import borrow, give_back, lend, note_base
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
+from molora.tuner.replication import replicate, replicated
 from molora.tuner.router import make_known
 from molora.tuner.targets import check_targets, is_target
 from molora.tuner.verbs import ExpertVerbs
@@ -72,9 +74,11 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         self, model: nn.Module, adapter_name: str, config: MoLoraConfig, *args: Any, **kwargs: Any
     ) -> None:
         check_targets(config, model)
-        fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
             self._same_base(config, model)
+        if config.layer_replication is not None:
+            replicate(config, model)
+        fit_to_base(config, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -106,6 +110,15 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+
+    # Which modules of tied embeddings are trained, and which follow them: nothing in it is particular to LoRA.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(config.layer_replication for config in self.peft_config.values()):
+            text = "blocks of layer_replication share their weights, so a merged one would hold the experts of all of them."
+            raise ConfigError(text, hint="keep the adapter unmerged.")
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
         if isinstance(child, AuxiliaryTrainingWrapper):
@@ -168,7 +181,9 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         check_adapter_name(adapter_name)  # PEFT joins it to the folder it saves in
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         embeddings = embeddings_to_save(model, config, state_dict)
-        note_base(config, base_fingerprint(model, without=brought_along(model, embeddings)))
+        note_base(
+            config, replicated(config) or base_fingerprint(model, without=brought_along(model, embeddings))
+        )
         config.taken_sha256 = digest(selected, adapter_name)
         return {**selected, **embeddings}
 
@@ -177,7 +192,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         # Every PEFT loader comes through here; PEFT itself would only warn of missing keys.
-        cls._same_base(config, model)
+        if config.layer_replication is None:  # else it was compared before its blocks were copied
+            cls._same_base(config, model)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
         loaded = without_doubles(model, loaded)
         check_state_dict(model, config, adapter_name, loaded)

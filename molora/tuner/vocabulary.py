@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-from peft.utils.other import AuxiliaryTrainingWrapper
+from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import AutoConfig
 
@@ -55,7 +55,7 @@ def brought_along(model: nn.Module, saved: Mapping[str, Tensor]) -> set[int]:
 
 def without_doubles(model: nn.Module, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
     """The tensors without the second copies of modules trained whole that PEFT writes with `save_embedding_layers`."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
     known = model.state_dict()
     return {
         key: tensor
@@ -74,7 +74,7 @@ def note_loaded(model: nn.Module, config: MoLoraConfig, loaded: Mapping[str, Ten
 
 
 def _wrappers(model: nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    return [module for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
 
 
 def _tokens_of_base(model: nn.Module, config: MoLoraConfig) -> int | None:
