@@ -26,6 +26,7 @@ from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.tuner import grow
 from molora.tuner.adapter_name import check_adapter_name
+from molora.tuner.beyond_linears import leave_out_unseen, not_a_linear, say_fused
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.loan import borrow, give_back, lend, note_base
@@ -79,6 +80,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         if config.layer_replication is not None:
             replicate(config, model)
         fit_to_base(config, model)
+        say_fused(config, model)
+        unseen = config.__dict__["_unseen"] = leave_out_unseen(config, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -87,6 +90,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if unseen:  # "all-linear" has become a list of names by now
+            config.target_modules = {*(config.target_modules or ())} - unseen  # type: ignore[assignment]
         del self._mounting
         self.context.forget_modules()
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
@@ -130,8 +135,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
         if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
-            allowed = "experts go on linear layers (nn.Linear, Conv1D, quantised ones)"
-            raise ConfigError(f"target {key!r} is a {type(base).__name__}; {allowed}.")
+            raise not_a_linear(key, base)
         layer = Linear(target, self.context)
         layer.quantization_backend = backend
         return layer
@@ -153,7 +157,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
     def _keep_heads_frozen(self) -> None:
         # Banks and gates re-freeze themselves; the wrappers of heads are PEFT's and know nothing of it.
         for name, config in self.peft_config.items():
-            if config.frozen_extras:
+            if getattr(config, "frozen_extras", False):  # other methods' adapters have no such thing
                 grow.freeze_heads(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:

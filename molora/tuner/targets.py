@@ -94,6 +94,8 @@ def is_target(config: MoLoraConfig, key: str) -> Any:
 
     PEFT looks at `layers_to_transform` only where target_modules lists suffixes; here it limits every kind of target.
     """
+    if key in config.__dict__.get("_unseen", ()):
+        return False
     result = check_target_module_exists(config, key)
     also = matches(config.plain_targets, key) or matches(config.ffn_targets, key)
     if not (result or also):
