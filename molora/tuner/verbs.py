@@ -72,6 +72,14 @@ class ExpertVerbs:
         """The reverse of `freeze_experts`; after the last one plain LoRAs, heads and gates' common parts learn too."""
         grow.set_frozen(*self._place(adapter_name), names, frozen=False)
 
+    def add_weighted_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """PEFT's LoRA makes a new adapter of several with it; a mixture weighs its experts instead."""
+        raise ConfigError(
+            "add_weighted_adapter is for PEFT's LoRA: a mixture weighs experts inside one adapter.",
+            hint="make a mixture of LoRA folders with molora.compose, or merge fixed weights with "
+            "merge_and_unload(expert_weights={...}).",
+        )
+
     def _place(self, adapter_name: str | None) -> tuple[nn.Module, RoutingContext, str]:
         return self.model, self.context, self._adapter(adapter_name)
 
