@@ -32,18 +32,10 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
     problems += _listed("unknown", (name for name in given if not {name, name.removeprefix(_PREFIX)} & known))
     for name, tensor in given.items():
         shape = expected[name].shape if name in expected else tensor.shape
-        plain = base.get(
-            name, base.get(name.removeprefix(_PREFIX), tensor)
-        )  # embeddings of a resized vocabulary
         if tensor.shape != shape:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
-        elif (
-            "modules_to_save" not in name
-            and tensor.shape[1:] == plain.shape[1:]
-            and len(tensor) != len(plain)
-        ):
-            first = f"first base.resize_token_embeddings({len(tensor)})"
-            problems.append(f"{name}: {len(tensor)} tokens, the base has {len(plain)}; {first}")
+        if name not in expected:
+            problems += _other_vocabulary(name, tensor, base.get(name, base.get(name.removeprefix(_PREFIX))))
         if tensor.dtype not in _FLOATS:
             problems.append(f"{name}: dtype {tensor.dtype}, expected floating point")
         elif not torch.isfinite(tensor).all():
@@ -55,6 +47,21 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         )
     if config.weights_sha256 is not None and digest(ours, adapter) != config.weights_sha256:
         raise changed(config.weights_sha256, digest(ours, adapter))
+
+
+def _other_vocabulary(name: str, tensor: Tensor, base: Tensor | None) -> list[str]:
+    """What to say of embeddings saved with an adapter that have other rows than the base's."""
+    own = any(part in name.split(".") for part in ("modules_to_save", "token_adapter"))
+    if (
+        own
+        or base is None
+        or tensor.dim() == 0
+        or tensor.shape[1:] != base.shape[1:]
+        or len(tensor) == len(base)
+    ):
+        return []
+    first = f"first base.resize_token_embeddings({len(tensor)})"
+    return [f"{name}: {len(tensor)} tokens, the base has {len(base)}; {first}"]
 
 
 def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
