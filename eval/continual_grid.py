@@ -16,6 +16,7 @@ ORDERS = {
     "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
 }
 DEFAULT = "color"
+PROTOTYPES = {"kind": "prototypes", "depth": 0.67}
 MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"strategy": "sequential"},
@@ -29,12 +30,14 @@ METHODS: dict[str, dict[str, Any]] = {
     "gated": {"strategy": "gated"},
     "replay": {"strategy": "replay"},
     "color": {"strategy": "color"},
+    "color, one pass": {"strategy": "color", "router": {"kind": "gaussian", "passes": 1}},
+    "color, prototypes": {"strategy": "color", "router": PROTOTYPES},
     "color, as published": {
         "strategy": "color",
-        "router": {"clusters": 5, "metric": "euclidean", "depth": 1.0},
+        "router": {"kind": "prototypes", "clusters": 5, "shrinkage": 1.0, "depth": 1.0},
     },
-    "o_lora+prototypes": {"strategy": "o_lora", "router": "prototypes"},
-    "gated+prototypes": {"strategy": "gated", "router": "prototypes"},
+    "o_lora+prototypes": {"strategy": "o_lora", "router": PROTOTYPES},
+    "gated+prototypes": {"strategy": "gated", "router": PROTOTYPES},
     "learned_gate": {"strategy": "inc_lora"},
     "independent": {"strategy": "independent"},
     "joint": {"strategy": "joint"},
@@ -59,6 +62,8 @@ class Cell:
 def grid() -> list[Cell]:
     """The committed grid, most important cells first."""
     once = (
+        "color, one pass",
+        "color, prototypes",
         "color, as published",
         "o_lora, weak",
         "inf_lora",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from math import prod
 
 import torch
@@ -10,7 +12,9 @@ from torch import Tensor
 from molora.calls.call import Call
 from molora.calls.task_ids import TaskIds, spread
 from molora.calls.task_map import TaskMap
+from molora.config.gate import GateSettings
 from molora.errors import RoutingError
+from molora.experts.kernel import flattened
 from molora.gates.gate import Gate, Routing
 from molora.gates.pooling import pool
 
@@ -36,15 +40,16 @@ def experts_in_use(
     return task_map.visible(tasks.single, own_only=own_only)
 
 
-def decided(task_map: TaskMap, call: Call, experts: tuple[int, ...] | None, *, alone_is_one: bool) -> bool:
+def decided(settings: GateSettings, task_map: TaskMap, call: Call, experts: tuple[int, ...] | None) -> bool:
     """Whether a gate has nothing to decide: experts are forced, or the batch is limited to one of them.
 
     With gradients, or when somebody looks, the weight of one expert alone is computed all the same.
     """
     if call.experts is not None:
         return True
-    alone = alone_is_one and experts is not None and len(experts) == 1 and not task_map.always
-    return alone and not torch.is_grad_enabled() and not call.recording
+    if experts is None or len(experts) != 1 or task_map.always or not settings.alone_is_one:
+        return False
+    return not torch.is_grad_enabled() and not call.recording
 
 
 def route(
@@ -81,7 +86,7 @@ def route(
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts, by_sample=by_sample)
-    if experts is not None and decided(task_map, call, experts, alone_is_one=gate.settings.alone_is_one):
+    if decided(gate.settings, task_map, call, experts):
         return Routing(task_map.row((1.0,), x), experts)
     read = gate_input(x, gate, tasks, call, stream)
     allowed = None
@@ -90,10 +95,10 @@ def route(
         rows = None if gate.settings.scope == "constant" else len(read)
         allowed = _allowed(task_map, tasks, x.shape[:-1], x.device, rows, own_only=own_only)
     beside = None if beside is None else spread(beside, x.shape[:-1])
-    options = {"products": products, "balance": call.balances.get(id(gate)), "beside": beside}
+    weigh = partial(gate, products=products, balance=call.balances.get(id(gate)), beside=beside)
     if task_map.always:
-        return _with_always(gate, task_map, read, experts, allowed, options)
-    return _gated(gate, read, experts, allowed, options)
+        return _with_always(weigh, task_map, read, experts, allowed)
+    return _gated(weigh, read, experts, allowed)
 
 
 def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream: str = "decoder") -> Tensor:
@@ -108,7 +113,7 @@ def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream:
         read = call.read(stream, settings.scope, lead).to(x.device)
         dtype = torch.promote_types(x.dtype, torch.float32)
         return read.to(dtype)
-    return x.reshape(-1, x.shape[-1])
+    return flattened(x)
 
 
 def _allowed(
@@ -142,29 +147,24 @@ def _allowed(
 
 
 def _gated(
-    gate: Gate,
-    read: Tensor,
-    experts: tuple[int, ...] | None,
-    allowed: Tensor | None,
-    options: dict[str, Tensor | None],
+    gate: Callable[..., Routing], read: Tensor, experts: tuple[int, ...] | None, allowed: Tensor | None
 ) -> Routing:
     """The gate's answer; weight 0 for rows whose task has no expert in this layer."""
     if allowed is None:
-        return gate(read, experts=experts, **options)
+        return gate(read, experts=experts)
     nobody = ~allowed.any(dim=-1, keepdim=True)
-    routing: Routing = gate(read, experts=experts, allowed=allowed | nobody, **options)
+    routing = gate(read, experts=experts, allowed=allowed | nobody)
     nobody = nobody.repeat_interleave(routing.splits, dim=0)
     routing.weights = routing.weights.masked_fill(nobody, 0.0)
     return routing
 
 
 def _with_always(
-    gate: Gate,
+    gate: Callable[..., Routing],
     task_map: TaskMap,
     read: Tensor,
     experts: tuple[int, ...] | None,
     allowed: Tensor | None,
-    options: dict[str, Tensor | None],
 ) -> Routing:
     """The gate's weights over the experts it decides over, and those of the experts that are always on."""
     columns = tuple(range(len(task_map.experts))) if experts is None else experts
@@ -174,7 +174,7 @@ def _with_always(
         return Routing(task_map.row(tuple(1.0 if w == "rest" else float(w) for w in weights), read), experts)
     if allowed is not None:
         allowed = allowed[:, list(gated)]
-    routing = _gated(gate, read, gated, allowed, options)
+    routing = _gated(gate, read, gated, allowed)
     decided_weights = routing.weights
     parts = []
     for i in columns:

@@ -161,3 +161,13 @@ def _masks(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
         decoder = inputs["labels"] != -100
     found = {"encoder": mask, "decoder": decoder}
     return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+
+def generation_start(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
+    """Positions of the decoder that a generation begins with."""
+    prompt: Any = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
+    if getattr(model.config, "is_encoder_decoder", False):
+        prompt = kwargs.get("decoder_input_ids")
+    elif args:
+        prompt = args[0]
+    return 1 if prompt is None else prompt.shape[1]

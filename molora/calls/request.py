@@ -72,7 +72,7 @@ class Scoped(Generic[Value]):
     def of(self, owner: object) -> list[Value]:
         """The owner's values here, the outermost first."""
         entries = self._traced.entries if torch.compiler.is_compiling() else self._entries.get()
-        return [value for holder, value in entries if holder is owner]
+        return [value for holder, value in entries if holder is owner] if entries else []
 
     @contextmanager
     def hold(self, owner: object, value: Value) -> Iterator[None]:

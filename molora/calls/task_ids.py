@@ -140,6 +140,15 @@ def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     return TaskIds(torch.tensor(resolved), single, BASE_ONLY in resolved, listed=tuple(resolved), named=named)
 
 
+def weighed_ids(task_map: TaskMap, first: Sequence[int], tasks: Sequence[int], weights: Tensor) -> TaskIds:
+    """Samples of several tasks by weights (sample, task), whose columns are `tasks`; `first`: each sample's first task."""
+    shares = weights.new_zeros(len(weights), max([0, *task_map.ids.values()]) + 1)
+    shares[:, list(tasks)] = weights
+    most = len(task_map.experts_of_all(tuple(sorted(tasks))))
+    named = tuple(sorted({*tasks, *first}))
+    return TaskIds(torch.tensor(first), None, BASE_ONLY in first, shares, named=named, most=most)
+
+
 def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
     ids = given.reshape(1) if given.dim() == 0 else given
     if ids.is_floating_point() or ids.dim() > 2:

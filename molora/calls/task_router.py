@@ -1,4 +1,4 @@
-"""Which task a prompt belongs to, in closed form: what is kept of each task's features, and two ways to name by it.
+"""Which task a prompt belongs to, in closed form: what is kept of each task's features, and the ways to name by it.
 
 All in float64. Nothing of the data is kept but sums, so any order and any split of the prompts give the same statistics, a
 new task never changes the numbers of an older one, and what two machines learned is merged by adding.
@@ -13,15 +13,16 @@ from typing import Self
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.nn import functional as F
 
 
 @dataclass(frozen=True)
 class TaskStatistics:
-    """What is known of the features of some tasks, a row for each. A task that was never seen has count 0."""
+    """What is known of the features of some tasks, a row for each (or for each of its centres). Count 0: never seen."""
 
     counts: Tensor  # (task,) how many features each task showed
     means: Tensor  # (task, d)
-    scatter: Tensor  # (d, d) Σ (x - mean of its task)(x - mean of its task)ᵀ over all tasks
+    scatter: Tensor  # (d, d) Σ (x - mean of its row)(x - mean of its row)ᵀ over all rows
     spread: Tensor  # () how many features are in the scatter, those of tasks that were removed too
 
     @classmethod
@@ -82,12 +83,20 @@ class Gaussian:
     Reference: Lee et al., arXiv:1807.03888, who tell known from unknown inputs by the same densities.
 
     Args:
-        known: the statistics; every row of them has been seen.
+        known: the statistics; every task in them has been seen.
         shrinkage: s, in (0, 1].
+        centres: rows per task, one after another.
     """
 
-    def __init__(self, known: TaskStatistics, shrinkage: float) -> None:
-        self.known, d = known, known.means.shape[1]
+    clustered = False  # whether a task may have several centres
+
+    @staticmethod
+    def prepared(features: Tensor) -> Tensor:
+        """Features (sample, d) as this kind reads them, before anything is learned or asked of them."""
+        return features
+
+    def __init__(self, known: TaskStatistics, shrinkage: float, centres: int = 1) -> None:
+        self.known, self.centres, d = known, centres, known.means.shape[1]
         covariance = known.scatter / known.spread.clamp(min=1)
         level = covariance.trace() / d
         one = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
@@ -118,8 +127,8 @@ class Ridge(Gaussian):
     Reference: Any-SSR, arXiv:2503.13575.
     """
 
-    def __init__(self, known: TaskStatistics, shrinkage: float) -> None:
-        super().__init__(known, shrinkage)
+    def __init__(self, known: TaskStatistics, shrinkage: float, centres: int = 1) -> None:
+        super().__init__(known, shrinkage, centres)
         counts, d = known.counts, known.means.shape[1]
         frequency = counts / counts.sum()
         mean = frequency @ known.means
@@ -138,3 +147,22 @@ class Ridge(Gaussian):
         """The scores, without negative ones, over their sum."""
         positive = self.scores(features).clamp(min=0)
         return positive / positive.sum(dim=-1, keepdim=True)
+
+
+class Prototypes(Gaussian):
+    """Several centres per task, of features of unit length; the nearest one names the task.
+
+    Reference: CoLoR, arXiv:2311.17601, which measures Euclidean distances (shrinkage 1) to 5 centres. The covariance is that
+    around the centres, over all tasks.
+    """
+
+    clustered = True
+
+    @staticmethod
+    def prepared(features: Tensor) -> Tensor:
+        return F.normalize(features, dim=-1)
+
+    def log_densities(self, features: Tensor) -> Tensor:
+        """Those of each task's nearest centre."""
+        densities = super().log_densities(features).masked_fill(self.known.counts == 0, -torch.inf)
+        return rearrange(densities, "s (task centre) -> s task centre", centre=self.centres).amax(dim=-1)

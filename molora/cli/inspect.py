@@ -87,13 +87,14 @@ def _router(model: Any) -> dict[str, Any] | None:
     from dataclasses import asdict
 
     from molora.tuner.api import find_context
+    from molora.tuner.router import where_it_reads
 
     found = find_context(model).adapters[str(model.active_adapter)]
     if found.router is None:
         return None
-    counts = zip(found.router.ids, found.router.counts.tolist(), strict=True)
-    learned = {found.task_map.name(task): int(count) for task, count in counts}
-    return {**asdict(found.config.router), "learned": learned}
+    learned = {found.task_map.name(task): count for task, count in found.router.seen.items()}
+    reads = where_it_reads(model.get_base_model(), find_context(model), str(model.active_adapter))
+    return {**asdict(found.config.router), "reads": reads, "learned": learned}
 
 
 def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -107,7 +108,7 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"task {name} (id {task['id']}): {experts}")
     if facts["router"] is not None:
         learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
-        say(f"router: {facts['router']['kind']}; prompts learned from: {learned}")
+        say(f"router: {facts['router']['kind']}, {facts['router']['reads']}; prompts learned from: {learned}")
     for batch, ways in facts["computed"].items():
         say(f"computed, {batch}: {', '.join(f'{way} in {count} layers' for way, count in ways.items())}")
     moved = Counter(row["expert"] for row in facts["init"] if not row["ok"])

@@ -72,6 +72,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     from molora.models.base import load_tokenizer
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
+    from molora.tuner.router import where_it_reads
 
     try:
         with quiet_libraries():
@@ -94,7 +95,9 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     with quiet_libraries():
         model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     tuner: Any = model.base_model
-    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers")
+    reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)
+    router = f"; the router reads {reads}" if reads is not None else ""
+    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     _show_parameters(console, model)
 
 

@@ -83,7 +83,8 @@ KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
 KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
 
-# Who names the task of a prompt: classes of TaskStatistics and shrinkage, with `posteriors` and `log_densities`.
+# Who names the task of a prompt: subclasses of calls.task_router.Gaussian, imported when they are used.
 ROUTERS: Registry[Any] = Registry("kind of router")
 ROUTERS.add("gaussian", Lazy("calls.task_router:Gaussian"))
 ROUTERS.add("ridge", Lazy("calls.task_router:Ridge"))
+ROUTERS.add("prototypes", Lazy("calls.task_router:Prototypes"))

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from molora.config.adapter import RouterSection
 from molora.config.section import (
     NonNegative,
     PositiveInt,
@@ -76,7 +77,7 @@ for _name, _spec in {
     "slao": StrategySpec(_at("slao:Slao"), needs=_SUMMED, one_expert=True),
     "ella": StrategySpec(_at("penalties:Ella"), {"coefficient": 5e6}, without_memory=True),
     "gated": StrategySpec(_at("gated:Gated"), {"energy": 0.995}, gate=GATED, needs=_BY_COSINE),
-    "color": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK, router="prototypes"),
+    "color": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK, router="gaussian"),
 }.items():
     STRATEGIES.add(_name, _spec)
 
@@ -123,10 +124,9 @@ class StrategyConfig(Section):
 
 
 class PrototypesConfig(Section):
-    """Who names the task of a sample that comes without an id: the nearest of some prototypes per task.
+    """Prototypes that a sequence keeps in its run, not in its adapter: who names tasks in earlier runs.
 
-    Features are the base's hidden states at this share of its `depth`, averaged over the prompt; as CoLoR publishes it:
-    `{clusters: 5, metric: euclidean, depth: 1}`.
+    Features are the base's hidden states at this share of its `depth`, averaged over the prompt.
     """
 
     kind: Literal["prototypes"] = "prototypes"
@@ -142,18 +142,30 @@ class PrototypesConfig(Section):
 
 
 class ContinualConfig(Section):
-    """Training on tasks one after another. Each has `train.max_steps` (or epochs) of its own."""
+    """Training on tasks one after another. Each has `train.max_steps` (or epochs) of its own.
+
+    `router`: that of the adapter; the strategy's, where neither this section nor `adapter` names one.
+    """
 
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="color"))
     order: list[TaskName] | None = None
-    router: PrototypesConfig | None = None
+    router: RouterSection | None = None
+    prototypes: PrototypesConfig | None = None
     softmax: Literal["own", "seen", "all"] | None = None
 
     @model_validator(mode="before")
     @classmethod
     def _router_of_the_strategy(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        router = data.get("router")
+        if isinstance(router, dict) and "metric" in router:  # as earlier runs have it
+            return {**data, "router": None, "prototypes": router}
+        if isinstance(router, dict) and "clusters" in router:
+            return {**data, "router": {"kind": "prototypes", **router}}
         spec: StrategySpec | None = STRATEGIES.get(strategy_kind(data) or "")
-        return without_default(data, "router", spec.router) if spec is not None and spec.router else data
+        own = spec.router if spec is not None and data.get("prototypes") is None else None
+        return without_default(data, "router", own) if own else data
 
 
 def strategy_kind(section: Any) -> str | None:

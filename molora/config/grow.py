@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator
 
+from molora.config.adapter import RouterSection
 from molora.config.continual import STRATEGIES, StrategyConfig
 from molora.config.data import KIND_OF_TASK_TYPE, TaskConfig
 from molora.config.load import Recipe, load_section, read_text
@@ -31,11 +32,14 @@ class NewTask(TaskConfig):
 
 
 class NewExpert(Section):
-    """The new expert: its name (None: the task's), its start, and whether older tasks see it."""
+    """The new expert: its name (None: the task's), its start, and whether it is hidden from older tasks.
+
+    `isolate` None: where the adapter's router tells their prompts apart, so that a learned gate works for them as before.
+    """
 
     name: ExpertName | None = None
     init: str = "new"
-    isolate: bool = False
+    isolate: bool | None = None
 
     @field_validator("init")
     @classmethod
@@ -48,6 +52,8 @@ class NewExpert(Section):
 class GrowConfig(Section):
     """A recipe that adds one expert to a trained run.
 
+    `router`: who names the tasks of prompts without an id from then on, where the run's adapter has nobody yet; it learns
+    all the run's tasks. None: nobody.
     `softmax`: whose labels compete while a classifier with `head: match` trains: the new task's own, or all.
     """
 
@@ -56,6 +62,7 @@ class GrowConfig(Section):
     train: TrainConfig = Field(default_factory=TrainConfig)
     aux_losses: AuxLosses = Field(default_factory=dict)
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="inc_lora"))
+    router: RouterSection | None = Field(default_factory=RouterSection)
     softmax: Literal["own", "seen"] = "own"
 
     @field_validator("task")

@@ -23,6 +23,11 @@ def mixture_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     yield from ((("aux_losses", *path), text) for path, text in fit_problems(mixture, gate))
     yield from _names(mixture)
     yield from _tasks(mixture)
+    if mixture.router is not None and mixture.router.soft and gate.scope != "task":
+        yield (
+            ("router", "soft"),
+            f"acts only under a gate that decides by task id, not of scope {gate.scope}.",
+        )
 
 
 def rank_problems(mixture: Mixture) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from molora.config.choices import ROUTERS
-from molora.config.section import Fraction, Share
+from molora.config.section import Fraction, PositiveInt, Share
 from molora.config.setting import documented, idle_problems, setting, value_problems
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
@@ -19,16 +19,30 @@ class RouterSettings:
 
     kind: str = setting(
         "gaussian",
-        "`gaussian` (each task is one Gaussian of the features, all have one covariance and are equally likely), or `ridge` "
-        "(a linear regression onto the tasks; they are as likely as they were frequent).",
+        "`gaussian` (each task is one Gaussian of the features, all have one covariance and are equally likely), `ridge` (a "
+        "linear regression onto the tasks; they are as likely as they were frequent), or `prototypes` (several centres per task, "
+        "found by k-means; needs scikit-learn).",
     )
     depth: Share = setting(
         1 / 3,
         "which hidden states it reads: those after this share of the base's blocks (an encoder-decoder's encoder), at least "
         "one; their mean over the prompt.",
     )
+    passes: Literal[1, 2] | None = setting(
+        None,
+        "how often the first blocks read a prompt that must be named. 1: experts sit behind the block that the router reads, "
+        "targets before it are left out. 2: the base alone reads it first. Not given: once where no expert sits so early.",
+    )
     shrinkage: Share = setting(
-        0.1, "how far the covariance is shrunk towards its mean variance; of ridge: its λ."
+        0.1,
+        "how far the covariance is shrunk towards its mean variance, 1: all the way, which makes distances Euclidean; of "
+        "ridge: its λ.",
+    )
+    clusters: PositiveInt = setting(20, "centres per task.", acts_with={"kind": ["prototypes"]})
+    records: PositiveInt = setting(2000, "how many prompts of a task are read, drawn at random.")
+    soft: bool = setting(
+        False,
+        "the experts of all tasks are weighed by how likely each task is; only under gates that decide by task id.",
     )
     unknown: Literal["nearest", "base", "error"] = setting(
         "nearest",

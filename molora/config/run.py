@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from molora.config.adapter import AdapterConfig
+from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.gate_rules import UNNORMALISED
@@ -169,6 +169,9 @@ class RunConfig(Section):
             yield ("adapter", "kind"), text
         if self.features is not None:
             yield ("features",), "does not go with tasks one after another."
+        own = strategy.spec.router and RouterSection(kind=strategy.spec.router)
+        if self.adapter.router is not None and continual.router not in (None, own):
+            yield ("continual", "router"), "adapter.router is given too; write only one."
         if softmax is not None and self.base.head != "match":
             yield ("continual", "softmax"), "acts only with base.head: match."
         elif softmax == "own" and not strategy.spec.task_by_task:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from molora.config import GrowConfig, RunConfig, load_grow, load_recipe
 from molora.continual.registry import build_strategy
 from molora.continual.scoring import probe_logits
 from molora.continual.strategy import Turn
-from molora.continual.turn import passes, play_turn
+from molora.continual.turn import passes, play_turn, teach_old_tasks
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
@@ -44,8 +45,9 @@ def add_expert(
     """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
 
     One step of a sequence of tasks, under a strategy that needs no memory of earlier ones. Only the new expert and
-    its gate row are trained, on the new task's data alone. All tasks are scored before and after; the report says
-    whether the old tasks' logits are bit-equal where task ids are given.
+    its gate row are trained, on the new task's data alone. An adapter without a task router gets one, which learns all
+    tasks, so that old prompts keep their experts without an id too. All tasks are scored before and after; the report
+    says whether the old tasks' logits are bit-equal where task ids are given.
 
     Args:
         recipe: what `GrowConfig` describes, as a YAML file or a mapping; settings left out are the run's.
@@ -73,6 +75,7 @@ def add_expert(
         old_tasks = [task for task in tasks if task is not new]
         known = [task for task in old_tasks if len(task.eval)]
         before = _scores_before(config, model, tokenizer, known, new)
+        teach_old_tasks(config, model, tokenizer, old_tasks)
 
         def probed(model: PeftModel) -> list[Tensor]:
             length = config.data.max_length
@@ -130,6 +133,8 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     section["num_experts"] = len(experts) + 1
     section["aux_losses"] = dict(grow.aux_losses)
     section["from_loras"] = None  # they are in the adapter that grows
+    router = asdict(adapter.router) if adapter.router is not None else None
+    section["router"] = router or (grow.router and grow.router.model_dump(mode="json"))
     if config.continual is not None:
         section["tasks"] = {task: list(experts) for task, experts in adapter.tasks.items()}
     if section["tasks"] is not None:

@@ -1,4 +1,4 @@
-"""Memory: what a sequence remembers between tasks: the strategy's state, the router's prototypes, old answers' digests."""
+"""Memory: what a sequence remembers between tasks: the strategy's state, earlier runs' prototypes, old answers' digests."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ class Memory:
 
     def infer(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]
-    ) -> list[str] | None:
-        """The task that the router takes each held-out example for; None without a router."""
+    ) -> list[str | None] | None:
+        """The task that the run's prototypes take each held-out example for; None without any."""
         if self.router is None:
             return None
         if task.name not in self._features:
             self._features[task.name] = self._read(model, tokenizer, examples)
-        return self.router.predict(self._features[task.name])
+        return [*self.router.predict(self._features[task.name])]
 
     def _read(self, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
         assert self.settings is not None

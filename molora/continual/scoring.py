@@ -20,6 +20,7 @@ from molora.data.tasks import Task
 from molora.evaluation.metrics import METRICS, mean
 from molora.evaluation.runner import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
+from molora.models.task_router import named_prompts, names_tasks
 
 BASE = None  # the route of the base without experts
 OPEN = ""  # no route in particular: the gate decides
@@ -106,7 +107,7 @@ def score_turn(
             row["shown"][task.name] = answers.score([route] * count, [task.classes] * count)
             if not known:
                 continue
-            named = memory.infer(model, tokenizer, task, answers.examples)
+            named = _named(model, tokenizer, task, answers, memory)
             row["hidden"][task.name] = _hidden(answers, named, seen, open_classes)
             if named is not None:
                 row["inferred"][task.name] = named.count(task.name) / count
@@ -126,8 +127,19 @@ def shown_route(model: Any, task: Task, known: bool) -> str | None:
     return BASE if gate.scope == "task" else OPEN
 
 
+def _named(
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, answers: Answers, memory: Memory
+) -> list[str | None] | None:
+    """The task that each held-out record is taken for, None: for none that is known; None without a router."""
+    if not names_tasks(model):
+        return memory.infer(model, tokenizer, task, answers.examples)
+    prompts = [example.prompt for example in answers.examples]
+    found = named_prompts(model, tokenizer, prompts, batch_size=answers.limits.batch_size)
+    return [row.task for row in found]
+
+
 def _hidden(
-    answers: Answers, named: Sequence[str] | None, seen: Mapping[str, Task], classes: Sequence[int]
+    answers: Answers, named: Sequence[str | None] | None, seen: Mapping[str, Task], classes: Sequence[int]
 ) -> float | None:
     """Accuracy without a task id; with a router, under what it takes each sample for."""
     scope = answers.model.active_peft_config.gate.scope
@@ -135,7 +147,7 @@ def _hidden(
     if named is None:
         return None if scope == "task" else answers.score([OPEN] * count, [classes] * count)
     routes = [OPEN] * count if scope == "constant" else named
-    return answers.score(routes, [seen[name].classes for name in named])
+    return answers.score(routes, [classes if name is None else seen[name].classes for name in named])
 
 
 def overlaps(model: Any) -> dict[str, Any]:

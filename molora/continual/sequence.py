@@ -10,7 +10,6 @@ import os
 import shutil
 from collections.abc import Sequence
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,8 @@ from molora.continual.registry import build_strategy
 from molora.continual.scoring import score_base, score_turn
 from molora.continual.strategy import Turn
 from molora.continual.tables import write_tables
-from molora.continual.turn import drawn, passes, play_turn, turn_recipe
+from molora.continual.turn import drawn, passes, play_turn, teach_old_tasks, turn_recipe
+from molora.data.clusters import need_kmeans
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import write_folder, write_json
@@ -97,11 +97,8 @@ def check_sequence(config: RunConfig) -> None:
         turn_recipe(config, dict.fromkeys(config.data.tasks, 0), turn)
     if config.train.devices not in (1, [0]) or config.train.strategy != "auto":
         raise ConfigError("a sequence of tasks is trained on one device; set train.devices: 1.")
-    if config.continual.router is not None and find_spec("sklearn") is None:
-        raise ConfigError(
-            "continual.router: prototypes need scikit-learn, which is not installed.",
-            hint="pip install 'molora[cluster]'",
-        )
+    if config.continual.prototypes is not None:
+        need_kmeans("continual.router")
 
 
 def _check_same(config: RunConfig, run: Run | None) -> None:
@@ -146,7 +143,7 @@ class SequenceRun:
         self.all_tasks = tasks
         self.joint = config.continual.strategy.spec.at_once
         self.strategy = build_strategy(self.settings.strategy)
-        self.memory = Memory(self.strategy, self.settings.router)
+        self.memory = Memory(self.strategy, self.settings.prototypes)
 
     @property
     def stages(self) -> list[Path]:
@@ -192,6 +189,8 @@ class SequenceRun:
         if index:
             base, tokenizer = load_base(config.base, labels)
             model = load(base, self.stages[index - 1] / "adapter", is_trainable=True)
+            recipe, _ = turn_recipe(config, self.all_tasks.known_ids, index)
+            teach_old_tasks(recipe, model, tokenizer, self.tasks[:index])
         else:
             first, ids = turn_recipe(config, self.all_tasks.known_ids)
             model, tokenizer = build_model(first, ids, labels)
@@ -208,9 +207,9 @@ class SequenceRun:
 
     def _conclude(self, tokenizer: PreTrainedTokenizerBase, turn: Turn, done: Run, model: PeftModel) -> None:
         """After training: what must be remembered, and every task's score; the row comes last."""
-        if (router := self.settings.router) is not None:
+        if (kept := self.settings.prototypes) is not None:
             for task in self.tasks if self.joint else [turn.task]:
-                examples = drawn(self.config, tokenizer, task, router.records)
+                examples = drawn(self.config, tokenizer, task, kept.records)
                 self.memory.learn(model, tokenizer, task, examples, turn.seed)
         base_file = self.run.path / "base.json"
         if not base_file.is_file():

@@ -6,7 +6,7 @@ Sequences play one turn after another, `add_expert` a single one.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from peft import PeftModel
@@ -21,10 +21,13 @@ from molora.data.tasks import Task, TaskSet
 from molora.evaluation.score import inputs_of
 from molora.models.build import ready_to_train
 from molora.models.label_match import compete
+from molora.models.task_router import learn_prompts, names_tasks
 from molora.store.adapter import save
 from molora.store.runs import Run
 from molora.training.environment import prepare_process
 from molora.training.train import Conclude, fit
+from molora.tuner.api import find_context
+from molora.tuner.router import give_router
 
 SHARED = "shared"  # the expert's name where one serves all tasks
 PASS_RECORDS = 2000  # of a task's training data that strategies look at before and after training
@@ -42,6 +45,7 @@ def turn_recipe(
     names = list(config.data.tasks)
     plain = config.model_dump(mode="json")
     adapter = plain["adapter"]
+    adapter["router"] = adapter["router"] or plain["continual"]["router"]
     if config.continual.strategy.spec.one_expert:
         several = adapter["expert_names"] is not None or config.adapter.most_experts > 1
         adapter["expert_names"] = config.adapter.experts if several else [SHARED]
@@ -83,9 +87,8 @@ def play_turn(
     prepare_process(config.seed)  # a new expert starts alike, however much was drawn before
     if expert is not None:
         task = turn.task.name
-        model.add_expert(
-            expert.name or task, tasks=[task], init=expert.init, freeze_others=True, isolate=expert.isolate
-        )
+        isolate = _isolates(model) if expert.isolate is None else expert.isolate
+        model.add_expert(expert.name or task, tasks=[task], init=expert.init, isolate=isolate)
     ready_to_train(model.get_base_model(), config.train)
     hold_sum(model)
     compete(model, turn.competing(softmax or strategy.softmax))
@@ -99,6 +102,30 @@ def play_turn(
 
     tasks = TaskSet(tuple(strategy.training_tasks(turn)), known_ids)
     return fit(config, model, tokenizer, tasks, run, after, strategy)
+
+
+def teach_old_tasks(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
+) -> None:
+    """Give an adapter that has none the recipe's router, if it names one, taught the tasks that it has learned by now."""
+    adapter, router = str(model.active_adapter), config.adapter.router
+    if router is None or model.active_peft_config.router is not None:
+        return
+    give_router(model.get_base_model(), find_context(model), adapter, router.model_dump())
+    prompts = {
+        task.name: [example.prompt for example in drawn(config, tokenizer, task, router.records)]
+        for task in tasks
+    }
+    learn_prompts(model, tokenizer, prompts, adapter, config.eval.batch_size)
+
+
+def _isolates(model: PeftModel) -> bool:
+    """Whether a new expert is best hidden from older tasks: a gate that reads its input would send them there.
+
+    A softmax row that is trained on the new task alone has never seen the others. Their prompts are known by the router.
+    """
+    gate = model.active_peft_config.gate
+    return gate.learned and gate.scope not in ("task", "constant") and names_tasks(model)
 
 
 def passes(

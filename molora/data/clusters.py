@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,15 @@ from molora.disk.atomic import write_file
 from molora.errors import AdapterError, ConfigError, DataError
 
 _RESTARTS = 10  # k-means keeps the best of these runs: a single one may split a cluster and merge two others
+
+
+def need_kmeans(what: str) -> None:
+    """Raise ConfigError where scikit-learn is missing, before `what` has cost anything."""
+    if find_spec("sklearn") is None:
+        raise ConfigError(
+            f"{what}: k-means needs scikit-learn, which is not installed.",
+            hint="pip install 'molora[cluster]'",
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +53,9 @@ class TextClusters:
         Raises ConfigError where scikit-learn is missing or there are fewer different texts than clusters, DataError for
         embeddings of another shape, or not finite.
         """
-        try:
-            from sklearn.cluster import KMeans
-        except ImportError as error:
-            raise ConfigError(
-                "clusters of texts need scikit-learn, which is not installed.",
-                hint="pip install 'molora[cluster]'",
-            ) from error
+        need_kmeans("clusters of texts")
+        from sklearn.cluster import KMeans
+
         _check(embeddings)
         different = torch.unique(embeddings.detach().float(), dim=0).shape[0]
         if not 1 <= num_clusters <= different:

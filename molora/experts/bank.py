@@ -268,10 +268,6 @@ class ExpertBank(Stacked):
         for stack in (*self._by_name.values(), *(() if self.cores is None else (self.cores,))):
             stack.apply_freeze()
 
-    def stamp(self) -> list[int]:
-        """Changes whenever a Parameter is replaced, moved or written to, except through `.data`."""
-        return [mark for stack in self._by_name.values() for mark in stack.stamp()]
-
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
         return self.rescale(self.scalings)

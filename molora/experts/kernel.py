@@ -32,20 +32,19 @@ def shrink(x: Tensor, factors: Sequence[Tensor], rows: Sequence[Tensor] = ()) ->
         logits: (tokens, expert) in float32 (float64 for float64 x), whatever the autocast dtype; None
             without rows. Only their gradient goes back in h's dtype.
     """
-    flat = x.reshape(-1, x.shape[-1])
-    dtype = linear_dtype(x)
+    flat, dtype = flattened(x), linear_dtype(x)
     if torch.is_grad_enabled():
         return _Shrink.apply(flat, dtype, len(factors), *factors, *rows)
-    low, exact = flat.to(dtype), _logits(flat, rows) if rows else None
+    low, exact = cast(flat, dtype), _logits(flat, rows) if rows else None
     if torch.compiler.is_compiling() and len(factors) > 1:
         # A compiled decoding step is bound by reading weights: it joins what comes out, not the factors.
-        return torch.cat([F.linear(low, factor.to(dtype)) for factor in factors], dim=-1), exact
+        return torch.cat([F.linear(low, cast(factor, dtype)) for factor in factors], dim=-1), exact
     return F.linear(low, joined(factors, dtype)), exact
 
 
 def scores(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     """The router logits of `shrink` alone: (tokens, expert)."""
-    flat = x.reshape(-1, x.shape[-1])
+    flat = flattened(x)
     if torch.is_grad_enabled():
         return _Shrink.apply(flat, linear_dtype(x), 0, *rows)[1]
     return _logits(flat, rows)
@@ -96,8 +95,18 @@ def weigh(h: Tensor, weights: Tensor, expansion: Tensor) -> Tensor:
 def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Stacks below each other in `dtype`; a view where there is but one of that dtype."""
     if len(stacks) == 1:
-        return stacks[0].to(dtype)
-    return torch.cat([stack.to(dtype) for stack in stacks])
+        return cast(stacks[0], dtype)
+    return torch.cat([cast(stack, dtype) for stack in stacks])
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in `dtype`. Where it has that, even `x.to` costs as much as a small product."""
+    return x if x.dtype == dtype else x.to(dtype)
+
+
+def flattened(x: Tensor) -> Tensor:
+    """x (..., d) as rows (tokens, d)."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
 
 
 def linear_dtype(x: Tensor) -> torch.dtype:
@@ -117,13 +126,13 @@ def as_written(x: Tensor) -> AbstractContextManager[Any]:
 def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
     with as_written(x):
-        parts = [F.linear(exact, block.to(exact.dtype)) for block in rows]
+        parts = [F.linear(exact, cast(block, exact.dtype)) for block in rows]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
 def _factor(weights: Tensor, expansion: Tensor, dtype: torch.dtype) -> Tensor:
     """Each column's factor in rank space, (tokens, rank); the product is taken in the gate's float32."""
-    return (weights @ expansion.to(weights.dtype)).to(dtype)
+    return cast(weights @ cast(expansion, weights.dtype), dtype)
 
 
 def _stack_gradients(columns: Tensor, inputs: Tensor, stacks: Sequence[Tensor], needed: Any) -> list[Any]:

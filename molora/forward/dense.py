@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from molora.calls.call import Part
 from molora.calls.decide import decided
 from molora.calls.task_ids import spread
 from molora.experts.kernel import expand, joined, linear_dtype, scores, shrink, weigh
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN, GroupOperands, Plan
 from molora.forward.reading import Reading
+from molora.gates.rows import GateRows
 
 
 @dataclass
@@ -30,25 +32,23 @@ class DensePart:
         return expand(y, self.h, self.weights, self.expansion, self.B)
 
 
-def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -> dict[str, DensePart]:
+def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
     """By module name, the parts of all members of a plan; `weights`: by slot, where they are known already."""
     plan, x, experts = reading.plan, reading.x, reading.experts
     operands = _operands(plan, experts, x)
-    one = reading.mount.config.gate.alone_is_one
-    routed = weights is not None or decided(reading.mount.task_map, reading.call, experts, alone_is_one=one)
+    mount = reading.mount
+    routed = weights is not None or decided(mount.config.gate, mount.task_map, reading.call, experts)
     h, products = _shrink(reading, operands, routed=routed)
     if weights is None:
         weights = _weights(reading, products)
-    keys = [member.key for member in plan.members]
-    if operands.joint is not None:  # without gradients the whole group is weighted at once
-        h = weigh(h, _side_by_side(list(weights.values())), operands.joint)
-    columns = (h,) if len(keys) == 1 else h.split(operands.widths, dim=-1)
-    return {
-        key: DensePart(
-            part, None if operands.joint is not None else weights[slot], operands.expansions[key], operands.B[key]
-        )
-        for key, slot, part in zip(keys, plan.slots, columns, strict=True)
-    }  # fmt: skip
+    joint = operands.joint
+    if joint is not None:  # without gradients the whole group is weighted at once
+        h = weigh(h, _side_by_side([*weights.values()]), joint)
+    columns = (h,) if len(plan.members) == 1 else h.split_with_sizes(operands.widths, -1)
+    parts: dict[str, Part] = {}
+    for (key, B), slot, own in zip(operands.B.items(), plan.slots, columns, strict=True):
+        parts[key] = DensePart(own, weights[slot] if joint is None else None, operands.expansions[key], B)
+    return parts
 
 
 def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
@@ -122,9 +122,12 @@ def _shrink(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """h of all members, and the products of x and the rows of each gate that reads it, by slot."""
     plan, x, A = reading.plan, reading.x, operands.A
-    scored = {} if routed else plan.readers
-    readers = {slot: rows for slot, (gate, rows) in scored.items() if rows is not None and gate.scores_x}
-    blocks = [block for rows in readers.values() for block in rows.blocks]
+    readers: dict[str, GateRows] = {}
+    blocks: list[Tensor] = []
+    for slot, (gate, rows) in () if routed else plan.readers.items():
+        if rows is not None and gate.scores_x:
+            readers[slot] = rows
+            blocks += rows.blocks
     bank = plan.members[0].bank
     if bank.dropout_p and bank.training:  # one mask for the group; the gate reads x itself
         h = shrink(bank.dropout(x), A)[0]
@@ -138,8 +141,9 @@ def _shrink(
         h = torch.cat([m.bank.spread(part, copies, shares) for m, part, (_, copies) in tiled], dim=-1)
     if products is None:
         return h, {}
-    sizes = [rows.num_experts for rows in readers.values()]
-    split = (products,) if len(sizes) == 1 else products.split(sizes, dim=-1)
+    if len(readers) == 1:
+        return h, {slot: rows.in_order(products) for slot, rows in readers.items()}
+    split = products.split([rows.num_experts for rows in readers.values()], dim=-1)
     return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), split, strict=True)}
 
 

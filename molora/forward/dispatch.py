@@ -65,13 +65,15 @@ def dispatched() -> str | None:
 
 def way_of(reading: Reading) -> Way:
     """The way for what is read now."""
-    leaders, traced = [*reading.plan.leaders.values()], torch.compiler.is_compiling()
+    leaders, traced = reading.plan.leaders, torch.compiler.is_compiling()
     if not leaders or (not traced and (reading.x.dim() < 2 or 0 in reading.x.shape)):
         return Way("dense")
-    forced, first = dispatched(), leaders[0]
+    forced, first = dispatched(), next(iter(leaders.values()))
     if not forced and reading.experts is not None and len(reading.experts) == 1:
         return Way("dense")
-    rows, slots = rows_of(first, reading), _most([slots_of(leader, reading) for leader in leaders])
+    rows, slots = rows_of(first, reading), slots_of(first, reading)
+    if len(leaders) > 1:
+        slots = _most([slots_of(leader, reading) for leader in leaders.values()])
     if forced:
         return Way(forced, slots)
     experts = first.bank.num_experts if reading.experts is None else len(reading.experts)
@@ -112,7 +114,7 @@ def _cheapest(leader: Mount, slots: int, experts: int, rows: int | None, tokens:
     }
     if rows is None:
         costs["by_token"] = experts * _READ + tokens * slots * (1 + _SEND / max(leader.bank.ranks))
-    return Way(min(costs, key=lambda way: costs[way]), slots)
+    return Way(min(costs, key=costs.__getitem__), slots)
 
 
 def pays_by_token(leader: Mount, slots: int, experts: int) -> bool:
@@ -164,7 +166,7 @@ def slots_of(leader: Mount, reading: Reading) -> int | None:
     straight = select == "hard" and leader.feed_forward is None and learns
     if select == "dense" or straight or transform in UNNORMALISED:
         return experts
-    always = sum(1 for name in task_map.experts if name in task_map.always)
+    always = sum(name in task_map.always for name in task_map.experts) if task_map.always else 0
     if select in ("top_k", "hard"):
         return min(experts, (1 if select == "hard" else gate.top_k) + always)
     return None

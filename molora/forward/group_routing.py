@@ -78,10 +78,9 @@ def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_samp
         return _fresh(leader, reading, products, by_sample=by_sample)
     # One gate may serve encoder and decoder. `numel` would fix an exported size.
     place, tokens = (*leader.place, plan.stream), math.prod(reading.lead)
-    if leader.spreads and leader.key not in plan.readers:
-        one = leader.config.gate.alone_is_one
-        if not decided(leader.task_map, call, reading.experts, alone_is_one=one):
-            return _followed(call, place, tokens)
+    follows = leader.spreads and leader.key not in plan.readers
+    if follows and not decided(leader.config.gate, leader.task_map, call, reading.experts):
+        return _followed(call, place, tokens)
     once = not leader.reads_input and call.owner is not None
     if once and place in cache.routings and cache.routings[place][1] == tokens:
         return cache.routings[place][0]

@@ -58,10 +58,10 @@ def parts_of(reading: Reading) -> dict[str, Part]:
     """What each member of a plan adds to its layer's output, by module name."""
     way = way_of(reading)
     if way.name == "by_sample":
-        return {**by_sample_parts(reading, way)}
+        return by_sample_parts(reading, way)
     if way.name == "by_token":
-        return {**by_token_parts(reading, way)}
-    return {**dense_parts(reading if way.experts is None else replace(reading, experts=way.experts))}
+        return by_token_parts(reading, way)
+    return dense_parts(reading if way.experts is None else replace(reading, experts=way.experts))
 
 
 def _added(mount: Mount, call: Call, x: Tensor, y: Tensor, part: Part) -> Tensor:

@@ -15,6 +15,7 @@ from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
 from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
+from molora.experts.stack import Stack
 from molora.forward.task_router import TaskRouter
 from molora.gates.gate import Gate
 from molora.gates.rows import GateRows
@@ -50,6 +51,18 @@ class Mount:
     spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
     inputs: InputGroup = field(default_factory=lambda: InputGroup())  # the mounts that read the same x
 
+    routing: AdapterRouting = field(init=False)
+    config: SavedMixture = field(init=False)
+    task_map: TaskMap = field(init=False)  # the tasks and experts of this layer
+
+    def __post_init__(self) -> None:
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look up the adapter as it is now: growing replaces it."""
+        self.routing = self.context.adapters[self.adapter]
+        self.config, self.task_map = self.routing.config, self.routing.map_at(self.names)
+
     @property
     def place(self) -> Place:
         return self.adapter, self.key
@@ -58,20 +71,6 @@ class Mount:
     def leader(self) -> Mount:
         """The mount whose gate decides here."""
         return self.group[0]
-
-    @property
-    def routing(self) -> AdapterRouting:
-        """The adapter as it is now: growing replaces it."""
-        return self.context.adapters[self.adapter]
-
-    @property
-    def config(self) -> SavedMixture:
-        return self.routing.config
-
-    @property
-    def task_map(self) -> TaskMap:
-        """The tasks and experts of this layer."""
-        return self.routing.map_at(self.names)
 
     def tasks(self, call: Call) -> TaskIds | None:
         """The batch's task ids for this adapter, if any were given."""
@@ -105,6 +104,7 @@ class Plan:
     slots: list[str]  # per member, whose weights it uses: the key of the leader, or PLAIN
     leaders: dict[str, Mount]  # by slot
     readers: dict[str, tuple[Gate, GateRows | None]]  # by slot: gates that read this input, and their rows
+    stacks: list[Stack] | None = None  # of all members
     kept: tuple[Any, Any] | None = None  # a stamp, and the operands of the last decoding step
 
     @classmethod
@@ -126,7 +126,9 @@ class Plan:
 
     def stamp(self) -> list[int]:
         """Changes with the members' Parameters, except through `.data`."""
-        return [mark for member in self.members for mark in member.bank.stamp()]
+        if self.stacks is None:
+            self.stacks = [stack for member in self.members for stack in member.bank.named_stacks().values()]
+        return [mark for stack in self.stacks for mark in stack.stamp()]
 
     @property
     def stream(self) -> str:

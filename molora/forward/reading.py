@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -29,21 +29,16 @@ class Reading:
     call: Call
     x: Tensor
     experts: tuple[int, ...] | None
+    lead: torch.Size = field(init=False)  # the shape of x without its last axis
+    tasks: TaskIds | None = field(init=False)  # the batch's task ids, if any were given
+
+    def __post_init__(self) -> None:
+        self.lead, self.tasks = self.x.shape[:-1], self.mount.tasks(self.call)
 
     @classmethod
     def alone(cls, mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...] | None) -> Reading:
         """One mount by itself."""
         return cls(mount.inputs.plan(mount, alone=True), mount, call, x, experts)
-
-    @property
-    def lead(self) -> torch.Size:
-        """The shape of x without its last axis."""
-        return self.x.shape[:-1]
-
-    @property
-    def tasks(self) -> TaskIds | None:
-        """The batch's task ids, if any were given."""
-        return self.mount.tasks(self.call)
 
     def shares(self) -> Tensor | None:
         """Each sample's share of each task, (sample, task), where some members have a core for each task."""

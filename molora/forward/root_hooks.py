@@ -14,14 +14,14 @@ from torch import Tensor, nn
 
 from molora.calls.call import Call, CallCache
 from molora.calls.checkpoint import CheckpointWithRouting
-from molora.calls.context import RoutingContext, new_call
+from molora.calls.context import AdapterRouting, RoutingContext, new_call
 from molora.calls.prompt import attach, named_inputs, with_inputs
 from molora.calls.record import GateRecord
 from molora.calls.request import RoutingRequest
+from molora.forward import task_naming
 from molora.forward.auxiliary import aux_losses_of, balance_experts, weighted_sum
 from molora.forward.first_pass import first_pass, off, remember
 from molora.forward.mount import Mount, MountPoint
-from molora.forward.task_naming import StopAfter, name_tasks
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -56,7 +56,7 @@ class RootHooks:
         inputs = named_inputs(module, args, kwargs)
         call = with_inputs(context, call, request, module, inputs)
         if call.unnamed and call.begun is not None:
-            call = name_tasks(context, call, module, inputs)
+            call = task_naming.name_tasks(context, call, module, inputs)
         if any(config.gate.scope == "two_pass" for config in configs) and not off(points):
             call, args, kwargs = first_pass(context, call, module, args, kwargs)
         context.here.call = call
@@ -122,11 +122,11 @@ class RootHooks:
                 function.refuse_lost_gradients()
 
 
-_OURS = (RootHooks, StopAfter)
+_OURS = (RootHooks, task_naming.AfterBlock)
 
 
 def install(model: nn.Module, context: RoutingContext) -> None:
-    """Register the hooks on a base model, and on its encoder, which generate() calls on its own."""
+    """Register the hooks on a base model, on its encoder, which generate() calls on its own, and on what routers read."""
     hooks = RootHooks(context)
     roots = [model]
     if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
@@ -138,6 +138,11 @@ def install(model: nn.Module, context: RoutingContext) -> None:
             root.register_forward_pre_hook(hooks.enter, with_kwargs=True)
             root.register_forward_hook(hooks.leave, with_kwargs=True, always_call=True)
     points_of(context, model)  # now: a cache that the first forward fills would compile the model twice
+    for adapter, found in context.adapters.items():
+        if found.router is not None:
+            task_naming.install(
+                model, context, adapter, [mount.key for mount in mounts_of(context, model, adapter)]
+            )
 
 
 def uninstall(model: nn.Module) -> None:
@@ -194,10 +199,20 @@ def _unnamed(
     return tuple(
         name
         for name in context.active
-        if context.adapters[name].router is not None
-        and name not in call.tasks
-        and (call.by_task or context.adapters[name].config.gate.scope == "task")
+        if name not in call.tasks and _needs_names(context.adapters[name], by_task=call.by_task)
     )
+
+
+def _needs_names(found: AdapterRouting, *, by_task: bool) -> bool:
+    """Whether an adapter's router has to name the tasks of a prompt: its answer depends on them.
+
+    Under a learned gate it does where experts are isolated from some tasks, once the router has learned to tell them apart.
+    """
+    if found.router is None:
+        return False
+    if by_task or found.config.gate.scope == "task":
+        return True
+    return bool(found.task_map.isolated) and bool(found.router.learned)
 
 
 def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:

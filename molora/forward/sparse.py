@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,11 +10,12 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
+from molora.calls.call import Part
 from molora.calls.task_ids import base_only, check_samples, spread
 from molora.calls.task_map import BASE_ONLY
 from molora.experts import by_sample, by_token, kernel
 from molora.experts.picks import Picked, Picks, ordered, picked, scale_of
-from molora.forward.dense import DensePart, dense_parts
+from molora.forward.dense import dense_parts
 from molora.forward.dispatch import Way, dispatched, pays_by_token, rows_of
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN, Mount
@@ -144,7 +144,7 @@ def _picks(weights: Tensor, way: Way, experts: tuple[int, ...] | None, slot: str
     return picks._replace(experts=torch.tensor(experts, device=weights.device)[picks.experts])
 
 
-def by_sample_parts(reading: Reading, way: Way) -> Mapping[str, BySample | Ready]:
+def by_sample_parts(reading: Reading, way: Way) -> dict[str, Part]:
     """By module name, the parts of all members of a plan; a decoding keeps its factors from step to step."""
     follows = _follows(reading)
     plan, kept = reading.plan, reading.plan.kept  # read once: another thread may replace it
@@ -165,7 +165,7 @@ def _samples(reading: Reading, x: Tensor, samples: int, rows: Tensor | None) -> 
     return x.reshape(reading.tasks.ids.shape[0], -1, x.shape[-1]).index_select(0, rows)
 
 
-def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
+def _by_sample(reading: Reading, found: Chosen) -> dict[str, Part]:
     plan, rows = reading.plan, next(iter(found.picks.values())).experts.shape[0]
     x = plan.members[0].bank.dropout(reading.x)
     x = _samples(reading, x, rows, found.rows)
@@ -179,7 +179,7 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, BySample]:
         columns = by_sample.shrink(x, list(own.values()))
         widths = [A.places.shape[1] * A.rank for A in own.values()]
         h = dict(zip(own, columns.split(widths, dim=-1), strict=True))
-    parts = {}
+    parts: dict[str, Part] = {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
         bank, picks, key = member.bank, found.picks[slot], member.key
         if key not in own:
@@ -199,7 +199,7 @@ def rank_in_use(reading: Reading, member: Mount) -> int:
     return max((ranks[i] for i in member.task_map.experts_of_all(named)), default=1)
 
 
-def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePart]:
+def by_token_parts(reading: Reading, way: Way) -> dict[str, Part]:
     """By module name, the parts of all members of a plan; dense ones where the weights turn out to name too many."""
     found, plan = chosen(reading, way), reading.plan
     if way.slots is None and not dispatched() and not _pays(reading, found):
@@ -207,7 +207,7 @@ def by_token_parts(reading: Reading, way: Way) -> Mapping[str, ByToken | DensePa
     if reading.x.shape[-2:-1] != (1,):
         plan.kept = None
     x = plan.members[0].bank.dropout(reading.x)
-    parts: dict[str, ByToken] = {}
+    parts: dict[str, Part] = {}
     for slot in dict.fromkeys(plan.slots):
         members = [m for m, s in zip(plan.members, plan.slots, strict=True) if s == slot]
         picks = found.picks[slot]
@@ -275,7 +275,7 @@ def _keep(reading: Reading, found: Chosen) -> Kept:
     return Kept(by_sample.joined(A, dtype), B, found.rows)
 
 
-def _ready(reading: Reading, kept: Kept) -> dict[str, Ready]:
+def _ready(reading: Reading, kept: Kept) -> dict[str, Part]:
     x = _samples(reading, reading.x, len(kept.A), kept.rows).to(kept.A.dtype)
     columns = torch.bmm(x, kept.A.mT).split([B.shape[1] for B in kept.B.values()], dim=-1)
     return {key: Ready(h, B, kept.rows) for (key, B), h in zip(kept.B.items(), columns, strict=True)}

@@ -1,13 +1,15 @@
-"""A prompt that comes without a task id: the base alone reads it up to an early block, and the adapter's router names it.
+"""A prompt that comes without a task id: the adapter's router names it by what an early block of the base makes of it.
 
 Once per prompt. The names become the call's task ids, as if the caller had given them, and stay with the key-value cache
-(of an encoder-decoder: with the encoder's output). Ids that a caller gives are never replaced, and training names nothing.
+(of an encoder-decoder: with the encoder's output). Where no expert sits at or before that block, they fall out of the
+model's own forward; else the base alone reads the prompt first. Ids that a caller gives are never replaced, and training
+names nothing.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,19 +18,20 @@ from einops import einsum
 from torch import Tensor, nn
 
 from molora.calls.call import Call, CallCache
-from molora.calls.context import RoutingContext
+from molora.calls.context import AdapterRouting, RoutingContext
 from molora.calls.prompt import attended, is_causal, remembered
-from molora.calls.task_ids import resolve_ids
+from molora.calls.task_ids import TaskIds, resolve_ids, weighed_ids
 from molora.calls.task_map import BASE_ONLY
 from molora.errors import ConfigError, RoutingError
 from molora.forward.task_router import TaskRouter
 
 _READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
 _GIVE_IDS = "give routing_task_ids=[...], one per sample"
+_WHOLE_GRAPH = f"one graph cannot name tasks: {_GIVE_IDS}"
 
 
-class StopAfter:
-    """Ends the base's first pass after the block that the router reads; a hook of that block."""
+class AfterBlock:
+    """What follows the block that a router reads: a first pass ends there, a forward gets its task ids. A hook of it."""
 
     def __init__(self, context: RoutingContext) -> None:
         self.context = context
@@ -36,8 +39,25 @@ class StopAfter:
     def leave(self, block: nn.Module, args: Any, output: Any) -> None:
         """Forward hook."""
         call = self.context.here.call
-        if call is not None and call.stops_after is block:
-            raise _Reached(output[0] if isinstance(output, tuple) else output)
+        if call is None:
+            return
+        states = output[0] if isinstance(output, tuple) else output
+        if call.stops_after is block:
+            raise _Reached(states)
+        if call.unnamed and call.begun is not None and not call.first_pass:
+            self._name(call, block, states)
+
+    @torch.compiler.disable(reason=_WHOLE_GRAPH)
+    def _name(self, call: Call, block: nn.Module, states: Tensor) -> None:
+        """The running call, from here on with the tasks of its samples."""
+        assert call.begun is not None and call.owner is not None
+        own = [name for name in call.unnamed if self.context.adapters[name].read is block]
+        stream = "encoder" if _has_encoder(call.owner) else "decoder"
+        features = mean_of(states, _prompt_of(call, call.owner, call.masks.get(stream), states))
+        for adapter in own:
+            call.begun.tasks[adapter] = _ids(self.context.adapters[adapter], features)
+        unnamed = tuple(name for name in call.unnamed if name not in own)
+        self.context.here.call = replace(call, tasks={**call.begun.tasks, **call.tasks}, unnamed=unnamed)
 
 
 class _Reached(Exception):
@@ -48,13 +68,23 @@ class _Reached(Exception):
         self.states = states
 
 
-def install(model: nn.Module, context: RoutingContext, adapter: str) -> None:
-    """Find the block that the adapter's router reads, and let it end first passes."""
+def install(model: nn.Module, context: RoutingContext, adapter: str, keys: Iterable[str]) -> None:
+    """Watch the block that the adapter's router reads. `keys`: names of the modules that have experts."""
     found = context.adapters[adapter]
     found.read = block_at(model, found.config.router.depth)
+    early = modules_until(model, found.read)
+    found.along = found.config.router.passes != 2 and not any(key in early for key in keys)
     hooks = found.read._forward_hooks.values()
-    if not any(isinstance(getattr(hook, "__self__", None), StopAfter) for hook in hooks):
-        found.read.register_forward_hook(StopAfter(context).leave)
+    if not any(isinstance(getattr(hook, "__self__", None), AfterBlock) for hook in hooks):
+        found.read.register_forward_hook(AfterBlock(context).leave)
+
+
+def modules_until(model: nn.Module, block: nn.Module) -> frozenset[str]:
+    """Names of the modules that may have run once a block of the model's reader has: all it defines no later."""
+    reader, names = _reader(model), {module: name for name, module in model.named_modules()}
+    modules = list(reader.modules())
+    last = max(map(modules.index, block.modules()))
+    return frozenset(names[module] for module in modules[: last + 1])
 
 
 def block_at(model: nn.Module, depth: float) -> nn.Module:
@@ -63,6 +93,12 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
     Raises:
         ConfigError: the model does not say which its blocks are.
     """
+    blocks = blocks_of(model)
+    return blocks[max(1, round(depth * len(blocks))) - 1]
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks that prompts run through, in order; raises as `block_at`."""
     reader, config = _reader(model), getattr(model, "config", None)
     config = config.get_text_config() if config is not None else None
     count = getattr(config, "num_hidden_layers", None)
@@ -73,20 +109,27 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
             f"router: {type(model).__name__} has no list of blocks as long as its config's num_hidden_layers.",
             hint="a task router needs a transformers model; leave router out and give task ids.",
         )
-    return blocks[max(1, round(depth * len(blocks))) - 1]
+    return blocks
 
 
-@torch.compiler.disable(reason="one graph cannot name tasks: give routing_task_ids=[...], one per sample")
+@torch.compiler.disable(reason=_WHOLE_GRAPH)
 def name_tasks(context: RoutingContext, call: Call, module: nn.Module, inputs: Mapping[str, Any]) -> Call:
-    """The call with the task ids of its samples, for the adapters that need them and were given none."""
+    """The call with the task ids of its samples, for the adapters that need them and were given none.
+
+    Those whose router reads along in the forward stay unnamed until then.
+    """
     assert call.begun is not None
-    encoded = remembered(inputs.get("encoder_outputs"))
+    encoded, later = remembered(inputs.get("encoder_outputs")), []
     if encoded is not None:
         call.begun.tasks.update(encoded.tasks)
     for adapter in call.unnamed if encoded is None else ():
+        found = context.adapters[adapter]
+        if found.along and inputs.get("encoder_outputs") is None:
+            later.append(adapter)
+            continue
         states, mask = read_base(context, call, adapter, module, inputs)
-        call.begun.tasks[adapter] = _ids(context, adapter, mean_of(states, mask))
-    return replace(call, tasks={**call.begun.tasks, **call.tasks})
+        call.begun.tasks[adapter] = _ids(found, mean_of(states, mask))
+    return replace(call, tasks={**call.begun.tasks, **call.tasks}, unnamed=tuple(later))
 
 
 def read_base(
@@ -123,7 +166,13 @@ def read_base(
         states = reached.states
     else:
         raise RoutingError(f"{type(module).__name__} does not run its blocks; {_GIVE_IDS}.")
-    return states, mask.bool() if call.prompt is None else mask.bool() & call.prompt
+    return states, _prompt_of(call, module, mask, states)
+
+
+def _prompt_of(call: Call, module: nn.Module, mask: Tensor | None, states: Tensor) -> Tensor:
+    """(batch, seq) true for the tokens of the prompt among those that were read; an encoder reads nothing else."""
+    read = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    return read if call.prompt is None or _has_encoder(module) else read & call.prompt
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:
@@ -133,8 +182,7 @@ def mean_of(states: Tensor, mask: Tensor) -> Tensor:
     return einsum(states, "batch seq d -> batch d") / kept.sum(dim=1, keepdim=True).clamp(min=1)
 
 
-def _ids(context: RoutingContext, adapter: str, features: Tensor) -> Any:
-    found = context.adapters[adapter]
+def _ids(found: AdapterRouting, features: Tensor) -> TaskIds:
     router: TaskRouter = found.router
     if not router.learned:
         raise RoutingError(
@@ -153,12 +201,20 @@ def _ids(context: RoutingContext, adapter: str, features: Tensor) -> Any:
         )
     if router.settings.unknown == "base":
         ids = [BASE_ONLY if row in unknown else task for row, task in enumerate(ids)]
-    return resolve_ids(found.task_map, ids)
+    if not (router.settings.soft and found.config.gate.scope == "task"):
+        return resolve_ids(found.task_map, ids)
+    shares = guess.posteriors.float()
+    asked = torch.tensor([task != BASE_ONLY for task in ids], device=shares.device)
+    return weighed_ids(found.task_map, ids, guess.ids, shares * asked.unsqueeze(-1))
 
 
 def _reader(module: nn.Module) -> nn.Module:
     """The part of a model that reads prompts: without its head; of an encoder-decoder, the encoder."""
     model: Any = module
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    if _has_encoder(module) and hasattr(model, "get_encoder"):
         return model.get_encoder()
     return getattr(model, "base_model", model)
+
+
+def _has_encoder(module: nn.Module) -> bool:
+    return bool(getattr(getattr(module, "config", None), "is_encoder_decoder", False))

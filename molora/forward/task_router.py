@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any, NamedTuple, Self
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from molora.calls.task_router import Gaussian, TaskStatistics
@@ -27,13 +29,13 @@ class Guess(NamedTuple):
 
 
 class TaskRouter(nn.Module):
-    """Statistics of the features of each task's prompts, a row for each task of the adapter, in float64 always.
+    """Statistics of the features of each task's prompts, a row for each task's centre, in float64 always.
 
-    Buffers, so that they are saved, loaded and moved with the adapter. A task that was not learned has count 0.
+    Buffers, so that they are saved, loaded and moved with the adapter. A task that was not learned has counts of 0.
 
     Args:
         settings: the config's router.
-        ids: the adapter's task ids, one per row.
+        ids: the adapter's task ids, in the order of their rows.
         d: width of the features.
     """
 
@@ -47,7 +49,10 @@ class TaskRouter(nn.Module):
         super().__init__()
         self.settings, self.ids = settings, list(ids)
         self._namer: Gaussian | None = None
-        for name, value in _tensors(TaskStatistics.of(len(self.ids), d)).items():
+        self._learned: list[int] | None = None
+        self.kind: type[Gaussian] = ROUTERS[settings.kind]
+        self.centres = settings.clusters if self.kind.clustered else 1  # rows per task
+        for name, value in _tensors(TaskStatistics.of(len(self.ids) * self.centres, d)).items():
             self.register_buffer(name, value)
         # (task,) the log density below which a prompt is none of the task's
         self.register_buffer("floors", torch.zeros(len(self.ids), dtype=torch.float64))
@@ -58,29 +63,44 @@ class TaskRouter(nn.Module):
         return TaskStatistics(self.counts, self.means, self.scatter, self.spread)
 
     @property
+    def seen(self) -> dict[int, int]:
+        """How many prompts of each task it has learned from, by id."""
+        return dict(zip(self.ids, self._by_task(self.counts).sum(dim=1).long().tolist(), strict=True))
+
+    @property
     def learned(self) -> list[int]:
         """Ids of the tasks it has learned."""
-        return [i for i, count in zip(self.ids, self.counts.tolist(), strict=True) if count]
+        if self._learned is None:  # asked in every forward: a GPU is asked once
+            self._learned = [i for i, count in self.seen.items() if count]
+        return self._learned
 
-    def learn(self, prompts: dict[int, Tensor]) -> None:
-        """Add features (sample, d) of more prompts, by task id; order and splitting do not matter to the names.
+    def learn(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
+        """Add features of more prompts, by task id and centre; order and splitting do not matter to the names.
 
         What counts as known is measured first, on one prompt of ten that the other nine have not shown yet.
+
+        Args:
+            prompts: for each task the features (sample, d) of each of its centres, at most `centres`.
         """
         before = self.statistics
-        for task, features in prompts.items():
-            self._keep(self.statistics.learned(self.ids.index(task), features[_shown(features)]))
+        self._learn_all({task: [x[_shown(x)] for x in groups] for task, groups in prompts.items()})
         floors = self.floors.clone()
-        for task, features in prompts.items():
-            held = features[~_shown(features)]
-            held = held if len(held) else features
-            row = self.learned.index(task)
-            found = self.namer.log_densities(held)[:, row]
+        for task, groups in prompts.items():
+            held = torch.cat([x[~_shown(x)] for x in groups])
+            held = held if len(held) else torch.cat([*groups])
+            found = self._log_densities(held)[:, self.learned.index(task)]
             floors[self.ids.index(task)] = found.quantile(self.settings.quantile)
         self.floors = floors
         self._keep(before)
-        for task, features in prompts.items():
-            self._keep(self.statistics.learned(self.ids.index(task), features))
+        self._learn_all(prompts)
+
+    def _learn_all(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
+        statistics = self.statistics
+        for task, groups in prompts.items():
+            first = self.ids.index(task) * self.centres
+            for row, x in enumerate(groups, first):
+                statistics = statistics.learned(row, self.kind.prepared(x.to(self.means)))
+        self._keep(statistics)
 
     def set_tasks(self, ids: Sequence[int]) -> None:
         """Be the router of these tasks: rows of new ones are empty, those of others are dropped.
@@ -89,7 +109,7 @@ class TaskRouter(nn.Module):
         """
         kept = [self.ids.index(i) if i in self.ids else None for i in ids]
         floors = [self.floors[row] if row is not None else self.floors.new_zeros(()) for row in kept]
-        statistics = self.statistics.rows(kept)
+        statistics = self.statistics.rows(self._rows(kept))
         self.ids, self.floors = list(ids), torch.stack(floors) if floors else self.floors[:0]
         self._keep(statistics)
 
@@ -97,20 +117,47 @@ class TaskRouter(nn.Module):
     def namer(self) -> Gaussian:
         """The kind, over the tasks learned so far."""
         if self._namer is None:
-            seen = self.statistics.rows(self.counts.nonzero().flatten().tolist())
-            self._namer = ROUTERS[self.settings.kind](seen, self.settings.shrinkage)
-            assert self._namer is not None
+            places = self._rows([self.ids.index(i) for i in self.learned])
+            known = self.statistics.rows(places)
+            self._namer = self.kind(known, self.settings.shrinkage, self.centres)
         return self._namer
 
     @torch.no_grad()
     def guess(self, features: Tensor) -> Guess:
         """The task of each row of features (sample, d). Some task must have been learned."""
-        features = features.to(self.means)
-        posteriors, densities = self.namer.posteriors(features), self.namer.log_densities(features)
+        posteriors = self.namer.posteriors(self.kind.prepared(features.to(self.means)))
         nearest = posteriors.argmax(dim=1)
-        density = densities.gather(1, nearest.unsqueeze(1)).squeeze(1)
-        floors = self.floors[self.counts > 0]
+        density = self._log_densities(features).gather(1, nearest.unsqueeze(1)).squeeze(1)
+        floors = self.floors[[self.ids.index(i) for i in self.learned]]
         return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest])
+
+    def strangers(self, task: int, features: Tensor) -> float | None:
+        """Share of features (sample, d) of a task that would not count as known if this task were not; None: no other is."""
+        others = deepcopy(self)
+        others.set_tasks([i for i in self.learned if i != task])
+        return float((~others.guess(features).known).double().mean()) if others.ids else None
+
+    def centre_of(self, task: int, features: Tensor) -> Tensor:
+        """(sample,) the nearest centre of a task that was learned to each row of features (sample, d)."""
+        rows = range(self.ids.index(task) * self.centres, (self.ids.index(task) + 1) * self.centres)
+        known = self.statistics.rows([*rows])
+        apart = torch.cdist(self.kind.prepared(features.to(self.means)), known.means)
+        return apart.masked_fill(known.counts == 0, torch.inf).argmin(dim=1)
+
+    def _log_densities(self, features: Tensor) -> Tensor:
+        return self.namer.log_densities(self.kind.prepared(features.to(self.means)))
+
+    def _by_task(self, rows: Tensor) -> Tensor:
+        """Something of each row, (task, centre)."""
+        return rearrange(rows, "(task centre) -> task centre", centre=self.centres)
+
+    def _rows(self, tasks: Sequence[int | None]) -> list[int | None]:
+        """The rows of tasks, which are given by their places."""
+        return [
+            None if task is None else task * self.centres + centre
+            for task in tasks
+            for centre in range(self.centres)
+        ]
 
     def _keep(self, statistics: TaskStatistics) -> None:
         for name, value in _tensors(statistics).items():
@@ -121,11 +168,14 @@ class TaskRouter(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         if name in self.__dict__.get("_buffers", ()):
-            self._namer = None
+            self._forget()
 
     def _load_from_state_dict(self, *args: Any) -> None:
         super()._load_from_state_dict(*args)
-        self._namer = None
+        self._forget()
+
+    def _forget(self) -> None:
+        self._namer = self._learned = None
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         """To other devices, but never to another dtype."""
@@ -136,7 +186,7 @@ class TaskRouter(nn.Module):
             if value is not None and moved is not None and moved.dtype != value.dtype:
                 lost = value.is_meta or moved.is_meta
                 self._buffers[name] = moved.to(value.dtype) if lost else value.to(moved.device)
-        self._namer = None
+        self._forget()
         return self
 
 

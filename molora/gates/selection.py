@@ -69,8 +69,8 @@ def top_k(scores: Tensor, how: How) -> Tensor:
     if how.balance is not None:
         return _balanced(scores, k, how, how.balance)
     if how.renorm == "softmax" or (how.renorm == "sum" and transform == "softmax"):  # which are the same
-        best, indices = scores.topk(k, dim=-1)
-        values = best.softmax(dim=-1)
+        best, indices = scores.topk(k, -1)
+        values = best.softmax(-1)
     else:
         weights = how.transform(scores)
         # Scores that are weights may be below the 0 of a forbidden expert.

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.config import BaseConfig, RunConfig, TrainConfig
+from molora.data.clusters import need_kmeans
 from molora.data.tasks import TaskSet, distinct_labels
 from molora.disk.card import WEIGHTS_FILE
 from molora.errors import AdapterError
@@ -59,7 +60,9 @@ def _tasks(config: RunConfig, task_ids: dict[str, int]) -> dict[str, Any]:
 
 def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int]) -> PeftModel:
     """A new adapter on the base: of fresh experts, or of the LoRAs the recipe names."""
-    loras = config.adapter.from_loras
+    loras, router = config.adapter.from_loras, config.adapter.router
+    if router is not None and router.kind == "prototypes":  # learned at the end of training
+        need_kmeans("adapter.router: prototypes")
     if loras is None:
         return get_peft_model(base, adapter_config(config, task_ids))
     kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}

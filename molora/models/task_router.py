@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.calls.call import Call
-from molora.data.clusters import inference
+from molora.data.clusters import TextClusters, inference
 from molora.data.collate import pad_token, padded_batches
 from molora.data.prompts import prompt_within
 from molora.errors import ConfigError, DataError
@@ -20,8 +20,6 @@ from molora.forward.task_router import TaskRouter
 from molora.store.adapter import active_adapter, peft_model
 from molora.tuner.api import find_context
 from molora.tuner.router import give_router
-
-MOST_PROMPTS = 2000  # of a task that are read; more change its mean and the spread by less and less
 
 
 class NamedTask(NamedTuple):
@@ -44,8 +42,9 @@ def fit_router(
 ) -> None:
     """Teach an adapter's task router which prompts belong to which task. What it learned before stays, and counts.
 
-    The base alone reads each prompt, forward only and up to an early block; nothing is kept but sums. At most 2,000 prompts
-    of a task are read, drawn at random. Tasks may come one after another, in any order: older tasks' numbers never change.
+    The base alone reads each prompt, forward only and up to an early block; nothing is kept but sums. Of a task with more
+    prompts than the router's `records`, so many are drawn at random. Tasks may come one after another, in any order: older
+    tasks' numbers never change.
 
     Args:
         model: what `get_peft_model` or `load` returned.
@@ -64,8 +63,9 @@ def fit_router(
     context = find_context(model)
     if router is not None:
         give_router(model.get_base_model(), context, adapter, router)
+    most = router_of(model, adapter).settings.records
     tokens = {
-        task: [_tokens(model, tokenizer, text, max_length) for text in drawn(texts, seed=0)]
+        task: [_tokens(model, tokenizer, text, max_length) for text in drawn(texts, most, seed=0)]
         for task, texts in prompts.items()
     }
     learn_prompts(model, tokenizer, tokens, adapter, batch_size)
@@ -86,11 +86,24 @@ def learn_prompts(
             raise ConfigError(f"adapter {adapter!r} has no task {task!r}. Its tasks: {known}.")
         if not len(rows):
             raise DataError(f"task {task!r} has no prompts for the router to learn from.")
-    found = {
-        task_map.ids[task]: features(model, tokenizer, rows, adapter, batch_size)
-        for task, rows in prompts.items()
-    }
+    found = {}
+    for task, rows in prompts.items():
+        read = features(model, tokenizer, rows, adapter, batch_size)
+        found[task_map.ids[task]] = _by_centre(router, task_map.ids[task], read)
     router.learn(found)
+
+
+def _by_centre(router: TaskRouter, task: int, read: Tensor) -> list[Tensor]:
+    """Features (sample, d) of a task by its centre: those it has already, or new ones by k-means."""
+    if router.centres == 1:
+        return [read]
+    if task in router.learned:
+        nearest = router.centre_of(task, read)
+    else:
+        prepared = router.kind.prepared(read)
+        count = min(router.centres, len(torch.unique(prepared.float(), dim=0)))
+        nearest = TextClusters.fit(prepared, count).assign(prepared)
+    return [read[nearest == centre] for centre in range(router.centres)]
 
 
 def route(
@@ -196,11 +209,11 @@ def features(
     return torch.stack([rows[i] for i in range(len(prompts))])
 
 
-def drawn(prompts: Sequence[Any], seed: int) -> list[Any]:
-    """As many of a task's prompts as are read, at random but in their order: files are often sorted."""
-    if len(prompts) <= MOST_PROMPTS:
+def drawn(prompts: Sequence[Any], most: int, seed: int) -> list[Any]:
+    """At most so many of a task's prompts, at random but in their order: files are often sorted."""
+    if len(prompts) <= most:
         return list(prompts)
-    return [prompts[i] for i in sorted(random.Random(seed).sample(range(len(prompts)), MOST_PROMPTS))]
+    return [prompts[i] for i in sorted(random.Random(seed).sample(range(len(prompts)), most))]
 
 
 def _tokens(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, max_length: int) -> list[int]:

@@ -14,7 +14,7 @@ from molora.config.load import Recipe
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import write_file
 from molora.errors import ConfigError
-from molora.evaluation.naming import NAMED, named_right
+from molora.evaluation.naming import naming
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import evaluate_tasks
@@ -104,7 +104,8 @@ def score(
         modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
         report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
         if names_tasks(model):
-            report.facts[NAMED] = named_right(model, tokenizer, tasks, limits)
+            report.naming = naming(model, tokenizer, tasks, limits)
+            report.facts |= report.naming.facts()
     report.environment = describe_environment()
     return report
 

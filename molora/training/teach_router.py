@@ -22,9 +22,9 @@ def teach_router(
     found = find_context(model).adapters[adapter]
     if found.router is None:
         return False
-    learned = router_of(model, adapter).learned
+    learned, most = router_of(model, adapter).learned, found.router.settings.records
     prompts = {
-        task.name: drawn([example.prompt for example in data.examples(task.name, "train")], seed)
+        task.name: drawn([example.prompt for example in data.examples(task.name, "train")], most, seed)
         for task in data.tasks
         if found.task_map.ids[task.name] not in learned
     }

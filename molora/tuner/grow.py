@@ -174,7 +174,9 @@ def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
 def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = config_of(context, adapter)
     before = context.adapters[adapter]
-    context.adapters[adapter] = AdapterRouting(config.task_map(), config, before.router, before.read)
+    context.adapters[adapter] = AdapterRouting(
+        config.task_map(), config, before.router, before.read, before.along
+    )
     if before.router is not None:
         before.router.set_tasks([*(config.task_ids or {}).values()])
     for mount in _mounts(model, adapter):

@@ -202,7 +202,7 @@ class Linear(nn.Module, MoLoraLayer):
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
         y = self.base_layer(x, *args, **kwargs)
-        if self.merged:
+        if self.merged_adapters:
             return y
         mounts = self._active_mounts()
         if len(mounts) > 1:

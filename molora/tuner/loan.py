@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from molora.calls.context import RoutingContext
+from molora.forward.mount import MountPoint
 from molora.tuner.config import MoLoraConfig
 
 
@@ -143,4 +144,7 @@ def _replace(config: MoLoraConfig, model: nn.Module, context: RoutingContext, ad
     context.adapters[adapter].config = mine
     configs: Any = model.peft_config
     configs[adapter] = mine
+    for point in model.modules():
+        if isinstance(point, MountPoint) and adapter in point.mounts:
+            point.mounts[adapter].refresh()
     return mine

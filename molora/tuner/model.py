@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 from peft.tuners.lora import LoraModel
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from molora.calls.context import RoutingContext
+from molora.calls.prompt import generation_start
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
 from molora.disk.base_check import check_base
@@ -34,7 +36,7 @@ from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
 from molora.tuner.replication import replicate, replicated
-from molora.tuner.router import make_known
+from molora.tuner.router import make_known, modules_before_experts
 from molora.tuner.targets import check_targets, is_target
 from molora.tuner.verbs import ExpertVerbs
 from molora.tuner.vocabulary import (
@@ -54,8 +56,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
 
     prefix = "molora_"
     tuner_layer_cls = MoLoraLayer
-    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _check_target_module_exists: Any = staticmethod(is_target)
+    target_module_mapping: Any = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
@@ -81,7 +83,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
             replicate(config, model)
         fit_to_base(config, model)
         say_fused(config, model)
-        unseen = config.__dict__["_unseen"] = leave_out_unseen(config, model)
+        unseen = leave_out_unseen(config, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -89,6 +91,8 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
+        without = modules_before_experts(model, config) | unseen
+        self._check_target_module_exists = partial(is_target, without=without)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         if unseen:  # "all-linear" has become a list of names by now
             config.target_modules = {*(config.target_modules or ())} - unseen  # type: ignore[assignment]
@@ -226,7 +230,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         """
         ids = kwargs.pop("routing_task_ids", kwargs.pop("task_ids", None))
         asked = {name: kwargs.pop(f"routing_{name}", None) for name in ("features", "prompt_mask")}
-        length = _prompt_length(self.model, args, kwargs)
+        length = generation_start(self.model, args, kwargs)
         request = RoutingRequest(task_ids=ids, given=ids is not None, prompt_length=length, **asked)
         root_hooks.points_of(self.context, self.model)
         with self.context.use_request(request):
@@ -287,13 +291,3 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         root_hooks.uninstall(self.model)
         return model
-
-
-def _prompt_length(model: nn.Module, args: Any, kwargs: Mapping[str, Any]) -> int:
-    """Positions of the decoder that a generation begins with."""
-    prompt: Any = kwargs.get("inputs", kwargs.get("input_ids", kwargs.get("inputs_embeds")))
-    if getattr(model.config, "is_encoder_decoder", False):
-        prompt = kwargs.get("decoder_input_ids")
-    elif args:
-        prompt = args[0]
-    return 1 if prompt is None else prompt.shape[1]

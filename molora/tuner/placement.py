@@ -117,11 +117,12 @@ def task_blocks(config: SavedMixture) -> tuple[list[list[int]], list[bool]]:
 
 
 def place(mount: Mount, config: SavedMixture) -> None:
-    """Note at a mount, and its gate, which experts the layer has, how many a token uses and what is frozen."""
+    """Note at a mount, and its gate, what its adapter has by now: experts, how many a token uses, what is frozen."""
     if not mount.plain:
         names = experts_at(config, mount.key)
         mount.names = None if len(names) == config.num_experts else tuple(names)
         mount.frozen_rows = tuple(frozen_rows_at(config, mount.key))
+    mount.refresh()
     if mount.gate is not None:
         mount.gate.top_k = top_k_at(config, mount.key)
         mount.gate.freeze_shared(shared_frozen_at(config, mount.key))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import SimpleNamespace
 from typing import Any
 
@@ -89,12 +89,12 @@ def matches(targets: Iterable[str] | str | None, key: str) -> bool:
     return any(key == target or key.endswith(f".{target}") for target in targets)
 
 
-def is_target(config: MoLoraConfig, key: str) -> Any:
-    """PEFT's decision for target_modules, widened by plain_targets and ffn_targets.
+def is_target(config: MoLoraConfig, key: str, without: Collection[str] = ()) -> Any:
+    """PEFT's decision for target_modules, widened by plain_targets and ffn_targets, but never a module of `without`.
 
     PEFT looks at `layers_to_transform` only where target_modules lists suffixes; here it limits every kind of target.
     """
-    if key in config.__dict__.get("_unseen", ()):
+    if key in without:
         return False
     result = check_target_module_exists(config, key)
     also = matches(config.plain_targets, key) or matches(config.ffn_targets, key)

@@ -7,7 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal
 from torch.testing import assert_close
 
-from molora.calls.task_router import Gaussian, Ridge, TaskStatistics
+from molora.calls.task_router import Gaussian, Prototypes, Ridge, TaskStatistics
 from molora.config.choices import ROUTERS
 from molora.errors import ConfigError
 
@@ -113,7 +113,30 @@ def test_one_sample_of_each_task_is_enough(kind):
     assert named.posteriors(points).argmax(dim=1).tolist() == [0, 1, 2]
 
 
+def test_a_prototype_at_each_task_is_a_gaussian_of_it():
+    known = learn((t, torch.randn(20, D, dtype=torch.float64) + 3 * t) for t in range(3))
+    x = torch.randn(7, D, dtype=torch.float64)
+    assert torch.equal(Prototypes(known, 0.1).log_densities(x), Gaussian(known, 0.1).log_densities(x))
+
+
+def test_the_nearest_of_several_prototypes_decides():
+    rows = learn((t, torch.randn(20, D, dtype=torch.float64) + t) for t in range(3)).rows([0, None, 1, 2])
+    x = torch.randn(7, D, dtype=torch.float64)
+    each = Gaussian(rows, 0.1).log_densities(x)
+    expected = torch.stack([each[:, 0], each[:, 2:].amax(dim=1)], dim=1)  # the second row was never seen
+    assert_close(Prototypes(rows, 0.1, centres=2).log_densities(x), expected)
+
+
+def test_full_shrinkage_measures_plain_distances():
+    known = learn((t, torch.randn(20, D, dtype=torch.float64) * torch.arange(1, D + 1) + t) for t in range(3))
+    x = torch.randn(50, D, dtype=torch.float64)
+    nearest = torch.cdist(x, known.means).argmin(dim=1)
+    assert torch.equal(Prototypes(known, 1.0).posteriors(x).argmax(dim=1), nearest)
+
+
 def test_kinds_are_registered():
-    assert [*ROUTERS] == ["gaussian", "ridge"]
-    with pytest.raises(ConfigError, match="kind of router 'gausian' is not one of gaussian, ridge"):
+    assert [*ROUTERS] == ["gaussian", "ridge", "prototypes"]
+    with pytest.raises(
+        ConfigError, match="kind of router 'gausian' is not one of gaussian, ridge, prototypes"
+    ):
         ROUTERS["gausian"]

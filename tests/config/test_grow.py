@@ -23,7 +23,9 @@ def test_what_is_left_out_comes_from_the_run(run: RunConfig) -> None:
     config = load_grow({"task": TASK}, run=run)
     assert config.train == run.train
     assert config.aux_losses == {"balance": 0.5}
-    assert (config.expert.name, config.expert.init, config.expert.isolate) == (None, "new", False)
+    assert (config.expert.name, config.expert.init, config.expert.isolate) == (None, "new", None)
+    assert config.router is not None and config.router.kind == "gaussian"
+    assert load_grow({"task": TASK, "router": None}, run=run).router is None
 
 
 def test_what_is_given_wins(run: RunConfig) -> None:

@@ -13,7 +13,9 @@ from molora import ConfigError
 from molora.cli.main import _run, app
 from molora.continual.grow import UNCHANGED, add_expert
 from molora.disk.manifest import sha256
+from molora.evaluation.naming import NAMED
 from molora.models.build import load_trained
+from molora.models.task_router import router_of
 from molora.store.adapter import read_config
 from tests.training.runs import recipe_for, write_base
 
@@ -38,6 +40,24 @@ def grown(trained):
     run = add_expert(trained, {"task": TASK, "train": {"max_steps": 3}, "aux_losses": {"orthogonal": 0.1}})
     assert hashes(trained) == before, "the old run is not touched"
     return run
+
+
+def test_a_run_without_a_router_gets_one_that_knows_all_tasks(trained, grown):
+    assert trained.config.adapter.router is None and grown.config.adapter.router.kind == "gaussian"
+    model, _, _ = load_trained(grown.path)
+    assert router_of(model, "default").seen == {0: 20, 1: 13, 2: 12}
+    assert read_config(grown.adapter).isolated_experts == ["upper"]
+    rows = {(row["task"], row["mode"]): row["value"] for row in grown.report["scores"]}
+    before = {(row["task"], row["mode"]): row["value"] for row in grown.report["before"]}
+    assert all(rows[task, "gate"] == before[task, "gate"] for task in ("copy", "reverse"))
+    named = grown.report["facts"][NAMED]
+    assert "copy 4 of 4" in named and "reverse 4 of 4" in named and "upper 4 of 4" in named
+
+
+def test_growth_without_a_router_is_as_it_was(trained):
+    run = add_expert(trained, {"task": TASK, "train": {"max_steps": 1}, "router": None})
+    config = read_config(run.adapter)
+    assert config.router is None and config.isolated_experts == [] and NAMED not in run.report["facts"]
 
 
 def test_a_grown_run_has_one_more_expert_and_keeps_the_old_tasks_bit_equal(trained, grown):

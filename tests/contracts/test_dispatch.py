@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 import molora
 from molora import ConfigError, GateConfig, MoLoraConfig, RoutingError
-from molora.forward.dispatch import WAYS
+from molora.forward.dispatch import WAYS, ways_in_use
 from molora.forward.sparse import Ready
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import (
@@ -216,6 +216,25 @@ def test_the_rule_takes_the_way_that_costs_least():
     for way, part in zip(WAYS, ("DensePart", "BySample", "ByToken"), strict=True):
         with molora.dispatch(way):
             assert ways_taken(many(GateConfig(top_k=2), experts=4), **long) == {part}
+
+
+@pytest.mark.parametrize(
+    ("gate", "batch", "step"),
+    [
+        (GateConfig(scope="external", feature_dim=6, top_k=2), "by_sample", "dense"),
+        (GateConfig(scope="external", feature_dim=6, select="dense"), "dense", "dense"),
+        (GateConfig(scope="token", top_k=1), "by_token", "by_token"),
+    ],
+)
+def test_what_inspect_says_of_a_gate_is_what_a_batch_of_that_size_does(gate, batch, step):
+    model = many(gate, target_modules=["q_proj", "v_proj"])
+    layers = sum(isinstance(m, MoLoraLayer) for m in model.modules())
+    told = ways_in_use(model, samples=4, seq=40)
+    assert told == {"4 x 40 tokens": {batch: layers}, "a step of decoding": {step: layers}}
+    parts = dict(zip(WAYS, ("DensePart", "BySample", "ByToken"), strict=True))
+    features = {"routing_features": torch.randn(4, 6)} if gate.scope == "external" else {}
+    for seq, way in ((40, batch), (1, step)):
+        assert ways_taken(model, **batch_for("llama", batch=4, seq=seq), **features) == {parts[way]}
 
 
 @pytest.mark.parametrize("top_p", [0.01, 0.99])
@@ -422,6 +441,35 @@ def test_decoding_steps_keep_their_factors_until_tasks_or_parameters_change():
     with torch.no_grad():
         mount.bank.stacks["B"].trainable.mul_(2)
     kept(*TASKS)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("gate", ["task-group", "top2-group"])
+def test_a_prompt_read_in_any_way_ends_the_keeping_of_factors(gate, way):
+    model = molora_model("llama", gate, dtype=torch.float64)
+    layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer))
+    (mount,) = layer.mounts.values()
+    ids = routed(gate)
+    step, prompt = batch_for("llama", seq=1), batch_for("llama")
+    plan = mount.inputs.plan(mount, alone=False)
+    with torch.no_grad():
+        model(**step, **ids)
+        first = plan.kept
+        assert first is not None
+        with molora.dispatch("by_token"):  # a step by token neither uses what is kept nor spoils it
+            forced = model(**step, **ids).logits
+        assert plan.kept is first
+        assert_close(forced, model(**step, **ids).logits, **EXACT)
+        for m in model.modules():
+            if isinstance(m, MoLoraLayer):  # a writing that no stamp shows
+                m.mounts[mount.adapter].bank.stacks["B"].trainable.data.mul_(-2)
+        with molora.dispatch(way):
+            model(**prompt, **ids)
+        assert plan.kept is None
+        changed = model(**step, **ids).logits
+        assert plan.kept is not None and not torch.allclose(changed, forced)
+        with molora.dispatch("by_token"):
+            assert_close(changed, model(**step, **ids).logits, **EXACT)
 
 
 class Quantised(nn.Linear):

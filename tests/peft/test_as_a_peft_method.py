@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from transformers import BertConfig, BertForQuestionAnswering, BertForTokenClassification
 
 from molora import MoLoraConfig
+from molora.tuner.layer import MoLoraLayer
 from tests.zoo import base_model, batch_for
 
 SMALL = {
@@ -77,6 +78,8 @@ def test_A1_a_config_is_the_callers_own_and_what_a_base_put_in_does_not_reach_th
     assert targets(config) == {"c_attn", "c_proj", "c_fc"} and config.lora_alpha == 4
     mine = first.peft_config["default"]
     assert mine is not config and mine is first.base_model.context.adapters["default"].config
+    mounts = [mount for m in first.modules() if isinstance(m, MoLoraLayer) for mount in m.mounts.values()]
+    assert mounts and all(mount.config is mine for mount in mounts)
     assert "q_proj" in targets(mine) and first.base_model.model.peft_config["default"] is mine
 
 

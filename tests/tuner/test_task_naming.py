@@ -8,13 +8,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
 
 import molora
 from molora import AdapterError, ConfigError, DataError, RouterConfig, RoutingError
+from molora.config import BaseConfig
+from molora.forward.root_hooks import mounts_of
+from molora.forward.task_naming import modules_until
+from molora.models.base import load_base
 from molora.models.task_router import features, router_of
+from molora.tuner.api import find_context
 from tests.zoo import ARCHITECTURES, TASKS, base_model, molora_model
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -129,7 +134,7 @@ def test_the_prompt_alone_decides_where_answers_are_scored():
 def test_ids_that_are_given_win_and_the_base_reads_nothing(monkeypatch):
     model, inputs = fitted("llama"), batch()
     expected = logits(model, inputs, routing_task_ids=["beta", None, "alpha"])
-    monkeypatch.setattr("molora.forward.root_hooks.name_tasks", None)
+    monkeypatch.setattr("molora.forward.task_naming.name_tasks", None)
     assert torch.equal(logits(model, inputs, routing_task_ids=["beta", None, "alpha"]), expected)
     with molora.routing(model, task_ids=["beta", None, "alpha"]):
         assert torch.equal(logits(model, inputs), expected)
@@ -146,6 +151,159 @@ def test_a_prompt_is_read_once_up_to_the_block(monkeypatch):
         block.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
     model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
     assert runs == [1 + 4, 4]
+
+
+# -- one pass --------------------------------------------------------------------------------------------
+
+
+ALONG = {"depth": 0.5, "passes": 1}  # of two blocks the first is read, the second has experts
+
+
+@architectures
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_in_one_pass_experts_sit_behind_what_is_read(architecture, padding, monkeypatch):
+    model = fitted(architecture, router=ALONG)
+    early = modules_until(model.base_model.model, find_context(model).adapters["default"].read)
+    keys = [mount.key for mount in mounts_of(find_context(model), model.base_model.model, "default")]
+    everywhere = mounts_of(find_context(two := fitted(architecture)), two.base_model.model, "default")
+    assert keys == [mount.key for mount in everywhere if mount.key not in early] and keys
+    assert len(keys) < len(everywhere)
+    asked = ("gamma", "alpha", "gamma", "beta")
+    inputs = decoding(architecture, batch(asked, padding))
+    if architecture == "gpt2":  # as generate() counts: its positions are absolute
+        inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+    given = logits(model, inputs, routing_task_ids=list(asked))
+    assert not torch.allclose(given, logits(model, inputs, routing_task_ids=list(asked[::-1])), atol=1e-3)
+    monkeypatch.setattr("molora.forward.task_naming.read_base", None)  # nothing is read apart
+    assert torch.equal(logits(model, inputs), given)
+
+
+@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize("mode", MODES)
+def test_in_one_pass_a_generation_without_ids_is_the_one_with_them(architecture, mode, monkeypatch):
+    model, inputs = fitted(architecture, router=ALONG), batch(("gamma", "alpha", "beta"), padding="left")
+    monkeypatch.setattr("molora.forward.task_naming.read_base", None)
+
+    def answer(**ids):
+        torch.manual_seed(0)
+        return model.generate(**inputs, max_new_tokens=4, min_new_tokens=4, **MODES[mode], **ids)
+
+    assert torch.equal(answer(), answer(routing_task_ids=["gamma", "alpha", "beta"]))
+
+
+def test_one_pass_reads_every_block_once():
+    model, inputs = fitted("llama", router=ALONG), batch(("beta", "beta"))
+    runs = [0, 0]
+    for i, block in enumerate(model.base_model.model.model.layers):
+        block.register_forward_pre_hook(lambda *_, i=i: runs.__setitem__(i, runs[i] + 1))
+    model.generate(**inputs, max_new_tokens=4, min_new_tokens=4)
+    assert runs == [4, 4]
+
+
+def test_one_pass_is_taken_by_itself_where_it_can_be_and_two_on_wish():
+    def passes(**settings):
+        return 1 if find_context(fitted("llama", **settings)).adapters["default"].along else 2
+
+    late = {"target_modules": r".*layers\.1\..*_proj"}
+    assert passes() == 2 and passes(**late) == 1
+    assert passes(router={"passes": 2}, **late) == 2
+    given = molora_model("llama", "task-group", **late)
+    molora.fit_router(given, TOKENS, {"beta": texts("beta")}, router={"passes": 1})
+    assert find_context(given).adapters["default"].along
+    everywhere = molora_model("llama", "task-group")
+    with pytest.raises(ConfigError, match=r"router\.passes cannot be 1"):
+        molora.fit_router(everywhere, TOKENS, {"beta": texts("beta")}, router={"passes": 1})
+    assert everywhere.peft_config["default"].router is None
+    with pytest.raises(ConfigError, match=r"reads the last block, so router\.passes=1 leaves none"):
+        fitted("llama", router={"passes": 1, "depth": 1.0})
+
+
+def test_one_pass_survives_saving_and_training(tmp_path):
+    model = fitted("llama", router=ALONG)
+    molora.save(model, tmp_path / "a")
+    loaded = molora.load(base_model("llama"), tmp_path / "a")
+    assert find_context(loaded).adapters["default"].along
+    assert torch.equal(logits(loaded, batch()), logits(model, batch(), routing_task_ids=list(TASKS)))
+    with pytest.raises(RoutingError, match="no task ids were given"):
+        model.train()(**batch())
+
+
+def test_the_prompt_alone_decides_in_one_pass_too():
+    for architecture in ("llama", "t5"):
+        model = fitted(architecture, router=ALONG)
+        inputs, wrong = batch(("alpha", "gamma")), TOKENS(texts("beta", 1)[0])["input_ids"]
+        answers = torch.tensor([wrong + wrong] * 2)
+        ids, labels = inputs["input_ids"][:, :4], answers
+        if architecture == "llama":
+            labels = torch.cat([torch.full((2, 4), -100), answers], dim=1)
+            ids = torch.cat([ids, answers], dim=1)
+        named = logits(model, {"input_ids": ids, "labels": labels})
+        assert torch.equal(
+            named, logits(model, {"input_ids": ids, "labels": labels}, routing_task_ids=["alpha", "gamma"])
+        )
+
+
+def test_two_passes_over_an_encoder_leave_the_answer_out():
+    model, inputs = fitted("t5"), batch(("alpha", "gamma"))
+    labelled = {**inputs, "labels": torch.tensor([[3, 4, 5, 6, 7, 8, 9, 10, 11, 12]] * 2)}
+    assert torch.equal(logits(model, labelled), logits(model, labelled, routing_task_ids=["alpha", "gamma"]))
+
+
+# -- by likelihood ---------------------------------------------------------------------------------------
+
+
+def test_soft_names_weigh_every_tasks_experts():
+    model = fitted("llama", router={"soft": True, "shrinkage": 1.0})
+    between = {"input_ids": torch.tensor([[3, 16, 17, 18], [31, 32, 33, 31]])}
+    found = molora.route(model, TOKENS, ["3 16 17 18", "31 32 33 31"])
+    assert 0.1 < found[0].posteriors["alpha"] < 0.9
+    named = logits(model, between)
+    rows = [[row.posteriors[task] for task in TASKS] for row in found]
+    mixed = []
+    for i, row in enumerate(rows):  # each task has its own expert at weight 1: forced, weighed alike
+        with molora.routing(model, experts=dict(zip(model.expert_names, row, strict=True))):
+            mixed.append(logits(model, {"input_ids": between["input_ids"][i : i + 1]}))
+    assert_close(named, torch.cat(mixed), atol=1e-5, rtol=1e-5)
+    hard = fitted("llama", router={"shrinkage": 1.0})
+    assert not torch.allclose(named[:1], logits(hard, between)[:1], atol=1e-3)
+
+
+def test_soft_names_and_prompts_of_no_known_task():
+    model = fitted("llama", router={"soft": True, "unknown": "base", "quantile": 0.0})
+    stranger = {"input_ids": torch.full((1, 8), 48)}
+    assert torch.equal(logits(model, stranger), logits(base_model("llama"), stranger))
+
+
+def test_soft_names_need_a_gate_that_decides_by_task():
+    with pytest.raises(
+        ConfigError, match=r"router\.soft: acts only under a gate that decides by task id, not of scope token"
+    ):
+        molora_model("llama", "soft-group", router={"soft": True})
+
+
+# -- experts hidden from a task --------------------------------------------------------------------------
+
+
+def test_a_learned_gate_that_grew_in_isolation_is_named_for():
+    model = fitted("llama", "soft-group", tasks=TASKS)
+    before = logits(model, batch())
+    model.add_expert("late", tasks=["delta"], isolate=True)
+    randomise_new(model)
+    unnamed = logits(model, batch(), routing_task_ids=list(TASKS))
+    assert torch.equal(logits(model, batch()), unnamed)
+    assert_close(unnamed, before, atol=1e-6, rtol=1e-6)
+    molora.fit_router(model, TOKENS, {"delta": texts("gamma", seed=3)})
+    one = batch(("alpha",))
+    assert torch.equal(logits(model, one), logits(model, one, routing_task_ids="alpha"))
+    fresh = molora_model("llama", "soft-group", router=RouterConfig())
+    fresh.add_expert("late", tasks=["delta"], isolate=True)
+    logits(fresh, batch())  # a router that has learned nothing names nothing, and the gate decides alone
+
+
+def randomise_new(model):
+    for name, p in model.named_parameters():
+        if p.requires_grad and name.endswith(("lora_B", "block_1")):
+            p.data = torch.randn_like(p)
 
 
 def test_a_learned_gate_is_named_for_only_where_it_is_limited_to_tasks():
@@ -193,11 +351,12 @@ def test_naming_breaks_a_compiled_graph_and_changes_nothing():
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("kind", ["gaussian", "ridge"])
+@pytest.mark.parametrize("kind", ["gaussian", "ridge", "prototypes"])
 def test_prompts_of_no_known_task(kind):
     stranger = {"input_ids": torch.full((2, 8), 48)}
     stranger["input_ids"][0] = torch.tensor(TOKENS(texts("beta", 40)[39])["input_ids"][:4] * 2)
     settings = {"kind": kind, "unknown": "base", "quantile": 0.0}
+    settings |= {"clusters": 3} if kind == "prototypes" else {}
     model = fitted("llama", router=settings)
     named = logits(model, stranger)
     assert torch.equal(named, logits(model, stranger, routing_task_ids=["beta", None]))
@@ -388,6 +547,34 @@ def test_it_grows_and_shrinks_with_the_tasks(tmp_path):
     assert {row.task for row in molora.route(model, TOKENS, texts("alpha"))} <= {"beta", "delta"}
 
 
+def test_prototypes_are_centres_and_the_nearest_names(tmp_path):
+    model = fitted("llama", router={"kind": "prototypes", "clusters": 4}, tasks=("alpha", "beta"))
+    router = router_of(model, "default")
+    assert router.seen == {0: 30, 1: 30, 2: 0} and router.learned == [0, 1]
+    read = features(model, TOKENS, [TOKENS(t)["input_ids"] for t in texts("alpha")], "default", 8)
+    read = read / read.norm(dim=1, keepdim=True)
+    nearest = torch.cdist(read, router.means[:4]).argmin(dim=1)
+    assert torch.bincount(nearest, minlength=4).tolist() == router.counts[:4].long().tolist()
+    for centre in range(4):  # k-means has come to rest: each centre is the mean of what is nearest to it
+        assert_close(router.means[centre], read[nearest == centre].mean(dim=0), atol=1e-7, rtol=1e-6)
+    old = router.means[:4].clone()
+    molora.fit_router(model, TOKENS, {"gamma": texts("gamma")})
+    assert torch.equal(router.means[:4], old)
+    asked = [text for task in TASKS for text in texts(task, 5, 9)]
+    assert [row.task for row in molora.route(model, TOKENS, asked)] == [t for t in TASKS for _ in range(5)]
+    molora.fit_router(model, TOKENS, {"alpha": texts("alpha", 10, 7)})  # more of a task goes to its centres
+    assert router.seen[0] == 40
+    molora.save(model, tmp_path / "a")
+    loaded = molora.load(base_model("llama"), tmp_path / "a")
+    assert torch.equal(logits(loaded, batch()), logits(model, batch(), routing_task_ids=list(TASKS)))
+
+
+def test_fewer_prompts_than_centres_are_enough():
+    model = molora_model("llama", "task-group", router={"kind": "prototypes", "clusters": 20})
+    molora.fit_router(model, TOKENS, {"alpha": texts("alpha", 1), "beta": texts("beta", 3)})
+    assert [row.task for row in molora.route(model, TOKENS, texts("beta", 2, 5))] == ["beta", "beta"]
+
+
 def test_adapters_have_routers_of_their_own():
     model = fitted("llama")
     model.add_adapter("second", copy.deepcopy(model.peft_config["default"]))
@@ -428,3 +615,58 @@ def test_a_mixture_of_loras_can_have_one(tmp_path):
     )
     molora.fit_router(model, TOKENS, {"alpha": texts("alpha")})
     assert molora.route(model, TOKENS, texts("alpha", 1))[0].task == "alpha"
+
+
+def tiny(dtype):
+    """The embedded base with ten tasks, an expert each, and a router."""
+    base, tokenizer = load_base(BaseConfig(model="molora/tiny"))
+    config = molora.MoLoraConfig(
+        num_experts=10, r=1, target_modules=["v_proj"], gate={"kind": "task"}, router="gaussian",
+        expert_names=list(GENERATORS), tasks={name: [name] for name in GENERATORS}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, config).to(dtype), tokenizer
+
+
+GENERATORS = ("pig", "mirror", "zigzag", "back", "mask", "spell", "shout", "pairs", "even", "boxed")
+WORDS = (
+    "abc",
+    "hello",
+    "tree",
+    "rainbow",
+    "blue",
+    "houses",
+    "word",
+    "stone",
+    "x",
+    "quietly",
+    "jam",
+    "violin",
+)
+
+
+def orders(dtype, count):
+    """The router's state after random orders of arrival, in random parts and batches, padded on either side; its names."""
+    states, prompts = [], {name: [f"{name}({word})=" for word in WORDS] for name in GENERATORS}
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        model, tokenizer = tiny(dtype)
+        tokenizer.padding_side = ("left", "right")[seed % 2]
+        for i in torch.randperm(10, generator=generator).tolist():
+            name, cut = GENERATORS[i], int(torch.randint(1, len(WORDS), (), generator=generator))
+            rows = [prompts[name][j] for j in torch.randperm(len(WORDS), generator=generator)]
+            for part in (rows[:cut], rows[cut:]):
+                molora.fit_router(model, tokenizer, {name: part}, batch_size=1 + seed)
+        states.append({k: v.clone() for k, v in buffers(model).items() if "floors" not in k})
+        asked = [f"{name}(never)=" for name in GENERATORS]
+        assert [row.task for row in molora.route(model, tokenizer, asked)] == list(GENERATORS)
+    first = states[0]
+    return max(float((s[k] - v).norm() / v.norm()) for s in states[1:] for k, v in first.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "most"),
+    [(torch.float64, 10, 1e-10), (torch.float32, 3, 1e-5), (torch.bfloat16, 3, 2e-2)],
+)
+def test_ten_tasks_in_any_order_end_in_one_router(dtype, count, most):
+    """Sums do not depend on the order; what is left is the base's own rounding, which depends on the batch."""
+    assert orders(dtype, count) < most
