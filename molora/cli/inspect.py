@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from molora.cli.options import AsJson, RunFolder
+from molora.cli.options import AsJson, OtherBase, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,7 @@ def command(
     run: RunFolder,
     out: Annotated[Path | None, Option(help="Folder for the pictures; default: the run's.")] = None,
     as_json: AsJson = False,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Show parameters, experts, tasks, and which expert does what.
 
@@ -36,7 +37,7 @@ def command(
     from molora.training.evaluate import draw_routing
 
     with quiet_libraries():
-        model, _, config = load_trained(run, trainable=True)
+        model, _, config = load_trained(run, trainable=True, allow_other_base=allow_other_base)
     facts = describe(model)
     folder = Run.find(run).path if config is not None else None
     report = None

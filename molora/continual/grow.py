@@ -40,6 +40,7 @@ def add_expert(
     recipe: str | os.PathLike[str] | Mapping[str, Any],
     overrides: Sequence[str] = (),
     resume: bool | str | os.PathLike[str] | None = None,
+    allow_other_base: bool = False,
 ) -> Run:
     """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
 
@@ -52,6 +53,7 @@ def add_expert(
         recipe: what `GrowConfig` describes, as a YAML file or a mapping; settings left out are the run's.
         overrides: `section.key=value` texts applied on top.
         resume: True continues the latest run of this growth, a path the run in that folder.
+        allow_other_base: go on where the base is not the one the run was trained on; shapes must still fit.
 
     Raises:
         ConfigError, DataError, AdapterError: before anything is written.
@@ -60,7 +62,7 @@ def add_expert(
     grow = load_grow(recipe, overrides, run=parent.config)
     prepare_process(parent.config.seed)
     with quiet_libraries():
-        model, tokenizer, _ = load_trained(parent.path, trainable=True)
+        model, tokenizer, _ = load_trained(parent.path, trainable=True, allow_other_base=allow_other_base)
         old: MoLoraConfig = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)

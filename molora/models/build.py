@@ -94,11 +94,16 @@ def ready_to_train(base: Any, train: TrainConfig) -> None:
 
 
 def load_trained(
-    path: str | Path, *, trainable: bool = False, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    trainable: bool = False,
+    device: str | torch.device | None = None,
+    allow_other_base: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
     """The model of a run folder or an adapter folder, verified, in eval mode, its tokenizer, and a run's recipe.
 
-    It is on `device`: a CUDA device where there is one, unless told otherwise. Raises AdapterError for a damaged or
+    It is on `device`: a CUDA device where there is one, unless told otherwise. With
+    `allow_other_base` the base may have other weights than the one it was trained on. Raises AdapterError for a damaged or
     incomplete folder, or another base; ConfigError for neither a run nor an adapter folder.
     """
     path = Path(path)
@@ -110,7 +115,7 @@ def load_trained(
         folder, config = run.trained_adapter, run.config
         base_config, labels = config.base, labels_of(config)
     base, tokenizer = load_base(base_config, labels)
-    model = load(base, folder, is_trainable=trainable)
+    model = load(base, folder, is_trainable=trainable, allow_other_base=allow_other_base)
     if config is not None:
         load_features(config, run.path, model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config

@@ -11,9 +11,9 @@ from molora.config.router import RouterConfig, router_from
 from molora.errors import ConfigError
 from molora.forward import root_hooks, task_naming
 from molora.forward.task_router import TaskRouter
-from molora.tuner.api import config_of
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.loan import own
 from molora.tuner.targets import hidden_size
 
 
@@ -47,7 +47,7 @@ def give_router(model: nn.Module, context: RoutingContext, adapter: str, router:
     Raises:
         ConfigError: it has one already, or experts where this one wants none.
     """
-    config = config_of(context, adapter)
+    config = own(model, context, adapter)
     if config.router is not None:
         raise ConfigError(
             f"adapter {adapter!r} has a router already: {config.router}.",
