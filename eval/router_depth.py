@@ -32,13 +32,16 @@ DEFAULT_DEPTH = 1 / 3
 
 
 def suites(data: Path) -> dict[str, list[str]]:
-    """Suite -> files of its tasks, under `data`."""
+    """Suite -> files of its tasks, under `data`; those without training or test texts left out."""
     found = {"order 1": [f"cl15/{task}" for task in ORDERS["order1"].split()]}
     found["cl15"] = [f"cl15/{task}" for task in ORDERS["order4"].split()]
     for group in ("superni", "commonsense", "math"):
         files = sorted((data / "gen" / group).glob("*.jsonl.gz"))
         found[group] = [f"gen/{group}/{file.name.removesuffix('.jsonl.gz')}" for file in files]
-    return found
+    return {
+        suite: [task for task in tasks if all(texts_of(data, task).values())]
+        for suite, tasks in found.items()
+    }
 
 
 def texts_of(data: Path, task: str) -> dict[str, list[str]]:
