@@ -126,8 +126,8 @@ def check_samples(rows: Tensor, lead: Sequence[int]) -> None:
 
 def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     """Names and ids as a caller gives them to `TaskIds`; raises RoutingError for unknown tasks and wrong shapes."""
-    if given is None or isinstance(given, (str, int)):
-        given = [given]
+    if given is None or isinstance(given, str) or not hasattr(given, "__len__"):
+        given = [given]  # type: ignore[list-item]
     if (given.numel() if isinstance(given, Tensor) else len(given)) == 0:
         raise RoutingError("task_ids is empty; give one name or id per sample.")
     if isinstance(given, Tensor):
@@ -151,7 +151,7 @@ def weighed_ids(task_map: TaskMap, first: Sequence[int], tasks: Sequence[int], w
 
 def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
     ids = given.reshape(1) if given.dim() == 0 else given
-    if ids.is_floating_point() or ids.dim() > 2:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2:
         raise RoutingError(
             f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}."
         )

@@ -25,6 +25,7 @@ from molora.experts.bank import Expert
 from molora.experts.factor_mix import as_one
 from molora.forward.mount import PLAIN, Mount
 from molora.store.adapter import active_adapter, peft_model
+from molora.store.export_check import check_loadable
 from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
@@ -121,6 +122,7 @@ def export_lora(
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
     # Views share storage with their stack, which safetensors refuses to write.
     own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    check_loadable(lora, wrapped.get_base_model(), own)
     with write_folder(out, size=sum(t.nbytes for t in own.values())) as folder:
         save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         lora.save_pretrained(str(folder))

@@ -28,6 +28,7 @@ from molora.tuner import grow
 from molora.tuner.adapter_name import check_adapter_name, only_one
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
+from molora.tuner.left_out import late_ones, left_out, streams_of
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
@@ -60,10 +61,12 @@ class MoLoraModel(BaseTuner):
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
-        self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
+        streams, late = streams_of(model, encoder_decoder=encoder_decoder), late_ones(config, model)
+        self._mounting = Mounting(adapter_name, config, self.context, streams=streams, late=late)
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
-        self._check_target_module_exists = partial(is_target, without=modules_before_experts(model, config))
+        without = modules_before_experts(model, config) | left_out(config, model)
+        self._check_target_module_exists = partial(is_target, without=without)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         del self._mounting
         self.context.forget_modules()
