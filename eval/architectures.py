@@ -18,7 +18,7 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import molora
-from eval.bases import BASES, Base, batch_of, model_of
+from eval.bases import BASES, batch_of, model_of
 from molora import GateConfig, MoLoraConfig
 
 TASKS = ["alpha", "beta", "gamma"]
@@ -100,7 +100,12 @@ def trains(name: str) -> str:
 
 def _unused(name: str, dead: list[str]) -> bool:
     """Linears that the base does not run on this batch, or whose output it drops."""
-    parts = {"longformer": "_global", "led": "_global", "switch_transformers": "expert", "bert2bert": "pooler"}
+    parts = {
+        "longformer": "_global",
+        "led": "_global",
+        "switch_transformers": "expert",
+        "bert2bert": "pooler",
+    }
     return name in parts and all(parts[name] in key for key in dead)
 
 
@@ -130,7 +135,13 @@ def generates(name: str) -> str:
         return NONE
     model, batch = adapted(model_of(name)), batch_of(name, padded=False)
     batch.pop("labels")
-    settings = {"max_new_tokens": 5, "do_sample": False, "num_beams": 1, "min_new_tokens": 5, "pad_token_id": 0}
+    settings = {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "num_beams": 1,
+        "min_new_tokens": 5,
+        "pad_token_id": 0,
+    }
     with molora.routing(model, TASKS):
         steps = [model.generate(**batch, **settings, use_cache=cache) for cache in (True, False)]
     if not torch.equal(*steps):
@@ -147,7 +158,9 @@ def saves(name: str) -> str:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         before = logits(model(**batch, routing_task_ids="beta"))
         model.save_pretrained(folder)
-        after = logits(PeftModel.from_pretrained(model_of(name), folder).eval()(**batch, routing_task_ids="beta"))
+        after = logits(
+            PeftModel.from_pretrained(model_of(name), folder).eval()(**batch, routing_task_ids="beta")
+        )
     if not torch.equal(before, after):
         raise Failed("other logits after loading")
     return YES

@@ -52,7 +52,9 @@ class Base:
 
     @property
     def generates(self) -> bool:
-        return self.head.endswith(("CausalLM", "LMHeadModel", "ConditionalGeneration", "EncoderDecoderModel", "MTModel"))
+        return self.head.endswith(
+            ("CausalLM", "LMHeadModel", "ConditionalGeneration", "EncoderDecoderModel", "MTModel")
+        )
 
 
 _CLASSES = "SequenceClassification"
@@ -157,7 +159,12 @@ def config_of(name: str) -> Any:
         encoder, decoder = (_tiny(changes[side]) for side in ("encoder", "decoder"))
         decoder.is_decoder = decoder.add_cross_attention = True
         found = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(encoder, decoder)
-        found.decoder_start_token_id, found.pad_token_id, found.eos_token_id, found.vocab_size = 1, 0, 2, VOCAB
+        found.decoder_start_token_id, found.pad_token_id, found.eos_token_id, found.vocab_size = (
+            1,
+            0,
+            2,
+            VOCAB,
+        )
         return found
     if kind == "llava":
         vision = transformers.CLIPVisionConfig(**_fit(transformers.CLIPVisionConfig(), {}))
@@ -172,7 +179,11 @@ def _tiny(kind: str, changes: dict[str, Any] | None = None) -> Any:
 
 def _fit(default: Any, changes: dict[str, Any]) -> dict[str, Any]:
     known = {name: value for name, value in _TINY.items() if hasattr(default, name)}
-    return {name: value for name, value in {**known, **changes}.items() if value is not None or name == "q_lora_rank"}
+    return {
+        name: value
+        for name, value in {**known, **changes}.items()
+        if value is not None or name == "q_lora_rank"
+    }
 
 
 def model_of(name: str, seed: int = 0) -> nn.Module:
@@ -187,7 +198,9 @@ def model_of(name: str, seed: int = 0) -> nn.Module:
     return model.requires_grad_(False).eval()
 
 
-def batch_of(name: str, samples: int = 3, seq: int = 8, *, seed: int = 1, padded: bool = True) -> dict[str, Tensor]:
+def batch_of(
+    name: str, samples: int = 3, seq: int = 8, *, seed: int = 1, padded: bool = True
+) -> dict[str, Tensor]:
     """A batch with labels; the second sample is padded at its end, where the architecture knows padding."""
     base, g = BASES[name], torch.Generator().manual_seed(seed)
     ids = torch.randint(6, VOCAB, (samples, seq), generator=g)
@@ -213,7 +226,12 @@ def batch_of(name: str, samples: int = 3, seq: int = 8, *, seed: int = 1, padded
         images = torch.full((samples, patches), 5)
         ids, mask = torch.cat([images, ids], 1), torch.cat([torch.ones_like(images), mask], 1)
         pixels = torch.randn(samples, 3, 16, 16, generator=g)
-        return {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels, "labels": ids.masked_fill(mask == 0, -100)}
+        return {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "pixel_values": pixels,
+            "labels": ids.masked_fill(mask == 0, -100),
+        }
     ids = ids.masked_fill(mask == 0, int(config_of(name).pad_token_id or 0) if name == "roberta" else 0)
     inputs = {"input_ids": ids, "attention_mask": mask}
     if base.batch == "seq2seq":

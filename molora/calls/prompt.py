@@ -105,7 +105,11 @@ def attended(inputs: Mapping[str, Any]) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() == 2:
         return mask
-    if mask.dim() == 3 and isinstance(inputs.get("input_ids"), Tensor) and mask.shape == inputs["input_ids"].shape:
+    if (
+        mask.dim() == 3
+        and isinstance(inputs.get("input_ids"), Tensor)
+        and mask.shape == inputs["input_ids"].shape
+    ):
         return mask.flatten(0, 1)  # the choices of a question are samples
     tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
     if mask.dim() != 4 or tokens is None or past_length(cache_of(inputs)) > 0:

@@ -77,7 +77,9 @@ class Shape:
 
     @property
     def _pads_right(self) -> bool:
-        return any(hasattr(module, name) for module in (self.model, *_parts(self.model)) for name in _RIGHT_PADDERS)
+        return any(
+            hasattr(module, name) for module in (self.model, *_parts(self.model)) for name in _RIGHT_PADDERS
+        )
 
 
 def _parts(model: Any) -> list[Any]:
@@ -91,7 +93,9 @@ def shapes_of(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Shape]:
     """By stream, the shape of what a call gives to read."""
     kept = inputs.get("logits_to_keep")
     kept = kept if isinstance(kept, int) and kept > 0 else None
-    read = _shape(module, kept, inputs.get("input_ids"), inputs.get("inputs_embeds")) or _signal(module, inputs)
+    read = _shape(module, kept, inputs.get("input_ids"), inputs.get("inputs_embeds")) or _signal(
+        module, inputs
+    )
     if not has_two_sequences(module):
         return {} if read is None else dict.fromkeys(("encoder", "decoder"), read)
     encoded = inputs.get("encoder_outputs")
@@ -130,4 +134,8 @@ def _signal(module: nn.Module, inputs: Mapping[str, Any]) -> Shape | None:
     """Of sound or images: samples alone are known."""
     name = getattr(module, "main_input_name", None)
     found = inputs.get(name) if isinstance(name, str) else None
-    return Shape(found.shape[0], None, 1, None, module) if isinstance(found, Tensor) and found.dim() > 1 else None
+    return (
+        Shape(found.shape[0], None, 1, None, module)
+        if isinstance(found, Tensor) and found.dim() > 1
+        else None
+    )

@@ -17,7 +17,13 @@ from molora.config.mixture import SavedMixture
 from molora.tuner.targets import SIBLINGS, matches, stream_of
 
 _ASKS_ONLY = {"isinstance", "hasattr", "getattr"}
-_READ_FIRST = {name for members in SIBLINGS[:5] for name in members} | {"qkv_proj", "query_key_value", "Wqkv", "c_attn", "qkv"}
+_READ_FIRST = {name for members in SIBLINGS[:5] for name in members} | {
+    "qkv_proj",
+    "query_key_value",
+    "Wqkv",
+    "c_attn",
+    "qkv",
+}
 _RUN_LAST = {"o_proj", "out_proj", "dense", "c_proj", "Wo", "o", "out_lin"}
 _WITH_KERNELS = ("Mamba", "Bamba", "FalconH1")
 """Names of modules that call these linears too, but not where they have fast kernels, or only where they are quantised."""
@@ -34,19 +40,31 @@ def left_out(config: Any, model: nn.Module) -> frozenset[str]:
     targeted = _targeted(config, [key for key, module in model.named_modules() if _is_linear(key, module)])
     unseen = {key for key in targeted if _is_read_raw(model, key)}
     if unseen:
-        _warn(unseen, "the base uses their weights without calling the layer, so experts there would not learn")
+        _warn(
+            unseen, "the base uses their weights without calling the layer, so experts there would not learn"
+        )
     towers = Towers(model)
     beside = {key for key in targeted if (tower := towers.of(key)) and not _names(config, tower)}
     if beside:
         tower = towers.of(min(beside)).rpartition(".")[2]
-        _warn(beside, f"they read images or sound, not the samples' tokens; a target that names {tower!r} reaches them")
-    return frozenset(unseen | beside)
+        _warn(
+            beside,
+            f"they read images or sound, not the samples' tokens; a target that names {tower!r} reaches them",
+        )
+    return frozenset(unseen | beside | _saved_whole(config, targeted))
 
 
 def _is_linear(key: str, module: nn.Module) -> bool:
     if key.endswith(".base_layer"):  # of a layer that another adapter is on
         return False
     return isinstance(module, (nn.Linear, Conv1D)) or hasattr(module, "get_base_layer")
+
+
+def _saved_whole(config: Any, keys: Iterable[str]) -> set[str]:
+    """Of "all-linear", what is trained and saved whole needs no experts."""
+    if not isinstance(config.target_modules, str) or config.target_modules.lower() != "all-linear":
+        return set()
+    return {key for key in keys if any(matches([name], key) for name in config.modules_to_save or ())}
 
 
 def _targeted(config: Any, keys: Iterable[str]) -> set[str]:
@@ -79,7 +97,9 @@ def _read_raw(kind: type[nn.Module]) -> frozenset[str]:
         tree = ast.parse(textwrap.dedent(inspect.getsource(kind)))
     except (OSError, TypeError, SyntaxError):
         return frozenset()
-    methods = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "init" not in node.name]
+    methods = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and "init" not in node.name
+    ]
     called = {name for method in methods for name in _called(method)}
     kernels = any(part in kind.__name__ for part in _WITH_KERNELS)
     raw = {name for method in methods for name in _raw(method)}
@@ -148,7 +168,9 @@ def late_ones(config: Any, model: nn.Module) -> frozenset[str]:
     targeted = _targeted(config, [key for key, module in model.named_modules() if _is_linear(key, module)])
     found = set()
     for name, module in model.named_modules():
-        children = [child for child, _ in module.named_children() if f"{name}.{child}".lstrip(".") in targeted]
+        children = [
+            child for child, _ in module.named_children() if f"{name}.{child}".lstrip(".") in targeted
+        ]
         readers = [i for i, child in enumerate(children) if child in _READ_FIRST]
         last = max(readers, default=-1)
         found |= {f"{name}.{child}".lstrip(".") for child in children[: last + 1] if child in _RUN_LAST}

@@ -29,12 +29,19 @@ class Mounting:
     """
 
     def __init__(
-        self, adapter: str, config: MoLoraConfig, context: RoutingContext, *, streams: Mapping[str, str],
+        self,
+        adapter: str,
+        config: MoLoraConfig,
+        context: RoutingContext,
+        *,
+        streams: Mapping[str, str],
         late: Collection[str],
     ) -> None:
         self.adapter, self.config, self.context = adapter, config, context
         self.streams, self.late = streams, late
-        self._waiting: dict[str, list[Mount]] = {}  # by group: late ones that were asked for before its leader
+        self._waiting: dict[
+            str, list[Mount]
+        ] = {}  # by group: late ones that were asked for before its leader
         self.kind = parts.kind_of(config)
         self._router: TaskRouter | None = context.adapters[adapter].router
         self._leaders: dict[str, Mount] = {}  # by group that shares a gate

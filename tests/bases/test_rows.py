@@ -20,7 +20,9 @@ def test_B2_a_sample_of_a_mixed_batch_is_what_it_is_alone(name):
     assert tried(name, "mixed ids") == "yes"
 
 
-@pytest.mark.parametrize("name", ["opt", "qwen2_moe", "xlnet", "longformer", "deepseek_v3", "deberta", "deberta-v2", "bert_choice"])
+@pytest.mark.parametrize(
+    "name", ["opt", "qwen2_moe", "xlnet", "longformer", "deepseek_v3", "deberta", "deberta-v2", "bert_choice"]
+)
 def test_B2_statistics_count_the_tokens_and_no_padding(name):
     assert tried(name, "statistics") == "yes"
 
@@ -58,7 +60,10 @@ def test_B2_the_balance_depends_on_the_tokens_and_not_on_padding(name):
 
     short = batch_of(name, seq=6, padded=False)
     long = batch_of(name, seq=6, padded=False, seed=5)
-    padded = {k: torch.nn.functional.pad(v, (0, 4), value=-100 if k == "labels" else 0) if v.dim() == 2 else v for k, v in short.items()}
+    padded = {
+        k: torch.nn.functional.pad(v, (0, 4), value=-100 if k == "labels" else 0) if v.dim() == 2 else v
+        for k, v in short.items()
+    }
     assert balance(short) == pytest.approx(balance(padded), abs=1e-5)
     assert abs(balance(short) - balance(long)) > 1e-6
 
@@ -73,12 +78,17 @@ def test_B2_frames_are_masked_by_the_model_that_makes_them():
 
 def test_B2_what_the_mask_does_not_tell_of_is_left_out_and_said():
     model, batch = adapted(model_of("funnel"), "token"), batch_of("funnel")
-    with pytest.warns(UserWarning, match="losses and statistics leave it out"), molora.record_routing(model) as record:
+    with (
+        pytest.warns(UserWarning, match="losses and statistics leave it out"),
+        molora.record_routing(model) as record,
+    ):
         model(**batch)
     assert {s.tokens for s in record.sums.values()} <= {int(batch["attention_mask"].sum()), 3}
 
 
-@pytest.mark.parametrize("name", ["whisper", "bert2bert", "recurrent_gemma", "opt", "deepseek_v3", "xlnet", "mamba"])
+@pytest.mark.parametrize(
+    "name", ["whisper", "bert2bert", "recurrent_gemma", "opt", "deepseek_v3", "xlnet", "mamba"]
+)
 def test_B2_two_pass_gates(name):
     gate = molora.GateConfig(scope="two_pass", select="dense", share="global")
     model = adapted(model_of(name), gate=gate, tasks=None)
