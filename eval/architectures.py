@@ -238,6 +238,11 @@ def tried(name: str, trial: str) -> str:
 # -- the page ----------------------------------------------------------------------------------------
 
 
+def short(value: str) -> str:
+    """An entry in one word: yes, –, refused, fails."""
+    return value.split(":")[0].split(" ")[0]
+
+
 def page(found: dict[str, dict[str, str]]) -> str:
     """The page in Markdown: a table, and the reasons of what is not a plain yes below it."""
     notes: list[str] = []
@@ -247,17 +252,19 @@ def page(found: dict[str, dict[str, str]]) -> str:
         if value in (YES, NONE):
             return value
         notes.append(f"{name}, {trial}: {value}")
-        return f"{value.split(':')[0].split(' ')[0]} [{len(notes)}]"
+        return f"{short(value)} [{len(notes)}]"
 
     head = ["architecture", "kind", *TRIALS]
     rows = [[name, BASES[name].kind, *(cell(name, trial) for trial in TRIALS)] for name in found]
     lines = [
         "# Architectures",
         "",
-        "Made by `python -m eval.architectures`: every architecture is built tiny from its config, with experts on all its",
-        "linear layers, and tried. Each row is checked by `tests/contracts/test_architectures.py`.",
+        f"{len(found)} architectures, each built tiny from its config, with experts on all its linear layers, and tried: made by",
+        "`python -m eval.architectures`, held by `tests/contracts/test_architectures.py`.",
         "",
         *(f"- **{trial}**: {str(function.__doc__).strip()}" for trial, function in TRIALS.items()),
+        "",
+        "A dash: it does not apply. *refused*: molora says that it cannot, for the reason below the table.",
         "",
         "| " + " | ".join(head) + " |",
         "|" + "---|" * len(head),
@@ -266,6 +273,16 @@ def page(found: dict[str, dict[str, str]]) -> str:
     if notes:
         lines += ["", *(f"{i}. {note}" for i, note in enumerate(notes, 1))]
     return "\n".join(lines) + "\n"
+
+
+def read_page(text: str) -> dict[str, list[str]]:
+    """Architecture -> the entries of its row, in one word each."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    ]
+    return {row[0]: [short(cell) for cell in row[2:]] for row in rows[1:]}
 
 
 def quiet() -> None:

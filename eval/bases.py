@@ -20,9 +20,11 @@ _TINY: dict[str, Any] = {
     "n_head": 2, "n_heads": 2, "num_heads": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
     "num_key_value_heads": 2, "head_dim": 8, "d_kv": 8, "d_head": 8, "max_position_embeddings": 64, "n_positions": 64,
     "max_source_positions": 64, "max_target_positions": 64, "dropout": 0.0, "attention_dropout": 0.0, "activation_dropout": 0.0,
-    "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0,
-    "attn_pdrop": 0.0, "dropout_rate": 0.0, "classifier_dropout": 0.0, "layerdrop": 0.0, "encoder_layerdrop": 0.0, "summary_last_dropout": 0.0,
-    "decoder_layerdrop": 0.0, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
+    "hidden_dropout": 0.0, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "resid_pdrop": 0.0,
+    "embd_pdrop": 0.0,
+    "attn_pdrop": 0.0, "dropout_rate": 0.0, "classifier_dropout": 0.0, "layerdrop": 0.0, "encoder_layerdrop": 0.0,
+    "summary_last_dropout": 0.0, "decoder_layerdrop": 0.0,
+    "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1,
     "initializer_range": 0.2, "init_std": 0.2, "num_labels": 3, "image_size": 16, "patch_size": 4, "num_channels": 3,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16,
     "shared_expert_intermediate_size": 16, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "q_lora_rank": None,
@@ -59,9 +61,10 @@ class Base:
 
 _CLASSES = "SequenceClassification"
 _SPEECH = {
-    "conv_dim": [8, 8], "conv_stride": [4, 2], "conv_kernel": [4, 2], "num_feat_extract_layers": 2, "num_conv_pos_embeddings": 4,
-    "num_conv_pos_embedding_groups": 2, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "mask_time_prob": 0.0, "apply_spec_augment": False,
-    "feat_extract_norm": "layer", "do_stable_layer_norm": True,
+    "conv_dim": [8, 8], "conv_stride": [4, 2], "conv_kernel": [4, 2], "num_feat_extract_layers": 2,
+    "num_conv_pos_embeddings": 4,
+    "num_conv_pos_embedding_groups": 2, "feat_proj_dropout": 0.0, "final_dropout": 0.0, "mask_time_prob": 0.0,
+    "apply_spec_augment": False, "feat_extract_norm": "layer", "do_stable_layer_norm": True,
 }  # fmt: skip
 
 
@@ -99,23 +102,44 @@ BASES: dict[str, Base] = {
     "deepseek_v2": Base("moe", "DeepseekV2ForCausalLM", {"num_experts_per_tok": 2, "topk_method": "greedy"}),
     "deepseek_v3": Base("moe", "DeepseekV3ForCausalLM", {"q_lora_rank": 8, "head_dim": None}),
     "qwen3_next": Base(
-        "moe", "Qwen3NextForCausalLM",
-        {"linear_num_key_heads": 2, "linear_num_value_heads": 2, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-         "layer_types": ["linear_attention", "full_attention"]},
+        "moe",
+        "Qwen3NextForCausalLM",
+        {
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 8,
+            "linear_value_head_dim": 8,
+            "layer_types": ["linear_attention", "full_attention"],
+        },
     ),
     "switch_transformers": Base(
-        "moe", "SwitchTransformersForConditionalGeneration", {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 1}, batch="seq2seq"
+        "moe",
+        "SwitchTransformersForConditionalGeneration",
+        {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1, "decoder_start_token_id": 1},
+        batch="seq2seq",
     ),
     # -- state space
     "mamba": Base("state-space", "MambaForCausalLM"),
     "mamba2": Base("state-space", "Mamba2ForCausalLM", {"num_heads": 4, "head_dim": 8, "n_groups": 1}),
     "falcon_mamba": Base("state-space", "FalconMambaForCausalLM"),
     "jamba": Base(
-        "state-space", "JambaForCausalLM",
-        {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1, "mamba_d_state": 4,
-         "mamba_dt_rank": 4, "use_mamba_kernels": False},
+        "state-space",
+        "JambaForCausalLM",
+        {
+            "attn_layer_period": 2,
+            "attn_layer_offset": 1,
+            "expert_layer_period": 2,
+            "expert_layer_offset": 1,
+            "mamba_d_state": 4,
+            "mamba_dt_rank": 4,
+            "use_mamba_kernels": False,
+        },
     ),
-    "recurrent_gemma": Base("state-space", "RecurrentGemmaForCausalLM", {"lru_width": WIDTH, "attention_window_size": 8, "block_types": ["recurrent", "attention"]}),
+    "recurrent_gemma": Base(
+        "state-space",
+        "RecurrentGemmaForCausalLM",
+        {"lru_width": WIDTH, "attention_window_size": 8, "block_types": ["recurrent", "attention"]},
+    ),
     "rwkv": Base("state-space", "RwkvForCausalLM", {"attention_hidden_size": WIDTH}),
     # -- encoders
     "bert": Base("encoder", f"BertFor{_CLASSES}"),
@@ -123,32 +147,87 @@ BASES: dict[str, Base] = {
     "distilbert": Base("encoder", f"DistilBertFor{_CLASSES}"),
     "electra": Base("encoder", f"ElectraFor{_CLASSES}"),
     "albert": Base("encoder", f"AlbertFor{_CLASSES}"),
-    "deberta": Base("encoder", f"DebertaFor{_CLASSES}", {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8}),
+    "deberta": Base(
+        "encoder",
+        f"DebertaFor{_CLASSES}",
+        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "max_relative_positions": 8},
+    ),
     "deberta-v2": Base(
-        "encoder", f"DebertaV2For{_CLASSES}",
-        {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4, "max_relative_positions": 8, "share_att_key": True},
+        "encoder",
+        f"DebertaV2For{_CLASSES}",
+        {
+            "relative_attention": True,
+            "pos_att_type": ["c2p", "p2c"],
+            "position_buckets": 4,
+            "max_relative_positions": 8,
+            "share_att_key": True,
+        },
     ),
     "modernbert": Base("encoder", f"ModernBertFor{_CLASSES}", {"local_attention": 4}),
     "mpnet": Base("encoder", f"MPNetFor{_CLASSES}"),
     "longformer": Base("encoder", f"LongformerFor{_CLASSES}"),
-    "funnel": Base("encoder", f"FunnelFor{_CLASSES}", {"block_sizes": [1, 1], "num_hidden_layers": None, "num_decoder_layers": 1}),
+    "funnel": Base(
+        "encoder",
+        f"FunnelFor{_CLASSES}",
+        {"block_sizes": [1, 1], "num_hidden_layers": None, "num_decoder_layers": 1},
+    ),
     "convbert": Base("encoder", f"ConvBertFor{_CLASSES}", {"head_ratio": 1}),
     "bert_choice": Base("encoder", "BertForMultipleChoice", type="bert", batch="choices"),
     # -- encoder-decoders
-    "t5": Base("encoder-decoder", "T5ForConditionalGeneration", {"decoder_start_token_id": 1}, batch="seq2seq"),
+    "t5": Base(
+        "encoder-decoder", "T5ForConditionalGeneration", {"decoder_start_token_id": 1}, batch="seq2seq"
+    ),
     "bart": Base("encoder-decoder", "BartForConditionalGeneration", batch="seq2seq"),
-    "led": Base("encoder-decoder", "LEDForConditionalGeneration", {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64}, batch="seq2seq"),
+    "led": Base(
+        "encoder-decoder",
+        "LEDForConditionalGeneration",
+        {"max_encoder_position_embeddings": 64, "max_decoder_position_embeddings": 64},
+        batch="seq2seq",
+    ),
     "marian": Base("encoder-decoder", "MarianMTModel", batch="seq2seq"),
-    "bert2bert": Base("encoder-decoder", "EncoderDecoderModel", _both("bert", "bert"), "encoder-decoder", batch="seq2seq"),
+    "bert2bert": Base(
+        "encoder-decoder", "EncoderDecoderModel", _both("bert", "bert"), "encoder-decoder", batch="seq2seq"
+    ),
     # -- vision, speech, both with text
     "vit": Base("vision", "ViTForImageClassification", batch="image"),
-    "swin": Base("vision", "SwinForImageClassification", {"embed_dim": 8, "depths": [2, 1], "num_heads": [2, 2], "window_size": 2, "patch_size": 2, "num_hidden_layers": None, "num_layers": None, "num_attention_heads": None}, batch="image"),
+    "swin": Base(
+        "vision",
+        "SwinForImageClassification",
+        {
+            "embed_dim": 8,
+            "depths": [2, 1],
+            "num_heads": [2, 2],
+            "window_size": 2,
+            "patch_size": 2,
+            "num_hidden_layers": None,
+            "num_layers": None,
+            "num_attention_heads": None,
+        },
+        batch="image",
+    ),
     "dinov2": Base("vision", "Dinov2ForImageClassification", batch="image"),
-    "wav2vec2": Base("speech", f"Wav2Vec2For{_CLASSES}", {**_SPEECH, "classifier_proj_size": 8}, batch="sound"),
+    "wav2vec2": Base(
+        "speech", f"Wav2Vec2For{_CLASSES}", {**_SPEECH, "classifier_proj_size": 8}, batch="sound"
+    ),
     "hubert": Base("speech", f"HubertFor{_CLASSES}", {**_SPEECH, "classifier_proj_size": 8}, batch="sound"),
-    "whisper": Base("speech", "WhisperForConditionalGeneration", {"num_mel_bins": 8, "max_source_positions": 10, "suppress_tokens": None, "begin_suppress_tokens": None}, batch="speech"),
-    "llava": Base("vision-language", "LlavaForConditionalGeneration", {"image_token_index": 5, "vision_feature_select_strategy": "full", "vision_feature_layer": -1}, batch="image+text"),
-}  # fmt: skip
+    "whisper": Base(
+        "speech",
+        "WhisperForConditionalGeneration",
+        {
+            "num_mel_bins": 8,
+            "max_source_positions": 10,
+            "suppress_tokens": None,
+            "begin_suppress_tokens": None,
+        },
+        batch="speech",
+    ),
+    "llava": Base(
+        "vision-language",
+        "LlavaForConditionalGeneration",
+        {"image_token_index": 5, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
+        batch="image+text",
+    ),
+}
 
 
 def config_of(name: str) -> Any:

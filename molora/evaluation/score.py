@@ -106,8 +106,8 @@ class HeldOut:
         target, before = self._target(record)
         text = answer.strip()
         if task.metric == "accuracy" and task.labels:
-            label = text.removeprefix(before).strip()
-            return Result(record, match_label(label, task.labels), target.removeprefix(before).strip())
+            said = text.removeprefix(before).strip()
+            return Result(record, match_label(said, task.labels), target.removeprefix(before).strip())
         return Result(record, text, target)
 
     def _target(self, record: int) -> tuple[str, str]:

@@ -40,8 +40,9 @@ def _moved(lora: LoraConfig, model: Any, tensors: dict[str, Tensor]) -> list[str
     """Targets, or tensors, that are not where they were after PEFT's conversion."""
     refuse = getattr(tuners_utils, "_check_lora_target_modules_mamba", None)
     before = set(lora.target_modules or ())
-    for name in before if refuse is not None else ():
-        refuse(lora, model, name.rpartition(".")[2])
+    if refuse is not None:
+        for name in before:
+            refuse(lora, model, name.rpartition(".")[2])
     if conversion is None:
         return []
     conversion.convert_peft_config_for_transformers(lora, model, conversions=None)

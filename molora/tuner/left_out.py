@@ -6,7 +6,7 @@ import ast
 import inspect
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -89,8 +89,9 @@ def _is_read_raw(model: nn.Module, key: str) -> bool:
 
 
 @cache
-def _read_raw(kind: type[nn.Module]) -> frozenset[str]:
+def _read_raw(kind: Hashable) -> frozenset[str]:
     """Children of a module whose weights its code reads without calling them."""
+    assert isinstance(kind, type)
     if kind.__module__.startswith("torch."):
         return frozenset()
     try:
@@ -179,12 +180,12 @@ def late_ones(config: Any, model: nn.Module) -> frozenset[str]:
 
 def _language_models(model: Any) -> tuple[str, ...]:
     """Names of the language model and its head, in a model that reads more than text and writes text; else none."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     if config is None or text is config or head is None or not _reads_more(config):
         return ()
-    found = []
+    found: list[str] = []
     for name, module in model.named_modules():
         own = isinstance(getattr(module, "config", None), type(text)) and name
         if (own or module is head) and not any(name.startswith(f"{outer}.") for outer in found):

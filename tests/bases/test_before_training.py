@@ -20,8 +20,8 @@ from tests.training.runs import recipe_for, write_base, write_encoder, write_tok
 def small_gpt2(folder, positions=32, vocabulary=None):
     tokenizer = write_tokenizer(folder)
     config = GPT2Config(
-        n_embd=16, n_layer=1, n_head=2, n_positions=positions, vocab_size=vocabulary or len(tokenizer), eos_token_id=1, pad_token_id=0,
-        bos_token_id=None,
+        n_embd=16, n_layer=1, n_head=2, n_positions=positions, vocab_size=vocabulary or len(tokenizer),
+        eos_token_id=1, pad_token_id=0, bos_token_id=None,
     )  # fmt: skip
     GPT2LMHeadModel(config).save_pretrained(folder)
     return folder
@@ -49,7 +49,7 @@ def test_B7_a_tokenizer_larger_than_the_embeddings(tmp_path):
 
 def test_B7_a_length_beyond_the_positions(tmp_path):
     base = small_gpt2(tmp_path / "base")
-    with pytest.raises(ConfigError, match="data.max_length is 48, but .* has positions for 32 tokens"):
+    with pytest.raises(ConfigError, match=r"data.max_length is 48, but .* has positions for 32 tokens"):
         train(recipe(base, tmp_path, max_length=48))
     checked(recipe(base, tmp_path, max_length=32))
 
@@ -134,8 +134,8 @@ def classifier_recipe(base, tmp_path):
     records.write_text("\n".join(f'{{"text": "{"abc" * (i % 3 + 1)}", "label": {i % 2}}}' for i in range(12)))
     found = recipe_for(base, tmp_path / "run")
     task = {
-        "source": "jsonl", "train": str(records), "eval": str(records), "kind": "classification", "text": "{text}", "label": "label",
-        "labels": ["no", "yes"],
+        "source": "jsonl", "train": str(records), "eval": str(records), "kind": "classification",
+        "text": "{text}", "label": "label", "labels": ["no", "yes"],
     }  # fmt: skip
     found["data"]["tasks"] = {"a": task}
     found["base"] = {"model": str(base), "task_type": "SEQ_CLS"}
