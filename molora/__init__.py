@@ -26,6 +26,7 @@ _HOMES = {
     "models.task_router": ("fit_router", "route"),
     "store.adapter": ("load", "save"),
     "store.compose": ("compose",),
+    "store.hotswap": ("hotswap",),
     "store.lora_export": ("export_lora",),
     "store.lora_import": ("import_lora",),
     "store.runs": ("load_run",),
@@ -38,6 +39,7 @@ _HOMES = {
     "tuner.layer": ("MoLoraLayer",),
     "tuner.model": ("MoLoraModel",),
     "tuner.parts": ("init_std_report",),
+    "tuner.scale": ("rescale_adapter_scale",),
     "tuner.presets": ("list_presets", "preset"),
 }
 _PUBLIC = {name: f"molora.{module}" for module, names in _HOMES.items() for name in names}

@@ -111,11 +111,10 @@ def attended(inputs: Mapping[str, Any]) -> Tensor | None:
         and mask.shape == inputs["input_ids"].shape
     ):
         return mask.flatten(0, 1)  # the choices of a question are samples
-    tokens = inputs.get("input_ids", inputs.get("inputs_embeds"))
-    if mask.dim() != 4 or tokens is None or past_length(cache_of(inputs)) > 0:
+    if mask.dim() != 4 or past_length(cache_of(inputs)) > 0:
         return None
-    last = mask[:, 0, -1, : tokens.shape[1]]  # the last position sees all of its sequence
-    return last if last.dtype == torch.bool else last == 0
+    own = mask[:, 0].diagonal(dim1=1, dim2=2)  # any token but padding sees itself, however far it looks back
+    return own if own.dtype == torch.bool else own == 0
 
 
 def cache_of(inputs: Mapping[str, Any]) -> Any:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from molora.cli.options import Overrides, RunFolder, show_run
+from molora.cli.options import OtherBase, Overrides, RunFolder, show_run
 from molora.errors import ConfigError
 
 SOURCES = {".jsonl": "jsonl", ".gz": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -22,6 +22,7 @@ def command(
     eval_data: Annotated[Path | None, Option(help="Its held-out records.")] = None,
     synthetic: Annotated[str | None, Option(help="A synthetic generator instead of --data.")] = None,
     resume: Annotated[bool, Option("--resume", help="Go on with the latest run of this growth.")] = False,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Add an expert for a new task; the old ones stay as they are.
 
@@ -31,7 +32,8 @@ def command(
 
     from molora.continual.grow import add_expert
 
-    show_run(add_expert(run, source, overrides or [], resume=resume or None).path)
+    grown = add_expert(run, source, overrides or [], resume=resume or None, allow_other_base=allow_other_base)
+    show_run(grown.path)
 
 
 def _source(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 from typer import Option
 
-from molora.cli.options import AsJson, Overrides, RunFolder
+from molora.cli.options import AsJson, OtherBase, Overrides, RunFolder
 from molora.errors import ConfigError
 
 
@@ -22,6 +22,7 @@ def command(
         list[str] | None, Option(metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1.")
     ] = None,
     as_json: AsJson = False,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Score a trained mixture: with the gate alone, by task id, and the base only.
 
@@ -33,7 +34,15 @@ def command(
     from molora.report.tables import console, print_report
     from molora.training.evaluate import evaluate
 
-    report = evaluate(run, tasks=task, modes=mode, recipe=recipe, overrides=overrides or [], out=out)
+    report = evaluate(
+        run,
+        tasks=task,
+        modes=mode,
+        recipe=recipe,
+        overrides=overrides or [],
+        out=out,
+        allow_other_base=allow_other_base,
+    )
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)
     else:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from molora.cli.options import RunFolder
+from molora.cli.options import OtherBase, RunFolder
 
 
 def command(
@@ -19,6 +19,7 @@ def command(
     fold_scaling: Annotated[
         bool, Option("--fold-scaling", help="For engines that read only r and lora_alpha.")
     ] = False,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Write an expert as an ordinary LoRA that PEFT loads without molora.
 
@@ -34,6 +35,6 @@ def command(
     check_target(out, run, *(() if trained is None else (trained.path, trained.adapter)))
     check_writable(out)
     with quiet_libraries():
-        model, _, _ = load_trained(run, device="cpu")
+        model, _, _ = load_trained(run, device="cpu", allow_other_base=allow_other_base)
     export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)
     typer.echo(f"LoRA: {out}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from molora.cli.options import AsJson, RunFolder
+from molora.cli.options import AsJson, OtherBase, RunFolder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -23,6 +23,7 @@ def command(
     run: RunFolder,
     out: Annotated[Path | None, Option(help="Folder for the pictures; default: the run's.")] = None,
     as_json: AsJson = False,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Show parameters, experts, tasks, and which expert does what.
 
@@ -36,7 +37,7 @@ def command(
     from molora.training.evaluate import draw_routing
 
     with quiet_libraries():
-        model, _, config = load_trained(run, trainable=True)
+        model, _, config = load_trained(run, trainable=True, allow_other_base=allow_other_base)
     facts = describe(model)
     folder = Run.find(run).path if config is not None else None
     report = None
@@ -86,12 +87,14 @@ def _router(model: Any) -> dict[str, Any] | None:
     from dataclasses import asdict
 
     from molora.tuner.api import find_context
+    from molora.tuner.router import where_it_reads
 
     found = find_context(model).adapters[str(model.active_adapter)]
     if found.router is None:
         return None
     learned = {found.task_map.name(task): count for task, count in found.router.seen.items()}
-    return {**asdict(found.config.router), "passes": 1 if found.along else 2, "learned": learned}
+    reads = where_it_reads(model.get_base_model(), find_context(model), str(model.active_adapter))
+    return {**asdict(found.config.router), "reads": reads, "learned": learned}
 
 
 def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -105,8 +108,7 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"task {name} (id {task['id']}): {experts}")
     if facts["router"] is not None:
         learned = ", ".join(f"{name} {count}" for name, count in facts["router"]["learned"].items())
-        along = "in the model's own forward" if facts["router"]["passes"] == 1 else "in a pass of its own"
-        say(f"router: {facts['router']['kind']}, {along}; prompts learned from: {learned}")
+        say(f"router: {facts['router']['kind']}, {facts['router']['reads']}; prompts learned from: {learned}")
     for batch, ways in facts["computed"].items():
         say(f"computed, {batch}: {', '.join(f'{way} in {count} layers' for way, count in ways.items())}")
     moved = Counter(row["expert"] for row in facts["init"] if not row["ok"])

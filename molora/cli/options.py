@@ -17,6 +17,10 @@ Overrides = Annotated[
 Name = Annotated[str, Argument(metavar="NAME")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the recipe's latest run.")]
 ResumeFrom = Annotated[Path | None, Option(metavar="RUN", help="Go on with this run.")]
+OtherBase = Annotated[
+    bool,
+    Option("--allow-other-base", help="Go on where the base is not the one the adapter was trained on."),
+]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
 

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from molora.cli.options import RunFolder
+from molora.cli.options import OtherBase, RunFolder
 from molora.errors import ConfigError, DataError
 
 
@@ -23,6 +23,7 @@ def command(
         typer.Option("--file", help="A text file with a prompt in each line; - is the standard input."),
     ] = None,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="Prompts read at once.")] = 16,
+    allow_other_base: OtherBase = False,
 ) -> None:
     """Name the task of prompts: a line of JSON for each, with how likely every task is.
 
@@ -35,7 +36,7 @@ def command(
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
-        model, tokenizer, config = load_trained(run)
+        model, tokenizer, config = load_trained(run, allow_other_base=allow_other_base)
         length = 512 if config is None else config.data.max_length
         found = route(model, tokenizer, prompts, batch_size=batch_size, max_length=length)
     for text, named in zip(prompts, found, strict=True):

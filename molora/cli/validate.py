@@ -77,6 +77,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
     from molora.training.optimise import short_window
+    from molora.tuner.router import where_it_reads
 
     try:
         with quiet_libraries():
@@ -101,7 +102,9 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     check_base(config, model, tokenizer)
     check_lengths(config, model, _encoded(config, tasks, tokenizer))
     tuner: Any = model.base_model
-    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers")
+    reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)
+    router = f"; the router reads {reads}" if reads is not None else ""
+    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     _show_parameters(console, model)
     batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
     if (short := short_window(config.train, batches)) is not None:

@@ -28,6 +28,12 @@ def normalise(config: SavedMixture) -> None:
         raise ConfigError(f"{name}={getattr(config, name)!r}: {message}")
     if config.bias != "none":
         raise ConfigError(f"bias={config.bias!r} is not supported; only 'none'.")
+    if config.layers_pattern and config.layers_to_transform is None and config.base_fingerprint is None:
+        # As PEFT has it. Adapters saved before that was checked load as they were: on all layers.
+        raise ConfigError(
+            f"layers_pattern={config.layers_pattern!r} acts only with layers_to_transform, which is not given.",
+            hint="give layers_to_transform=[...], or leave layers_pattern out.",
+        )
     if config.init == "rescaled" and not config.use_rslora and config.scaling in (None, "alpha_over_r"):
         warnings.warn(
             "init='rescaled' already shrinks A by 1/sqrt(r); with alpha/r the updates shrink twice as r grows. "

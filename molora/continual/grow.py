@@ -22,7 +22,7 @@ from molora.continual.turn import passes, play_turn, teach_old_tasks
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
-from molora.models.build import load_trained, tasks_of
+from molora.models.build import check_router, load_trained, tasks_of
 from molora.models.label_match import add_labels
 from molora.report.plots import plot_loss
 from molora.store.runs import Run
@@ -40,6 +40,7 @@ def add_expert(
     recipe: str | os.PathLike[str] | Mapping[str, Any],
     overrides: Sequence[str] = (),
     resume: bool | str | os.PathLike[str] | None = None,
+    allow_other_base: bool = False,
 ) -> Run:
     """Add one expert for a new task to a trained run, in a new run folder; the old one is not touched.
 
@@ -52,6 +53,7 @@ def add_expert(
         recipe: what `GrowConfig` describes, as a YAML file or a mapping; settings left out are the run's.
         overrides: `section.key=value` texts applied on top.
         resume: True continues the latest run of this growth, a path the run in that folder.
+        allow_other_base: go on where the base is not the one the run was trained on; shapes must still fit.
 
     Raises:
         ConfigError, DataError, AdapterError: before anything is written.
@@ -60,10 +62,11 @@ def add_expert(
     grow = load_grow(recipe, overrides, run=parent.config)
     prepare_process(parent.config.seed)
     with quiet_libraries():
-        model, tokenizer, _ = load_trained(parent.path, trainable=True)
+        model, tokenizer, _ = load_trained(parent.path, trainable=True, allow_other_base=allow_other_base)
         old: MoLoraConfig = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
+        check_router(config)
         tasks = tasks_of(config, known_ids=old.task_ids)
         config = with_labels(config, tasks)
         if config.base.head == "match":

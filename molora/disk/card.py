@@ -43,6 +43,38 @@ def complete_folder(config: Any, folder: Path, weights_sha256: str | None) -> No
             names.append(WEIGHTS_FILE)
     (folder / MANIFEST).unlink(missing_ok=True)
     write_manifest(folder, only=names)
+    _say_how_to_load(config, folder)
+
+
+def _say_how_to_load(config: Any, folder: Path) -> None:
+    """Complete the card that PEFT wrote, or write one, so that whoever finds the folder knows what loads it."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8") if card.is_file() else None
+    if text is None:
+        write_card(config, folder)
+    elif "import molora" not in text:
+        write_file(card, (text.rstrip() + "\n\n" + "\n".join(_loading(config))).encode())
+
+
+def _loading(config: Any) -> list[str]:
+    known = config.task_map().ids
+    use = ["model.generate(**inputs)"]
+    if known:
+        use = [f"with molora.routing(model, task_ids=[{next(iter(known))!r}]):", f"    {use[0]}"]
+    return [
+        "## Loading",
+        "",
+        "```python",
+        "import molora",
+        "",
+        "model = molora.load(base, folder)  # base: the loaded transformers model",
+        *use,
+        "```",
+        "",
+        "`import molora` comes before PEFT's and transformers' own loaders too, such as `PeftModel.from_pretrained`: it tells",
+        "PEFT of the method. Without it they stop with `KeyError: 'MOLORA'`.",
+        "",
+    ]
 
 
 def facts(config: Any) -> dict[str, Any]:
@@ -75,9 +107,6 @@ def write_card(config: Any, folder: Path) -> None:
         head.insert(0, f"base_model: {base}")
     known = facts(config)
     gate = config.gate
-    use = ["model.generate(**inputs)"]
-    if known["tasks"]:
-        use = [f"with molora.routing(model, task_ids=[{next(iter(known['tasks']))!r}]):", f"    {use[0]}"]
     lines = [
         "---",
         *head,
@@ -94,12 +123,6 @@ def write_card(config: Any, folder: Path) -> None:
         "|---|---|---|",
         *(f"| {e['name']} | {e['status']} | {', '.join(e['tasks'])} |" for e in known["experts"]),
         "",
-        "```python",
-        "import molora",
-        "",
-        "model = molora.load(base, folder)  # base: the loaded transformers model",
-        *use,
-        "```",
-        "",
+        *_loading(config),
     ]
     write_file(folder / "README.md", "\n".join(lines).encode())

@@ -24,19 +24,18 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         AdapterError: keys missing or not known, shapes or dtypes that differ, values that are not finite; all of
             them listed. Or values other than those of which `config.weights_sha256` was noted.
     """
-    expected: dict[str, Tensor] = {}
-    for name, module in model.named_modules():
-        parent, _, leaf = name.rpartition(".")
-        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
-            expected.update(module.state_dict(prefix=f"{name}."))
+    expected = adapter_tensors(model, adapter)
     ours = {name: tensor for name, tensor in given.items() if _is_ours(name)}
-    known = {*model.state_dict(), *expected}
+    base = model.state_dict()
+    known = {*base, *expected}
     problems = _listed("missing", (name for name in expected if name not in ours))
     problems += _listed("unknown", (name for name in given if not {name, name.removeprefix(_PREFIX)} & known))
     for name, tensor in given.items():
         shape = expected[name].shape if name in expected else tensor.shape
         if tensor.shape != shape:
             problems.append(f"{name}: shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+        if name not in expected:
+            problems += _other_vocabulary(name, tensor, base.get(name, base.get(name.removeprefix(_PREFIX))))
         if tensor.dtype not in _FLOATS:
             problems.append(f"{name}: dtype {tensor.dtype}, expected floating point")
         elif not torch.isfinite(tensor).all():
@@ -47,11 +46,40 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
             "the adapter's tensors do not fit its config:\n  " + "\n  ".join(shown), hint=_HINT
         )
     if config.weights_sha256 is not None and digest(ours, adapter) != config.weights_sha256:
-        raise AdapterError(
-            "the adapter's tensors are not the ones that were saved:\n"
-            f"  expected sha256 {config.weights_sha256}\n  actual   sha256 {digest(ours, adapter)}",
-            hint=f"{_HINT[:-1]}; if they were changed on purpose, set weights_sha256 to null in adapter_config.json.",
-        )
+        raise changed(config.weights_sha256, digest(ours, adapter))
+
+
+def _other_vocabulary(name: str, tensor: Tensor, base: Tensor | None) -> list[str]:
+    """What to say of embeddings saved with an adapter that have other rows than the base's."""
+    own = any(part in name.split(".") for part in ("modules_to_save", "token_adapter"))
+    if (
+        own
+        or base is None
+        or tensor.dim() == 0
+        or tensor.shape[1:] != base.shape[1:]
+        or len(tensor) == len(base)
+    ):
+        return []
+    first = f"first base.resize_token_embeddings({len(tensor)})"
+    return [f"{name}: {len(tensor)} tokens, the base has {len(base)}; {first}"]
+
+
+def adapter_tensors(model: nn.Module, adapter: str) -> dict[str, Tensor]:
+    """An adapter's tensors in a model, as they are saved, under the model's own names."""
+    found: dict[str, Tensor] = {}
+    for name, module in model.named_modules():
+        parent, _, leaf = name.rpartition(".")
+        if leaf == adapter and parent.rpartition(".")[2] in _BANKS:
+            found.update(module.state_dict(prefix=f"{name}."))
+    return found
+
+
+def changed(stored: str, found: str | None) -> AdapterError:
+    """The error of tensors whose digest is not the one that was noted when they were saved."""
+    return AdapterError(
+        f"the adapter's tensors are not the ones that were saved:\n  expected sha256 {stored}\n  actual   sha256 {found}",
+        hint=f"{_HINT[:-1]}; if they were changed on purpose, set weights_sha256 to null in adapter_config.json.",
+    )
 
 
 def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:

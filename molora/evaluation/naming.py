@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,18 +12,60 @@ from transformers import PreTrainedTokenizerBase
 from molora.data.prompts import encode
 from molora.data.tasks import Task
 from molora.evaluation.score import Limits
-from molora.models.task_router import named_prompts
+from molora.models.task_router import features, router_of
+from molora.tuner.api import find_context
 
 NAMED = "held-out prompts that the router names right"
+REFUSED = "would be told from the other tasks' prompts if their own were not known"
+NOTHING = "nothing known"
 
 
-def named_right(model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task], limits: Limits) -> str:
-    """For people: `shout 200 of 200, loud 198 of 200 (2 as shout)`; `nothing known` are prompts it refuses to name."""
-    parts = []
+@dataclass(frozen=True)
+class Naming:
+    """What held-out prompts are taken for.
+
+    `named`: task -> {name: how many of its prompts}, `nothing known` among the names where the router refuses prompts.
+    `refused`: task -> share of its prompts that the router, did it not know this task, would say belong to no other one.
+    """
+
+    named: dict[str, dict[str, int]]
+    refused: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """What prompts are taken for, in the order of the tasks."""
+        found = {name for counts in self.named.values() for name in counts}
+        return [name for name in (*self.named, NOTHING) if name in found or name in self.named] + sorted(
+            found - {*self.named, NOTHING}
+        )
+
+    def facts(self) -> dict[str, str]:
+        """For people: `shout 200 of 200, loud 198 of 200 (2 as shout)`, and the shares that would be refused."""
+        parts = []
+        for task, counts in self.named.items():
+            others = ", ".join(f"{count} as {name}" for name, count in counts.items() if name != task)
+            right, total = counts.get(task, 0), sum(counts.values())
+            parts.append(f"{task} {right} of {total}" + (f" ({others})" if others else ""))
+        told = ", ".join(f"{task} {100 * share:.0f} %" for task, share in self.refused.items())
+        return {NAMED: ", ".join(parts)} | ({REFUSED: told} if told else {})
+
+
+def naming(model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task], limits: Limits) -> Naming:
+    """What the active adapter's router takes the held-out prompts of these tasks for."""
+    adapter = str(model.active_adapter)
+    router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
+    told_apart = router.settings.unknown != "nearest"
+    named, refused = {}, {}
     for task in tasks:
         prompts = [list(encode(task, record, tokenizer, limits.max_length).prompt) for record in task.eval]
-        named = named_prompts(model, tokenizer, prompts, batch_size=limits.batch_size)
-        found = Counter(row.task or "nothing known" for row in named)
-        others = ", ".join(f"{count} as {name}" for name, count in found.most_common() if name != task.name)
-        parts.append(f"{task.name} {found[task.name]} of {len(prompts)}" + (f" ({others})" if others else ""))
-    return ", ".join(parts)
+        read = features(model, tokenizer, prompts, adapter, limits.batch_size)
+        guess = router.guess(read)
+        names = [
+            NOTHING if told_apart and not known else task_map.name(guess.ids[row])
+            for row, known in zip(guess.nearest.tolist(), guess.known.tolist(), strict=True)
+        ]
+        named[task.name] = dict(Counter(names).most_common())
+        share = router.strangers(task_map.ids.get(task.name), read)  # None: a task that is still to come
+        if share is not None:
+            refused[task.name] = share
+    return Naming(named, refused)

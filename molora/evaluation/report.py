@@ -13,6 +13,7 @@ from typing import Any
 
 from molora.errors import AdapterError, ConfigError, ThresholdError
 from molora.evaluation.metrics import perplexity
+from molora.evaluation.naming import Naming
 from molora.evaluation.routing import RoutingSummary
 
 FORMAT = 1
@@ -40,13 +41,15 @@ class Score:
 class Report:
     """Scores per task and mode, what the gates did, and whatever else is needed to read them later.
 
-    before: the scores before an expert was added, else empty. facts: named observations, not scores.
+    before: the scores before an expert was added, else empty. facts: named observations, not scores. naming: what the
+    task router takes prompts for.
     notes: sentences for people, for instance why a mode was skipped.
     """
 
     scores: list[Score] = field(default_factory=list)
     before: list[Score] = field(default_factory=list)
     routing: RoutingSummary | None = None
+    naming: Naming | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -88,11 +91,12 @@ class Report:
             data = json.loads(text)
             if data.get("format") != FORMAT:
                 raise AdapterError(f"report format {data.get('format')!r}; this version reads {FORMAT}")
-            routing = data["routing"]
+            routing, naming = data["routing"], data.get("naming")  # earlier reports have none
             return cls(
                 scores=[_score(row) for row in data["scores"]],
                 before=[_score(row) for row in data["before"]],
                 routing=RoutingSummary(**routing) if routing else None,
+                naming=Naming(**naming) if naming else None,
                 facts=data["facts"],
                 notes=data["notes"],
                 environment=data["environment"],

@@ -88,7 +88,7 @@ class ExpertBank(Stacked):
         self.trainable = tuple(i for i, is_frozen in enumerate(frozen) if not is_frozen)
         for name, spec in self.kind.stacks.items():
             self._assign_stack(name, spec, members)
-        self._prepare()
+        self._filled()
 
     def _taken_apart(self, expert: Expert) -> ExpertRows:
         return ExpertRows(self.kind.rows_of(expert), expert.rank, expert.scaling)
@@ -249,15 +249,19 @@ class ExpertBank(Stacked):
             self._expansions[key] = expansion
         return expansion
 
-    def _prepare(self) -> None:
+    def rescale(self, scalings: Sequence[float]) -> ExpertBank:
+        """Give the experts other scalings, in expert order, until they are assigned anew."""
+        self.scalings = tuple(scalings)
+        self._filled()
+        return self
+
+    def _filled(self) -> None:
         """Make the usual expansions now: made in a compiled graph, they would be made at every step."""
         self._expansions: dict[Any, Tensor] = {}
         like = next(iter(self._by_name.values())).blocks[0]
         if not like.is_meta:
             for experts in (None, *((i,) for i in range(self.num_experts))):
                 self.expansion(experts, like.detach())
-
-    # -- upkeep ----------------------------------------------------------------------------------------
 
     def apply_freeze(self) -> None:
         """What is frozen stays frozen, whatever marked the adapter as trainable."""
@@ -266,11 +270,7 @@ class ExpertBank(Stacked):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
-        self._prepare()
-        return self
-
-    def _filled(self) -> None:
-        self._prepare()
+        return self.rescale(self.scalings)
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"

@@ -34,6 +34,7 @@ class Stacked(nn.Module):
             super().__setattr__(name, value)
         else:
             stack.fill(value)
+            self.__dict__["assigned"] = True
             self._filled()
 
     def __getattr__(self, name: str) -> Any:

@@ -93,6 +93,12 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
     Raises:
         ConfigError: the model does not say which its blocks are.
     """
+    blocks = blocks_of(model)
+    return blocks[max(1, round(depth * len(blocks))) - 1]
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleList:
+    """The blocks that prompts run through, in order; raises as `block_at`."""
     reader, config = _reader(model), getattr(model, "config", None)
     config = config.get_text_config() if config is not None else None
     count = getattr(config, "num_hidden_layers", None)
@@ -103,7 +109,7 @@ def block_at(model: nn.Module, depth: float) -> nn.Module:
             f"router: {type(model).__name__} has no list of blocks as long as its config's num_hidden_layers.",
             hint="a task router needs a transformers model; leave router out and give task ids.",
         )
-    return blocks[max(1, round(depth * len(blocks))) - 1]
+    return blocks
 
 
 @torch.compiler.disable(reason=_WHOLE_GRAPH)
@@ -118,7 +124,8 @@ def name_tasks(context: RoutingContext, call: Call, module: nn.Module, inputs: M
         call.begun.tasks.update(encoded.tasks)
     for adapter in call.unnamed if encoded is None else ():
         found = context.adapters[adapter]
-        if found.along and inputs.get("encoder_outputs") is None:
+        # Another adapter's experts may sit before the block, and the router must read the base alone.
+        if found.along and len(context.active) == 1 and inputs.get("encoder_outputs") is None:
             later.append(adapter)
             continue
         states, mask = read_base(context, call, adapter, module, inputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import fields
 from typing import Any, NamedTuple, Self
 
@@ -129,6 +130,12 @@ class TaskRouter(nn.Module):
         density = self._log_densities(features).gather(1, nearest.unsqueeze(1)).squeeze(1)
         floors = self.floors[[self.ids.index(i) for i in self.learned]]
         return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest])
+
+    def strangers(self, task: int | None, features: Tensor) -> float | None:
+        """Share of features (sample, d) of a task that would not count as known if this task were not; None: no other is."""
+        others = deepcopy(self)
+        others.set_tasks([i for i in self.learned if i != task])
+        return float((~others.guess(features).known).double().mean()) if others.ids else None
 
     def centre_of(self, task: int, features: Tensor) -> Tensor:
         """(sample,) the nearest centre of a task that was learned to each row of features (sample, d)."""

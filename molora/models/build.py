@@ -59,11 +59,17 @@ def _tasks(config: RunConfig, task_ids: dict[str, int]) -> dict[str, Any]:
     }
 
 
+def check_router(config: RunConfig) -> None:
+    """Raise ConfigError where the recipe's router could not learn: that comes at the end of training."""
+    router = config.adapter.router
+    if router is not None and router.kind == "prototypes":
+        need_kmeans("adapter.router: prototypes")
+
+
 def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int]) -> PeftModel:
     """A new adapter on the base: of fresh experts, or of the LoRAs the recipe names."""
-    loras, router = config.adapter.from_loras, config.adapter.router
-    if router is not None and router.kind == "prototypes":  # learned at the end of training
-        need_kmeans("adapter.router: prototypes")
+    check_router(config)
+    loras = config.adapter.from_loras
     whole = saved_with(base, config.adapter.modules_to_save)
     if loras is None:
         fresh = adapter_config(config, task_ids)
@@ -93,11 +99,16 @@ def ready_to_train(base: Any, train: TrainConfig) -> None:
 
 
 def load_trained(
-    path: str | Path, *, trainable: bool = False, device: str | torch.device | None = None
+    path: str | Path,
+    *,
+    trainable: bool = False,
+    device: str | torch.device | None = None,
+    allow_other_base: bool = False,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
     """The model of a run folder or an adapter folder, verified, in eval mode, its tokenizer, and a run's recipe.
 
-    It is on `device`: a CUDA device where there is one, unless told otherwise. Raises AdapterError for a damaged or
+    It is on `device`: a CUDA device where there is one, unless told otherwise. With
+    `allow_other_base` the base may have other weights than the one it was trained on. Raises AdapterError for a damaged or
     incomplete folder, or another base; ConfigError for neither a run nor an adapter folder.
     """
     path = Path(path)
@@ -109,7 +120,7 @@ def load_trained(
         folder, config = run.trained_adapter, run.config
         base_config, labels = config.base, labels_of(config)
     base, tokenizer = load_base(base_config, labels)
-    model = load(base, folder, is_trainable=trainable)
+    model = load(base, folder, is_trainable=trainable, allow_other_base=allow_other_base)
     if config is not None:
         load_features(config, run.path, model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config

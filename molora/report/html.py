@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
+from molora.evaluation.naming import Naming
 from molora.evaluation.report import Report, differences
 from molora.evaluation.routing import advice
 from molora.report.tables import MODE_TITLES, score_cells
@@ -29,6 +30,8 @@ def render(report: Report, *, title: str, pictures: Sequence[Path] = (), config:
     if report.routing:
         found = advice(report.routing.dead_experts(), mode=report.routing.mode)
         parts.append(f"<p>{escape(found or 'No dead experts.')}</p>")
+    if report.naming:
+        parts.append(_naming(report.naming))
     parts += [f"<p>{escape(note)}</p>" for note in report.notes]
     parts += [_picture(path) for path in pictures]
     for heading, values in (("Facts", report.facts), ("Environment", report.environment)):
@@ -49,6 +52,17 @@ def _differences(report: Report) -> str:
         change = "" if row.change is None else f"{row.change:+.4f}"
         rows.append([row.task, MODE_TITLES.get(row.mode, row.mode), before, f"{row.after:.4f}", change])
     return f"<h2>Before and after</h2>{_table(['task', 'mode', 'before', 'after', 'change'], rows, names=2)}"
+
+
+def _naming(naming: Naming) -> str:
+    """The router's confusion table, a row for the prompts of each task."""
+    rows = []
+    for task, counts in naming.named.items():
+        share = naming.refused.get(task)
+        told = "" if share is None else f"{100 * share:.0f} %"
+        rows.append([task, *(str(counts.get(name, 0)) for name in naming.names), told])
+    head = ["prompts of", *(f"as {name}" for name in naming.names), "told apart if unknown"]
+    return f"<h2>What the router takes held-out prompts for</h2>{_table(head, rows, names=1)}"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, names: int) -> str:

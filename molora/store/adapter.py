@@ -15,8 +15,8 @@ from torch import nn
 
 from molora.config.suggest import did_you_mean
 from molora.disk.atomic import recover, write_folder
+from molora.disk.base_check import check_base
 from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE, write_card
-from molora.disk.fingerprint import base_fingerprint, compare
 from molora.disk.manifest import MANIFEST, read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
 from molora.tuner.adapter_name import check_adapter_name
@@ -80,7 +80,7 @@ def load(
     config = read_config(folder)
     if allow_other_base:
         config.base_fingerprint = None
-    compare(config.base_fingerprint, base_fingerprint(base))  # before the base is touched
+    check_base(config.base_fingerprint, base)  # before the base is touched
     with _explain(folder, config):
         return PeftModel.from_pretrained(
             base, str(folder), adapter_name=adapter_name, is_trainable=is_trainable, config=config

@@ -180,6 +180,9 @@ def _lora_config(
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
         revision=config.revision,
+        trainable_token_indices=config.trainable_token_indices,
+        ensure_weight_tying=config.ensure_weight_tying,
+        layer_replication=config.layer_replication,
         inference_mode=True,
     )
 

@@ -15,10 +15,11 @@ from molora.experts.bank import Expert, ExpertRows
 from molora.forward.mount import Mount
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.lora_folder import LoraFolder, read_lora
-from molora.tuner.api import config_of, find_context
+from molora.tuner.api import find_context
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.grow import add_expert
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.loan import own
 from molora.tuner.placement import experts_at, frozen_at
 
 
@@ -53,7 +54,7 @@ def import_lora(
     wrapped = peft_model(model)
     adapter = active_adapter(wrapped, adapter_name)
     context = find_context(wrapped)
-    config = config_of(context, adapter)
+    config = own(wrapped, context, adapter)
     lora = read_lora(folder)
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     mounts = {layer.mounts[adapter].key: layer.mounts[adapter] for layer in layers}

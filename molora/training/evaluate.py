@@ -14,7 +14,7 @@ from molora.config.load import Recipe
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import write_file
 from molora.errors import ConfigError
-from molora.evaluation.naming import NAMED, named_right
+from molora.evaluation.naming import naming
 from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import evaluate_tasks
@@ -39,6 +39,7 @@ def evaluate(
     recipe: Recipe | None = None,
     overrides: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
+    allow_other_base: bool = False,
 ) -> Report:
     """Score a trained mixture on held-out records.
 
@@ -51,6 +52,7 @@ def evaluate(
         out: folder for report.json, report.csv, report.html and pictures; default: the run's own folder when
             everything of its recipe is scored, `evaluations/<n>` in it otherwise. Each file is replaced
             atomically. An adapter folder without `out` is only scored.
+        allow_other_base: go on where the base is not the one the adapter was trained on; shapes must still fit.
 
     Raises:
         ConfigError: unknown tasks or modes, before any model is loaded. AdapterError: a damaged adapter.
@@ -67,7 +69,7 @@ def evaluate(
     task_set = tasks_of(config, known_ids=adapter.task_ids or {})
     chosen = [task_set[name] for name in (task_set.ids if tasks is None else tasks)]
     with quiet_libraries():
-        model, tokenizer, _ = load_trained(run.path if run else path)
+        model, tokenizer, _ = load_trained(run.path if run else path, allow_other_base=allow_other_base)
         report = score(config, model, tokenizer, chosen, modes)
     whole = tasks is None and modes is None and recipe is None and not overrides
     folder = Path(out) if out is not None else _folder(run, whole)
@@ -102,7 +104,8 @@ def score(
         modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
         report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
         if names_tasks(model):
-            report.facts[NAMED] = named_right(model, tokenizer, tasks, limits)
+            report.naming = naming(model, tokenizer, tasks, limits)
+            report.facts |= report.naming.facts()
     report.environment = describe_environment()
     return report
 

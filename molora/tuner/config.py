@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,10 @@ from molora.calls.task_map import TaskMap
 from molora.config.mixture import ExpertSpec, SavedMixture
 from molora.config.normalise import normalise
 from molora.config.roster import Roster
-from molora.config.setting import documented
+from molora.config.setting import documented, setting
 from molora.disk.card import complete_folder
 from molora.disk.manifest import MANIFEST, verify_folder
+from molora.tuner.lora_fields import refusing
 
 __all__ = ["ExpertSpec", "MoLoraConfig", "MoLoraPeftType", "as_sequence"]
 
@@ -36,6 +37,14 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         ConfigError: an invalid value, with what is allowed.
     """
 
+    trainable_token_indices: list[int] | dict[str, list[int]] | None = setting(
+        None, "tokens whose rows of the embeddings are trained, as in PEFT: ids, or `{module: ids}`."
+    )
+    ensure_weight_tying: bool = setting(False, "what is trained of tied embeddings stays tied, as in PEFT.")
+    layer_replication: list[tuple[int, int]] | None = setting(
+        None, "build a deeper model of ranges of blocks that share their weights, as in PEFT."
+    )
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = MoLoraPeftType.MOLORA
@@ -52,8 +61,11 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
         if self.kind == "lora":  # as adapters were written before there were other kinds
             del plain["kind"], plain["kind_settings"]
-        if self.router is None:
-            del plain["router"]
+        for name in ("router", "trainable_token_indices", "ensure_weight_tying", "layer_replication"):
+            if not plain[name]:
+                del plain[name]
+        if self.modules_to_save:  # PEFT's task models append their heads each time
+            plain["modules_to_save"] = list(dict.fromkeys(self.modules_to_save))
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
@@ -87,6 +99,10 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         }
         names, isolated = tuple(self.expert_names), frozenset(self.isolated_experts)
         return TaskMap(names, dict(self.task_ids), weights, isolated, dict(self.always_on))
+
+
+# Fields of LoraConfig that ours lacks are explained; a dataclass would only say that it does not know them.
+MoLoraConfig.__init__ = refusing(MoLoraConfig.__init__, frozenset(f.name for f in fields(MoLoraConfig)))  # type: ignore[method-assign]
 
 
 def as_sequence(value: str | Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ from molora.forward.mount import Mount, MountPoint
 from molora.gates.gate import Gate
 from molora.tuner.api import config_of
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
+from molora.tuner.loan import own
 from molora.tuner.parts import new_expert
 from molora.tuner.placement import blocks_at, experts_at, frozen_at, frozen_rows_at, place, task_blocks
 
@@ -54,7 +55,7 @@ def add_expert(
         spec: rank and scaling that differ from the config's (imports).
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
-    config = config_of(context, adapter)
+    config = own(model, context, adapter)
     _check_growable(model, config, adapter, spec, by_factors=init == "mean" or factors is not None)
     source = _source(config, init)
     if source is not None:
@@ -124,7 +125,7 @@ def remove_expert(
     model: nn.Module, context: RoutingContext, adapter: str, name: str, *, drop_tasks: bool = False
 ) -> None:
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
-    config = config_of(context, adapter)
+    config = own(model, context, adapter)
     shrunk = removed(config.roster, name, drop_tasks=drop_tasks)
     for mount in _mounts(model, adapter):
         if not mount.plain and experts_at(config, mount.key) == [name]:
@@ -145,7 +146,7 @@ def set_frozen(
     model: nn.Module, context: RoutingContext, adapter: str, names: str | Sequence[str], *, frozen: bool
 ) -> None:
     """Freeze or unfreeze experts together with their gate rows; with the last frozen one, also what froze with them."""
-    config = config_of(context, adapter)
+    config = own(model, context, adapter)
     before = config.roster
     after = with_frozen(before, as_sequence(names), frozen)
     after.write(config)

@@ -16,7 +16,10 @@ from molora.experts.factor_mix import mixed_delta
 from molora.forward.feed_forward import refuse_beside_others
 from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
+from molora.tuner.arrival import check_arrived
+from molora.tuner.loan import holder_of
 from molora.tuner.merge import ExpertWeights, static_shares, static_weights
+from molora.tuner.scale import configured_scalings, set_scalings
 
 
 class MoLoraLayer(BaseTunerLayer, MountPoint):
@@ -75,6 +78,29 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         """The base layer's."""
         return _get_in_out_features(self.get_base_layer())[1]
 
+    # -- how strongly it acts --------------------------------------------------------------------------
+
+    def set_scale(self, adapter: str, scale: float) -> None:
+        """Give one adapter's experts here their configured scaling times a factor; nothing where it has none here."""
+        if adapter in self.mounts:
+            mount = self.mounts[adapter]
+            set_scalings(mount, [scale * scaling for scaling in configured_scalings(mount)])
+
+    def scale_layer(self, scale: float) -> None:
+        """Multiply the present scalings of the active adapters' experts."""
+        for mount in self._active_mounts():
+            set_scalings(mount, [scale * scaling for scaling in mount.bank.scalings])
+
+    def unscale_layer(self, scale: float | None = None) -> None:
+        """Divide them again; None: back to what the config says."""
+        for mount in self._active_mounts():
+            now = mount.bank.scalings
+            configured = configured_scalings(mount)
+            set_scalings(mount, configured if scale is None else [scaling / scale for scaling in now])
+
+    def _active_mounts(self) -> list[Mount]:
+        return [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
+
     # -- merging ---------------------------------------------------------------------------------------
 
     def decide(self, adapter: str, task: str | None, expert_weights: ExpertWeights | None) -> None:
@@ -98,6 +124,18 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         else:
             delta = mount.bank.delta(weights[0].tolist(), shares)
         return delta.t() if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT's `convert_to_lora` can make an ordinary LoRA of what is here: a mixture of fixed weights."""
+        mount = self.mounts.get(adapter_name)
+        if mount is None or mount.config.plain_targets or mount.config.ffn_targets:
+            return False  # PEFT names only target_modules in the LoRA's config; molora.export_lora names all
+        try:
+            static_weights(mount)
+            static_shares(mount, None)
+        except ConfigError:
+            return False
+        return True
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Add static mixtures to the base weight; the original is kept so that unmerge is exact."""
@@ -143,6 +181,16 @@ class Linear(nn.Module, MoLoraLayer):
         self._forget_operands()
         return super()._apply(*args, **kwargs)
 
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        # transformers' load_adapter ends with this call: all weights have been assigned by then.
+        made = super().requires_grad_(requires_grad)
+        for adapter in [*self.mounts]:
+            config: Any = self.context.adapters[adapter].config
+            model = holder_of(config)
+            if model is not None:
+                check_arrived(model, config, adapter)
+        return made
+
     def _forget_operands(self) -> None:
         for mount in self.mounts.values():
             mount.inputs.plans.clear()
@@ -156,7 +204,7 @@ class Linear(nn.Module, MoLoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return y
-        mounts = [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
+        mounts = self._active_mounts()
         if len(mounts) > 1:
             refuse_beside_others(mounts)
         call = self.context.call

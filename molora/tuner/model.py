@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from typing import Any
 
+from peft.tuners.lora import LoraModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import get_quantization_kwargs, resolve_quantization_backend
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -19,24 +20,36 @@ from molora.calls.context import RoutingContext
 from molora.calls.prompt import generation_start
 from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
-from molora.disk.fingerprint import base_fingerprint, compare
+from molora.disk.base_check import check_base
+from molora.disk.fingerprint import base_fingerprint
 from molora.disk.tensors import check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
 from molora.tuner import grow
-from molora.tuner.adapter_name import check_adapter_name, only_one
+from molora.tuner.adapter_name import check_adapter_name
+from molora.tuner.beyond_linears import leave_out_unseen, not_a_linear, say_fused
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
 from molora.tuner.left_out import late_ones, left_out, streams_of
+from molora.tuner.loan import borrow, give_back, lend, note_base
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
+from molora.tuner.replication import replicate, replicated
 from molora.tuner.router import make_known, modules_before_experts
 from molora.tuner.targets import check_targets, is_target
+from molora.tuner.verbs import ExpertVerbs
+from molora.tuner.vocabulary import (
+    brought_along,
+    embeddings_to_save,
+    note_loaded,
+    note_tokens,
+    without_doubles,
+)
 
 
-class MoLoraModel(BaseTuner):
+class MoLoraModel(ExpertVerbs, BaseTuner):
     """A mixture of LoRA experts on the linears of a frozen model, as `peft.get_peft_model(base, MoLoraConfig(...))` makes it.
 
     All that PEFT does with a method (save, load, several adapters, disable, delete, merge) works; the verbs change experts.
@@ -50,13 +63,28 @@ class MoLoraModel(BaseTuner):
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """Replace the target layers; adding an adapter to a model that has one keeps its context."""
         check_adapter_name(adapter_name)
-        # A copy: saving and growing note things in it, and the caller may put the same config on another base.
-        config: MoLoraConfig = deepcopy(self.peft_config[adapter_name])  # type: ignore[assignment]
+        # The caller's own object, which PEFT's task models edit once this is done.
+        config, given = borrow(self.peft_config[adapter_name])
         self.peft_config[adapter_name] = config
+        try:
+            self._inject(model, adapter_name, config, *args, **kwargs)
+        except BaseException:
+            give_back(config, given)
+            raise
+        lend(config, given, model, self.context, adapter_name)
+        note_tokens(config, model)
+
+    def _inject(
+        self, model: nn.Module, adapter_name: str, config: MoLoraConfig, *args: Any, **kwargs: Any
+    ) -> None:
         check_targets(config, model)
-        fit_to_base(config, model)
         if config.base_fingerprint is not None:  # a saved adapter: no loader may put it on another base
-            compare(config.base_fingerprint, base_fingerprint(model))
+            self._same_base(config, model)
+        if config.layer_replication is not None:
+            replicate(config, model)
+        fit_to_base(config, model)
+        say_fused(config, model)
+        unseen = leave_out_unseen(config, model)
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
@@ -65,9 +93,14 @@ class MoLoraModel(BaseTuner):
         self._mounting = Mounting(adapter_name, config, self.context, streams=streams, late=late)
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
-        without = modules_before_experts(model, config) | left_out(config, model)
+        beside = left_out(config, model)
+        without = modules_before_experts(model, config) | unseen | beside
         self._check_target_module_exists = partial(is_target, without=without)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        if (unseen or beside) and not isinstance(
+            config.target_modules, str
+        ):  # "all-linear" has become a list
+            config.target_modules = {*(config.target_modules or ())} - unseen - beside  # type: ignore[assignment]
         del self._mounting
         self.context.forget_modules()
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))
@@ -92,12 +125,26 @@ class MoLoraModel(BaseTuner):
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
 
+    # Which modules of tied embeddings are trained, and which follow them: nothing in it is particular to LoRA.
+    _add_modules_to_save_to_tie = LoraModel._add_modules_to_save_to_tie
+
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        if any(config.layer_replication for config in self.peft_config.values()):
+            text = "blocks of layer_replication share their weights, so a merged one would hold the experts of all of them."
+            raise ConfigError(text, hint="keep the adapter unmerged.")
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: Any, child: nn.Module) -> None:
+        if isinstance(child, AuxiliaryTrainingWrapper):
+            setattr(parent, child_name, new_module)  # a head put back whole; PEFT expects it to be one linear
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
     def _new_layer(self, target: nn.Module, key: str) -> Linear:
         base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         backend = resolve_quantization_backend(base, **get_quantization_kwargs(self.model))
         if not isinstance(base, (nn.Linear, Conv1D)) and (backend is None or backend.layer_type != "linear"):
-            allowed = "experts go on linear layers (nn.Linear, Conv1D, quantised ones)"
-            raise ConfigError(f"target {key!r} is a {type(base).__name__}; {allowed}.")
+            raise not_a_linear(key, base)
         layer = Linear(target, self.context)
         layer.quantization_backend = backend
         return layer
@@ -119,7 +166,7 @@ class MoLoraModel(BaseTuner):
     def _keep_heads_frozen(self) -> None:
         # Banks and gates re-freeze themselves; the wrappers of heads are PEFT's and know nothing of it.
         for name, config in self.peft_config.items():
-            if config.frozen_extras:  # type: ignore[attr-defined]
+            if getattr(config, "frozen_extras", False):  # other methods' adapters have no such thing
                 grow.freeze_heads(self.model, name)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -135,27 +182,44 @@ class MoLoraModel(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, Tensor]:
         # PEFT saves what this returns, then the config: the place to note whose tensors they are.
         check_adapter_name(adapter_name)  # PEFT joins it to the folder it saves in
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        config.base_fingerprint = base_fingerprint(model)
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        embeddings = embeddings_to_save(model, config, state_dict)
+        note_base(
+            config, replicated(config) or base_fingerprint(model, without=brought_along(model, embeddings))
+        )
         config.taken_sha256 = digest(selected, adapter_name)
-        return selected
+        return {**selected, **embeddings}
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: Any, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
         # Every PEFT loader comes through here; PEFT itself would only warn of missing keys.
-        compare(config.base_fingerprint, base_fingerprint(model))
+        if config.layer_replication is None:  # else it was compared before its blocks were copied
+            cls._same_base(config, model)
         loaded = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, *args, **kwargs)
+        loaded = without_doubles(model, loaded)
         check_state_dict(model, config, adapter_name, loaded)
+        note_loaded(model, config, loaded)
         config.weights_sha256 = None  # another file may be loaded into this adapter next
         if config.frozen_extras:  # PEFT's classifiers mark their head as trainable once they are built
             grow.freeze_heads(model, adapter_name)
         return loaded
+
+    @staticmethod
+    def _same_base(config: MoLoraConfig, model: nn.Module) -> None:
+        if not check_base(config.base_fingerprint, model):
+            config.weights_sha256 = None  # it covers the names, which were mapped
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Any:
@@ -232,64 +296,3 @@ class MoLoraModel(BaseTuner):
         model = super()._unload_and_optionally_merge(*args, **kwargs)
         root_hooks.uninstall(self.model)
         return model
-
-    # -- experts ---------------------------------------------------------------------------------------
-
-    @property
-    def expert_names(self) -> list[str]:
-        """Experts of the active adapter, in order."""
-        return list(self._config().expert_names or [])
-
-    @property
-    def trainable_experts(self) -> list[str]:
-        """Experts that are not frozen."""
-        return [name for name in self.expert_names if name not in self._config().frozen_experts]
-
-    @property
-    def task_ids(self) -> dict[str, int]:
-        """Task name -> stable id."""
-        return dict(self._config().task_ids or {})
-
-    @property
-    def tasks(self) -> dict[str, dict[str, float]]:
-        """Task name -> {expert: weight}."""
-        return self._config().task_map().weights
-
-    def add_expert(
-        self,
-        name: str,
-        *,
-        tasks: Sequence[str] = (),
-        init: str = "new",
-        freeze_others: bool = True,
-        isolate: bool = False,
-        adapter_name: str | None = None,
-    ) -> None:
-        """Give every bank one more expert; see `grow.add_expert`."""
-        where = self._place(adapter_name)
-        grow.add_expert(*where, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate)
-
-    def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
-        """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
-        grow.remove_expert(*self._place(adapter_name), name, drop_tasks=drop_tasks)
-
-    def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""
-        grow.set_frozen(*self._place(adapter_name), names, frozen=True)
-
-    def unfreeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
-        """The reverse of `freeze_experts`; after the last one plain LoRAs, heads and gates' common parts learn too."""
-        grow.set_frozen(*self._place(adapter_name), names, frozen=False)
-
-    def _place(self, adapter_name: str | None) -> tuple[nn.Module, RoutingContext, str]:
-        return self.model, self.context, self._adapter(adapter_name)
-
-    def _adapter(self, adapter_name: str | None = None) -> str:
-        if adapter_name is None:
-            return only_one(self.active_adapters)
-        if adapter_name not in self.peft_config:
-            raise ConfigError(f"no adapter {adapter_name!r}; adapters: {', '.join(self.peft_config)}.")
-        return adapter_name
-
-    def _config(self) -> MoLoraConfig:
-        return self.peft_config[self._adapter()]  # type: ignore[return-value]

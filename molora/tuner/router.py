@@ -11,9 +11,9 @@ from molora.config.router import RouterConfig, router_from
 from molora.errors import ConfigError
 from molora.forward import root_hooks, task_naming
 from molora.forward.task_router import TaskRouter
-from molora.tuner.api import config_of
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
+from molora.tuner.loan import own
 from molora.tuner.targets import hidden_size
 
 
@@ -47,7 +47,7 @@ def give_router(model: nn.Module, context: RoutingContext, adapter: str, router:
     Raises:
         ConfigError: it has one already, or experts where this one wants none.
     """
-    config = config_of(context, adapter)
+    config = own(model, context, adapter)
     if config.router is not None:
         raise ConfigError(
             f"adapter {adapter!r} has a router already: {config.router}.",
@@ -73,3 +73,16 @@ def _made(model: nn.Module, config: MoLoraConfig, settings: RouterConfig) -> Tas
     """A new router over all tasks of the adapter, in the width of the base's hidden states."""
     task_naming.block_at(model, settings.depth)  # refuses a model without blocks before anything changes
     return TaskRouter(settings, [*(config.task_ids or {}).values()], hidden_size(model, "router"))
+
+
+def where_it_reads(model: nn.Module, context: RoutingContext, adapter: str) -> str | None:
+    """For people: after which block an adapter's router reads a prompt, and how often that is read; None without one."""
+    found = context.adapters[adapter]
+    if found.router is None:
+        return None
+    blocks = task_naming.blocks_of(model)
+    place = next(i for i, block in enumerate(blocks, 1) if block is found.read)
+    how = (
+        "in the model's own forward" if found.along else "in a pass of its own, since experts sit that early"
+    )
+    return f"after block {place} of {len(blocks)}, {how}"

@@ -28,6 +28,9 @@ SIBLINGS: tuple[tuple[str, ...], ...] = (
 )
 """Names of linears that read one input when they share a parent. In cross attention the first reads another."""
 
+TASK_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs",)}
+"""Heads that PEFT's task models train whole, but name in `modules_to_save` only after the layers were replaced."""
+
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
 
 CROSS_READERS = {name for members in SIBLINGS[:5] for name in members[1:]} | {"c_attn", "kv_proj", "kv"}
@@ -108,7 +111,7 @@ def is_target(config: MoLoraConfig, key: str, without: Collection[str] = ()) -> 
     also = matches(config.plain_targets, key) or matches(config.ffn_targets, key)
     if not (result or also):
         return result
-    if matches(config.exclude_modules, key):
+    if matches(config.exclude_modules, key) or matches(TASK_HEADS.get(str(config.task_type)), key):
         return False
     if config.layers_to_transform is not None:
         return _in_layers(config, key)

@@ -33,6 +33,9 @@ def test_the_quickstart_passes_every_check(cli: Cli) -> None:
     assert [line.split()[:2] for line in numbered] == [
         ["1", "schema"], ["2", "data"], ["3", "tokenizer"], ["4", "records"], ["5", "targets"], ["6", "parameters"]
     ]  # fmt: skip
+    assert "42 layers; the router reads after block 2 of 6, in a pass of its own" in numbered[4]
+    once = cli("validate", QUICKSTART, "adapter.router={kind: gaussian, passes: 1}").out
+    assert "28 layers; the router reads after block 2 of 6, in the model's own forward" in once
     records = [line for line in lines if line.startswith("  ")]
     assert [line.split(":")[0].strip() for line in records] == [
         t for t in ("pig", "mirror", "zigzag", "back") for _ in "123"

@@ -87,6 +87,13 @@ def test_a_grown_run_can_be_grown_again(grown):
     assert again.report["facts"][UNCHANGED] is True
 
 
+def test_a_router_that_could_not_learn_is_refused_before_anything_costs_time(trained, monkeypatch):
+    monkeypatch.setattr("molora.data.clusters.find_spec", lambda _: None)
+    monkeypatch.setattr("molora.continual.grow._scores_before", None)
+    with pytest.raises(ConfigError, match="k-means needs scikit-learn"):
+        add_expert(trained, {"task": TASK, "router": "prototypes"})
+
+
 def test_growing_twice_under_one_name_is_refused_and_writes_nothing(trained, grown, tmp_path):
     known = sorted((trained.path.parents[1]).iterdir())
     with pytest.raises(ConfigError, match="has task 'upper' already"):

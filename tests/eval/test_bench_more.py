@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.bench import common, ddp, decode, peers, startup
+from eval.bench import common, ddp, decode, naming, peers, startup
 from eval.bench.peers import BASE, MOLORA, PEFT_WIDE
 
 ROOT = Path(__file__).parents[2]
@@ -88,3 +88,29 @@ def test_start_up_times_every_command_and_both_methods(tmp_path):
     assert len(found["adapters"]) == 2
     for row in found["adapters"].values():
         assert set(row) == {"wrap s", "save s", "load s"} and min(row.values()) > 0
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+def test_prompts_are_named_in_the_passes_that_are_timed(passes):
+    base = peers.frozen_base(naming.QUICK["quick"], torch.float32)
+    model, runs = naming.adapter(base, passes), []
+    first = model.base_model.model.model.layers[0]
+    first.register_forward_pre_hook(lambda *_: runs.append(1))
+    run = naming.run_of("prefill", model, base, given=False)
+    run()
+    assert len(runs) == passes
+    run = naming.run_of("prefill", model, base, given=True)
+    runs.clear()
+    run()
+    assert len(runs) == 1
+    run = naming.run_of("decode", model, base, given=False)
+    runs.clear()
+    run()
+    assert len(runs) == naming.STEPS
+
+
+def test_naming_is_measured_in_both_modes(tmp_path):
+    found = quick("naming", tmp_path / "a.json", seconds=300)
+    modes = found["shapes"]["quick"]
+    assert set(modes) == {"rounds", *naming.MODES}
+    assert all(set(modes[m]["cases"]) == {*naming.GIVEN, *naming.GIVEN.values()} for m in naming.MODES)

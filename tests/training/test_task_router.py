@@ -8,10 +8,12 @@ import torch
 import molora
 from molora.cli.inspect import describe
 from molora.continual.grow import add_expert
-from molora.evaluation.naming import NAMED, named_right
+from molora.data.prompts import encode
+from molora.evaluation.naming import NAMED, NOTHING, naming
+from molora.evaluation.report import Report
 from molora.evaluation.score import Limits
 from molora.models.build import load_trained, tasks_of
-from molora.models.task_router import router_of
+from molora.models.task_router import features, router_of
 
 EVAL = {"batch_size": 8, "max_new_tokens": 2, "modes": ["gate", "task"]}
 
@@ -56,13 +58,31 @@ def test_what_the_others_are_taken_for_is_said(trained):
     router = router_of(model, "default")
     router.means = router.means.flip(0)
     tasks = list(tasks_of(config))
-    assert (
-        named_right(model, tokenizer, tasks, Limits()) == "pig 0 of 4 (4 as spell), spell 0 of 4 (4 as pig)"
-    )
+    found = naming(model, tokenizer, tasks, Limits())
+    assert found.facts()[NAMED] == "pig 0 of 4 (4 as spell), spell 0 of 4 (4 as pig)"
+    assert found.named == {"pig": {"spell": 4}, "spell": {"pig": 4}} and found.names == ["pig", "spell"]
     router.settings.unknown = "base"
     router.floors = router.floors + 1e6
     expected = "pig 0 of 4 (4 as nothing known), spell 0 of 4 (4 as nothing known)"
-    assert named_right(model, tokenizer, tasks, Limits()) == expected
+    found = naming(model, tokenizer, tasks, Limits())
+    assert found.facts()[NAMED] == expected and found.refused == {"pig": 1.0, "spell": 1.0}
+    assert found.names == ["pig", "spell", NOTHING]
+
+
+def test_the_report_shows_what_prompts_are_taken_for(trained):
+    report = Report.from_json((trained.path / "report.json").read_text())
+    assert report.naming.named == {"pig": {"pig": 4}, "spell": {"spell": 4}}
+    model, tokenizer, config = load_trained(trained.path)
+    router, task_map = router_of(model, "default"), model.task_ids
+    for task in tasks_of(config):  # a router that never knew the task, but for the spread they share
+        prompts = [list(encode(task, record, tokenizer, 48).prompt) for record in task.eval]
+        read = features(model, tokenizer, prompts, "default", 8)
+        other = next(i for i in task_map.values() if i != task_map[task.name])
+        log_density = router.namer.log_densities(read)[:, router.learned.index(other)]
+        floor = router.floors[router.ids.index(other)]
+        assert report.naming.refused[task.name] == float((log_density < floor).double().mean())
+    page = (trained.path / "report.html").read_text()
+    assert "What the router takes held-out prompts for" in page and "<th>as spell</th>" in page
 
 
 def test_growing_teaches_it_the_new_task_alone(trained):

@@ -8,17 +8,21 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.testing import assert_close
+from transformers import MistralConfig, MistralForCausalLM
 
 import molora
 from molora import AdapterError, ConfigError, DataError, RouterConfig, RoutingError
+from molora.config import BaseConfig
+from molora.forward import task_naming
 from molora.forward.root_hooks import mounts_of
 from molora.forward.task_naming import modules_until
+from molora.models.base import load_base
 from molora.models.task_router import features, router_of
 from molora.tuner.api import find_context
-from tests.zoo import ARCHITECTURES, TASKS, base_model, molora_model
+from tests.zoo import ARCHITECTURES, TASKS, VOCAB, base_model, config_for, molora_model, randomise
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 GENERATIVE = ("llama", "gpt2", "t5")
@@ -114,6 +118,42 @@ def test_a_generation_without_ids_is_the_one_with_them(architecture, mode):
     given = answer(model, routing_task_ids=["gamma", "alpha", "beta"])
     assert torch.equal(answer(model), given)
     assert torch.equal(answer(model.base_model.model), given)
+
+
+def sliding_model(**settings):
+    """A Mistral all of whose blocks look back four tokens only."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id"), None)
+    config = MistralConfig(
+        **shape,
+        num_key_value_heads=2,
+        sliding_window=4,
+        initializer_range=0.2,
+        vocab_size=VOCAB,
+        pad_token_id=0,
+        **ends,
+    )
+    model = get_peft_model(MistralForCausalLM(config).eval(), config_for("llama", "task-group", **settings))
+    molora.fit_router(model.eval(), TOKENS, {task: texts(task) for task in TASKS})
+    return model
+
+
+@pytest.mark.parametrize("passes", [1, 2])
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+def test_padding_never_is_a_part_of_the_prompt_nor_is_its_start_left_out(
+    passes, embedded, cache, monkeypatch
+):
+    model, inputs = sliding_model(router={"passes": passes, "depth": 0.5}), batch(padding="left")
+    prompts = [row[row != 0].tolist() for row in inputs["input_ids"]]
+    expected, read, ids = features(model, TOKENS, prompts, "default", 8), [], task_naming._ids
+    monkeypatch.setattr(task_naming, "_ids", lambda found, rows: ids(found, read.append(rows) or rows))
+    if embedded:
+        inputs["inputs_embeds"] = model.get_input_embeddings()(inputs.pop("input_ids"))
+    model.generate(**inputs, max_new_tokens=2, cache_implementation=cache)
+    assert len(read) == 1
+    assert_close(read[0], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_the_prompt_alone_decides_where_answers_are_scored():
@@ -214,6 +254,18 @@ def test_one_pass_is_taken_by_itself_where_it_can_be_and_two_on_wish():
     assert everywhere.peft_config["default"].router is None
     with pytest.raises(ConfigError, match=r"reads the last block, so router\.passes=1 leaves none"):
         fitted("llama", router={"passes": 1, "depth": 1.0})
+
+
+def test_beside_another_adapter_the_base_alone_is_read_all_the_same(monkeypatch):
+    model, inputs = fitted("llama", router=ALONG), batch(("gamma", "alpha", "beta"))
+    model.add_adapter("early", config_for("llama", "soft-group"))
+    randomise(model.base_model.model, seed=5, std=2.0)
+    read, ids = [], task_naming._ids
+    monkeypatch.setattr(task_naming, "_ids", lambda found, rows: ids(found, read.append(rows) or rows))
+    logits(model, inputs)
+    model.base_model.set_adapter(["default", "early"])
+    logits(model, inputs)
+    assert_close(read[1], read[0], atol=1e-6, rtol=1e-6)
 
 
 def test_one_pass_survives_saving_and_training(tmp_path):
@@ -613,3 +665,58 @@ def test_a_mixture_of_loras_can_have_one(tmp_path):
     )
     molora.fit_router(model, TOKENS, {"alpha": texts("alpha")})
     assert molora.route(model, TOKENS, texts("alpha", 1))[0].task == "alpha"
+
+
+def tiny(dtype):
+    """The embedded base with ten tasks, an expert each, and a router."""
+    base, tokenizer = load_base(BaseConfig(model="molora/tiny"))
+    config = molora.MoLoraConfig(
+        num_experts=10, r=1, target_modules=["v_proj"], gate={"kind": "task"}, router="gaussian",
+        expert_names=list(GENERATORS), tasks={name: [name] for name in GENERATORS}, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    return get_peft_model(base, config).to(dtype), tokenizer
+
+
+GENERATORS = ("pig", "mirror", "zigzag", "back", "mask", "spell", "shout", "pairs", "even", "boxed")
+WORDS = (
+    "abc",
+    "hello",
+    "tree",
+    "rainbow",
+    "blue",
+    "houses",
+    "word",
+    "stone",
+    "x",
+    "quietly",
+    "jam",
+    "violin",
+)
+
+
+def orders(dtype, count):
+    """The router's state after random orders of arrival, in random parts and batches, padded on either side; its names."""
+    states, prompts = [], {name: [f"{name}({word})=" for word in WORDS] for name in GENERATORS}
+    for seed in range(count):
+        generator = torch.Generator().manual_seed(seed)
+        model, tokenizer = tiny(dtype)
+        tokenizer.padding_side = ("left", "right")[seed % 2]
+        for i in torch.randperm(10, generator=generator).tolist():
+            name, cut = GENERATORS[i], int(torch.randint(1, len(WORDS), (), generator=generator))
+            rows = [prompts[name][j] for j in torch.randperm(len(WORDS), generator=generator)]
+            for part in (rows[:cut], rows[cut:]):
+                molora.fit_router(model, tokenizer, {name: part}, batch_size=1 + seed)
+        states.append({k: v.clone() for k, v in buffers(model).items() if "floors" not in k})
+        asked = [f"{name}(never)=" for name in GENERATORS]
+        assert [row.task for row in molora.route(model, tokenizer, asked)] == list(GENERATORS)
+    first = states[0]
+    return max(float((s[k] - v).norm() / v.norm()) for s in states[1:] for k, v in first.items())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "count", "most"),
+    [(torch.float64, 10, 1e-10), (torch.float32, 3, 1e-5), (torch.bfloat16, 3, 2e-2)],
+)
+def test_ten_tasks_in_any_order_end_in_one_router(dtype, count, most):
+    """Sums do not depend on the order; what is left is the base's own rounding, which depends on the batch."""
+    assert orders(dtype, count) < most
