@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from molora.calls.record import GateRecord
+from molora.calls.shapes import Shape
 from molora.calls.task_ids import TaskIds
 from molora.errors import RoutingError
 from molora.experts.picks import Picks
@@ -97,6 +98,7 @@ class Call:
     experts: Mapping[str, float] | None = None
     features: Mapping[str, Tensor] = field(default_factory=dict)  # by stream, or "external"; see `read`
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # "encoder" | "decoder" -> (batch, seq)
+    shapes: Mapping[str, Shape] = field(default_factory=dict)  # the same; empty outside of a whole forward
     targets: Tensor | None = None  # (batch, seq) true where a position of the decoder has a label
     prompt: Tensor | None = None  # (batch, seq) of the decoder: what gates of sequence scope pool
     continued: PromptMemory | None = None  # of the prompt that this call continues
@@ -119,17 +121,26 @@ class Call:
 
     def mask(self, stream: str, lead: torch.Size) -> Tensor | None:
         """True for tokens that count, (tokens,), or None where the sequence has no mask that fits."""
-        mask = self.masks.get(stream)
-        if (
-            mask is None
-            or mask.dim() != 2
-            or len(lead) != 2
-            or mask.shape[1] < lead[1]
-            or lead[0] % mask.shape[0]
-        ):
+        mask = self._fitted(self.masks.get(stream), stream, lead)
+        return None if mask is None else mask.reshape(-1)
+
+    def unfit(self, stream: str, lead: torch.Size) -> bool:
+        """Whether the call has a mask for this sequence, but nothing says what it leaves of the rows of this input."""
+        given = self.masks.get(stream) is not None and len(lead) == 2 and bool(self.shapes)
+        return given and self.mask(stream, lead) is None
+
+    def _fitted(self, mask: Tensor | None, stream: str, lead: torch.Size) -> Tensor | None:
+        """A mask of the call as one of the rows of an input of shape (*lead, d), (batch, seq) bool."""
+        shape = self.shapes.get(stream)
+        if len(lead) != 2 or (mask is not None and mask.dim() != 2):
             return None
-        mask = mask[:, mask.shape[1] - lead[1] :]
-        return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).reshape(-1).bool()
+        if shape is not None:
+            mask = shape.fitted(mask, lead[1])
+        elif mask is not None and mask.shape[1] != lead[1]:
+            return None
+        if mask is None or lead[0] % mask.shape[0]:
+            return None
+        return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).bool()
 
     def response(self, stream: str, lead: torch.Size) -> Tensor | None:
         """`mask`, only where the decoder has labels; the encoder has none of its own."""
@@ -140,15 +151,14 @@ class Call:
     def pooled(self, stream: str, lead: torch.Size) -> Tensor | None:
         """Mask (batch, seq) of the tokens a gate of sequence scope pools; None: all."""
         prompt = self.prompt if stream == "decoder" else None
-        if prompt is not None and len(lead) == 2 and prompt.shape[1] != lead[1]:
+        own = self.shapes.get(stream)
+        whole = own is None or own.seq == lead[-1]
+        if prompt is not None and len(lead) == 2 and whole and prompt.shape[1] != lead[1]:
             raise RoutingError(
                 f"the prompt mask has {prompt.shape[1]} positions, the layer's input {lead[1]}.",
                 hint="give routing_prompt_mask the shape (batch, seq) of the decoder's input.",
             )
-        mask = prompt if prompt is not None else self.masks.get(stream)
-        if mask is None or len(lead) != 2 or mask.shape[1] != lead[1] or lead[0] % mask.shape[0]:
-            return None
-        return mask.repeat_interleave(lead[0] // mask.shape[0], dim=0).bool()
+        return self._fitted(prompt if prompt is not None else self.masks.get(stream), stream, lead)
 
     def read(self, stream: str, scope: str, lead: torch.Size) -> Tensor:
         """Features for an input of shape (*lead, d): (tokens or samples, feature).

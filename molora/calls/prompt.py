@@ -12,10 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.calls.call import Call, PromptMemory
+from molora.calls.check_inputs import check_not_packed, check_samples
 from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
+from molora.calls.shapes import has_two_sequences, shapes_of
 from molora.errors import RoutingError
 
+CACHES = ("past_key_values", "cache_params")
 _MEMORY = "_molora_prompt"  # attribute of a key-value cache: the PromptMemory of the prompt it begins with
 
 
@@ -36,13 +39,16 @@ def with_inputs(
     """The call with all that its gates and losses may need of the model's inputs."""
     masks, labels = _masks(module, inputs), inputs.get("labels")
     targets = labels != -100 if isinstance(labels, Tensor) and labels.dim() == 2 else None
-    call = replace(call, masks=masks, targets=targets)
+    call = replace(call, masks=masks, targets=targets, shapes=shapes_of(module, inputs))
+    if not torch.compiler.is_compiling():
+        check_samples(call, request, inputs)
     gates = [context.adapters[a].config.gate for a in context.active]
     scopes = {gate.scope for gate in gates} | {gate.blend for gate in gates}
     wanted = context.source is not None and "external" in scopes and "external" not in call.features
     if "sequence" not in scopes and not wanted and not call.unnamed:
         return call
-    cache = inputs.get("past_key_values")
+    check_not_packed(inputs)
+    cache = cache_of(inputs)
     if past_length(cache) > 0:
         memory = remembered(cache) or PromptMemory()
         named = {name: ids for name, ids in memory.tasks.items() if name in call.unnamed}
@@ -78,9 +84,9 @@ def attach(call: Call, kwargs: Mapping[str, Any], output: Any) -> None:
     begun = call.begun
     if begun is None or not (begun.routings or begun.logits or begun.features is not None or begun.tasks):
         return
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if cache is None and hasattr(output, "get"):
-        cache = output.get("past_key_values")
+        cache = cache_of(output)
         if cache is None and begun.tasks and "last_hidden_state" in output:
             cache = output  # of an encoder, which decoders go on from
     if cache is not None and not isinstance(cache, tuple):
@@ -99,15 +105,31 @@ def attended(inputs: Mapping[str, Any]) -> Tensor | None:
         mask = mask.get("full_attention", next(iter(mask.values())))
     if not isinstance(mask, Tensor) or mask.dim() == 2:
         return mask
-    if mask.dim() != 4 or past_length(inputs.get("past_key_values")) > 0:
+    if (
+        mask.dim() == 3
+        and isinstance(inputs.get("input_ids"), Tensor)
+        and mask.shape == inputs["input_ids"].shape
+    ):
+        return mask.flatten(0, 1)  # the choices of a question are samples
+    if mask.dim() != 4 or past_length(cache_of(inputs)) > 0:
         return None
     own = mask[:, 0].diagonal(dim1=1, dim2=2)  # any token but padding sees itself, however far it looks back
     return own if own.dtype == torch.bool else own == 0
 
 
+def cache_of(inputs: Mapping[str, Any]) -> Any:
+    """The cache among a call's arguments, or in its output, whatever the family calls it."""
+    return next((inputs[name] for name in CACHES if inputs.get(name) is not None), None)
+
+
 def past_length(cache: Any) -> int:
-    """Positions a key-value cache holds already."""
-    return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
+    """Positions a cache holds already; of one that keeps a state and no positions 1, once it has begun."""
+    if not hasattr(cache, "get_seq_length"):
+        return 0
+    try:
+        return int(cache.get_seq_length())
+    except ValueError:  # a state-space model's
+        return int(len(cache) > 0 and cache.has_previous_state())
 
 
 def is_causal(module: nn.Module) -> bool:
@@ -153,8 +175,8 @@ def _prompt(
 
 def _masks(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:
     mask = attended(inputs)
-    if not getattr(getattr(module, "config", None), "is_encoder_decoder", False):
-        return {"decoder": mask} if isinstance(mask, Tensor) else {}
+    if not has_two_sequences(module):
+        return dict.fromkeys(("encoder", "decoder"), mask) if isinstance(mask, Tensor) else {}
     decoder = inputs.get("decoder_attention_mask")
     if decoder is None and isinstance(inputs.get("labels"), Tensor):
         decoder = inputs["labels"] != -100

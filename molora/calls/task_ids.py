@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,15 +127,16 @@ def check_samples(rows: Tensor, lead: Sequence[int]) -> None:
 
 def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
     """Names and ids as a caller gives them to `TaskIds`; raises RoutingError for unknown tasks and wrong shapes."""
-    if given is None or isinstance(given, (str, int)):
-        given = [given]
-    if (given.numel() if isinstance(given, Tensor) else len(given)) == 0:
-        raise RoutingError("task_ids is empty; give one name or id per sample.")
     if isinstance(given, Tensor):
+        if given.numel() == 0:
+            raise RoutingError("task_ids is empty; give one name or id per sample.")
         return _of_tensor(task_map, given)
-    if any(isinstance(task, (list, tuple)) for task in given):
-        return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in given])  # type: ignore[list-item]
-    resolved = [task_map.resolve(task) for task in given]  # type: ignore[arg-type]
+    listed: Any = [given] if isinstance(given, str) or not hasattr(given, "__len__") else given
+    if len(listed) == 0:
+        raise RoutingError("task_ids is empty; give one name or id per sample.")
+    if any(isinstance(task, (list, tuple)) for task in listed):
+        return _several(task_map, [t if isinstance(t, (list, tuple)) else [t] for t in listed])
+    resolved = [task_map.resolve(task) for task in listed]
     single = resolved[0] if len(set(resolved)) == 1 else None
     named = tuple(sorted(set(resolved)))
     return TaskIds(torch.tensor(resolved), single, BASE_ONLY in resolved, listed=tuple(resolved), named=named)
@@ -151,7 +153,7 @@ def weighed_ids(task_map: TaskMap, first: Sequence[int], tasks: Sequence[int], w
 
 def _of_tensor(task_map: TaskMap, given: Tensor) -> TaskIds:
     ids = given.reshape(1) if given.dim() == 0 else given
-    if ids.is_floating_point() or ids.dim() > 2:
+    if ids.is_floating_point() or ids.dtype == torch.bool or ids.dim() > 2:
         raise RoutingError(
             f"task ids must be integers of shape (batch,) or (batch, seq), got {ids.dtype} {tuple(ids.shape)}."
         )

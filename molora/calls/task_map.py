@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +16,21 @@ BASE_ONLY = -1
 """The task id that asks for no adapter at all."""
 
 TaskRef = str | int | None
+
+
+def _number(task: object) -> int:
+    """A whole number, of any library's type; raises RoutingError for what merely looks like one."""
+    kind = str(getattr(task, "dtype", type(task).__name__))
+    try:
+        if "bool" not in kind:
+            return operator.index(task)  # type: ignore[arg-type]
+    except TypeError:
+        pass
+    raise RoutingError(
+        f"a task is given by its name or by a whole number, got {task!r} ({kind}).",
+        hint="give names, or the numbers in model.task_ids; None or -1 means the base model only.",
+    )
+
 
 _MOST_UNIONS = 1024  # batches of ever new sets of tasks
 
@@ -41,12 +57,15 @@ class TaskMap:
         Raises:
             RoutingError: the task is not known; the message names those that are.
         """
-        if task is None or task == BASE_ONLY:
+        if task is None:
+            return BASE_ONLY
+        number = None if isinstance(task, str) else _number(task)
+        if number == BASE_ONLY:
             return BASE_ONLY
         if isinstance(task, str) and task in self.ids:
             return self.ids[task]
-        if not isinstance(task, str) and int(task) in self.ids.values():
-            return int(task)
+        if number is not None and number in self.ids.values():
+            return number
         known = (
             ", ".join(f"{name!r} (id {i})" for name, i in self.ids.items())
             or "none: this adapter declares no tasks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import islice
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from molora.config import DataConfig, RunConfig
+    from molora.data.module import SplitSummary
     from molora.data.preview import Preview
     from molora.data.tasks import TaskSet
 
 RECORDS = 3
+MEASURED = 1000  # records of a split whose lengths are checked
 _READS = "the loss reads what is bold, not what is dim"
 
 
@@ -70,8 +73,10 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     from molora.models.base import load_tokenizer
+    from molora.models.base_check import check_base, check_lengths
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
+    from molora.training.optimise import short_window
     from molora.tuner.router import where_it_reads
 
     try:
@@ -94,11 +99,27 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
         first, ids = turn_recipe(config, tasks.ids)
     with quiet_libraries():
         model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
+    check_base(config, model, tokenizer)
+    check_lengths(config, model, _encoded(config, tasks, tokenizer))
     tuner: Any = model.base_model
     reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)
     router = f"; the router reads {reads}" if reads is not None else ""
     console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     _show_parameters(console, model)
+    batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
+    if (short := short_window(config.train, batches)) is not None:
+        console.print(f"7 steps       {short}", markup=False)
+
+
+def _encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> list[SplitSummary]:
+    from molora.data.module import encode_all
+
+    return [
+        encode_all(task, split, [*islice(records, MEASURED)], tokenizer, config.data.max_length)[1]
+        for task in tasks
+        for split, records in (("train", task.train), ("eval", task.eval))
+        if len(records)
+    ]
 
 
 def _show_texts(console: Console, tasks: TaskSet) -> None:

@@ -39,6 +39,7 @@ class SplitSummary:
     unlabelled: int  # records with no target token left to learn; they are skipped
     tokens: int
     longest: int
+    lost_prompts: int = 0  # of which max_length leaves no more than one token
 
 
 class MoLoraDataModule(L.LightningDataModule):
@@ -143,6 +144,7 @@ def encode_all(
         unlabelled=len(every) - len(kept),
         tokens=sum(len(example.input_ids) for example in kept),
         longest=max(len(example.input_ids) for example in every),
+        lost_prompts=sum(example.cut_prompt > 0 and example.prompt_length <= 1 for example in every),
     )
     if not kept:
         raise DataError(

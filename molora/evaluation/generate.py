@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -24,25 +25,47 @@ def generate_answers(
     Nothing is sampled. Prompts are left-padded; which prompts share a batch depends on their lengths only.
     """
     pad = pad_token(tokenizer)
-    config = GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        num_beams=num_beams,
-        do_sample=False,
-        pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    config = greedy(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=pad)
     starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
     answers = [""] * len(prompts)
     for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
         rows = [prompts[i] for i in chosen]
         input_ids = padded(rows, pad, side="left")
         mask = padded([[1] * len(row) for row in rows], 0, side="left")
-        output = model.generate(
-            input_ids=input_ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            generation_config=config,
-        )
+        with _alone(model, config):
+            output = model.generate(
+                input_ids=input_ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                generation_config=config,
+            )
         new = output if starts_fresh else output[:, input_ids.shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
     return answers
+
+
+_STARTS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")
+"""What a model's own config says of how a text begins, which is no matter of how it is searched for."""
+
+
+def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> GenerationConfig:
+    """The whole config of a search for the most probable text: nothing is sampled, punished, suppressed or forced."""
+    own = getattr(model, "generation_config", None)
+    starts = {name: getattr(own, name, None) for name in _STARTS}
+    return GenerationConfig(
+        do_sample=False, eos_token_id=tokenizer.eos_token_id, use_cache=True, repetition_penalty=1.0,
+        encoder_repetition_penalty=1.0, no_repeat_ngram_size=0, encoder_no_repeat_ngram_size=0, min_length=0, length_penalty=1.0,
+        early_stopping=False, num_return_sequences=1, num_beam_groups=1, diversity_penalty=0.0, guidance_scale=None,
+        **starts, **settings,
+    )  # fmt: skip
+
+
+@contextmanager
+def _alone(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Without the model's own generation config: what one leaves open, generate() would take from it."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    own, base.generation_config = base.generation_config, config
+    try:
+        yield
+    finally:
+        base.generation_config = own

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
 from molora.data.collate import batches_by_length, collate, pad_token
-from molora.data.prompts import Example, encode, render
+from molora.data.prompts import IGNORED, Example, encode, render
 from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import generate_answers
@@ -103,10 +103,28 @@ class HeldOut:
             return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
         if not isinstance(answer, str):
             return Result(record, nll=answer[0], count=answer[1])
-        target = render(task, task.eval[record])[1]
+        target, before = self._target(record)
+        text = answer.strip()
         if task.metric == "accuracy" and task.labels:
-            return Result(record, match_label(answer, task.labels), target)
-        return Result(record, answer.strip(), target.strip())
+            said = text.removeprefix(before).strip()
+            return Result(record, match_label(said, task.labels), target.removeprefix(before).strip())
+        return Result(record, text, target)
+
+    def _target(self, record: int) -> tuple[str, str]:
+        """The text that a right answer is, and what of it the chat template writes before the record's own.
+
+        Templates of models that think write an empty thought before an answer, which the model learns with it.
+        """
+        written, example = render(self.task, self.task.eval[record])[1].strip(), self.examples[record]
+        if not self.task.chat_template or isinstance(example.labels, int) or example.cut_target:
+            return written, ""
+        learned = [label for label in example.labels if label != IGNORED]
+        trained = str(self.tokenizer.decode(learned, skip_special_tokens=True)).strip()
+        return (
+            (trained, trained[: -len(written)].strip())
+            if written and trained.endswith(written)
+            else (trained, "")
+        )
 
 
 def inputs_of(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from molora.calls.call import Call, CallCache
 from molora.calls.context import RoutingContext
-from molora.calls.prompt import named_inputs, past_length
+from molora.calls.prompt import CACHES, cache_of, named_inputs, past_length
 from molora.errors import RoutingError
 from molora.forward.mount import MountPoint
 
@@ -40,7 +40,8 @@ def first_pass(
         return call, args, kwargs
     kwargs = named_inputs(module, args, kwargs)
     inputs = dict(kwargs)
-    inputs["past_key_values"] = base_cache = _base_cache(inputs.get("past_key_values"))
+    given = next((name for name in CACHES if inputs.get(name) is not None), CACHES[0])
+    inputs[given] = base_cache = _base_cache(inputs.get(given))
     alone = replace(call, first_pass=True, owner=module, cache=CallCache())
     with torch.no_grad(), context.use_call(alone):
         features, cache = _run(context, module, inputs)
@@ -56,9 +57,13 @@ def _run(context: RoutingContext, module: nn.Module, call: dict[str, Any]) -> tu
     body: Any = getattr(module, "base_model", module)
     call.pop("labels", None)
     run = body.forward if body is module else body  # the module's own hooks would open a call of their own
-    parameters = inspect.signature(body.forward).parameters
-    output = run(**{name: value for name, value in call.items() if name in parameters})
-    return dict.fromkeys(("decoder", "encoder"), output[0]), output.get("past_key_values")
+    output = run(**_accepted(body, call))
+    return dict.fromkeys(("decoder", "encoder"), output[0]), cache_of(output)
+
+
+def _accepted(module: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
+    parameters = inspect.signature(module.forward).parameters
+    return {name: value for name, value in inputs.items() if name in parameters}
 
 
 def _run_both(
@@ -68,32 +73,42 @@ def _run_both(
     mask = call.get("attention_mask")
     if call.get("encoder_outputs") is None:
         encoder = model.get_encoder()
-        encoded = encoder(
-            input_ids=call.get("input_ids"), attention_mask=mask, inputs_embeds=call.get("inputs_embeds")
-        )[0]
+        encoded = encoder(**_accepted(encoder, call))[0]
     else:
         encoded = _base_encoding(context, call["encoder_outputs"][0])
     tokens = call.get("decoder_input_ids")
     if tokens is None and call.get("labels") is not None:
-        tokens = model.prepare_decoder_input_ids_from_labels(labels=call["labels"])
-    output = model.get_decoder()(
-        input_ids=tokens,
-        attention_mask=call.get("decoder_attention_mask"),
-        inputs_embeds=call.get("decoder_inputs_embeds"),
-        encoder_hidden_states=encoded,
-        encoder_attention_mask=mask,
-        past_key_values=call["past_key_values"],
-        use_cache=call.get("use_cache"),
-    )
+        tokens = _shifted(model, call["labels"])
+    decoder = model.get_decoder()
+    decoder = getattr(decoder, "base_model", decoder)  # of a decoder with a head of its own
+    inputs = {
+        "input_ids": tokens,
+        "attention_mask": call.get("decoder_attention_mask"),
+        "inputs_embeds": call.get("decoder_inputs_embeds"),
+        "encoder_hidden_states": encoded,
+        "encoder_attention_mask": mask,
+        "past_key_values": call["past_key_values"],
+        "use_cache": call.get("use_cache"),
+    }
+    output = decoder(**_accepted(decoder, inputs))
     return {"decoder": output[0], "encoder": encoded}, output.get("past_key_values")
+
+
+def _shifted(model: Any, labels: Tensor) -> Tensor:
+    """What the decoder reads when it learns these labels."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        return model.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = model.config
+    start = torch.full_like(labels[:, :1], config.decoder_start_token_id)
+    return torch.cat([start, labels[:, :-1].masked_fill(labels[:, :-1] == -100, config.pad_token_id)], dim=1)
 
 
 def remember(context: RoutingContext, call: Call, kwargs: dict[str, Any], output: Any) -> None:
     """Tie the base's cache to the call's own, and a lone encoder's base encoding to its output."""
     if (call.base_cache is None and "encoder" not in call.features) or not hasattr(output, "get"):
         return
-    cache = kwargs.get("past_key_values")
-    cache = cache if cache is not None else output.get("past_key_values")
+    cache = cache_of(kwargs)
+    cache = cache if cache is not None else cache_of(output)
     if cache is not None and call.base_cache is not None and not hasattr(cache, _BASE):
         _tie(cache, call.base_cache)
     if "encoder" in call.features and output.get("last_hidden_state") is not None:

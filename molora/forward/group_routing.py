@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from dataclasses import replace
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from molora.calls.task_ids import base_only
 from molora.errors import RoutingError
 from molora.forward.mount import Mount
 from molora.forward.reading import Reading
+from molora.forward.rows import replaces
 from molora.gates.gate import Routing
 from molora.gates.pooling import pool
 
@@ -46,7 +48,7 @@ def routing_of(
     """
     leader, call, lead = member.leader, reading.call, reading.lead
     routing = _decide(leader, reading, products, by_sample=by_sample or leader.factors)
-    if call.recording and leader is member:
+    if call.recording and leader is member and _to_be_noted(leader, reading):
         tasks = leader.tasks(call)
         wanted = any(name in leader.config.aux_losses for name in _READ_X)
         call.cache.records[leader.place] = GateRecord(
@@ -60,6 +62,19 @@ def routing_of(
             reading.x.detach() if wanted else None,
         )
     return routing
+
+
+def _to_be_noted(leader: Mount, reading: Reading) -> bool:
+    if reading.call.unfit(reading.plan.stream, reading.lead):
+        warnings.warn(
+            f"{leader.key} reads {reading.lead[1]} positions per sample, which the mask does not tell of: losses and "
+            "statistics leave it out.",
+            stacklevel=2,
+        )
+        return False
+    seen = reading.call.cache.records.get(leader.place)
+    before = None if seen is None else math.prod(seen.lead)
+    return replaces(reading.call, reading.plan.stream, math.prod(reading.lead), before)
 
 
 def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_sample: bool) -> Routing:
@@ -87,7 +102,8 @@ def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_samp
     routing = _fresh(leader, reading, products, by_sample=by_sample)
     if once:
         cache.routings[place] = routing, tokens
-    if leader.spreads:
+    led = cache.led.get(place)
+    if leader.spreads and replaces(call, plan.stream, tokens, None if led is None else led[1]):
         cache.led[place] = routing, tokens
     return routing
 

@@ -14,6 +14,7 @@ from molora.forward.feed_forward import mix
 from molora.forward.group_routing import sample_routing
 from molora.forward.mount import Mount
 from molora.forward.reading import Reading
+from molora.forward.rows import NOBODYS, of_nobody, rows_of
 from molora.forward.samples import note_sample
 from molora.forward.sparse import by_sample_parts, by_token_parts
 
@@ -24,15 +25,25 @@ def add_experts(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
     Args:
         mount: the adapter at this layer.
         call: the current one.
-        x: (batch, ..., d_in) the layer's input.
-        y: (batch, ..., d_out) the base layer's output; may be overwritten.
+        x: (..., d_in) the layer's input.
+        y: (..., d_out) the base layer's output; may be overwritten.
     """
     tasks = mount.tasks(call)
     if call.first_pass or (tasks is not None and tasks.all_base):
         return y
+    rows = rows_of(mount, call, x)
+    if rows is None:
+        return _add_by_sample(mount, call, x, x, y)
+    if rows is NOBODYS:
+        return _add_by_sample(mount, of_nobody(mount, call, x.shape[:-1]), x, x, y)
+    return rows.back(_add_by_sample(mount, call, x, rows.by_sample(x), rows.by_sample(y)))
+
+
+def _add_by_sample(mount: Mount, call: Call, given: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """`add_experts` of x (batch, ..., d_in), which is the `given` input, laid by sample."""
     projections, key = call.cache.projections, mount.key
     shared = projections.get(mount.adapter)
-    if shared is not None and shared.x is x and key in shared.parts:
+    if shared is not None and shared.x is given and key in shared.parts:
         if len(shared.parts) == 1:  # nobody else waits for it
             del projections[mount.adapter]
         return _added(mount, call, x, y, shared.parts.pop(key))
@@ -50,7 +61,7 @@ def add_experts(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
     plan = mount.inputs.plan(mount, alone=differs or call.owner is None)
     parts = parts_of(Reading(plan, mount, call, x, experts))
     if len(parts) > 1:
-        projections[mount.adapter] = Projection(x, parts)
+        projections[mount.adapter] = Projection(given, parts)
     return _added(mount, call, x, y, parts.pop(key))
 
 

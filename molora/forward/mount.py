@@ -47,6 +47,7 @@ class Mount:
     factors: bool = False  # experts are mixed by their factors, one LoRA per sample
     feed_forward: str | None = None  # the name of the feed-forward whose outputs are mixed as a whole
     leaves: bool = False  # the last linear of that feed-forward
+    time_first: bool = False  # its input was seen to be (seq, batch, d)
     group: list[Mount] = field(default_factory=list)  # share one gate; the leader comes first
     spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
     inputs: InputGroup = field(default_factory=lambda: InputGroup())  # the mounts that read the same x

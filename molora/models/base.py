@@ -23,7 +23,9 @@ from transformers import (
 from molora.assets import tiny_path
 from molora.config import BaseConfig
 from molora.errors import ConfigError, MoLoraError
+from molora.models.base_check import refuse_encoder
 from molora.models.label_match import LabelMatcher, match_labels
+from molora.models.new_parts import begin_new_parts
 
 TINY = "molora/tiny"
 
@@ -47,7 +49,11 @@ def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel,
         settings["ignore_mismatched_sizes"] = True  # the head is trained anew
     tokenizer = load_tokenizer(base)
     with _explained(base):
-        model = _auto_class(base).from_pretrained(**_source(base), **settings)
+        model, loading = _auto_class(base).from_pretrained(
+            **_source(base), **settings, output_loading_info=True
+        )
+    refuse_encoder(base, model)
+    begin_new_parts(model, loading["missing_keys"], base.model)
     if base.head == "match":
         model = match_labels(model.eval(), tokenizer, _texts(labels))
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine

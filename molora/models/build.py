@@ -19,6 +19,7 @@ from molora.errors import AdapterError
 from molora.models.base import Labels, base_skeleton, load_base
 from molora.models.features import load_features
 from molora.models.label_match import LabelMatcher
+from molora.models.new_parts import saved_with
 from molora.store.adapter import load, read_config
 from molora.store.compose import compose
 from molora.store.runs import Run
@@ -69,10 +70,14 @@ def _mixture(base: PreTrainedModel, config: RunConfig, task_ids: dict[str, int])
     """A new adapter on the base: of fresh experts, or of the LoRAs the recipe names."""
     check_router(config)
     loras = config.adapter.from_loras
+    whole = saved_with(base, config.adapter.modules_to_save)
     if loras is None:
-        return get_peft_model(base, adapter_config(config, task_ids))
-    kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout", "modules_to_save"}
+        fresh = adapter_config(config, task_ids)
+        fresh.modules_to_save = whole
+        return get_peft_model(base, fresh)
+    kept = {"gate", "router", "combine", "always_on", "aux_losses", "lora_dropout"}
     settings = config.adapter.model_dump(include=kept, exclude_none=True)
+    settings |= {} if whole is None else {"modules_to_save": whole}
     return compose(base, loras, **settings, **_tasks(config, task_ids))
 
 

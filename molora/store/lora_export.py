@@ -25,6 +25,7 @@ from molora.experts.bank import Expert
 from molora.experts.factor_mix import as_one
 from molora.forward.mount import PLAIN, Mount
 from molora.store.adapter import active_adapter, peft_model
+from molora.store.export_check import check_loadable
 from molora.store.lora_folder import PREFIX, short_names
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
@@ -121,10 +122,11 @@ def export_lora(
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
     # Views share storage with their stack, which safetensors refuses to write.
     own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    check_loadable(lora, wrapped.get_base_model(), own)
     with write_folder(out, size=sum(t.nbytes for t in own.values())) as folder:
         save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         lora.save_pretrained(str(folder))
-        write_file(folder / "README.md", _card(lora, what).encode())
+        write_file(folder / "README.md", _card(lora, what, wrapped.get_base_model()).encode())
     return Path(out)
 
 
@@ -173,7 +175,7 @@ def _lora_config(
         rank_pattern={key: part.rank for key, part in parts.items() if part.rank != r},
         alpha_pattern={key: _number(part.alpha) for key, part in parts.items() if part.alpha != alpha},
         target_modules=targets,
-        modules_to_save=sorted(config.modules_to_save) if config.modules_to_save else None,
+        modules_to_save=sorted({*config.modules_to_save}) if config.modules_to_save else None,
         fan_in_fan_out=conv1d,
         task_type=config.task_type,
         base_model_name_or_path=config.base_model_name_or_path,
@@ -200,7 +202,7 @@ def _heads(model: PeftModel, adapter: str) -> dict[str, Tensor]:
     return found
 
 
-def _card(lora: LoraConfig, what: str) -> str:
+def _card(lora: LoraConfig, what: str, model: nn.Module) -> str:
     base = lora.base_model_name_or_path
     named = base and not os.path.isabs(base)
     return (
@@ -208,5 +210,22 @@ def _card(lora: LoraConfig, what: str) -> str:
         f"# LoRA exported from a mixture of LoRA experts: {what}\n\n"
         f"Rank {lora.r}, alpha {lora.lora_alpha}{', rsLoRA' if lora.use_rslora else ''}"
         f"{', per-module ranks in rank_pattern' if lora.rank_pattern else ''}.\n\n"
-        "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
+        f"{_loading(lora, model)}"
+    )
+
+
+def _loading(lora: LoraConfig, model: nn.Module) -> str:
+    """How to load it. A classifier's base has to be told how many labels there are, which no LoRA's config says."""
+    if lora.task_type != "SEQ_CLS":
+        return (
+            "```python\nfrom peft import PeftModel\n\nmodel = PeftModel.from_pretrained(base, folder)\n```\n"
+        )
+    config: Any = getattr(model, "config", None)
+    labels = {int(i): str(name) for i, name in sorted(config.id2label.items())}
+    ids = {name: i for i, name in labels.items()}
+    return (
+        f"It has {len(labels)} labels: {', '.join(labels.values())}. The base is made with as many:\n\n"
+        "```python\nfrom peft import AutoPeftModelForSequenceClassification\n\n"
+        "model = AutoPeftModelForSequenceClassification.from_pretrained(\n"
+        f"    folder, num_labels={len(labels)}, id2label={labels}, label2id={ids}\n)\n```\n"
     )

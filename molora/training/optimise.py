@@ -44,6 +44,18 @@ def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
     return settings.epochs * math.ceil(share / settings.accumulate)
 
 
+def short_window(settings: TrainConfig, batches_per_epoch: int) -> str | None:
+    """What to say of an epoch whose last step accumulates fewer batches than the others; None where it does not."""
+    share = math.ceil(batches_per_epoch / _processes(settings))
+    rest = share % settings.accumulate
+    if not rest:
+        return None
+    return (
+        f"train.accumulate is {settings.accumulate}, and an epoch has {share} batches: its last step sees {rest} of them, "
+        "and counts as much as the others."
+    )
+
+
 def _processes(settings: TrainConfig) -> int:
     if isinstance(settings.devices, list):
         return len(settings.devices)

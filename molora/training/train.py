@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
@@ -18,6 +19,7 @@ from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import check_target, write_json
 from molora.errors import ConfigError
+from molora.models.base_check import check_base, check_lengths
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
@@ -29,8 +31,10 @@ from molora.training.environment import describe_environment, prepare_process, q
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
 from molora.training.objective import Companion
-from molora.training.optimise import check_device, optimise, total_steps
+from molora.training.optimise import check_device, optimise, short_window, total_steps
 from molora.training.teach_router import teach_router
+
+log = logging.getLogger(__name__)
 
 Conclude = Callable[[Run, PeftModel], None]
 
@@ -79,6 +83,7 @@ def train(
     prepare_process(config.seed)
     with quiet_libraries():
         model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
+        check_base(config, model, tokenizer)
         return fit(config, model, tokenizer, tasks, run)
 
 
@@ -100,12 +105,16 @@ def fit(
     settings = config.train
     data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
     data.setup("fit")
+    check_lengths(config, model, data.summary())
     clusters = None
     if run is None:
         clusters = fit_features(config, model, data, tokenizer)
     else:  # what a resumed run reads stays what it was
         load_features(config, run.path, model, tokenizer)
-    steps = total_steps(settings, len(data.train_dataloader()))
+    batches = len(data.train_dataloader())
+    steps = total_steps(settings, batches)
+    if (short := short_window(settings, batches)) is not None:
+        log.warning(short)
     validation = _validation(config, data)
     first = getattr(rank_zero_only, "rank", 0) == 0  # writes; Lightning has not set up the others yet
     if run is None and first:

@@ -15,6 +15,7 @@ from molora.config.suggest import not_one_of, options
 from molora.errors import ConfigError
 from molora.forward.mount import Mount, MountPoint
 from molora.forward.root_hooks import mounts_of
+from molora.forward.rows import NOBODYS, rows_of
 from molora.gates.gate import Gate, Routing
 from molora.gates.prototypes import MeanActivation, arrow
 from molora.gates.rows import GateRows
@@ -125,8 +126,12 @@ def _seen(
 def _count(
     module: nn.Module, args: tuple[Tensor, ...], *, mount: Mount, mean: MeanActivation, index: int
 ) -> None:
-    x = args[0]
-    mask = mount.context.call.mask(mount.stream, x.shape[:-1])
+    x, call = args[0], mount.context.call
+    rows = rows_of(mount, call, x)
+    if rows is NOBODYS and mount.stream in call.shapes:  # not the tokens that the layer reads else
+        return
+    x = x if rows is None else rows.by_sample(x)
+    mask = call.mask(mount.stream, x.shape[:-1])
     mean.add(x, index, None if mask is None else mask.reshape(x.shape[:-1]))
 
 

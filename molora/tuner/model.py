@@ -31,6 +31,7 @@ from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.beyond_linears import leave_out_unseen, not_a_linear, say_fused
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import Linear, MoLoraLayer
+from molora.tuner.left_out import late_ones, left_out, streams_of
 from molora.tuner.loan import borrow, give_back, lend, note_base
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
@@ -88,14 +89,18 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
-        self._mounting = Mounting(adapter_name, config, self.context, encoder_decoder=encoder_decoder)
+        streams, late = streams_of(model, encoder_decoder=encoder_decoder), late_ones(config, model)
+        self._mounting = Mounting(adapter_name, config, self.context, streams=streams, late=late)
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
-        without = modules_before_experts(model, config) | unseen
+        beside = left_out(config, model)
+        without = modules_before_experts(model, config) | unseen | beside
         self._check_target_module_exists = partial(is_target, without=without)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if unseen:  # "all-linear" has become a list of names by now
-            config.target_modules = {*(config.target_modules or ())} - unseen  # type: ignore[assignment]
+        if (unseen or beside) and not isinstance(
+            config.target_modules, str
+        ):  # "all-linear" has become a list
+            config.target_modules = {*(config.target_modules or ())} - unseen - beside  # type: ignore[assignment]
         del self._mounting
         self.context.forget_modules()
         check_feed_forwards(root_hooks.mounts_of(self.context, model, adapter_name))

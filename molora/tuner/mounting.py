@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Mapping
+
 from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 
@@ -12,7 +14,7 @@ from molora.forward.task_router import TaskRouter
 from molora.tuner import parts
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.placement import place
-from molora.tuner.targets import group_key, matches, stream_of
+from molora.tuner.targets import group_key, matches
 
 
 class Mounting:
@@ -22,14 +24,24 @@ class Mounting:
         adapter: its name.
         config: its configuration.
         context: the model's.
-        encoder_decoder: whether the model has two sequences.
+        streams: by module name, whose tokens it reads.
+        late: layers that are defined before one of their group that runs earlier.
     """
 
     def __init__(
-        self, adapter: str, config: MoLoraConfig, context: RoutingContext, *, encoder_decoder: bool
+        self,
+        adapter: str,
+        config: MoLoraConfig,
+        context: RoutingContext,
+        *,
+        streams: Mapping[str, str],
+        late: Collection[str],
     ) -> None:
         self.adapter, self.config, self.context = adapter, config, context
-        self.encoder_decoder = encoder_decoder
+        self.streams, self.late = streams, late
+        self._waiting: dict[
+            str, list[Mount]
+        ] = {}  # by group: late ones that were asked for before its leader
         self.kind = parts.kind_of(config)
         self._router: TaskRouter | None = context.adapters[adapter].router
         self._leaders: dict[str, Mount] = {}  # by group that shares a gate
@@ -42,7 +54,7 @@ class Mounting:
             ConfigError: layers with different experts would share a gate.
         """
         config = self.config
-        stream, plain = stream_of(key, self.encoder_decoder), matches(config.plain_targets, key)
+        stream, plain = self.streams[key], matches(config.plain_targets, key)
         bank = parts.new_bank(config, self.kind, key, base, plain=plain)
         d_in, _ = _get_in_out_features(base)
         assert d_in is not None  # only linear layers come here
@@ -52,7 +64,7 @@ class Mounting:
         self._among_readers(mount)
         if not plain:
             self._into_group(mount)
-            if mount.leader is mount and config.gate.learned:
+            if mount.group and mount.leader is mount and config.gate.learned:
                 mount.gate = parts.new_gate(config, key, d_in)
         return mount
 
@@ -75,17 +87,24 @@ class Mounting:
         name = f"{group_key(key, share, mount.stream)} {feed_forward}"
         if feed_forward:
             mount.feed_forward = name
+        if mount.spreads and not feed_forward and key in self.late and name not in self._leaders:
+            self._waiting.setdefault(name, []).append(mount)
+            return
         leader = self._leaders.setdefault(name, mount)
         if mount.reads_input and not mount.spreads and leader.d_in != mount.d_in:
             leader = mount
+        for member in (mount, *self._waiting.pop(name, ())):
+            self._join(member, leader)
+        if feed_forward:  # the last one in the model's order leaves the block
+            for member in mount.group:
+                member.leaves = member is mount
+
+    def _join(self, mount: Mount, leader: Mount) -> None:
         if leader is not mount and leader.names != mount.names:
             raise ConfigError(
-                f"{key} and {leader.key} share a gate, but num_experts gives them different experts.",
+                f"{mount.key} and {leader.key} share a gate, but num_experts gives them different experts.",
                 hint="use gate.share='linear', or the same number for all of them.",
             )
         if leader is not mount:
             mount.group = leader.group
         mount.group.append(mount)
-        if feed_forward:  # the last one in the model's order leaves the block
-            for member in mount.group:
-                member.leaves = member is mount

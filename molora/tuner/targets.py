@@ -33,6 +33,12 @@ TASK_HEADS = {"TOKEN_CLS": ("classifier", "score"), "QUESTION_ANS": ("qa_outputs
 
 CROSS_ATTENTION = ("EncDecAttention", "encoder_attn", "crossattention", "cross_attn", "encoder_attention")
 
+CROSS_READERS = {name for members in SIBLINGS[:5] for name in members[1:]} | {"c_attn", "kv_proj", "kv"}
+"""Linears of cross attention that read the encoder's output; the others read the decoder's own."""
+
+ROWS_OF_THEIR_OWN = ("experts",)
+"""Modules whose linears read other rows than the sequence's: each expert of the base the tokens it was sent."""
+
 
 def group_key(key: str, share: str, stream: str) -> str:
     """The name of the group whose gate a linear uses; linears outside any group stand alone.
@@ -66,13 +72,18 @@ def is_cross_attention(key: str) -> bool:
 
 
 def stream_of(key: str, encoder_decoder: bool) -> str:
-    """Whose mask fits the linear's input: `encoder` or `decoder` (the only sequence of other models)."""
+    """Whose tokens the linear reads: `encoder`, `decoder` (the only sequence of other models), or `none` that are known.
+
+    A decoder may itself hold a module called encoder (BERT as a decoder does): the outermost name decides.
+    """
+    parts = key.split(".")
+    if any(part in ROWS_OF_THEIR_OWN for part in parts):
+        return "none"
     if not encoder_decoder:
         return "decoder"
-    parts = key.split(".")
-    queries = {members[0] for members in SIBLINGS} | {"o", "out_proj"}
-    crossed = is_cross_attention(key) and parts[-1] not in queries
-    return "encoder" if crossed or "encoder" in parts else "decoder"
+    if is_cross_attention(key) and parts[-1] in CROSS_READERS:
+        return "encoder"
+    return next((part for part in parts if part in ("encoder", "decoder")), "decoder")
 
 
 def block_index(key: str) -> int | None:

@@ -69,7 +69,7 @@ def test_overrides_are_checked_too(cli: Cli) -> None:
 
 
 def test_cut_records_are_counted(cli: Cli, recipe: Path) -> None:
-    result = cli("validate", str(recipe), "data.max_length=8")
+    result = cli("validate", str(recipe), "data.max_length=16")
     assert result.code == 0
     assert " cut: " in result.out
 
