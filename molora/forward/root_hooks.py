@@ -206,13 +206,13 @@ def _unnamed(
 def _needs_names(found: AdapterRouting, *, by_task: bool) -> bool:
     """Whether an adapter's router has to name the tasks of a prompt: its answer depends on them.
 
-    Under a learned gate it does where experts are isolated from some tasks, once the router has learned to tell them apart.
+    Under a learned gate it does where experts are isolated from some tasks, once the router has learned some to tell apart.
     """
     if found.router is None:
         return False
     if by_task or found.config.gate.scope == "task":
         return True
-    return bool(found.task_map.isolated) and bool(found.router.learned)
+    return bool(found.task_map.isolated) and len(found.router.learned) > 1
 
 
 def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:

@@ -347,7 +347,9 @@ def test_a_learned_gate_that_grew_in_isolation_is_named_for():
     assert torch.equal(logits(model, one), logits(model, one, routing_task_ids="alpha"))
     fresh = molora_model("llama", "soft-group", router=RouterConfig())
     fresh.add_expert("late", tasks=["delta"], isolate=True)
-    logits(fresh, batch())  # a router that has learned nothing names nothing, and the gate decides alone
+    open_gate = logits(fresh, batch())  # a router that has nothing to tell apart names nothing
+    molora.fit_router(fresh, TOKENS, {"delta": texts("gamma")})
+    assert torch.equal(logits(fresh, batch()), open_gate)
 
 
 def randomise_new(model):
