@@ -53,7 +53,7 @@ def saved_with(model: nn.Module, given: Iterable[str] | None) -> list[str] | Non
 def _begin(model: Any, name: str, module: nn.Module) -> None:
     for part in (module, *module.parameters(), *module.buffers()):
         if hasattr(part, "_is_hf_initialized"):
-            part._is_hf_initialized = False  # type: ignore[assignment, union-attr]
+            part._is_hf_initialized = False
     devices = [p.device for p in module.parameters() if p.device.type == "cuda"][:1]
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(zlib.crc32(name.encode()))

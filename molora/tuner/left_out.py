@@ -85,7 +85,8 @@ def _warn(keys: set[str], why: str) -> None:
 
 def _is_read_raw(model: nn.Module, key: str) -> bool:
     parent, _, name = key.rpartition(".")
-    return name in _read_raw(type(model.get_submodule(parent)))
+    kind: Any = type(model.get_submodule(parent))
+    return name in _read_raw(kind)
 
 
 @cache
