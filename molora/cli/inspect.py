@@ -119,12 +119,12 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
 
 
 def _print_routing(routing: RoutingSummary, to: Console) -> None:
-    from molora.evaluation.routing import advice
-    from molora.report.tables import matrix_table, routing_title
+    from molora.report.tables import matrix_table, routing_lines, routing_title
 
     title = routing_title(routing)
     to.print(matrix_table(routing.task_expert(), title, corner="task"))
     to.print(matrix_table(routing.layer_expert(), title.replace("task x", "layer x"), corner="layer"))
     shares = ", ".join(f"{name} {share:.3f}" for name, share in routing.shares().items())
     to.print(f"share of what the gates chose: {shares}", markup=False)
-    to.print(advice(routing.dead_experts(), mode=routing.mode) or "No dead experts.", markup=False)
+    for line in routing_lines(routing):
+        to.print(line, markup=False)

@@ -72,13 +72,14 @@ class Report:
         raise KeyError((task, mode))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-ready. Perplexity and dead experts are derived: written for readers, ignored when read."""
+        """JSON-ready. Perplexity, dead experts, specialisation are derived: written for readers, ignored when read."""
         plain = dataclasses.asdict(self)
         for row in plain["scores"] + plain["before"]:
             if row["metric"] in LOWER_IS_BETTER:
                 row["perplexity"] = perplexity(row["value"])
         dead = self.routing.dead_experts() if self.routing else []
-        return _finite({"format": FORMAT, **plain, "dead_experts": dead})
+        apart = self.routing.specialisation() if self.routing else None
+        return _finite({"format": FORMAT, **plain, "dead_experts": dead, "specialisation": apart})
 
     def to_json(self) -> str:
         """Strict JSON (a value that is not finite becomes null), ending with a newline."""

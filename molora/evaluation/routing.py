@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,6 +48,10 @@ class RoutingSummary:
         layers, experts = _ordered(layer for layer, _ in cells), _experts(self.gates)
         return Matrix(layers, experts, [[_mean(cells.get((r, c), [])) for c in experts] for r in layers])
 
+    def specialisation(self) -> float | None:
+        """How far the tasks use different experts, 0 to 1; see `specialisation`."""
+        return specialisation(self.task_expert().values)
+
     def shares(self) -> dict[str, float]:
         """Expert -> its share of what the gates chose, averaged over gates; sums to 1."""
         return expert_shares(self.gates)
@@ -87,6 +92,28 @@ def dead_experts(shares: Mapping[str, float]) -> list[str]:
     return [expert for expert, share in shares.items() if share < DEAD_BELOW / len(shares)]
 
 
+def specialisation(weights: Sequence[Sequence[float]]) -> float | None:
+    """How much of the task the choice of expert tells: mutual information over the most there could be.
+
+    `(H(mean of the rows) - mean H(row)) / log(min(task, expert))`, each row made to sum to 1: every task weighs the
+    same. 0 where all tasks are split alike, whether evenly or not; 1 where experts are as far apart as their number
+    allows. Of a table averaged over gates it is a lower bound: gates that number their experts differently hide it.
+
+    Args:
+        weights: (task, expert) mean gate weights.
+
+    Returns:
+        None where it means nothing: fewer than two tasks or experts in use, or weights below 0.
+    """
+    rows = [[value / sum(row) for value in row] for row in weights if sum(row) > 0]
+    bound = min(len(rows), len(rows[0])) if rows else 0
+    if bound < 2 or min(map(min, rows)) < 0:
+        return None
+    together = [_mean(column) for column in zip(*rows, strict=True)]
+    information = _entropy(together) - _mean([_entropy(row) for row in rows])
+    return min(1.0, max(0.0, information / math.log(bound)))
+
+
 def advice(dead: Sequence[str], *, mode: str) -> str | None:
     """One sentence on what to do about dead experts, or None when there are none."""
     if not dead:
@@ -105,6 +132,11 @@ def _mean_of(value: str, gates: Sequence[Mapping[str, Any]]) -> dict[str, float]
 
 def _experts(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     return _ordered(g["expert"] for g in gates)
+
+
+def _entropy(shares: Sequence[float]) -> float:
+    """In nats."""
+    return -sum(share * math.log(share) for share in shares if share > 0)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from molora.evaluation.naming import Naming
 from molora.evaluation.report import Report, differences
-from molora.evaluation.routing import advice
-from molora.report.tables import MODE_TITLES, score_cells
+from molora.report.tables import MODE_TITLES, routing_lines, score_cells
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }
@@ -28,8 +27,7 @@ def render(report: Report, *, title: str, pictures: Sequence[Path] = (), config:
     if report.before:
         parts.append(_differences(report))
     if report.routing:
-        found = advice(report.routing.dead_experts(), mode=report.routing.mode)
-        parts.append(f"<p>{escape(found or 'No dead experts.')}</p>")
+        parts += [f"<p>{escape(line)}</p>" for line in routing_lines(report.routing)]
     if report.naming:
         parts.append(_naming(report.naming))
     parts += [f"<p>{escape(note)}</p>" for note in report.notes]

@@ -30,8 +30,8 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
     for table in report_tables(report):
         to.print(table)
     if report.routing:
-        found = advice(report.routing.dead_experts(), mode=report.routing.mode)
-        to.print(found or "No dead experts.", markup=False)
+        for line in routing_lines(report.routing):
+            to.print(line, markup=False)
     for name, value in report.facts.items():
         to.print(f"{name}: {_fact(value)}", markup=False)
     for note in report.notes:
@@ -111,6 +111,13 @@ def matrix_table(matrix: Matrix, title: str, *, corner: str) -> Table:
 def routing_title(routing: RoutingSummary) -> str:
     """Names the mode the weights were recorded in."""
     return f"Mean gate weight, task x expert ({MODE_TITLES.get(routing.mode, routing.mode)})"
+
+
+def routing_lines(routing: RoutingSummary) -> list[str]:
+    """Sentences below the table of weights: how far experts specialise, and which are hardly used."""
+    found, apart = advice(routing.dead_experts(), mode=routing.mode), routing.specialisation()
+    lines = [] if apart is None else [f"Experts specialise by task: {apart:.2f} of 1."]
+    return [*lines, found or "No dead experts."]
 
 
 def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:

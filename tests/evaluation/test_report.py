@@ -35,6 +35,7 @@ def test_json_carries_derived_values_for_readers(report):
     plain = json.loads(report.to_json())
     assert plain["scores"][1]["perplexity"] == pytest.approx(math.exp(1.25))
     assert plain["dead_experts"] == []
+    assert plain["specialisation"] is None  # one task: nothing to tell apart
 
 
 def test_json_stays_strict_when_a_loss_is_not_finite(report):

@@ -1,8 +1,19 @@
 """Routing matrices and dead experts on tables small enough to check by eye."""
 
-import pytest
+import math
 
-from molora.evaluation.routing import RoutingSummary, advice, dead_experts, expert_shares, summarise
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from molora.evaluation.routing import (
+    RoutingSummary,
+    advice,
+    dead_experts,
+    expert_shares,
+    specialisation,
+    summarise,
+)
 
 
 def row(gate, layer, expert, share, weight):
@@ -77,3 +88,42 @@ def test_a_summary_of_nothing_is_empty_not_an_error():
     summary = summarise("gate", {"law": (0, [])})
     assert summary.shares() == {}
     assert summary.dead_experts() == []
+
+
+def test_an_expert_each_is_1_and_one_split_for_all_is_0():
+    alone = [[float(task == expert) for expert in range(4)] for task in range(4)]
+    assert specialisation(alone) == pytest.approx(1.0)
+    assert specialisation([[0.25] * 4] * 4) == pytest.approx(0.0)
+    assert specialisation([[0.7, 0.2, 0.1]] * 3) == pytest.approx(0.0)  # uneven, but alike
+    assert specialisation([[1.0, 0.0], [1.0, 0.0]]) == 0.0  # collapse tells nothing either
+
+
+def test_1_is_what_so_many_tasks_and_experts_allow():
+    two_each = [[0.5, 0.5, 0.0, 0.0], [0.0, 0.0, 0.5, 0.5]]
+    assert specialisation(two_each) == pytest.approx(1.0)
+    assert specialisation([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [0.0, 1.0]]) == pytest.approx(1.0)
+
+
+def test_half_shared_has_its_closed_form():
+    # H(3/4, 1/4) - H(1/2, 1/2) / 2, over log 2
+    expected = (0.75 * math.log(4 / 3) + 0.25 * math.log(4) - 0.5 * math.log(2)) / math.log(2)
+    assert specialisation([[1.0, 0.0], [0.5, 0.5]]) == pytest.approx(expected)
+    assert specialisation([[0.1, 0.0], [3.0, 3.0]]) == pytest.approx(expected)  # rows are shares, whatever their sum
+    assert specialisation([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]) == pytest.approx(expected)  # a task on the base alone
+
+
+def test_where_there_is_nothing_to_tell_apart_there_is_no_number():
+    assert specialisation([]) is None
+    assert specialisation([[1.0, 0.0]]) is None
+    assert specialisation([[1.0], [1.0]]) is None
+    assert specialisation([[2.0, -1.0], [0.0, 1.0]]) is None
+    assert RoutingSummary("gate", 5, {"law": {"a": 1.0, "b": 0.0}, "news": {"b": 1.0}}).specialisation() == 1.0
+
+
+@given(st.lists(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=3), min_size=2, max_size=5), st.randoms())
+def test_it_stays_between_0_and_1_and_ignores_order(weights, random):
+    found = specialisation(weights)
+    assert 0 <= found <= 1
+    shuffled = random.sample(weights, len(weights))
+    columns = random.sample(range(3), 3)
+    assert specialisation([[row[c] for c in columns] for row in shuffled]) == pytest.approx(found, abs=1e-9)

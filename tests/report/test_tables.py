@@ -42,5 +42,6 @@ def test_a_grown_report_shows_changes_facts_advice_and_notes(report):
     assert "-3.0" in text  # sum, gate alone: 93 % to 90 %
     assert "new" in text
     assert "Hardly used: b" in text
+    assert "Experts specialise by task: 0.40 of 1." in text
     assert "old_tasks_bit_equal: yes" in text
     assert "a <note>" in text
