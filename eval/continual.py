@@ -10,6 +10,11 @@ a recipe's sections that replace those of this setting, and a folder of its own 
 
     python -m eval.continual run --data FOLDER --recipe t5.yaml --cells runs/t5 --suite order4 --methods o_lora color
     python -m eval.continual table --cells runs/t5              # runs/t5.md
+
+The suite `superni1` has six SuperNI tasks (`gen/superni/<task>.jsonl.gz`, rows with prompt, answer and split) and is of
+SmolLM2, unless --recipe says otherwise:
+
+    python -m eval.continual run --data FOLDER --suite superni1 --cells eval/results/continual_smollm2
 """
 
 from __future__ import annotations
@@ -25,11 +30,19 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
-from eval.continual_grid import ADAPTERS, MAIN, METHODS, ORDERS, Cell, grid
+from eval.continual_grid import ADAPTERS, MAIN, METHODS, ORDERS, SUPERNI, Cell, grid
 from eval.continual_page import page
 
 CELLS = RESULTS / "continual"
 TRAIN, TEST, STEPS, BATCH = 2000, 400, 100, 16
+SHORT_TEST = 40  # of SuperNI: answers are generated, for every task after every task
+SMOLLM2: dict[str, Any] = {
+    "base": {"model": "smollm2", "dtype": "bfloat16"},
+    "adapter": {"target_modules": "all-linear"},
+    "data": {"max_length": 128},
+    "train": {"max_steps": 60, "batch_size": 8, "lr": 1.0e-3, "precision": "32-true"},
+    "eval": {"batch_size": 40, "max_new_tokens": 10},
+}
 
 
 def minilm() -> str:
@@ -44,27 +57,66 @@ def minilm() -> str:
     return str(Path(found.origin).parent / "model")
 
 
-def write_task(data: Path, task: str, out: Path, options: bool) -> dict[str, Any]:
+def read_rows(file: Path, wanted: dict[str, int]) -> dict[str, list[dict[str, Any]]]:
+    """The first rows of each split of a task's file."""
+    rows: dict[str, list[dict[str, Any]]] = {split: [] for split in wanted}
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        for line in lines:
+            row = json.loads(line)
+            if len(rows.get(row["split"], ())) < wanted.get(row["split"], 0):
+                rows[row["split"]].append(row)
+    return rows
+
+
+def write_rows(out: Path, task: str, rows: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """The splits `train` and `test` of a task as files of their own, and their entry in a recipe."""
+    for split, chosen in rows.items():
+        text = "".join(json.dumps(row) + "\n" for row in chosen)
+        (out / f"{task}_{split}.jsonl").write_text(text, encoding="utf-8")
+    return {
+        "source": "jsonl",
+        "train": str(out / f"{task}_train.jsonl"),
+        "eval": str(out / f"{task}_test.jsonl"),
+    }
+
+
+def write_task(
+    data: Path, task: str, out: Path, options: bool, train: int = TRAIN, test: int = TEST
+) -> dict[str, Any]:
     """The first training and test rows of a task as files of their own, and its entry in a recipe.
 
     `options`: the text ends with the labels to choose from, for models that generate the answer.
     """
     labels = json.loads((data / "tasks.json").read_text(encoding="utf-8"))["cl15"][task]["labels"]
-    wanted, rows = {"train": TRAIN, "test": TEST}, {"train": [], "test": []}  # type: ignore[var-annotated]
-    with gzip.open(data / "cl15" / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
-        for line in lines:
-            row = json.loads(line)
-            if len(rows.get(row["split"], ())) < wanted.get(row["split"], 0):
-                rows[row["split"]].append({"text": row["text"], "label": row["label_text"]})
-    for split, chosen in rows.items():
-        (out / f"{task}_{split}.jsonl").write_text(
-            "".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8"
-        )
+    rows = read_rows(data / "cl15" / f"{task}.jsonl.gz", {"train": train, "test": test})
+    chosen = {
+        split: [{"text": row["text"], "label": row["label_text"]} for row in rows[split]] for split in rows
+    }
     return {
-        "source": "jsonl", "kind": "classification", "labels": labels,
+        **write_rows(out, task, chosen), "kind": "classification", "labels": labels,
         "text": f"{{text}}\nOptions: {', '.join(labels)}\nAnswer:" if options else "{text}",
-        "train": str(out / f"{task}_train.jsonl"), "eval": str(out / f"{task}_test.jsonl"),
     }  # fmt: skip
+
+
+def write_superni(
+    data: Path, task: str, out: Path, train: int = TRAIN, test: int = SHORT_TEST
+) -> dict[str, Any]:
+    """The same of a SuperNI task, whose prompts say what is to be done; scored by exact match."""
+    rows = read_rows(data / "gen" / "superni" / f"{task}.jsonl.gz", {"train": train, "test": test})
+    chosen = {
+        split: [{"prompt": row["prompt"], "target": f" {row['answer']}"} for row in rows[split]]
+        for split in rows
+    }
+    return write_rows(out, task, chosen)
+
+
+def named_base(base: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's base in which the name `smollm2` has become the folder of that model."""
+    if base["model"] != "smollm2":
+        return base
+    from eval.smollm2 import smollm2
+
+    return {**base, "model": str(smollm2())}
 
 
 def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -74,7 +126,11 @@ def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = No
         "adapter": {"target_modules": ["query", "value"]},
     }
     generates = other["base"].get("task_type") != "SEQ_CLS"
-    tasks = {task: write_task(data, task, work, generates) for task in ORDERS[cell.suite].split()}
+    names = ORDERS[cell.suite].split()
+    if cell.suite in SUPERNI:
+        tasks = {task: write_superni(data, task, work) for task in names}
+    else:
+        tasks = {task: write_task(data, task, work, generates) for task in names}
     own: dict[str, Any] = {
         "adapter": {"r": 8, "lora_alpha": 16},
         "data": {"max_length": 64},
@@ -90,7 +146,7 @@ def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = No
     sections["adapter"] |= ADAPTERS.get(cell.method, {})
     sections["data"]["tasks"] = tasks
     return {
-        "name": "cell", "seed": cell.seed, "output": str(work / "runs"), "base": other["base"],
+        "name": "cell", "seed": cell.seed, "output": str(work / "runs"), "base": named_base(other["base"]),
         "continual": METHODS[cell.method], **sections,
     }  # fmt: skip
 
@@ -125,12 +181,13 @@ def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[st
     matrix["overlap"] = matrix["overlap"]["mean"]
     base, train = Path(given["base"]["model"]), given["train"]
     settings = {
-        "method": METHODS[cell.method], "train": TRAIN, "test": TEST, "steps": train.get("max_steps"),
+        "method": METHODS[cell.method], "train": TRAIN,
+        "test": SHORT_TEST if cell.suite in SUPERNI else TEST, "steps": train.get("max_steps"),
         "epochs": train.get("epochs"), "batch": train["batch_size"], "recipe": other,
     }  # fmt: skip
     return {
         "suite": cell.suite, "method": cell.method, "seed": cell.seed,
-        "base": base.parent.name if base.name == "model" else str(base),
+        "base": {"model": base.parent.name, "smollm2": "SmolLM2-135M-Instruct"}.get(base.name, str(base)),
         "settings": settings, "seconds": round(time.time() - began), "environment": environment(), **matrix,
     }  # fmt: skip
 
@@ -142,7 +199,7 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
     for cell in cells:
         file = folder / f"{cell.name}.json"
         claim = file.with_suffix(".claim")
-        if file.exists() or _claimed(claim):
+        if file.exists() or claimed(claim):
             continue
         claim.write_text(str(os.getpid()), encoding="utf-8")
         try:
@@ -166,7 +223,7 @@ def check_settings(folder: Path, other: dict[str, Any] | None) -> None:
             )
 
 
-def _claimed(claim: Path) -> bool:
+def claimed(claim: Path) -> bool:
     """Whether another living process works on the cell."""
     try:
         os.kill(int(claim.read_text(encoding="utf-8")), 0)
@@ -207,14 +264,13 @@ def main() -> None:
         given.cells.with_suffix(".md").write_text(text, encoding="utf-8")
         print(text)
         return
-    if given.recipe and given.cells == CELLS:
-        parser.error(
-            "--recipe is another setting than the committed cells': give --cells a folder of its own"
-        )
+    if (given.recipe or given.suite in SUPERNI) and given.cells == CELLS:
+        parser.error("this is another setting than the committed cells': give --cells a folder of its own")
     quiet_process()
     cells = [Cell(given.suite, method, seed) for seed in given.seeds for method in given.methods]
     chosen = [cell for cell in (cells if given.suite else grid()) if given.only in cell.name]
-    run_grid(chosen, given.data, given.cells, read_sections(given.recipe) if given.recipe else None)
+    other = SMOLLM2 if given.suite in SUPERNI else None
+    run_grid(chosen, given.data, given.cells, read_sections(given.recipe) if given.recipe else other)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,12 @@ ORDERS = {
     "order6": "yelp amazon mnli cb copa qqp rte imdb sst2 dbpedia agnews yahoo multirc boolqa wic",
     # The tasks of order 6 that a MiniLM can learn: on the others it is at chance, or knows them already.
     "order6cut": "yelp amazon imdb sst2 dbpedia agnews yahoo wic",
+    # The tasks with short prompts of the first SuperNI order of SAPT, for models that generate.
+    "superni1": "task363_sst2_polarity_classification task1510_evalution_relation_extraction "
+    "task073_commonsenseqa_answer_generation task591_sciq_answer_generation "
+    "task1687_sentiment140_classification task875_emotion_classification",
 }
+SUPERNI = ("superni1",)
 DEFAULT = "color"
 PROTOTYPES = {"kind": "prototypes", "depth": 0.67}
 MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")

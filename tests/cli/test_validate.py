@@ -62,7 +62,7 @@ finally:
 
 
 def test_overrides_are_checked_too(cli: Cli) -> None:
-    result = cli("validate", QUICKSTART, "train.lrr=1", "adapter.gate.top_k=9")
+    result = cli("validate", QUICKSTART, "train.lrr=1", "adapter.gate={kind: top_k, top_k: 9}")
     assert (result.code, result.out) == (2, "")
     assert "override 'train.lrr=1'  train.lrr: not a setting. Did you mean 'lr'?" in result.err
     assert "9 is more than num_experts = 4." in result.err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from pathlib import Path
 
 import pytest
 
@@ -47,6 +48,29 @@ def test_the_grid_is_whole():
     assert {c.method for c in cells} == set(continual.METHODS)
     assert all(len(set(order.split())) == len(order.split()) for order in continual.ORDERS.values())
     assert {len(continual.ORDERS[f"order{i}"].split()) for i in (4, 5, 6)} == {15}
+
+
+@pytest.mark.parametrize("method", continual.METHODS)
+def test_every_cell_of_superni_is_a_valid_recipe(method, tmp_path, monkeypatch):
+    (tmp_path / "gen" / "superni").mkdir(parents=True)
+    for task in continual.ORDERS["superni1"].split():
+        rows = [
+            {"prompt": f"What is {i}?\nOutput:", "answer": str(i), "split": split}
+            for split in ("train", "dev", "test")
+            for i in range(60)
+        ]
+        with gzip.open(tmp_path / "gen" / "superni" / f"{task}.jsonl.gz", "wt", encoding="utf-8") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr("eval.smollm2.smollm2", lambda: tmp_path / "smollm2")
+    cell = continual.Cell("superni1", method, 0)
+    made = load_recipe(continual.recipe(cell, tmp_path, tmp_path, continual.SMOLLM2))
+    assert made.base.model == str(tmp_path / "smollm2")
+    assert (made.train.max_steps, made.train.batch_size, len(made.data.tasks)) == (60, 8, 6)
+    task = next(iter(made.data.tasks.values()))
+    held_out = Path(task.eval).read_text(encoding="utf-8").splitlines()
+    assert len(held_out) == continual.SHORT_TEST
+    assert json.loads(held_out[7]) == {"prompt": "What is 7?\nOutput:", "target": " 7"}
+    assert task.metric == "exact_match"
 
 
 @pytest.mark.parametrize("method", continual.METHODS)

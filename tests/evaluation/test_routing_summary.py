@@ -108,8 +108,9 @@ def test_half_shared_has_its_closed_form():
     # H(3/4, 1/4) - H(1/2, 1/2) / 2, over log 2
     expected = (0.75 * math.log(4 / 3) + 0.25 * math.log(4) - 0.5 * math.log(2)) / math.log(2)
     assert specialisation([[1.0, 0.0], [0.5, 0.5]]) == pytest.approx(expected)
-    assert specialisation([[0.1, 0.0], [3.0, 3.0]]) == pytest.approx(expected)  # rows are shares, whatever their sum
-    assert specialisation([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]) == pytest.approx(expected)  # a task on the base alone
+    # Rows are shares, whatever they sum to; a task on the base alone has none.
+    assert specialisation([[0.1, 0.0], [3.0, 3.0]]) == pytest.approx(expected)
+    assert specialisation([[1.0, 0.0], [0.5, 0.5], [0.0, 0.0]]) == pytest.approx(expected)
 
 
 def test_where_there_is_nothing_to_tell_apart_there_is_no_number():
@@ -117,7 +118,8 @@ def test_where_there_is_nothing_to_tell_apart_there_is_no_number():
     assert specialisation([[1.0, 0.0]]) is None
     assert specialisation([[1.0], [1.0]]) is None
     assert specialisation([[2.0, -1.0], [0.0, 1.0]]) is None
-    assert RoutingSummary("gate", 5, {"law": {"a": 1.0, "b": 0.0}, "news": {"b": 1.0}}).specialisation() == 1.0
+    summary = RoutingSummary("gate", 5, {"law": {"a": 1.0, "b": 0.0}, "news": {"b": 1.0}})
+    assert summary.specialisation() == 1.0
 
 
 @given(st.lists(st.lists(st.floats(0.01, 1.0), min_size=3, max_size=3), min_size=2, max_size=5), st.randoms())
