@@ -80,7 +80,7 @@ def _conflict(tasks: int, steps: int, factors: tuple[int, ...], arms: tuple[str,
 
 FEW = ("lora", "lora told", "top-2", "soft", "soft, gate allowed for", "task")
 SUITES: dict[str, Suite] = {
-    "conflict8": _conflict(8, 150, FACTORS, tuple(ARMS)),
+    "conflict8": _conflict(8, 150, (*FACTORS, 30), tuple(ARMS)),
     "conflict16": _conflict(16, 300, (3,), FEW),
     "conflict32": _conflict(32, 300, (3,), FEW),
     "embedded": Suite(
