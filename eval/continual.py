@@ -14,7 +14,7 @@ a recipe's sections that replace those of this setting, and a folder of its own 
 The suite `superni1` has six SuperNI tasks (`gen/superni/<task>.jsonl.gz`, rows with prompt, answer and split) and is of
 SmolLM2, unless --recipe says otherwise:
 
-    python -m eval.continual run --data FOLDER --suite superni1 --cells eval/results/continual_smollm2
+    python -m eval.continual run --data FOLDER --suite superni1 --cells runs/smollm2
 """
 
 from __future__ import annotations

@@ -85,11 +85,11 @@ SUITES: dict[str, Suite] = {
     "conflict32": _conflict(32, 300, (3,), FEW),
     "embedded": Suite(
         "the ten tasks of the embedded base, named in the prompt", embedded_tasks,
-        "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, SCALED, lr=2.0e-3, factors=(1, 3),
+        "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, SCALED, lr=2.0e-3,
     ),
     "minilm": Suite(
         "the 15 tasks of cl15 on MiniLM, jointly", cl15_tasks,
-        "minilm", 15, 2, ("query", "value"), 100, 16, 48, 1, ALL, factors=(1, 3),
+        "minilm", 15, 2, ("query", "value"), 100, 16, 48, 1, SCALED, factors=(1, 3),
     ),
     "smollm2": Suite(
         "four SuperNI tasks on SmolLM2-135M-Instruct", superni_tasks,
