@@ -63,7 +63,6 @@ ARMS: dict[str, str] = {
     "task": "an expert per task, chosen by its id",
     "hydralora": "one A, several B, dense (HydraLoRA), rank raised to as many parameters",
 }
-ALL = tuple(arm for arm in ARMS if arm != "lora told")
 
 
 SCALED = ("lora", "top-2", "top-2, gate allowed for", "soft, gate allowed for", "task", "hydralora")
@@ -78,11 +77,11 @@ def _conflict(tasks: int, steps: int, factors: tuple[int, ...], arms: tuple[str,
     )  # fmt: skip
 
 
-FEW = ("lora", "lora told", "top-2", "soft", "soft, gate allowed for", "task")
+FEW = ("lora", "lora told", "top-2", "soft", "task")
 SUITES: dict[str, Suite] = {
     "conflict8": _conflict(8, 150, (*FACTORS, 30), tuple(ARMS)),
-    "conflict16": _conflict(16, 300, (3,), FEW),
-    "conflict32": _conflict(32, 300, (3,), FEW),
+    "conflict16": _conflict(16, 300, (3, 10), FEW),
+    "conflict32": _conflict(32, 300, (3, 10), FEW),
     "embedded": Suite(
         "the ten tasks of the embedded base, named in the prompt", embedded_tasks,
         "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, SCALED, lr=2.0e-3,

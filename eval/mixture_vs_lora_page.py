@@ -74,6 +74,17 @@ def compared(runs: Mapping[int, Mapping[str, Any]], other: Mapping[int, Mapping[
     return f"{interval(list(enumerate(values)))} {verdict(values)}".strip()
 
 
+def allowances(cells: Cells, suite: str) -> str:
+    """The paired difference between each arm whose scale allows for the gate and its plain one; "" where none has both."""
+    runs = best_runs(cells, suite)
+    pairs = [(arm, f"{arm}, gate allowed for") for arm in ("top-2", "soft")]
+    return "; ".join(
+        f"{plain} {compared(runs[raised], runs[plain])}"
+        for plain, raised in pairs
+        if plain in runs and raised in runs
+    )
+
+
 def sweep(cells: Cells, suite: str) -> str:
     """Arm x learning rate, first seed."""
     settings = SUITES[suite]
@@ -95,6 +106,8 @@ def section(cells: Cells, suite: str) -> str:
     settings = SUITES[suite]
     parts = [f"## {settings.title[0].upper()}{settings.title[1:]}\n", f"{describe(settings)}\n"]
     parts.append(f"{table(cells, suite)}\n")
+    if raised := allowances(cells, suite):
+        parts.append(f"A scale that allows for the gate, minus the plain arm: {raised}.\n")
     if len(settings.factors) > 1:
         parts.append(f"Learning rates, seed {settings.seeds[0]}:\n\n{sweep(cells, suite)}\n")
     return "\n".join(parts)

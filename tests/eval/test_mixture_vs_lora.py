@@ -10,7 +10,7 @@ import pytest
 
 from eval import mixture_vs_lora as study
 from eval.mixture_vs_lora_grid import ARMS, LORAS, SUITES, Cell, adapter, best_factor, missing
-from eval.mixture_vs_lora_page import differences, page, verdict
+from eval.mixture_vs_lora_page import allowances, differences, page, verdict
 from eval.mixture_vs_lora_tasks import PLACES, conflicting_tasks
 from eval.quickstart_vs_lora import trainable
 from molora.config import load_recipe
@@ -96,6 +96,19 @@ def test_an_arm_wins_where_the_interval_over_seeds_leaves_out_0():
     assert verdict([-0.1, -0.11, -0.1]) == "loses"
     assert verdict([0.1, -0.1, 0.05]) == "ties"
     assert verdict([0.1]) == ""
+
+
+def test_a_raised_scale_is_compared_with_its_plain_arm():
+    suite = SUITES["embedded"]
+    arms = {"top-2": 0.5, "top-2, gate allowed for": 0.6}
+    cells = [
+        cell(arm, factor, seed, value - 0.1 * (factor != 3))
+        for arm, value in arms.items()
+        for factor in suite.factors
+        for seed in suite.seeds
+    ]
+    assert allowances(cells, "embedded") == "top-2 10.0 ± 0.0 wins"
+    assert allowances(cells[:9], "embedded") == ""
 
 
 def test_the_committed_page_is_that_of_the_committed_cells():
