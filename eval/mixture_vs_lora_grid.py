@@ -80,8 +80,8 @@ def _conflict(tasks: int, steps: int, factors: tuple[int, ...], arms: tuple[str,
 FEW = ("lora", "lora told", "top-2", "soft", "task")
 SUITES: dict[str, Suite] = {
     "conflict8": _conflict(8, 150, (*FACTORS, 30), tuple(ARMS)),
-    "conflict16": _conflict(16, 300, (3, 10), FEW),
-    "conflict32": _conflict(32, 300, (3, 10), FEW),
+    "conflict16": _conflict(16, 300, FACTORS, FEW),
+    "conflict32": _conflict(32, 300, FACTORS, FEW),
     "embedded": Suite(
         "the ten tasks of the embedded base, named in the prompt", embedded_tasks,
         "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, SCALED, lr=2.0e-3,
