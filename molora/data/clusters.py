@@ -10,7 +10,6 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +28,13 @@ _RESTARTS = 10  # k-means keeps the best of these runs: a single one may split a
 
 def need_kmeans(what: str) -> None:
     """Raise ConfigError where scikit-learn is missing, before `what` has cost anything."""
-    if find_spec("sklearn") is None:
+    try:
+        import sklearn.cluster  # noqa: F401
+    except ImportError:
         raise ConfigError(
             f"{what}: k-means needs scikit-learn, which is not installed.",
             hint="pip install 'molora[cluster]'",
-        )
+        ) from None
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_a_grown_run_can_be_grown_again(grown):
 
 
 def test_a_router_that_could_not_learn_is_refused_before_anything_costs_time(trained, monkeypatch):
-    monkeypatch.setattr("molora.data.clusters.find_spec", lambda _: None)
+    monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
     monkeypatch.setattr("molora.continual.grow._scores_before", None)
     with pytest.raises(ConfigError, match="k-means needs scikit-learn"):
         add_expert(trained, {"task": TASK, "router": "prototypes"})

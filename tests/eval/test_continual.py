@@ -153,10 +153,10 @@ def test_differences_are_of_runs_of_one_order_and_seed():
 
     cells = [
         cell("joint", "order1", 0, 0.75),
-        cell("color", "order1", 0, 0.5),
-        cell("color", "order1", 1, 0.1),
+        cell(DEFAULT, "order1", 0, 0.5),
+        cell(DEFAULT, "order1", 1, 0.1),
     ]
-    assert differences(cells, SHORT).splitlines()[2:] == ["| joint - color | 1 |  | 25.0 |"]
+    assert differences(cells, SHORT).splitlines()[2:] == [f"| joint - {DEFAULT} | 1 |  | 25.0 |"]
 
 
 def test_seeds_are_compared_over_the_same_orders():

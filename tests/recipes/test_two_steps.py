@@ -29,14 +29,14 @@ TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "
 
 
 def write_qwen2(folder: Path) -> Path:
-    """A Qwen2 of 2 layers and hidden size 32 whose tokenizer has a chat template."""
+    """A Qwen2 of 2 layers and hidden size 32 whose tokenizer has a chat template, and gets tokens more when it is loaded."""
     tokenizer = write_tokenizer(folder)
     tokenizer.chat_template = CHAT
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
     config = Qwen2Config(
         hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-        vocab_size=len(tokenizer), max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None,
+        vocab_size=len(tokenizer) + 8, max_position_embeddings=128, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     Qwen2ForCausalLM(config).save_pretrained(folder)
