@@ -26,7 +26,7 @@ from eval.bench import common
 from eval.continual import minilm
 from eval.continual_grid import ORDERS
 
-TRAIN, TEST, LENGTH, CLUSTERS, SHRINKAGE = 500, 100, 64, 20, 0.1
+TRAIN, TEST, LENGTH, CLUSTERS, SHRINKAGE = 200, 80, 64, 20, 0.1
 KINDS = ("gaussian", "ridge", "prototypes")
 DEFAULT_DEPTH = 1 / 3
 
@@ -80,7 +80,8 @@ def namer(kind: str, learned: list[Tensor]) -> Any:
     centres = CLUSTERS if made.clustered else 1
     known = TaskStatistics.of(len(learned) * centres, learned[0].shape[1])
     for task, x in enumerate(map(made.prepared, learned)):
-        nearest = TextClusters.fit(x, min(centres, len(x))).assign(x) if centres > 1 else torch.zeros(len(x))
+        count = min(centres, len(torch.unique(x.float(), dim=0)))
+        nearest = TextClusters.fit(x, count).assign(x) if count > 1 else torch.zeros(len(x))
         for centre in range(centres):
             known = known.learned(task * centres + centre, x[nearest == centre])
     return made(known, SHRINKAGE, centres)
