@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from molora.continual.strategy import Batches, KeepsBases, Note, Turn, expert_layers, watch
 from molora.continual.subspace import grown_basis, leading, residual
+from molora.forward.rows import NOBODYS, rows_of
 from molora.tuner.layer import MoLoraLayer
 
 # Share of a task's energy below which a direction is only rounding: it may be one of an old task.
@@ -48,11 +49,13 @@ def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
 
     def note(key: str, layer: MoLoraLayer) -> Note:
-        stream = layer.mounts[layer.active_adapters[0]].stream
+        mount = layer.mounts[layer.active_adapters[0]]
 
         def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-            x = args[0].detach()
-            kept = layer.context.call.mask(stream, x.shape[:-1])
+            x, call = args[0].detach(), layer.context.call
+            rows = rows_of(mount, call, x)
+            x = x if rows is None else rows.by_sample(x)
+            kept = None if rows is NOBODYS else call.mask(mount.stream, x.shape[:-1])
             x = x.reshape(-1, x.shape[-1])
             x = (x if kept is None else x[kept]).double()
             found[key] = found.get(key, 0) + x.t() @ x

@@ -9,7 +9,8 @@ from torch.testing import assert_close
 import molora
 from eval.architectures import TASKS, adapted, logits, tried
 from eval.bases import batch_of, model_of
-from molora import RoutingError
+from molora import GateConfig, RoutingError
+from molora.continual.inf_lora import covariances
 
 ODD = ["opt", "qwen2_moe", "xlnet", "longformer", "led", "deepseek_v2", "deepseek_v3", "wav2vec2", "hubert", "whisper",
        "bert2bert", "bert_choice", "swin", "jamba"]  # fmt: skip
@@ -135,3 +136,16 @@ def test_B4_a_gate_of_sequences_remembers_its_prompt_in_whatever_cache(name):
     settings = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     cached, anew = (model.base_model.generate(**batch, **settings, use_cache=c) for c in (True, False))
     assert torch.equal(cached, anew)
+
+
+def test_B2_what_inf_lora_reads_leaves_padding_out_where_layers_read_tokens():
+    """OPT's feed-forwards read (tokens, d)."""
+    model, batch = adapted(model_of("opt"), GateConfig(scope="constant")), batch_of("opt")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask")}
+    found = covariances(model, lambda: iter([inputs]))
+    kept = [mask.bool() for mask in batch["attention_mask"]]
+    rows = [{k: v[i : i + 1, kept[i]] for k, v in inputs.items()} for i in range(len(kept))]
+    alone = covariances(model, lambda: iter(rows))
+    assert any("fc1" in key for key in found) and any(not mask.all() for mask in kept)
+    for key in found:
+        assert_close(found[key], alone[key], atol=1e-4, rtol=1e-4)
