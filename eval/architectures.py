@@ -82,6 +82,13 @@ def _apart(one: Tensor, other: Tensor) -> float:
 # -- what is tried -----------------------------------------------------------------------------------
 
 
+def _near(after: Tensor, before: Tensor) -> str:
+    """What a trial says of logits that must be those of before; raises Failed where they are others."""
+    if (far := _apart(after, before)) > CLOSE:
+        raise Failed(f"{far:.2g} off")
+    return YES
+
+
 def trains(name: str) -> str:
     """Every layer's experts, and every gate, get a gradient; the auxiliary loss is in the loss."""
     model = adapted(model_of(name), "token", aux_losses={"balance": 0.01})
@@ -173,9 +180,7 @@ def exports(name: str) -> str:
         before = logits(model(**batch, routing_task_ids="beta"))
         molora.export_lora(model, folder, task="beta")
         after = logits(PeftModel.from_pretrained(model_of(name), folder).eval()(**batch))
-    if (far := _apart(after, before)) > CLOSE:
-        raise Failed(f"{far:.2g} off")
-    return YES
+    return _near(after, before)
 
 
 def merges(name: str) -> str:
@@ -184,9 +189,7 @@ def merges(name: str) -> str:
     with torch.no_grad():
         before = logits(model(**batch, routing_task_ids="beta"))
         after = logits(copy.deepcopy(model).merge_and_unload(task="beta")(**batch))
-    if (far := _apart(after, before)) > CLOSE:
-        raise Failed(f"{far:.2g} off")
-    return YES
+    return _near(after, before)
 
 
 def counts(name: str) -> str:

@@ -22,14 +22,14 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import os
-import shutil
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
+from eval.cells import claimed, load_cells, make_cell, write_page
 from eval.continual_grid import ADAPTERS, MAIN, METHODS, ORDERS, SUPERNI, Cell, grid
 from eval.continual_page import page
 
@@ -197,18 +197,9 @@ def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] 
     folder.mkdir(parents=True, exist_ok=True)
     check_settings(folder, other)
     for cell in cells:
-        file = folder / f"{cell.name}.json"
-        claim = file.with_suffix(".claim")
-        if file.exists() or claimed(claim):
+        if (folder / f"{cell.name}.json").exists() or claimed(folder, cell.name):
             continue
-        claim.write_text(str(os.getpid()), encoding="utf-8")
-        try:
-            found = play(cell, data, other)
-            partial = file.with_suffix(".part")
-            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            shutil.move(partial, file)
-        finally:
-            claim.unlink(missing_ok=True)
+        found = make_cell(folder, cell.name, partial(play, cell, data, other))
         shown, hidden = (found["matrices"].get(view, {}).get("summary") for view in ("shown", "hidden"))
         print(f"{cell.name}: {found['seconds']} s\n  shown  {shown}\n  hidden {hidden}", flush=True)
 
@@ -221,20 +212,6 @@ def check_settings(folder: Path, other: dict[str, Any] | None) -> None:
             raise SystemExit(
                 f"{folder / name}.json was not made with this --recipe: give --cells a folder of its own."
             )
-
-
-def claimed(claim: Path) -> bool:
-    """Whether another living process works on the cell."""
-    try:
-        os.kill(int(claim.read_text(encoding="utf-8")), 0)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def load_cells(folder: Path = CELLS) -> list[dict[str, Any]]:
-    """All finished cells."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
 def main() -> None:
@@ -259,10 +236,7 @@ def main() -> None:
         )
     given = parser.parse_args()
     if given.verb == "table":
-        cells = load_cells(given.cells) or parser.error(f"there are no cells in {given.cells}")
-        text = page(cells)
-        given.cells.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text)
+        write_page(given.cells, page)
         return
     if (given.recipe or given.suite in SUPERNI) and given.cells == CELLS:
         parser.error("this is another setting than the committed cells': give --cells a folder of its own")

@@ -13,16 +13,17 @@ processes share the work.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import tempfile
 import time
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
-from eval.continual import claimed, minilm
+from eval.cells import claimed, load_cells, make_cell, write_page
+from eval.continual import minilm
 from eval.mixture_vs_lora_grid import LORAS, SUITES, Cell, Suite, adapter, missing
 from eval.mixture_vs_lora_page import page
 
@@ -183,33 +184,18 @@ def train(cell: Cell, config: Any, tasks: Any, model: Any, tokenizer: Any) -> fl
 
 def run_grid(suites: list[str], data: Path | None, folder: Path, only: str = "") -> None:
     """Run every missing cell. Several processes share the work: each claims a cell by a file first."""
-    import os
-
     folder.mkdir(parents=True, exist_ok=True)
     while True:
         free = [
             cell
             for cell in missing(load_cells(folder), suites)
-            if only in cell.name and not claimed(folder / f"{cell.name}.claim")
+            if only in cell.name and not claimed(folder, cell.name)
         ]
         if not free:
             return
-        claim = folder / f"{free[0].name}.claim"
-        claim.write_text(str(os.getpid()), encoding="utf-8")
-        try:
-            found = play(free[0], data)
-            partial = claim.with_suffix(".part")
-            partial.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-            partial.replace(claim.with_suffix(".json"))
-        finally:
-            claim.unlink(missing_ok=True)
+        found = make_cell(folder, free[0].name, partial(play, free[0], data))
         mean = sum(found["scores"].values()) / len(found["scores"])
         print(f"{free[0].name}: {mean:.3f}, loss {found['loss']:.3f}, {found['seconds']} s", flush=True)
-
-
-def load_cells(folder: Path = CELLS) -> list[dict[str, Any]]:
-    """All finished cells."""
-    return [json.loads(file.read_text(encoding="utf-8")) for file in sorted(folder.glob("*.json"))]
 
 
 def main() -> None:
@@ -227,10 +213,7 @@ def main() -> None:
         verb.add_argument("--cells", type=Path, default=CELLS, help="where the cells are")
     given = parser.parse_args()
     if given.verb == "table":
-        cells = load_cells(given.cells) or parser.error(f"there are no cells in {given.cells}")
-        text = page(cells)
-        given.cells.with_suffix(".md").write_text(text, encoding="utf-8")
-        print(text)
+        write_page(given.cells, page)
         return
     if given.data is None and not set(given.suites) <= set(EMBEDDED_SUITES):
         parser.error("these suites need --data FOLDER")

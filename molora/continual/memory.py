@@ -48,13 +48,13 @@ class Memory:
 
     def infer(
         self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, examples: Sequence[Example]
-    ) -> list[str | None] | None:
+    ) -> list[str] | None:
         """The task that the run's prototypes take each held-out example for; None without any."""
         if self.router is None:
             return None
         if task.name not in self._features:
             self._features[task.name] = self._read(model, tokenizer, examples)
-        return [*self.router.predict(self._features[task.name])]
+        return self.router.predict(self._features[task.name])
 
     def _read(self, model: Any, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> Tensor:
         assert self.settings is not None

@@ -129,7 +129,7 @@ def shown_route(model: Any, task: Task, known: bool) -> str | None:
 
 def _named(
     model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, answers: Answers, memory: Memory
-) -> list[str | None] | None:
+) -> Sequence[str | None] | None:
     """The task that each held-out record is taken for, None: for none that is known; None without a router."""
     if not names_tasks(model):
         return memory.infer(model, tokenizer, task, answers.examples)

@@ -54,16 +54,12 @@ def naming(model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Iterable[Task]
     """What the active adapter's router takes the held-out prompts of these tasks for."""
     adapter = str(model.active_adapter)
     router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
-    told_apart = router.settings.unknown != "nearest"
     named, refused = {}, {}
     for task in tasks:
         prompts = [list(encode(task, record, tokenizer, limits.max_length).prompt) for record in task.eval]
         read = features(model, tokenizer, prompts, adapter, limits.batch_size)
-        guess = router.guess(read)
-        names = [
-            NOTHING if told_apart and not known else task_map.name(guess.ids[row])
-            for row, known in zip(guess.nearest.tolist(), guess.known.tolist(), strict=True)
-        ]
+        found = router.named(router.guess(read))
+        names = [NOTHING if i is None else task_map.name(i) for i in found]
         named[task.name] = dict(Counter(names).most_common())
         share = router.strangers(task_map.ids.get(task.name), read)  # None: a task that is still to come
         if share is not None:

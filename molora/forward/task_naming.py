@@ -191,17 +191,16 @@ def _ids(found: AdapterRouting, features: Tensor) -> TaskIds:
             hint=f"molora.fit_router(model, tokenizer, {{task: prompts}}) teaches it; or {_GIVE_IDS}.",
         )
     guess = router.guess(features)
-    ids = [guess.ids[row] for row in guess.nearest.tolist()]
-    unknown = [row for row, known in enumerate(guess.known.tolist()) if not known]
-    if unknown and router.settings.unknown == "error":
-        task = found.task_map.name(ids[unknown[0]])
+    named = router.named(guess)
+    if None in named and router.settings.unknown == "error":
+        row = named.index(None)
+        task = found.task_map.name(guess.ids[int(guess.nearest[row])])
         raise RoutingError(
-            f"prompt {unknown[0]} of the batch belongs to no task this adapter knows: the likeliest is {task!r}, and it is "
+            f"prompt {row} of the batch belongs to no task this adapter knows: the likeliest is {task!r}, and it is "
             "less like that than nearly all of its own prompts.",
             hint=f"{_GIVE_IDS}; or set the router's unknown to nearest or base.",
         )
-    if router.settings.unknown == "base":
-        ids = [BASE_ONLY if row in unknown else task for row, task in enumerate(ids)]
+    ids = [BASE_ONLY if task is None else task for task in named]
     if not (router.settings.soft and found.config.gate.scope == "task"):
         return resolve_ids(found.task_map, ids)
     shares = guess.posteriors.float()

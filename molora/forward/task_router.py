@@ -131,6 +131,12 @@ class TaskRouter(nn.Module):
         floors = self.floors[[self.ids.index(i) for i in self.learned]]
         return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest])
 
+    def named(self, guess: Guess) -> list[int | None]:
+        """The task id of each prompt of a guess; None for those that are like no task, where the settings tell them apart."""
+        apart = self.settings.unknown != "nearest"
+        rows = zip(guess.nearest.tolist(), guess.known.tolist(), strict=True)
+        return [None if apart and not known else guess.ids[row] for row, known in rows]
+
     def strangers(self, task: int | None, features: Tensor) -> float | None:
         """Share of features (sample, d) of a task that would not count as known if this task were not; None: no other is."""
         others = deepcopy(self)

@@ -153,20 +153,9 @@ def named_prompts(
         return []
     guess = router.guess(features(model, tokenizer, prompts, adapter, batch_size))
     names = [task_map.name(task) for task in guess.ids]
-    told_apart = router.settings.unknown != "nearest"
-    rows = zip(
-        guess.nearest.tolist(),
-        guess.posteriors.tolist(),
-        guess.log_densities.tolist(),
-        guess.known.tolist(),
-        strict=True,
-    )
-    return [
-        NamedTask(
-            None if told_apart and not known else names[row], dict(zip(names, shares, strict=True)), density
-        )
-        for row, shares, density, known in rows
-    ]
+    found = [None if task is None else task_map.name(task) for task in router.named(guess)]
+    rows = zip(found, guess.posteriors.tolist(), guess.log_densities.tolist(), strict=True)
+    return [NamedTask(task, dict(zip(names, shares, strict=True)), density) for task, shares, density in rows]
 
 
 def router_of(model: Any, adapter: str) -> TaskRouter:

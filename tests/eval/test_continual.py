@@ -173,13 +173,13 @@ def test_an_interval_is_students():
 
 
 def test_the_committed_page_is_that_of_the_committed_cells():
-    cells = continual.load_cells()
+    cells = continual.load_cells(continual.CELLS)
     assert cells
     assert (continual.RESULTS / "continual.md").read_text(encoding="utf-8") == page(cells)
 
 
 def test_the_default_keeps_every_old_answer_in_the_committed_cells():
-    chosen = [cell for cell in continual.load_cells() if cell["method"] == DEFAULT]
+    chosen = [cell for cell in continual.load_cells(continual.CELLS) if cell["method"] == DEFAULT]
     assert chosen
     for cell in chosen:
         assert all(cell["unchanged"].values())

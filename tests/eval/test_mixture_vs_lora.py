@@ -112,7 +112,7 @@ def test_a_raised_scale_is_compared_with_its_plain_arm():
 
 
 def test_the_committed_page_is_that_of_the_committed_cells():
-    cells = study.load_cells()
+    cells = study.load_cells(study.CELLS)
     assert study.CELLS.with_suffix(".md").read_text(encoding="utf-8") == page(cells)
     for found in cells:
         expected = SUITES[found["suite"]]
