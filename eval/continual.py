@@ -11,6 +11,12 @@ a recipe's sections that replace those of this setting, and a folder of its own 
     python -m eval.continual run --data FOLDER --recipe t5.yaml --cells runs/t5 --suite order4 --methods o_lora color
     python -m eval.continual table --cells runs/t5              # runs/t5.md
 
+A base called `minilm` there is the encoder above: the same setting in float32 is
+
+    base: {model: minilm, task_type: SEQ_CLS, head: match}
+    adapter: {target_modules: [query, value]}
+    train: {precision: 32-true}
+
 The suite `superni1` has six SuperNI tasks (`gen/superni/<task>.jsonl.gz`, rows with prompt, answer and split) and is of
 SmolLM2, unless --recipe says otherwise:
 
@@ -111,7 +117,9 @@ def write_superni(
 
 
 def named_base(base: dict[str, Any]) -> dict[str, Any]:
-    """A recipe's base in which the name `smollm2` has become the folder of that model."""
+    """A recipe's base in which the names `minilm` and `smollm2` have become the folders of those models."""
+    if base["model"] == "minilm":
+        return {**base, "model": minilm()}
     if base["model"] != "smollm2":
         return base
     from eval.smollm2 import smollm2
@@ -122,7 +130,7 @@ def named_base(base: dict[str, Any]) -> dict[str, Any]:
 def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
     """The recipe of one cell. `other`: base, adapter, data, train and eval settings of another model than MiniLM."""
     other = other or {
-        "base": {"model": minilm(), "task_type": "SEQ_CLS", "head": "match"},
+        "base": {"model": "minilm", "task_type": "SEQ_CLS", "head": "match"},
         "adapter": {"target_modules": ["query", "value"]},
     }
     generates = other["base"].get("task_type") != "SEQ_CLS"

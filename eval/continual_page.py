@@ -11,6 +11,8 @@ from eval.continual_grid import DEFAULT, METHODS, ORDERS, SHORT
 PAIRS = (
     ("joint", DEFAULT),
     ("independent", DEFAULT),
+    ("color", DEFAULT),
+    ("color, one pass", DEFAULT),
     (DEFAULT, "o_lora"),
     ("o_lora", "inc_lora"),
     ("o_lora, weak", "inc_lora"),
