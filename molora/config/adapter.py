@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Any, Self
 
 from pydantic import Field, model_validator
@@ -12,7 +13,7 @@ from molora.config.gate import GateSettings
 from molora.config.gate_rules import gate_problems
 from molora.config.loss_rules import AuxLosses
 from molora.config.mixture import Mixture
-from molora.config.mixture_rules import mixture_problems, rank_problems
+from molora.config.mixture_rules import mixture_problems, pattern_problems, rank_problems
 from molora.config.presets import preset_settings
 from molora.config.router import RouterSettings, router_problems
 from molora.config.section import (
@@ -99,7 +100,8 @@ class AdapterConfig(Section, Mixture):
     def _check(self) -> Self:
         if self.from_loras is not None and not self.from_loras:
             refuse([(("from_loras",), "names no LoRA; give {name: folder}, or leave it out.")])
-        refuse([*mixture_problems(self, self.gate), *rank_problems(self), *self._empty()])
+        problems = mixture_problems(self, self.gate), pattern_problems(self), rank_problems(self)
+        refuse(chain(*problems, self._empty()))
         return self
 
     def _empty(self) -> Iterator[Problem]:

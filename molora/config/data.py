@@ -33,6 +33,7 @@ KIND_KEYS: dict[str, tuple[str, ...]] = {
 KIND_OF_TASK_TYPE = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
 
 Files = str | list[str]
+MOST_GENERATED = 1_000_000
 
 
 class TaskConfig(Section):
@@ -98,6 +99,9 @@ class TaskConfig(Section):
         for key in ("train", "eval"):
             if getattr(self, key) == []:
                 yield (key,), "is an empty list; name at least one file."
+        for key in ("train_size", "eval_size"):
+            if self.source == "synthetic" and (getattr(self, key) or 0) > MOST_GENERATED:
+                yield (key,), f"must be at most {MOST_GENERATED:,}: made-up records are kept in memory."
 
     def _kind_problems(self, given: set[str]) -> Iterator[Problem]:
         own, metrics = KIND_KEYS[self.kind], METRICS[self.kind]
@@ -122,7 +126,7 @@ class DataConfig(Section):
     max_length: PositiveInt = 512
     mixing: Literal["size", "equal", "temperature"] = "size"
     mixing_temperature: Positive = 2.0
-    workers: int = Field(default=0, ge=0)
+    workers: int = Field(default=0, ge=0, le=512)
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
 
     @model_validator(mode="after")

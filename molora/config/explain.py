@@ -143,7 +143,8 @@ def _describe(model: type[BaseModel], path: Path, item: Any) -> str:
         return f"must be {TYPE_NAMES[kind]}, not {_short(given)}{'; put it in quotes' if plain else ''}."
     if kind in BOUNDS:
         key, words = BOUNDS[kind]
-        return f"must be {words} {ctx[key]:g}, not {given!r}."
+        bound = ctx[key]
+        return f"must be {words} {bound:{',' if isinstance(bound, int) else 'g'}}, not {given!r}."
     if kind in ("too_short", "string_too_short"):
         return "must not be empty."
     if kind == "finite_number":

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, ValidationInfo
 from pydantic_core import PydanticKnownError
 
 from molora.config.choices import GATE_CHOICES
-from molora.config.section import NonNegative, Positive, PositiveInt
+from molora.config.section import ExpertCount, NonNegative, Positive, Width
 from molora.config.setting import numbers_of, setting
 
 UNNORMALISED = ("identity", "gain")
@@ -55,7 +55,7 @@ class GateSettings:
         "logits of α start evenly between minus this in the first block and plus this in the last.",
         acts_with={"blend": ["sequence"]},
     )
-    feature_dim: PositiveInt | None = setting(None, "of scope `external`: width of the features.")
+    feature_dim: Width | None = setting(None, "of scope `external`: width of the features.")
     share: str = setting(
         "group",
         "one gate per `linear`, per `group` of linears that read the same input, per `block` of the transformer (its first "
@@ -69,7 +69,7 @@ class GateSettings:
         "then linear); `table` for constant.",
     )
     bias: bool = setting(False, "a learned number per expert on top of a linear, mlp or embedding score.")
-    hidden: PositiveInt = setting(32, "width of the mlp's hidden layer.", acts_with={"score": ["mlp"]})
+    hidden: Width = setting(32, "width of the mlp's hidden layer.", acts_with={"score": ["mlp"]})
     norm: Choice = setting(
         "unit",
         "`unit` length, or `layer`: both sides standardised, their product over the root of d.",
@@ -78,8 +78,8 @@ class GateSettings:
     absolute: bool = setting(
         False, "the score's absolute value counts.", acts_with={"score": ["linear", "cosine"]}
     )
-    embedding_dim: PositiveInt = setting(64, "width of a task's vector.", acts_with={"score": ["embedding"]})
-    splits: PositiveInt = setting(
+    embedding_dim: Width = setting(64, "width of a task's vector.", acts_with={"score": ["embedding"]})
+    splits: Width = setting(
         1,
         "of a table with combine `factors`: inputs and outputs are cut into so many parts, each with weights of its own.",
     )
@@ -93,13 +93,13 @@ class GateSettings:
         "`dense`; `top_k`; `top_p` (until they make up top_p); `threshold` (what is above it); `entropy` (top_p, or all "
         "experts where the gate is unsure); `hard` (the best one, weight 1, straight-through).",
     )
-    top_k: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
+    top_k: ExpertCount | list[ExpertCount] | dict[str, ExpertCount] = setting(
         2, "experts per token under `top_k`: a number, a list by block, or `{pattern: number}`."
     )
     top_p: Positive = setting(
         0.8, "share of the probability that is kept.", acts_with={"select": ["top_p", "entropy"]}
     )
-    min_k: PositiveInt = setting(
+    min_k: ExpertCount = setting(
         1, "experts that are kept at least.", acts_with={"select": ["top_p", "entropy"]}
     )
     threshold: NonNegative | None = setting(

@@ -9,6 +9,7 @@ from typing import Any
 
 from molora.config.choices import GATE_CHOICES, GATE_KINDS, SHARES
 from molora.config.gate import UNNORMALISED, GateSettings
+from molora.config.patterns import pattern_problem
 from molora.config.setting import acts, default_of, idle_problems, numbers_of, value_problems
 from molora.config.suggest import did_you_mean, not_one_of
 
@@ -56,14 +57,15 @@ def _unknown_choices(gate: GateSettings) -> Iterator[tuple[str, str]]:
         value = getattr(gate, name)
         if value is not None and value not in allowed:
             yield name, not_one_of(value, allowed)
+    for pattern in gate.top_k if isinstance(gate.top_k, dict) else ():
+        if problem := pattern_problem(pattern):
+            yield "top_k", problem
     share = gate.share
     if share not in SHARES:
-        try:
-            groups = re.compile(share).groups
-        except re.error as error:
-            groups = 0
-            yield "share", f"{share!r} is no regular expression: {error}."
-        if groups != 1 or share.isidentifier():
+        problem = pattern_problem(share)
+        if problem is not None:
+            yield "share", problem
+        elif re.compile(share).groups != 1:
             text = f"{share!r} is not one of {', '.join(SHARES)}, nor a regular expression with one group, whose match "
             yield "share", f"{text}names the gate.{did_you_mean(share, SHARES)}"
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from molora.config.losses import AUX_LOSSES
-from molora.config.section import ExpertName, Fraction, Positive, PositiveInt
+from molora.config.section import ExpertCount, ExpertName, Fraction, Positive, Width
 from molora.config.setting import numbers_of, setting
 
 
@@ -26,12 +26,12 @@ class ExpertSpec:
 class Mixture:
     """How many experts of which rank sit on which layers, and how they are mixed; PEFT's spelling where PEFT has one."""
 
-    num_experts: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
+    num_experts: ExpertCount | list[ExpertCount] | dict[str, ExpertCount] = setting(
         8,
         "experts per target layer: a number, a list (one per transformer block), or `{pattern: number}` (layers without a "
         "pattern have the largest number).",
     )
-    r: PositiveInt | list[PositiveInt] | dict[str, PositiveInt] = setting(
+    r: Width | list[Width] | dict[str, Width] = setting(
         8, "rank per expert: a number, a list (one per transformer block), or `{pattern: rank}`."
     )
     lora_alpha: Positive = setting(16.0, "scaling numerator.")
@@ -49,7 +49,7 @@ class Mixture:
     init_gain: Positive = setting(1.0, "factor on A's initial standard deviation.")
     kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
     kind_settings: dict[str, int | float] = setting(dict, "settings of the kind.")
-    rank_pattern: dict[str, PositiveInt] = setting(dict, "`{pattern: rank}` exceptions from r, as in PEFT.")
+    rank_pattern: dict[str, Width] = setting(dict, "`{pattern: rank}` exceptions from r, as in PEFT.")
     alpha_pattern: dict[str, Positive] = setting(
         dict, "`{pattern: alpha}` exceptions from lora_alpha, as in PEFT."
     )

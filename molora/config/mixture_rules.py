@@ -10,6 +10,7 @@ from molora.config.gate import BY_SAMPLE, GateSettings
 from molora.config.gate_rules import size_problems
 from molora.config.loss_rules import fit_problems
 from molora.config.mixture import Mixture
+from molora.config.patterns import pattern_problem
 from molora.config.section import Problem
 from molora.config.setting import values_of
 from molora.config.suggest import options
@@ -42,9 +43,11 @@ def _names(mixture: Mixture) -> Iterator[Problem]:
     names, known = mixture.expert_names or [], mixture.experts
     if mixture.expert_names is not None and len(names) != mixture.most_experts:
         yield ("expert_names",), f"names {len(names)} experts, but num_experts = {mixture.most_experts}."
+    seen: set[str] = set()
     for i, name in enumerate(names):
-        if name.casefold() in [other.casefold() for other in names[:i]]:  # folders may ignore case
+        if name.casefold() in seen:  # folders may ignore case
             yield ("expert_names", i), f"{name!r} is there twice (upper and lower case count as one)."
+        seen.add(name.casefold())
     for name in mixture.frozen_experts:
         if name not in known:
             yield ("frozen_experts",), _unknown(name, known)
@@ -60,6 +63,20 @@ def _tasks(mixture: Mixture) -> Iterator[Problem]:
                 yield ("tasks", task, key), _unknown(name, mixture.experts)
             elif isinstance(chosen, list) and name in chosen[:i]:
                 yield ("tasks", task, key), f"{name!r} is there twice."
+
+
+def pattern_problems(mixture: Mixture) -> Iterator[Problem]:
+    """Regular expressions on module names that are none, or take too long; entries of a list are suffixes."""
+    given: dict[tuple[str, ...], object] = {
+        (name,): getattr(mixture, name)
+        for name in ("target_modules", "exclude_modules", "plain_targets", "ffn_targets")
+    }
+    for name in ("num_experts", "r", "rank_pattern", "alpha_pattern"):
+        value = getattr(mixture, name)
+        given |= {(name, key): key for key in (value if isinstance(value, dict) else ())}
+    for path, pattern in given.items():
+        if isinstance(pattern, str) and (problem := pattern_problem(pattern)):
+            yield path, problem
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:

@@ -13,7 +13,7 @@ from molora.config.gate_rules import size_problems
 from molora.config.loss_rules import aux_problems
 from molora.config.losses import AUX_LOSSES
 from molora.config.mixture import ExpertSpec, Mixture, SavedMixture
-from molora.config.mixture_rules import mixture_problems, rank_problems
+from molora.config.mixture_rules import mixture_problems, pattern_problems, rank_problems
 from molora.config.names import check_name
 from molora.config.router import router_from
 from molora.config.section import Problem
@@ -40,6 +40,7 @@ def normalise(config: SavedMixture) -> None:
             "Use scaling='alpha' (the article's form) or a plain init with use_rslora=True.",
             stacklevel=4,
         )
+    _refuse(pattern_problems(config))
     _refuse(rank_problems(config))
     if config.kind in KINDS and config.scaling is None and not config.use_rslora:
         config.scaling = KINDS[config.kind].scaling

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from molora.config.choices import ROUTERS
-from molora.config.section import Fraction, PositiveInt, Share
+from molora.config.section import ExpertCount, Fraction, PositiveInt, Share
 from molora.config.setting import documented, idle_problems, setting, value_problems
 from molora.config.suggest import did_you_mean
 from molora.errors import ConfigError
@@ -38,7 +38,7 @@ class RouterSettings:
         "how far the covariance is shrunk towards its mean variance, 1: all the way, which makes distances Euclidean; of "
         "ridge: its λ.",
     )
-    clusters: PositiveInt = setting(20, "centres per task.", acts_with={"kind": ["prototypes"]})
+    clusters: ExpertCount = setting(20, "centres per task.", acts_with={"kind": ["prototypes"]})
     records: PositiveInt = setting(2000, "how many prompts of a task are read, drawn at random.")
     soft: bool = setting(
         False,

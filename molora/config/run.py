@@ -12,7 +12,16 @@ from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.gate_rules import UNNORMALISED
-from molora.config.section import PositiveInt, Problem, RunName, Section, expand_shorthand, refuse
+from molora.config.section import (
+    ExpertCount,
+    PositiveInt,
+    Problem,
+    RunName,
+    Section,
+    Width,
+    expand_shorthand,
+    refuse,
+)
 from molora.config.suggest import options
 from molora.config.train import TrainConfig
 
@@ -47,7 +56,7 @@ class EvalConfig(Section):
 
     batch_size: PositiveInt = 32
     max_new_tokens: PositiveInt = 32
-    num_beams: PositiveInt = 1
+    num_beams: ExpertCount = 1
     modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
 
 
@@ -57,7 +66,7 @@ class FeaturesConfig(Section):
     kind: Literal["clusters"] = "clusters"
     encoder: str = Field(min_length=1)
     revision: str | None = None
-    num_clusters: PositiveInt = 64
+    num_clusters: Width = 64
 
 
 class RunConfig(Section):

@@ -24,10 +24,17 @@ class Bound(NamedTuple):
     whole: bool = False
 
 
-_COUNT = Bound("must be at least 1", lambda n: type(n) is int and n >= 1, whole=True)
+def _count(most: int) -> Bound:
+    words = f"must be at least 1 and at most {most:,}"
+    return Bound(words, lambda n: type(n) is int and 1 <= n <= most, whole=True)
+
+
 _NOT_BELOW_0 = Bound("must not be negative", lambda n: 0 <= n < float("inf"))
 _ABOVE_0 = Bound("must be positive", lambda n: 0 < n < float("inf"))
-PositiveInt = Annotated[int, Field(ge=1), _COUNT]
+# Upper bounds are far beyond any use; they keep a slip of the keyboard from asking for more memory than there is.
+PositiveInt = Annotated[int, Field(ge=1, le=10**9), _count(10**9)]  # of steps, texts and the like
+ExpertCount = Annotated[int, Field(ge=1, le=2**14), _count(2**14)]
+Width = Annotated[int, Field(ge=1, le=2**16), _count(2**16)]  # of a matrix: a rank, a hidden layer
 Fraction = Annotated[float, Field(ge=0, lt=1), Bound("must be in [0, 1)", lambda n: 0 <= n < 1)]
 Share = Annotated[float, Field(gt=0, le=1), Bound("must be above 0 and at most 1", lambda n: 0 < n <= 1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), _NOT_BELOW_0]

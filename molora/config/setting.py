@@ -109,7 +109,10 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
         elif value is not None and bound is not None:
             wrong = [n for n in numbers_of(value) if not bound.holds(n)]
             if bound.whole and several and (wrong or value == []):
-                yield name, f"{bound.words} everywhere: a number, a list by block, or a map of name patterns."
+                yield (
+                    name,
+                    f"{bound.words}, everywhere: a number, a list by block, or a map of name patterns.",
+                )
             elif wrong:
                 infinite = isinstance(wrong[0], float) and not math.isfinite(wrong[0])
                 yield name, "must be a finite number." if infinite else f"{bound.words}."

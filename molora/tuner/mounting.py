@@ -14,6 +14,7 @@ from molora.forward.task_router import TaskRouter
 from molora.tuner import parts
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.placement import place
+from molora.tuner.room import check_room
 from molora.tuner.targets import group_key, matches
 
 
@@ -55,9 +56,10 @@ class Mounting:
         """
         config = self.config
         stream, plain = self.streams[key], matches(config.plain_targets, key)
+        d_in, d_out = _get_in_out_features(base)
+        assert d_in is not None and d_out is not None  # only linear layers come here
+        check_room(config, key, base, d_in, d_out)
         bank = parts.new_bank(config, self.kind, key, base, plain=plain)
-        d_in, _ = _get_in_out_features(base)
-        assert d_in is not None  # only linear layers come here
         mount = Mount(self.adapter, key, stream, d_in, self.context, bank, plain=plain)
         place(mount, config)
         mount.router, self._router = self._router, None  # the first layer keeps it

@@ -183,7 +183,7 @@ def test_two_pass_generation_runs_each_token_once_and_equals_no_cache(num_beams)
         ({"splits": 2}, "needs score: table"),
         ({"balance_rate": 0.1, "select": "dense"}, "needs select: top_k"),
         ({"transform": "identity", "select": "top_p"}, "needs probabilities"),
-        ({"top_k": [1, 0]}, "at least 1 everywhere"),
+        ({"top_k": [1, 0]}, "at least 1 and at most 16,384, everywhere"),
         ({"scope": "token", "feature_dim": 4}, "acts only with scope: external"),
         ({"scope": "task", "score": "table", "noise": "jitter"}, "reads nothing"),
     ],

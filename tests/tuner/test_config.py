@@ -24,7 +24,7 @@ from tests.zoo import FEED_FORWARD, base_model, config_for, molora_model
         ({"gate": {"topk": 2}}, "gate.topk is not a setting. Did you mean 'top_k'"),
         ({"gate": GateConfig(top_k=1, renorm="sum")}, "never learn"),
         ({"num_experts": 0}, "at least 1"),
-        ({"r": 0}, "at least 1 everywhere"),
+        ({"r": 0}, "at least 1 and at most 65,536, everywhere"),
         ({"lora_dropout": 1.0}, r"\[0, 1\)"),
         ({"init": "kaimin"}, "Did you mean 'kaiming'"),
         ({"scaling": "alpha", "use_rslora": True}, "write only one of the two"),
