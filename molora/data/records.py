@@ -13,6 +13,9 @@ from typing import Any, BinaryIO, NoReturn, cast
 from molora.errors import DataError
 
 MAX_LINE = 10_000_000  # bytes; a longer line means that the file does not hold one record per line
+MAX_TEXT = 8_000_000_000  # bytes of one file, unpacked: records of text files are kept in memory
+# Text of any language shrinks to a tenth, tables of repeated values to a fiftieth.
+MAX_PACKED, _JUDGED_FROM = 200, 64_000_000
 
 _BYTE_ORDER_MARKS = ((b"\xff\xfe", "UTF-16 or UTF-32"), (b"\xfe\xff", "UTF-16"), (b"\0\0\xfe\xff", "UTF-32"))
 _UTF8_MARK = b"\xef\xbb\xbf"
@@ -36,13 +39,17 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) of a UTF-8 file with their line ends; a UTF-8 byte order mark is dropped.
 
     Raises DataError, starting with `file:line`, where the file is missing, not UTF-8, has a NUL character or a line
-    over `MAX_LINE` bytes, or its gzip data is damaged.
+    over `MAX_LINE` bytes, its gzip data is damaged or unpacks to more than `MAX_PACKED` times its size, or it is
+    larger than `MAX_TEXT`.
     """
-    number = 0
+    number = read = 0
     try:
         with _open(path) as file:
+            limit = _most_text(path)
             while line := file.readline(MAX_LINE + 1):
                 number += 1
+                if (read := read + len(line)) > limit:
+                    raise _too_much(path, number, limit)
                 yield number, _decode(line, path, number)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
@@ -55,7 +62,21 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
         raise DataError(f"{path}: cannot be read: {error.strerror or error}.", hint=hint) from None
 
 
+def _most_text(path: Path) -> int:
+    return min(MAX_TEXT, max(_JUDGED_FROM, MAX_PACKED * path.stat().st_size))
+
+
+def _too_much(path: Path, number: int, limit: int) -> DataError:
+    if limit == MAX_TEXT:
+        hint = "use source: parquet or folder, whose records stay on disk"
+        return DataError(f"{path}:{number}: more than {MAX_TEXT:,} bytes of text.", hint=hint)
+    text = f"{path}:{number}: {path.stat().st_size:,} bytes of gzip data unpack to more than {limit:,}."
+    return DataError(text, hint="unpack the file, if it is what you think it is")
+
+
 def _open(path: Path) -> BinaryIO:
+    if path.exists() and not path.is_file() and not path.is_dir():  # reading might wait for ever
+        raise DataError(f"{path}: is a pipe or a device, not a file.", hint="write its content to a file")
     with path.open("rb") as file:
         start = file.read(4)
     if path.suffix == ".gz" and start and not start.startswith(_GZIP_MAGIC):

@@ -94,6 +94,8 @@ def sha256(file: Path) -> str:
 
 def read_json(file: Path) -> Any:
     """The content of a JSON file; AdapterError where it is missing or not JSON."""
+    if file.exists() and not file.is_file():
+        raise AdapterError(f"{file} is not a file.", hint="copy the folder again.")
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -107,6 +109,8 @@ def _raise(error: OSError) -> None:
 
 
 def _entry(file: Path) -> dict[str, Any]:
+    if file.exists() and not file.is_file():  # reading might wait for ever
+        raise AdapterError(f"{file} is a pipe or a device, not a file.", hint="copy the folder again.")
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 
