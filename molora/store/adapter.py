@@ -18,6 +18,7 @@ from molora.disk.atomic import recover, write_folder
 from molora.disk.base_check import check_base
 from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE, write_card
 from molora.disk.manifest import MANIFEST, read_json, verify_folder
+from molora.disk.tensors import check_header
 from molora.errors import AdapterError, ConfigError
 from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
@@ -106,6 +107,7 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
                 hint=f"only {WEIGHTS_FILE} is read; convert the file where you trust it.",
             )
         raise AdapterError(f"{folder / WEIGHTS_FILE} is missing.")
+    check_header(folder / WEIGHTS_FILE)
     stored = read_json(folder / CONFIG_FILE)
     kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
     if not isinstance(stored, dict) or kind != "MOLORA":

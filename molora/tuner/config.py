@@ -15,8 +15,9 @@ from molora.config.mixture import ExpertSpec, SavedMixture
 from molora.config.normalise import normalise
 from molora.config.roster import Roster
 from molora.config.setting import documented, setting
-from molora.disk.card import complete_folder
+from molora.disk.card import WEIGHTS_FILE, complete_folder
 from molora.disk.manifest import MANIFEST, verify_folder
+from molora.disk.tensors import check_header
 from molora.tuner.lora_fields import refusing
 
 __all__ = ["ExpertSpec", "MoLoraConfig", "MoLoraPeftType", "as_sequence"]
@@ -81,6 +82,7 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         if (folder / MANIFEST).is_file():
             verify_folder(folder)
+        check_header(folder / WEIGHTS_FILE)
         return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
 
     @property

@@ -5,6 +5,7 @@ import struct
 
 import pytest
 import torch
+from peft import PeftModel
 from safetensors.torch import save_file
 
 import molora
@@ -52,6 +53,14 @@ def test_crafted_safetensors_are_refused(folder, name):
     (folder / WEIGHTS).write_bytes(FILES[name])
     with pytest.raises(AdapterError, match=WEIGHTS):
         molora.load(base_model("llama"), folder)
+
+
+def test_a_million_empty_tensors_are_refused_before_they_are_read(folder):
+    names = ",".join(f'"t{i}":{{"dtype":"F32","shape":[0],"data_offsets":[0,0]}}' for i in range(10**6))
+    (folder / WEIGHTS).write_bytes(crafted(f"{{{names}}}".encode()))
+    for load in (molora.load, PeftModel.from_pretrained):
+        with pytest.raises(AdapterError, match=rf"{WEIGHTS}: its header has 58,888,891 bytes"):
+            load(base_model("llama"), folder)
 
 
 def test_many_tiny_tensors_are_refused_as_unknown(folder):
