@@ -42,11 +42,14 @@ def command(
         overrides=overrides or [],
         out=out,
         allow_other_base=allow_other_base,
+        floors=floors,
     )
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)
     else:
         print_report(report)
+        if report.folder is not None:
+            console().print(f"report: {report.folder / 'report.html'}", markup=False, soft_wrap=True)
     check_thresholds(report, floors)
 
 

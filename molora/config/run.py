@@ -59,6 +59,15 @@ class EvalConfig(Section):
     num_beams: ExpertCount = 1
     modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        refuse(
+            (("modes", i), f"{mode!r} is there twice.")
+            for i, mode in enumerate(self.modes)
+            if mode in self.modes[:i]
+        )
+        return self
+
 
 class FeaturesConfig(Section):
     """Where a gate of external scope gets its features from: the cluster of each prompt, one-hot."""
@@ -123,7 +132,12 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         of_sequence = () if self.continual is None else self._sequence_problems(self.continual)
-        of_rest = (self._task_problems(), self._kind_problems(), self._feature_problems())
+        of_rest = (
+            self._task_problems(),
+            self._kind_problems(),
+            self._feature_problems(),
+            self._mode_problems(),
+        )
         refuse(chain(of_sequence, *of_rest, self._start_problems()))
         return self
 
@@ -197,6 +211,13 @@ class RunConfig(Section):
             yield ("adapter", "gate", "feature_dim"), text
         elif features is not None and self.base.task_type == "SEQ_2_SEQ_LM":
             yield ("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM."
+
+    def _mode_problems(self) -> Iterator[Problem]:
+        adapter = self.adapter
+        by_id = adapter.gate.scope == "task" and adapter.router is None and self.continual is None
+        if by_id and self.eval.modes == ["gate"]:
+            text = "'gate' alone scores answers without a task id, and this gate gives none: add task or base, or give the "
+            yield ("eval", "modes"), f"{text}adapter a router, which names the task."
 
     def _start_problems(self) -> Iterator[Problem]:
         adapter, gate = self.adapter, self.adapter.gate

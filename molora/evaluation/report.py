@@ -9,8 +9,10 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+from molora.config.suggest import options
 from molora.errors import AdapterError, ConfigError, ThresholdError
 from molora.evaluation.metrics import perplexity
 from molora.evaluation.naming import Naming
@@ -43,7 +45,7 @@ class Report:
 
     before: the scores before an expert was added, else empty. facts: named observations, not scores. naming: what the
     task router takes prompts for.
-    notes: sentences for people, for instance why a mode was skipped.
+    notes: sentences for people, for instance why a mode was skipped. folder: where it was written, if it was; not kept.
     """
 
     scores: list[Score] = field(default_factory=list)
@@ -53,6 +55,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -73,7 +76,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Perplexity, dead experts, specialisation are derived: written for readers, ignored when read."""
-        plain = dataclasses.asdict(self)
+        plain = dataclasses.asdict(dataclasses.replace(self, folder=None))
+        del plain["folder"]
         for row in plain["scores"] + plain["before"]:
             if row["metric"] in LOWER_IS_BETTER:
                 row["perplexity"] = perplexity(row["value"])
@@ -144,18 +148,11 @@ def check_thresholds(report: Report, floors: Mapping[str, float], *, mode: str |
     """Raise ThresholdError listing every score below its floor.
 
     floors: task name -> smallest allowed value (0..1); the name "*" stands for every task whose metric is
-    a share. mode: which scores count; default the first mode the report has. Raises ConfigError for a floor
-    on an unknown task or on a task measured by loss.
+    a share. mode: which scores count; default the first mode the report has. Raises ConfigError as `check_floors`.
     """
     mode = mode or next(iter(report.modes), None)
     by_task = {score.task: score for score in report.scores if score.mode == mode}
-    for task in floors:
-        if task != "*" and task not in by_task:
-            raise ConfigError(
-                f"--fail-under names the task {task!r}; evaluated in mode {mode!r} were {sorted(by_task)}"
-            )
-        if task != "*" and by_task[task].metric in LOWER_IS_BETTER:
-            raise ConfigError(f"--fail-under needs a score that grows with quality; {task!r} has a loss")
+    check_floors(floors, {task: score.metric for task, score in by_task.items()})
     missed = []
     for task, score in by_task.items():
         floor = floors.get(task, floors.get("*"))
@@ -164,6 +161,22 @@ def check_thresholds(report: Report, floors: Mapping[str, float], *, mode: str |
             missed.append(f"{task}: {score.metric} {score.value:.4f} < {floor:g}")
     if missed:
         raise ThresholdError(f"below the threshold in mode {mode!r}:\n  " + "\n  ".join(missed))
+
+
+def check_floors(floors: Mapping[str, float], metrics: Mapping[str, str]) -> None:
+    """Raise ConfigError for floors that no evaluation of these tasks (by name, their metric) could be compared with."""
+    for task, floor in floors.items():
+        if not 0 <= floor <= 1:
+            raise ConfigError(
+                f"--fail-under {floor:g} is not a share, from 0 to 1.",
+                hint=f"{floor:g} % is {floor / 100:g}." if 1 < floor <= 100 else None,
+            )
+        if task == "*":
+            continue
+        if task not in metrics:
+            raise ConfigError(f"--fail-under names the task {task!r}.{options(task, metrics, 'Tasks')}")
+        if metrics[task] in LOWER_IS_BETTER:
+            raise ConfigError(f"--fail-under needs a score that grows with quality; {task!r} has a loss")
 
 
 def _score(row: Mapping[str, Any]) -> Score:

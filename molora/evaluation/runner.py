@@ -63,13 +63,7 @@ def evaluate_tasks(
 
 def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]]:
     """The asked modes that the adapter can run, and a note for each it cannot; ConfigError where none is left."""
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(
-                f"unknown evaluation mode {mode!r}.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}."
-            )
-    if len(set(modes)) != len(modes):
-        raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
+    check_modes(modes)
     notes = []
     by_id = model.active_peft_config.gate.scope == "task"
     if "gate" in modes and by_id and not names_tasks(model):
@@ -81,6 +75,17 @@ def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]
             "no evaluation mode is left to run.", hint=" ".join(notes) or f"choose from {', '.join(MODES)}."
         )
     return list(modes), notes
+
+
+def check_modes(modes: Sequence[str]) -> None:
+    """Raise ConfigError for an unknown mode, or one named twice."""
+    for mode in modes:
+        if mode not in MODES:
+            raise ConfigError(
+                f"unknown evaluation mode {mode!r}.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}."
+            )
+    if len(set(modes)) != len(modes):
+        raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
 
 
 def in_mode(model: Any, task: str | None, mode: str) -> AbstractContextManager[Any]:

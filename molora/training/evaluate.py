@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,14 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.config.load import Recipe
+from molora.config.strict_yaml import dump
 from molora.data.tasks import Task, TaskSet
-from molora.disk.atomic import write_file
+from molora.disk.atomic import check_target, check_writable, write_file, write_folder
 from molora.errors import ConfigError
 from molora.evaluation.naming import naming
-from molora.evaluation.report import LOWER_IS_BETTER, Report
+from molora.evaluation.report import LOWER_IS_BETTER, Report, check_floors
 from molora.evaluation.routing import RoutingSummary
-from molora.evaluation.runner import evaluate_tasks
+from molora.evaluation.runner import check_modes, evaluate_tasks
 from molora.evaluation.score import Limits
 from molora.models.build import load_trained, tasks_of
 from molora.models.task_router import names_tasks
@@ -25,7 +27,7 @@ from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
 from molora.report.tables import routing_title
 from molora.store.adapter import read_config
-from molora.store.runs import CONFIG_FILE, Run
+from molora.store.runs import Run
 from molora.training.environment import describe_environment, quiet_libraries
 
 Source = str | os.PathLike[str] | Run
@@ -40,6 +42,7 @@ def evaluate(
     overrides: Sequence[str] = (),
     out: str | os.PathLike[str] | None = None,
     allow_other_base: bool = False,
+    floors: Mapping[str, float] | None = None,
 ) -> Report:
     """Score a trained mixture on held-out records.
 
@@ -49,13 +52,16 @@ def evaluate(
         modes: `gate`, `task`, `base`; default the recipe's.
         recipe: data and settings to use instead of the run's own.
         overrides: `section.key=value` texts applied on top.
-        out: folder for report.json, report.csv, report.html and pictures; default: the run's own folder when
-            everything of its recipe is scored, `evaluations/<n>` in it otherwise. Each file is replaced
-            atomically. An adapter folder without `out` is only scored.
+        out: folder for report.json, report.csv, report.html and pictures; it appears whole or not at all. It must be
+            new, empty, or one that an evaluation wrote. Default: `evaluations/<n>` in the run, so that the report of
+            its training stays. An adapter folder without `out` is only scored. The report's `folder` says where it is.
         allow_other_base: go on where the base is not the one the adapter was trained on; shapes must still fit.
+        floors: what `check_thresholds` will be asked afterwards; refused here where that could not be judged.
 
     Raises:
-        ConfigError: unknown tasks or modes, before any model is loaded. AdapterError: a damaged adapter.
+        ConfigError: unknown tasks or modes, floors that are no shares, or a folder that may not be written, before any
+            model is loaded.
+        AdapterError: a damaged adapter.
     """
     path = run_or_adapter.path if isinstance(run_or_adapter, Run) else Path(run_or_adapter)
     run = None if (path / "adapter_config.json").is_file() else Run.find(path)
@@ -65,16 +71,23 @@ def evaluate(
             f"{path} is an adapter folder, which holds no data to score.", hint="name a recipe with --recipe."
         )
     config = load_recipe(source, overrides)
+    if out is not None:
+        check_writable(check_target(out, run.path if run else path))
+    elif run is not None:
+        check_writable(_evaluations(run))
     adapter = read_config(run.trained_adapter if run else path)
     task_set = tasks_of(config, known_ids=adapter.task_ids or {})
     chosen = [task_set[name] for name in (task_set.ids if tasks is None else tasks)]
+    check_floors(floors or {}, {task.name: task.metric for task in chosen})
+    if modes is not None:
+        check_modes(modes)
     with quiet_libraries():
         model, tokenizer, _ = load_trained(run.path if run else path, allow_other_base=allow_other_base)
         report = score(config, model, tokenizer, chosen, modes)
-    whole = tasks is None and modes is None and recipe is None and not overrides
-    folder = Path(out) if out is not None else _folder(run, whole)
-    if folder is not None:
-        write_report(report, folder, config)
+    report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)
+    if report.folder is not None:
+        with write_folder(report.folder) as folder:
+            write_report(report, folder, config)
     return report
 
 
@@ -118,8 +131,7 @@ def write_report(report: Report, folder: Path, config: RunConfig) -> None:
     pictures = draw(report, folder)
     if (folder / "loss.png").is_file():
         pictures.insert(0, folder / "loss.png")
-    recipe = folder / CONFIG_FILE
-    text = recipe.read_text(encoding="utf-8") if recipe.is_file() else ""
+    text = dump(config.model_dump(mode="json"))
     page = render(report, title=f"molora: {config.name}", pictures=pictures, config=text)
     write_file(folder / "report.html", page.encode())
 
@@ -152,12 +164,15 @@ def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
     ]
 
 
-def _folder(run: Run | None, whole: bool) -> Path | None:
-    """Where a report goes: beside the run's own files, or apart where it shows only a part."""
-    if run is None:
-        return None
-    if whole:
-        return run.path
-    parent = run.path / "evaluations"
-    taken = [int(entry.name) for entry in parent.glob("*") if entry.name.isdigit()]
-    return parent / str(max(taken, default=0) + 1)
+def _evaluations(run: Run) -> Path:
+    return run.path / "evaluations"
+
+
+def _new_folder(run: Run) -> Path:
+    """The next number, made at once, so that another process that evaluates the run takes another."""
+    while True:
+        taken = [int(entry.name) for entry in _evaluations(run).glob("*") if entry.name.isdigit()]
+        folder = _evaluations(run) / str(max(taken, default=0) + 1)
+        with suppress(FileExistsError):
+            folder.mkdir(parents=True)
+            return folder

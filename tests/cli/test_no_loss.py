@@ -1,4 +1,4 @@
-"""`molora export --out` and `molora compose --out` delete nothing, and say so before a model is loaded."""
+"""`--out` of export, compose and eval deletes nothing, and says so before a model is loaded."""
 
 from __future__ import annotations
 
@@ -31,12 +31,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(params=["export", "compose"])
+@pytest.fixture(params=["export", "compose", "eval"])
 def door(request: pytest.FixtureRequest, place: Path, cli: Cli) -> Door:
     if request.param == "export":
         return lambda out: cli(
             "export", str(place / "runs" / "small"), "--expert", "expert_1", "--out", str(out)
         )
+    if request.param == "eval":
+        return lambda out: cli("eval", str(place / "runs" / "small"), "--mode", "base", "--out", str(out))
     return lambda out: cli("compose", str(place / "base"), f"a={place / 'lora'}", "--out", str(out))
 
 
@@ -46,8 +48,8 @@ def files(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def refused(door: Door, monkeypatch: pytest.MonkeyPatch) -> Callable[[Path | str, Path, str], None]:
-    for name in ("load_base", "load_trained"):
-        monkeypatch.setattr(f"molora.models.build.{name}", lambda *_, **__: pytest.fail("a model is loaded"))
+    for name in ("models.build.load_base", "models.build.load_trained", "training.evaluate.load_trained"):
+        monkeypatch.setattr(f"molora.{name}", lambda *_, **__: pytest.fail("a model is loaded"))
 
     def check(out: Path | str, around: Path, words: str) -> None:
         before = files(around)
@@ -88,7 +90,9 @@ def test_links_and_files_stay(refused: Refused, tmp_path: Path) -> None:
 
 def test_the_sources_stay(refused: Refused, place: Path, request: pytest.FixtureRequest) -> None:
     run = load_run(place / "runs" / "small")
-    if "export" in request.node.name:
+    if "eval" in request.node.name:
+        sources = (run.path,)
+    elif "export" in request.node.name:
         sources = (run.path, run.adapter, place / "runs", place / "runs" / "small")
     else:
         sources = (place / "base", place / "lora")
@@ -110,6 +114,9 @@ def test_new_and_empty_folders_and_our_own_are_written(door: Door, tmp_path: Pat
     (tmp_path / "empty").mkdir()
     for out in (tmp_path / "new", tmp_path / "empty", tmp_path / "new"):
         assert door(out).code == 0
+        if (out / "report.json").exists():
+            assert (out / "report.html").is_file()
+            continue
         assert PeftConfig.from_pretrained(str(out)).peft_type in ("LORA", "MOLORA")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["empty", "new"]
 
@@ -124,3 +131,34 @@ def test_a_hub_name_is_no_folder_of_the_same_name(
     )
     result = cli("compose", "Qwen/x", f"a={place / 'lora'}", "--out", "Qwen")
     assert "loader" in result.err
+
+
+def test_an_evaluation_leaves_the_report_of_training(place: Path, cli: Cli) -> None:
+    """A whole evaluation used to replace it, and with it the tables of a growth."""
+    run = load_run(place / "runs" / "small").path
+    own = (run / "report.json").read_bytes()
+    for number in (1, 2):
+        result = cli("eval", str(run))
+        assert result.code == 0 and f"report: {run}/evaluations/{number}/report.html" in result.out
+        assert (run / "evaluations" / str(number) / "report.json").is_file()
+    assert (run / "report.json").read_bytes() == own
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--fail-under", "95"], "95 is not a share, from 0 to 1.\n  hint: 95 % is 0.95."),
+        (["--fail-under", "nan"], "nan is not a share"),
+        (["--fail-under", "copyy=0.5"], "names the task 'copyy'. Did you mean 'copy'?"),
+        (["--mode", "gates"], "unknown evaluation mode 'gates'. Did you mean 'gate'?"),
+        (["--mode", "gate", "--mode", "gate"], "named twice"),
+    ],
+)
+def test_what_cannot_be_judged_is_refused_before_a_model_is_loaded(
+    place: Path, cli: Cli, given: list[str], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "molora.training.evaluate.load_trained", lambda *_, **__: pytest.fail("a model is loaded")
+    )
+    result = cli("eval", str(place / "runs" / "small"), *given)
+    assert result.code == 2 and words in result.err, result.err

@@ -194,3 +194,12 @@ def test_a_task_map_may_give_lists_and_weights() -> None:
 def test_without_a_length_it_is_one_epoch() -> None:
     config = load_recipe(small(train={})).train
     assert (config.max_steps, config.epochs) == (None, 1)
+
+
+def test_modes_that_give_no_answer_are_refused_before_training() -> None:
+    only = {"eval": {"modes": ["gate"]}, "data": {"tasks": TWO}}
+    text = refusal(small(adapter={"num_experts": 2, "gate": "task"}, **only))
+    assert "eval.modes: 'gate' alone scores answers without a task id" in text
+    assert load_recipe(small(adapter={"num_experts": 2, "gate": "task", "router": "gaussian"}, **only))
+    assert load_recipe(small(adapter={"num_experts": 2}, **only))
+    assert "eval.modes.1: 'task' is there twice." in refusal(small(eval={"modes": ["task", "task"]}))
