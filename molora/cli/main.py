@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
 from typer.exceptions import TyperException
 
-from molora.errors import InterruptedRun, MoLoraError
+from molora.errors import InterruptedRun, MoLoraError, explain
 from molora.version import __version__
 
 INTERRUPTED = InterruptedRun.exit_code
@@ -74,14 +78,16 @@ def options(
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and exit with the code of what happened."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    sys.exit(_run(arguments))
+    with _stopped_like_ctrl_c():
+        code = _run(arguments)
+    sys.exit(code)
 
 
 def _run(arguments: list[str]) -> int:
     try:
         result: Any = app(args=arguments, prog_name="molora", standalone_mode=False)
         if result == INTERRUPTED:  # typer turns Ctrl-C into this code and says nothing
-            print("interrupted", file=sys.stderr)
+            _say_interrupted(arguments)
         return result if isinstance(result, int) else 0
     except TyperException as error:  # a usage error: unknown verb, missing argument
         from typer.rich_utils import rich_format_error
@@ -91,11 +97,9 @@ def _run(arguments: list[str]) -> int:
     except MoLoraError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        name = "interrupted" if isinstance(error, InterruptedRun) else type(error).__name__
-        print(f"{name}: {error}", file=sys.stderr)
-        return error.exit_code
-    except typer.Abort:
-        print("interrupted", file=sys.stderr)
+        return _show(error)
+    except (typer.Abort, KeyboardInterrupt):
+        _say_interrupted(arguments)
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
         sys.stderr.close()
@@ -103,9 +107,43 @@ def _run(arguments: list[str]) -> int:
     except Exception as error:  # noqa: BLE001  (the last resort of a program: say so and exit 1)
         if "--debug" in arguments:
             traceback.print_exc()
+        if (found := explain(error)) is not None:
+            return _show(found)
         what = "This is a fault in molora. Run it again with `molora --debug ...` and report the traceback."
         print(f"internal error: {type(error).__name__}: {error}\n{what}", file=sys.stderr)
         return 1
+
+
+def _say_interrupted(arguments: list[str]) -> None:
+    resumable = bool({"train", "continual", "add-expert"} & {*arguments})
+    print("interrupted" + (": go on with --resume." if resumable else ""), file=sys.stderr)
+
+
+def _show(error: MoLoraError) -> int:
+    name = "interrupted" if isinstance(error, InterruptedRun) else type(error).__name__
+    print(f"{name}: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _stopped_like_ctrl_c() -> Iterator[None]:
+    """SIGTERM and SIGHUP end a verb as Ctrl-C does; training has its own way, see callbacks.Interrupt.
+
+    What is ignored stays so: that is how nohup keeps a process alive.
+    """
+    main = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    heard = [s for s in (signal.SIGTERM, signal.SIGHUP) if main and signal.getsignal(s) is signal.SIG_DFL]
+    for number in heard:
+        signal.signal(number, _interrupt)
+    try:
+        yield
+    finally:
+        for number in heard:
+            signal.signal(number, signal.SIG_DFL)
 
 
 if __name__ == "__main__":

@@ -57,7 +57,12 @@ def load_section(
 
 def dump_recipe(config: BaseModel, path: str | os.PathLike[str]) -> None:
     """Write a config as YAML that `load_recipe` reads back as an equal one."""
-    FilePath(path).write_text(dump(config.model_dump(mode="json")), encoding="utf-8")
+    FilePath(path).write_text(recipe_text(config), encoding="utf-8")
+
+
+def recipe_text(config: BaseModel) -> str:
+    """A config as YAML."""
+    return dump(config.model_dump(mode="json"))
 
 
 def _read(source: Any) -> tuple[Document, str]:

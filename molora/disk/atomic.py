@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -17,10 +16,9 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 
 from molora.disk.manifest import MANIFEST, foreign_entries, write_manifest
-from molora.errors import AdapterError, ConfigError
+from molora.errors import NO_SPACE, AdapterError, ConfigError
 
 _LEFTOVER = re.compile(r"(?P<name>.+)\.(?P<kind>tmp|old)-(?P<pid>\d+)-[0-9a-f]{8}")
-_NO_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _DAY = 86_400.0
 # What this process is writing: in a container another run may have the same pid.
 _open: set[Path] = set()
@@ -262,7 +260,7 @@ def _explain_no_space(target: Path, temporary: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         number = error.errno if isinstance(error, OSError) else _os_error(error)
-        if number not in _NO_SPACE:
+        if number not in NO_SPACE:
             raise
         files = [temporary, *temporary.rglob("*")]
         written = sum(file.stat().st_size for file in files if file.is_file())

@@ -20,6 +20,8 @@ from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
 from molora.training.objective import held_out_loss
 
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
 
 class DivergenceGuard(Callback):
     """Stops training at a loss that is not finite, before anything of it is saved.
@@ -49,7 +51,10 @@ class DivergenceGuard(Callback):
 
 
 class Interrupt(StepCallback):
-    """SIGINT and SIGTERM: finish the step, save once, raise InterruptedRun; a second signal exits at once."""
+    """SIGINT, SIGTERM, SIGHUP: finish the step, save once, raise InterruptedRun; a second signal exits at once.
+
+    A signal that is ignored, as nohup ignores SIGHUP, stays ignored.
+    """
 
     def __init__(self, checkpoints: Checkpoints) -> None:
         self.checkpoints = checkpoints
@@ -59,7 +64,8 @@ class Interrupt(StepCallback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         super().on_train_start(trainer, module)
         if threading.current_thread() is threading.main_thread():  # only there may handlers be set
-            self._previous = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+            heard = [s for s in _STOPPING if signal.getsignal(s) is not signal.SIG_IGN]
+            self._previous = {number: signal.signal(number, self._receive) for number in heard}
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:

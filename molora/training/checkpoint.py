@@ -38,7 +38,8 @@ class FolderIO(CheckpointIO):
         weights = {name: tensor.contiguous() for name, tensor in state.pop("state_dict").items()}
         with write_folder(path) as folder:
             save_file(weights, folder / WEIGHTS_FILE)
-            torch.save(state, folder / STATE_FILE)
+            with (folder / STATE_FILE).open("wb") as file:  # by its name, torch hides why a write failed
+                torch.save(state, file)
 
     def load_checkpoint(
         self, path: Any, map_location: Any = "cpu", weights_only: bool | None = True

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
+from molora.errors import explained
 from molora.training.heap import keep_freed_memory
 
 _PACKAGES = ("molora", "torch", "transformers", "peft", "lightning", "safetensors", "bitsandbytes")
@@ -43,7 +44,7 @@ def prepare_process(seed: int) -> None:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Third-party chatter off: what is left on the terminal is molora's own."""
+    """Third-party chatter off: what is left on the terminal is molora's own, errors of memory and disk among them."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
     bars = not sys.stderr.isatty() and is_progress_bar_enabled()
@@ -55,7 +56,8 @@ def quiet_libraries() -> Iterator[None]:
         if bars:
             disable_progress_bar()
         try:
-            yield
+            with explained():
+                yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)

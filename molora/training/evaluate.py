@@ -11,8 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
-from molora.config.load import Recipe
-from molora.config.strict_yaml import dump
+from molora.config.load import Recipe, recipe_text
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import check_target, check_writable, write_file, write_folder
 from molora.errors import ConfigError
@@ -131,8 +130,7 @@ def write_report(report: Report, folder: Path, config: RunConfig) -> None:
     pictures = draw(report, folder)
     if (folder / "loss.png").is_file():
         pictures.insert(0, folder / "loss.png")
-    text = dump(config.model_dump(mode="json"))
-    page = render(report, title=f"molora: {config.name}", pictures=pictures, config=text)
+    page = render(report, title=f"molora: {config.name}", pictures=pictures, config=recipe_text(config))
     write_file(folder / "report.html", page.encode())
 
 

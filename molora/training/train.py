@@ -13,18 +13,18 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
-from molora.config import RunConfig, dump_recipe, load_recipe
-from molora.config.load import Recipe
+from molora.config import RunConfig, load_recipe
+from molora.config.load import Recipe, recipe_text
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
-from molora.disk.atomic import check_target, write_json
+from molora.disk.atomic import check_target, write_file, write_json
 from molora.errors import ConfigError
 from molora.models.base_check import check_base, check_lengths
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
-from molora.store.runs import Run, checkpoint_step
+from molora.store.runs import CONFIG_FILE, Run, checkpoint_step
 from molora.training.callbacks import Interrupt
 from molora.training.checkpoint import Checkpoints
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
@@ -167,9 +167,7 @@ def start_run(config: RunConfig) -> Run:
 
 def write_config(run: Run, config: RunConfig) -> None:
     """Write the resolved recipe atomically; a resumed run may have been given more steps."""
-    partial = run.path / "config.yaml.part"
-    dump_recipe(config, partial)
-    partial.replace(run.path / "config.yaml")
+    write_file(run.path / CONFIG_FILE, recipe_text(config).encode())
 
 
 def check_output(output: Path) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from pathlib import Path
 
 import pytest
+import torch
 
 import molora.cli.train
 from molora.cli.main import VERBS
@@ -127,7 +129,7 @@ def test_ctrl_c_is_said(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(molora.cli.train, "run", press)
-    assert cli("train", QUICKSTART).err == "interrupted\n"
+    assert cli("train", QUICKSTART).err == "interrupted: go on with --resume.\n"
 
 
 def test_a_missing_argument_and_an_unknown_option_are_usage_errors(cli: Cli) -> None:
@@ -183,6 +185,17 @@ def test_a_recipe_for_a_new_expert_cannot_be_trained(cli: Cli) -> None:
         (MoLoraError("no"), 1),
         (KeyboardInterrupt(), 130),
         (ZeroDivisionError("no"), 1),
+        (torch.OutOfMemoryError("no"), 2),
+        (MemoryError(), 2),
+        (
+            RuntimeError(
+                "[enforce fail] . DefaultCPUAllocator: not enough memory: you tried to allocate 9 bytes"
+            ),
+            2,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device", "x.json"), 4),
+        (OSError(errno.EROFS, "Read-only file system", "x.json"), 2),
+        (OSError(errno.EIO, "Input/output error"), 1),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else str(value),
 )
@@ -194,8 +207,11 @@ def test_exit_codes(error: BaseException, code: int, cli: Cli, monkeypatch: pyte
     result = cli("train", QUICKSTART)
     assert result.code == code
     assert "Traceback" not in result.err
-    if isinstance(error, ZeroDivisionError):
-        assert "fault in molora" in result.err
+    assert ("fault in molora" in result.err) == (code == 1 and not isinstance(error, MoLoraError))
+    if isinstance(error, (RuntimeError, MemoryError)) and code == 2 and not isinstance(error, MoLoraError):
+        assert (
+            "lower train.batch_size" in result.err and "Checkpoints written so far are intact" in result.err
+        )
 
 
 def test_overrides_and_resume_reach_the_verb(cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
