@@ -47,9 +47,13 @@ class AdapterError(MoLoraError, RuntimeError):
 
 
 class DivergedError(MoLoraError, RuntimeError):
-    """Training produced a loss that is not finite; the last good checkpoint is untouched."""
+    """Training produced a loss that is not finite; the last good checkpoint is untouched.
+
+    `batch` is the epoch and the number of the batch it happened at, where that is known.
+    """
 
     exit_code = 5
+    batch: tuple[int, int] | None = None
 
 
 class ThresholdError(MoLoraError):

@@ -25,6 +25,9 @@ class ResumableLoader:
     read ahead. The order is a pure function of (seed, epoch), and no global random state is read or moved. Nothing is
     dropped: an epoch's last batch may be smaller. In distributed training each process gets its share, all equally
     many batches. It is not a DataLoader, so Lightning leaves its order and sharding alone.
+
+    `last` is the epoch and number of the batch handed out last, and `left_out` those that nothing shall be learned from.
+    They are handed out all the same, so that all else stays as it was.
     """
 
     def __init__(
@@ -38,6 +41,7 @@ class ResumableLoader:
         temperature: float = 2.0,
         weights: Sequence[float] | None = None,
         workers: int = 0,
+        left_out: set[tuple[int, int]] | None = None,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
@@ -52,6 +56,8 @@ class ResumableLoader:
         self.workers = workers
         self.epoch = 0
         self.given = 0  # batches of this epoch handed out
+        self.last: tuple[int, int] | None = None
+        self.left_out = set() if left_out is None else left_out
 
     def __len__(self) -> int:
         """Batches in an epoch, on this and on every other process."""
@@ -74,14 +80,16 @@ class ResumableLoader:
             generator=torch.Generator().manual_seed(0),
         )
         for batch in rest:
+            self.last = epoch, self.given
             self.given += 1
             if self.given == total:
                 self.epoch, self.given = epoch + 1, 0
             yield batch
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, and the settings it is valid for; plain data."""
-        return {"epoch": self.epoch, "batches": self.given, "made_for": self._made_for()}
+        """The position, the settings it is valid for, and what is left out; plain data."""
+        left_out = {"left_out": [list(place) for place in sorted(self.left_out)]} if self.left_out else {}
+        return {"epoch": self.epoch, "batches": self.given, "made_for": self._made_for(), **left_out}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go to a position. Raises ConfigError inside an epoch that this loader would batch differently."""
@@ -94,6 +102,7 @@ class ResumableLoader:
                 hint="resume with the data, batch_size, seed and number of processes the run was started with",
             )
         self.epoch, self.given = state["epoch"], state["batches"]
+        self.left_out.update((epoch, number) for epoch, number in state.get("left_out", ()))
 
     def _made_for(self) -> dict[str, Any]:
         return {

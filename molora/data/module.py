@@ -65,6 +65,7 @@ class MoLoraDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed
+        self.left_out: set[tuple[int, int]] = set()  # batches to learn nothing from, see ResumableLoader
         self._encoded: dict[tuple[str, str], list[Example]] = {}
         self._summary: list[SplitSummary] = []
 
@@ -97,6 +98,7 @@ class MoLoraDataModule(L.LightningDataModule):
             temperature=self.config.mixing_temperature,
             weights=[task.weight for task in self.tasks],
             workers=self.config.workers,
+            left_out=self.left_out,
         )
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:
@@ -116,6 +118,15 @@ class MoLoraDataModule(L.LightningDataModule):
         """What was read, cut and left out, one row per task and split."""
         self.setup()
         return list(self._summary)
+
+    def records_of(self, epoch: int, number: int) -> list[str]:
+        """What a training batch is made of: `task 'a' record 7`, counting from 1 those that have something to learn."""
+        names = [
+            f"task {task.name!r} record {i + 1}"
+            for task in self.tasks
+            for i in range(len(self.examples(task.name, "train")))
+        ]
+        return [names[index] for index in self.train_dataloader().batches(epoch)[number]]
 
     def _collate(self) -> Collate:
         return partial(collate, pad_id=pad_token(self.tokenizer))

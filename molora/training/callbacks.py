@@ -27,15 +27,19 @@ class DivergenceGuard(Callback):
     """Stops training at a loss that is not finite, before anything of it is saved.
 
     It looks after every batch on a CPU, and every `every` batches where looking means waiting for the device.
+    `blame`: it looks after every batch, at the gradient too, and the error says which batch it was.
     """
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, every: int, *, blame: bool = False) -> None:
+        self.every = 1 if blame else every
+        self.blame = blame
         self._loss: Tensor | None = None
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
         loss = loss.detach()
         self._loss = loss if self._loss is None else self._loss + loss  # one NaN or infinity stays in a sum
+        if self.blame and not math.isfinite(total := loss.item()):
+            raise self._diverged(trainer, f"the training loss is {total}")
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -44,10 +48,24 @@ class DivergenceGuard(Callback):
             return
         total, self._loss = self._loss.item(), None
         if trainer.strategy.reduce_boolean_decision(not math.isfinite(total), all=False):
-            raise DivergedError(
-                f"the training loss is {total} at step {trainer.global_step}.",
-                hint="checkpoints up to here are intact; lower train.lr, set train.clip, or look at the data.",
-            )
+            raise self._diverged(trainer, f"the training loss is {total}")
+
+    def on_after_backward(self, trainer: Trainer, module: LightningModule) -> None:
+        scaled = trainer.precision == "16-mixed"  # an overflow there is the scaler's to mend
+        if not self.blame or scaled:
+            return
+        if not all(p.grad is None or torch.isfinite(p.grad).all() for p in module.parameters()):
+            raise self._diverged(trainer, "a gradient is not finite")
+
+    def _diverged(self, trainer: Trainer, what: str) -> DivergedError:
+        error = DivergedError(
+            f"{what} at step {trainer.global_step}.",
+            hint="checkpoints up to here are intact; lower train.lr, set train.clip, look at the data, or set "
+            "train.on_nonfinite: rollback, which leaves out the batch it comes from.",
+        )
+        if self.blame:
+            error.batch = getattr(trainer.train_dataloader, "last", None)
+        return error
 
 
 class Interrupt(StepCallback):

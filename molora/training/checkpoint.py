@@ -91,6 +91,7 @@ class RandomState(Callback):
         # All processes were seeded alike, to build the same model.
         if not self._states and trainer.world_size > 1:
             torch.manual_seed(torch.initial_seed() + trainer.global_rank)
+        self._states = self._states or [random_state()]  # a checkpoint of the very start has one too
 
     def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
         self._states = [random_state()]
@@ -141,14 +142,19 @@ class StepCallback(Callback, ABC):
 
 
 class Checkpoints(StepCallback):
-    """Writes `step-000200/` every `every` steps and at the end; keeps the newest `keep`."""
+    """Writes `step-000200/` every `every` steps and at the end, `first` also at the start; keeps the newest `keep`."""
 
-    def __init__(self, folder: Path, every: int, keep: int) -> None:
-        self.folder, self.every, self.keep = folder, every, keep
+    def __init__(self, folder: Path, every: int, keep: int, *, first: bool = False) -> None:
+        self.folder, self.every, self.keep, self.first = folder, every, keep, first
 
     def setup(self, trainer: Trainer, module: LightningModule, stage: str) -> None:
         # Only the first process made the run folder; the others learn its name here.
         self.folder = Path(trainer.strategy.broadcast(str(self.folder)))
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        super().on_train_start(trainer, module)
+        if self.first and trainer.global_step == 0:
+            self.save(trainer, module)
 
     def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
         if step % self.every == 0 or step == trainer.max_steps or trainer.should_stop:

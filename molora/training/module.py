@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from molora.config import TrainConfig
+from molora.data.loader import ResumableLoader
 from molora.training.meter import Meter
 from molora.training.objective import Companion, Supervised, forward, held_out_loss
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
@@ -50,8 +51,11 @@ class MoLoraModule(L.LightningModule):
         """The model's own output; `out.loss` without auxiliary losses."""
         return forward(self.model, **inputs)
 
-    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        """The objective's loss of one batch (a scalar)."""
+    def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
+        """The objective's loss of one batch (a scalar); None, which Lightning passes over, where the loader leaves it out."""
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ResumableLoader) and loader.last in loader.left_out:
+            return None
         loss, metrics = self.objective.loss(self.model, batch)
         self.meter.add(**metrics)
         self.meter.count_tokens(batch["attention_mask"].sum())
@@ -125,6 +129,8 @@ class MoLoraModule(L.LightningModule):
             return
         self._logged_step = step
         means = self.meter.take()
+        if not means:  # every batch was left out
+            return
         summed = self.trainer.strategy.reduce(
             torch.stack([v.to(self.device) for v in means.values()]), reduce_op="mean"
         )

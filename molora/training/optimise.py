@@ -85,7 +85,8 @@ def optimise(
 
     Raises DivergedError where the loss is not finite.
     """
-    own: list[Callback] = [RandomState(), DivergenceGuard(settings.log_every)]
+    guard = DivergenceGuard(settings.log_every, blame=settings.on_nonfinite == "rollback")
+    own: list[Callback] = [RandomState(), guard]
     if validation is not None and settings.val_every is not None:
         own.append(Validation(validation, settings.val_every, settings.patience))
     sharded = settings.strategy == "fsdp2"

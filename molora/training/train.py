@@ -9,6 +9,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +33,7 @@ from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
 from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, short_window, total_steps
+from molora.training.rollback import with_rollback
 from molora.training.teach_router import teach_router
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ FREE_ON_RESUME = (
     "train.keep_checkpoints",
     "train.log_every",
     "train.accelerator",
+    "train.on_nonfinite",
 )
 
 
@@ -127,18 +130,27 @@ def fit(
         if run is not None and first:
             check_target(run.adapter)  # a resumed run replaces it in the end
             write_config(run, config)
-        checkpoint = run.latest_checkpoint if run is not None else None
-        writer = Checkpoints(folder / "checkpoints", settings.save_every or steps, settings.keep_checkpoints)
-        trainer = optimise(
-            model,
-            data,
-            settings,
-            companion=companion,
-            validation=validation,
-            callbacks=[writer, Interrupt(writer)],
-            loggers=build_loggers(folder, steps, checkpoint_step(checkpoint)),
-            checkpoint=checkpoint,
-        )
+
+        def attempt() -> Trainer:
+            checkpoint = run.latest_checkpoint if run is not None else None
+            writer = Checkpoints(
+                folder / "checkpoints",
+                settings.save_every or steps,
+                settings.keep_checkpoints,
+                first=settings.on_nonfinite == "rollback",
+            )
+            return optimise(
+                model,
+                data,
+                settings,
+                companion=companion,
+                validation=validation,
+                callbacks=[writer, Interrupt(writer)],
+                loggers=build_loggers(folder, steps, checkpoint_step(checkpoint)),
+                checkpoint=checkpoint,
+            )
+
+        trainer = attempt() if settings.on_nonfinite == "stop" else with_rollback(attempt, data)
         run = Run(Path(trainer.strategy.broadcast(str(folder))))
         if trainer.is_global_zero:
             if settings.strategy == "fsdp2":
