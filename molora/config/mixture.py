@@ -131,6 +131,7 @@ class SavedMixture(Mixture):
     frozen_extras: bool = setting(False, "plain LoRAs and heads are frozen too.")
     free_rows: list[str] = setting(list, "frozen experts whose gate rows learn.")
     isolated_experts: list[str] = setting(list, "experts hidden from older tasks.")
+    added_for: dict[str, str] = setting(dict, "`{task: expert}` of experts added for a new task.")
     expert_specs: dict[str, Any] = setting(dict, "rank and scaling of experts that have their own.")
     gate_blocks: list[list[str]] | None = setting(None, "experts whose gate rows are one Parameter.")
     experts_by_layer: list[int] | dict[str, int] | None = setting(

@@ -129,6 +129,9 @@ def _kept(config: SavedMixture) -> None:
             if name not in names:
                 text = f"{what} names {name!r}, which is not an expert."
                 raise ConfigError(text + options(name, names, "Experts"))
+    for task, name in config.added_for.items():
+        if task not in config.tasks or name not in names:
+            raise ConfigError(f"added_for: {task!r} is no task, or {name!r} no expert.")
     specs = config.expert_specs.items()
     config.expert_specs = {n: ExpertSpec(**spec) if isinstance(spec, dict) else spec for n, spec in specs}
     if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:

@@ -33,10 +33,11 @@ class ExpertRow:
 
 @dataclass(frozen=True)
 class TaskRow:
-    """One task: its id, and the experts it has."""
+    """One task: its id, the experts it has, and the one that was added for it."""
 
     id: int
     experts: Share
+    own: str | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,10 @@ class Roster:
             for name in mixture.experts
         )
         ids = mixture.task_ids or {}
-        tasks = {task: TaskRow(ids[task], share) for task, share in (mixture.tasks or {}).items()}
+        own = mixture.added_for
+        tasks = {
+            task: TaskRow(ids[task], share, own.get(task)) for task, share in (mixture.tasks or {}).items()
+        }
         return cls(experts, tasks, mixture.next_task_id or 0, mixture.frozen_extras)
 
     @property
@@ -100,6 +104,7 @@ class Roster:
         mixture.always_on = {name: w for name, w in mixture.always_on.items() if name in names}
         mixture.tasks = {name: _copied(task.experts) for name, task in self.tasks.items()}
         mixture.task_ids = {name: task.id for name, task in self.tasks.items()}
+        mixture.added_for = {name: task.own for name, task in self.tasks.items() if task.own is not None}
         mixture.next_task_id, mixture.frozen_extras = self.next_task_id, self.frozen_extras
 
 
@@ -142,13 +147,13 @@ def added(
         if task in known:
             known[task] = replace(known[task], experts=_with(known[task].experts, name))
         else:
-            known[task] = TaskRow(free, [row.name for row in experts] if learned else [name])
+            known[task] = TaskRow(free, [row.name for row in experts] if learned else [name], own=name)
             free += 1
     return Roster(experts, known, free, roster.frozen_extras or freeze_others)
 
 
 def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
-    """The roster without one expert; tasks that had it alone go with it where `drop_tasks` says so.
+    """The roster without one expert. Where `drop_tasks` says so, tasks go with it that had it alone or that it was added for.
 
     Raises:
         ConfigError: no such expert, the last one, or the only one of a task.
@@ -162,7 +167,13 @@ def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
             f"{name!r} is the only expert of task {', '.join(map(repr, orphans))}.",
             hint="give the task another expert first, or pass drop_tasks=True to forget the task as well.",
         )
-    kept = {task: row for task, row in roster.tasks.items() if task not in orphans}
+    came = {task for task, row in roster.tasks.items() if row.own == name}
+    gone = {*orphans, *came} if drop_tasks else set()
+    kept = {
+        task: replace(row, own=None) if task in came else row
+        for task, row in roster.tasks.items()
+        if task not in gone
+    }
     tasks = {task: replace(row, experts=_without(row.experts, name)) for task, row in kept.items()}
     return replace(roster, experts=tuple(row for row in roster.experts if row.name != name), tasks=tasks)
 

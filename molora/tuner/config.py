@@ -62,7 +62,13 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
         if self.kind == "lora":  # as adapters were written before there were other kinds
             del plain["kind"], plain["kind_settings"]
-        for name in ("router", "trainable_token_indices", "ensure_weight_tying", "layer_replication"):
+        for name in (
+            "router",
+            "added_for",
+            "trainable_token_indices",
+            "ensure_weight_tying",
+            "layer_replication",
+        ):
             if not plain[name]:
                 del plain[name]
         if self.modules_to_save:  # PEFT's task models append their heads each time

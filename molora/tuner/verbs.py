@@ -61,7 +61,10 @@ class ExpertVerbs:
         grow.add_expert(*where, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate)
 
     def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
-        """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks."""
+        """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks.
+
+        With drop_tasks, the tasks it was added for are forgotten too.
+        """
         grow.remove_expert(*self._place(adapter_name), name, drop_tasks=drop_tasks)
 
     def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:

@@ -276,3 +276,24 @@ def test_a_task_named_twice_is_refused():
         molora_model("llama", "task-group").add_expert("late", tasks=["q", "q"])
     with pytest.raises(ConfigError, match=r"tasks\.t\.1: .*is there twice"):
         molora_model("llama", "task-group", tasks={"t": ["expert_0", "expert_0"]})
+
+
+@pytest.mark.parametrize("gate", ["top2-group", "task-group", "task-table"])
+def test_cycles_of_adding_and_removing_leave_no_trace(gate):
+    """All but the counter of ids, which are never used again: the config stays as small as it was."""
+    model = molora_model("llama", gate)
+    before, tensors = model.active_peft_config.to_dict(), [*model.state_dict()]
+    for i in range(20):
+        model.add_expert(f"e{i}", tasks=[f"t{i}"], isolate=i % 2 == 1, freeze_others=False)
+        assert model.active_peft_config.added_for == {f"t{i}": f"e{i}"}
+        model.remove_expert(f"e{i}", drop_tasks=True)
+    after = model.active_peft_config.to_dict()
+    assert after.pop("next_task_id") == before.pop("next_task_id") + 20
+    assert after == before and [*model.state_dict()] == tensors
+
+
+def test_a_task_stays_unless_it_is_to_be_dropped():
+    model = molora_model("llama", "top2-group")
+    model.add_expert("new", tasks=["t"])
+    model.remove_expert("new")
+    assert "t" in model.tasks and model.active_peft_config.added_for == {}
