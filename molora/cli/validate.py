@@ -124,7 +124,7 @@ def _encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBa
 
 def _show_texts(console: Console, tasks: TaskSet) -> None:
     """Records as text, where there is no tokenizer to show them as the model gets them."""
-    from molora.data.prompts import render
+    from molora.data.render import render
 
     console.print(f"4 records     the first {RECORDS} of each task as text; {_READS}")
     for task in tasks:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from molora.config.section import Positive, PositiveInt, Problem, Section, TaskName, refuse
+from molora.config.section import PositiveInt, Problem, Section, TaskName, refuse
 from molora.config.suggest import options
 
 # What each source needs, and what it may have beside that.
@@ -60,7 +60,7 @@ class TaskConfig(Section):
     label: str | None = None
     labels: list[str] | None = None
     metric: Literal["exact_match", "accuracy", "loss"] | None = None
-    weight: Positive = 1.0
+    weight: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
 
     @model_validator(mode="before")
     @classmethod
@@ -125,8 +125,9 @@ class DataConfig(Section):
 
     max_length: PositiveInt = 512
     mixing: Literal["size", "equal", "temperature"] = "size"
-    mixing_temperature: Positive = 2.0
+    mixing_temperature: Annotated[float, Field(ge=0.05, le=1e6)] = 2.0  # beyond, powers of sizes overflow
     workers: int = Field(default=0, ge=0, le=512)
+    on_error: Literal["stop", "skip"] = "stop"
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
 
     @model_validator(mode="after")

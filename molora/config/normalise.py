@@ -66,6 +66,8 @@ def _refuse(problems: Iterable[Problem]) -> None:
 def _gate(config: SavedMixture) -> None:
     if config.gate is None:
         config.gate = GateConfig(top_k=min(2, config.most_experts))
+    elif isinstance(config.gate, str):
+        config.gate = gate_from_kind(config.gate)
     elif isinstance(config.gate, dict):
         settings = dict(config.gate)
         kind = settings.pop("kind", None)
@@ -74,6 +76,10 @@ def _gate(config: SavedMixture) -> None:
             if name not in known:
                 raise ConfigError(f"gate.{name} is not a setting.{options(name, known, 'Settings')}")
         config.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
+    elif not isinstance(config.gate, GateConfig):
+        raise ConfigError(
+            f"gate={config.gate!r} is no gate.", hint="give a GateConfig, a kind, or a map of settings."
+        )
     gate: GateConfig = replace(config.gate)  # the caller's object stays as it is
     config.gate = gate
     for field, message in size_problems(gate, config.most_experts):

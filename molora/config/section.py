@@ -74,7 +74,15 @@ def _name_rule(what: str) -> AfterValidator:
     return AfterValidator(check)
 
 
-RunName = Annotated[str, _name_rule("run")]
+def _not_latest(name: str) -> str:
+    if name.casefold() == "latest":
+        raise PydanticCustomError(
+            "name", "{text}", {"text": f"{name!r} is the link to a name's newest run; choose another name."}
+        )
+    return name
+
+
+RunName = Annotated[str, _name_rule("run"), AfterValidator(_not_latest)]
 TaskName = Annotated[str, _name_rule("task")]
 ExpertName = Annotated[str, _name_rule("expert")]
 

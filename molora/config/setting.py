@@ -107,7 +107,10 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
             elif bound and not choices:
                 yield name, f"must be a number, not {value!r}."
         elif value is not None and bound is not None:
-            wrong = [n for n in numbers_of(value) if not bound.holds(n)]
+            if isinstance(value, (list, dict)) and not several:
+                yield name, f"must be one number, not {value!r}."
+                continue
+            wrong = [n for n in numbers_of(value) if not (_is_number(n) and bound.holds(n))]
             if bound.whole and several and (wrong or value == []):
                 yield (
                     name,
@@ -115,7 +118,12 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
                 )
             elif wrong:
                 infinite = isinstance(wrong[0], float) and not math.isfinite(wrong[0])
-                yield name, "must be a finite number." if infinite else f"{bound.words}."
+                words = f"{bound.words}." if _is_number(wrong[0]) else f"must be a number, not {wrong[0]!r}."
+                yield name, "must be a finite number." if infinite else words
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 class Limits(NamedTuple):

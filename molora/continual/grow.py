@@ -89,7 +89,7 @@ def add_expert(
             report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
             report.before = before
             same = all(map(torch.equal, probed(grown), logits))
-            report.facts |= {"parent": str(parent.path), UNCHANGED: same}
+            report.facts |= {"parent": f"{parent.path.parent.name}/{parent.path.name}", UNCHANGED: same}
             write_report(report, done.path, config)
 
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
@@ -111,6 +111,9 @@ def add_expert(
 def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, beside: Path) -> RunConfig:
     """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
 
+    It is written beside the run it grows from where that lies in its recipe's `output`. A run that was copied from
+    elsewhere is not: then it goes to `runs` of the working folder.
+
     Raises ConfigError where the task or the expert exists already, or does not fit the run.
     """
     name, expert = grow.task.name, grow.expert.name or grow.task.name
@@ -124,7 +127,10 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     if grow.softmax != "own" and config.base.head != "match":
         raise ConfigError("softmax acts only where the run's base has head: match; leave it out.")
     plain = config.model_dump(mode="json")
-    plain["output"] = str(beside.parents[1])  # runs/<name>/<time>: the new run goes beside the old one
+    if (
+        Path(config.output).resolve() != beside.parents[1].resolve()
+    ):  # <output>/<name>/<time>; else it is a copy
+        plain["output"] = "runs"
     plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")

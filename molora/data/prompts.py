@@ -1,4 +1,4 @@
-"""From a record to text and from text to tokens: rendering, chat templates and the label mask."""
+"""From text to tokens: chat templates, cutting and the label mask."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from molora.config.suggest import did_you_mean
 from molora.data.records import where_of
-from molora.data.templates import field_of, fill_template
+from molora.data.render import conversation, label_index, render
+from molora.data.templates import fill_template
 from molora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -18,56 +18,6 @@ if TYPE_CHECKING:
     from molora.data.tasks import Task
 
 IGNORED = -100  # the label of a position that the loss skips
-
-
-def render(task: Task, record: Mapping[str, Any]) -> tuple[str, str]:
-    """(prompt, target) of a record. Of a conversation: its turns before the answer, one per line, and the answer.
-
-    Raises DataError where a field is missing or has no text, or the label is not one of the task's.
-    """
-    if task.kind == "classification":
-        return fill_template(task.text, record), task.labels[label_index(task, record)]
-    if task.messages is not None:
-        turns = _conversation(task.messages, record)
-        return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1]), turns[-1]["content"]
-    return fill_template(task.prompt, record), fill_template(task.target, record)
-
-
-def label_index(task: Task, record: Mapping[str, Any]) -> int:
-    """The index of a record's label in `task.labels`; the label is one of those names, or their index."""
-    value = field_of(record, task.label)
-    if isinstance(value, str):
-        if value in task.labels:
-            return task.labels.index(value)
-        if value.isascii() and value.isdigit():  # CSV has no numbers, only text
-            value = int(value)
-    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < len(task.labels):
-        return value
-    suggestion = did_you_mean(value, task.labels) if isinstance(value, str) else ""
-    raise DataError(
-        f"{where_of(record)}: {value!r} is not a label of task {task.name!r}.{suggestion}",
-        hint=f"its labels: {', '.join(task.labels)} (or 0 to {len(task.labels) - 1})",
-    )
-
-
-def _conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]:
-    """The turns in a `messages` field, the last one the assistant's, which is the target."""
-    turns = field_of(record, field)
-    if not isinstance(turns, list) or len(turns) < 2:
-        raise DataError(f"{where_of(record)}: the field {field!r} must be a list of at least two messages.")
-    for number, turn in enumerate(turns, 1):
-        parts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
-        if not all(isinstance(part, str) for part in parts):
-            raise DataError(
-                f"{where_of(record)}: message {number} of {field!r} is not a role and a content, both text.",
-                hint='a message is {"role": "user", "content": "..."}',
-            )
-    if turns[-1]["role"] != "assistant":
-        raise DataError(
-            f"{where_of(record)}: the last message of {field!r} is of role {turns[-1]['role']!r}.",
-            hint="the last message is what the model learns to say, so its role is assistant",
-        )
-    return turns
 
 
 @dataclass(frozen=True)
@@ -211,7 +161,7 @@ def _chat_tokens(
     the format writes none). The format brings its own special tokens, so none are added.
     """
     if task.messages is not None:
-        turns = _conversation(task.messages, record)
+        turns = conversation(task.messages, record)
     else:
         prompt, target = render(task, record)
         turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]

@@ -35,7 +35,16 @@ def where_of(record: Mapping[str, Any]) -> str:
     return record.where if isinstance(record, Record) else "a record given in Python"
 
 
-def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+OnError = Callable[[DataError], None]
+"""What becomes of a record that is faulty by itself: raising ends the reading, returning goes on with the next one."""
+
+
+def stop(error: DataError) -> NoReturn:
+    """The way to read that trusts nothing after a fault."""
+    raise error
+
+
+def read_lines(path: Path, on_error: OnError = stop) -> Iterator[tuple[int, str]]:
     """Numbered lines (from 1) of a UTF-8 file with their line ends; a UTF-8 byte order mark is dropped.
 
     Raises DataError, starting with `file:line`, where the file is missing, not UTF-8, has a NUL character or a line
@@ -50,7 +59,14 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
                 number += 1
                 if (read := read + len(line)) > limit:
                     raise _too_much(path, number, limit)
-                yield number, _decode(line, path, number)
+                try:
+                    text = _decode(line, path, number)
+                except DataError as error:
+                    if len(line) > MAX_LINE:  # the rest of it would be read as another line
+                        raise
+                    on_error(error)
+                    continue
+                yield number, text
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise DataError(
             f"{path}:{number + 1}: the gzip data is damaged or cut off ({error}).", hint="copy the file again"
@@ -107,7 +123,7 @@ def _decode(line: bytes, path: Path, number: int) -> str:
     return text
 
 
-def read_jsonl(path: str | Path) -> Iterator[Record]:
+def read_jsonl(path: str | Path, on_error: OnError = stop) -> Iterator[Record]:
     """The records of a JSON lines file: one object per line, blank lines only at the end.
 
     Raises DataError as `read_lines`, and for anything that is not strict JSON: other values than objects, a key written
@@ -115,13 +131,22 @@ def read_jsonl(path: str | Path) -> Iterator[Record]:
     """
     path = Path(path)
     blank = 0
-    for number, line in read_lines(path):
+    for number, line in read_lines(path, on_error):
         if not line.strip():
             blank = blank or number
             continue
-        _no_blank(path, blank)
         place = f"{path}:{number}"
-        yield Record(_parse_object(line, place), place)
+        try:
+            _no_blank(path, blank)
+        except DataError as error:
+            on_error(error)
+            blank = 0
+        try:
+            fields = _parse_object(line, place)
+        except DataError as error:
+            on_error(error)
+            continue
+        yield Record(fields, place)
 
 
 def _no_blank(path: Path, blank: int) -> None:
@@ -188,7 +213,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(item)
 
 
-def read_csv(path: str | Path) -> Iterator[Record]:
+def read_csv(path: str | Path, on_error: OnError = stop) -> Iterator[Record]:
     """The records of a comma-separated file with a header line; every value stays text, exactly as written.
 
     Raises DataError as `read_lines`, and for a header with an empty or repeated name, a row with more or fewer values
@@ -217,13 +242,16 @@ def read_csv(path: str | Path) -> Iterator[Record]:
         elif not row:
             blank = blank or first
         else:
-            _no_blank(path, blank)
+            try:
+                _no_blank(path, blank)
+            except DataError as error:
+                on_error(error)
+                blank = 0
             if len(row) != len(header):
-                raise DataError(
-                    f"{place}: {len(row)} values, but the header names {len(header)} columns.",
-                    hint="put values that contain a comma in double quotes",
-                )
+                text = f"{place}: {len(row)} values, but the header names {len(header)} columns."
+                on_error(DataError(text, hint="put values that contain a comma in double quotes"))
+                continue
             yield Record(dict(zip(header, row, strict=True)), place)
 
 
-READERS: dict[str, Callable[[str | Path], Iterator[Record]]] = {"jsonl": read_jsonl, "csv": read_csv}
+READERS: dict[str, Callable[..., Iterator[Record]]] = {"jsonl": read_jsonl, "csv": read_csv}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from molora.config import TaskConfig
-from molora.data.records import READERS, Record
+from molora.data.records import READERS, OnError, Record, stop
 from molora.data.synthetic import generate
 from molora.errors import DataError
 
@@ -25,7 +25,7 @@ Split = Literal["train", "eval"]
 T = TypeVar("T")
 
 
-class _Rows(Sequence[Record]):
+class Rows(Sequence[Record]):
     """A sequence that knows its length and its single rows."""
 
     @abstractmethod
@@ -40,7 +40,7 @@ class _Rows(Sequence[Record]):
         return self.row(found) if isinstance(found, int) else [self.row(i) for i in found]
 
 
-class LazyRecords(_Rows):
+class LazyRecords(Rows):
     """Records that are read and checked when they are first used."""
 
     def __init__(self, read: Callable[[], Sequence[Record]]) -> None:
@@ -61,7 +61,7 @@ class LazyRecords(_Rows):
         return self.rows[index]
 
 
-class TableRecords(_Rows):
+class TableRecords(Rows):
     """Rows of a `datasets.Dataset`, turned into records one at a time: a large table stays on disk."""
 
     def __init__(self, table: Dataset, name: str, size: int | None = None) -> None:
@@ -80,7 +80,7 @@ class TableRecords(_Rows):
         return list(names) if names else None
 
 
-class TextRecords(_Rows):
+class TextRecords(Rows):
     """Records of text files, kept as the JSON they are read from again: a tenth of what their dicts would take."""
 
     def __init__(self, records: Iterable[Record]) -> None:
@@ -102,15 +102,16 @@ class TextRecords(_Rows):
         return Record(json.loads(self._rows[index]), f"{file}:{self._lines[index]}")
 
 
-def records_of(task: TaskConfig, split: Split) -> LazyRecords | None:
+def records_of(task: TaskConfig, split: Split, on_error: OnError = stop) -> LazyRecords | None:
     """The records of one split of a configured task; None where the recipe gives the task no such split."""
     named = {"synthetic": _size, "hub": _split_name, "folder": _split_name}.get(task.source, _files)
     # A partial of a module-level function, so that records can be pickled for the loader's workers.
-    return LazyRecords(partial(_read, task, split)) if named(task, split) else None
+    return LazyRecords(partial(_read, task, split, on_error)) if named(task, split) else None
 
 
-def _read(task: TaskConfig, split: Split) -> Sequence[Record]:
-    rows = _SOURCES[task.source](task, split)
+def _read(task: TaskConfig, split: Split, on_error: OnError) -> Sequence[Record]:
+    read = _SOURCES.get(task.source)
+    rows = read(task, split) if read else _text(task, split, on_error)
     if not rows:
         files = ", ".join(map(str, _files(task, split)))
         name = files or f"{task.dataset or task.path or task.generator} ({_split_name(task, split)})"
@@ -125,8 +126,9 @@ def _synthetic(task: TaskConfig, split: Split) -> list[Record]:
     return [Record(row, f"{generator} ({split}) row {i + 1}") for i, row in enumerate(rows)]
 
 
-def _text(task: TaskConfig, split: Split) -> TextRecords:
-    return TextRecords(islice(_each(READERS[task.source], _files(task, split)), _size(task, split)))
+def _text(task: TaskConfig, split: Split, on_error: OnError) -> TextRecords:
+    read = partial(READERS[task.source], on_error=on_error)
+    return TextRecords(islice(_each(read, _files(task, split)), _size(task, split)))
 
 
 def _each(read: Callable[[Path], Iterator[Record]], files: list[Path]) -> Iterator[Record]:
@@ -185,8 +187,6 @@ def _folder(task: TaskConfig, split: Split) -> TableRecords:
 
 _SOURCES: Mapping[str, Callable[[TaskConfig, Split], Sequence[Record]]] = {
     "synthetic": _synthetic,
-    "jsonl": _text,
-    "csv": _text,
     "parquet": _parquet,
     "hub": _hub,
     "folder": _folder,

@@ -11,6 +11,7 @@ from molora.config import DataConfig, TaskConfig
 from molora.config.data import KIND_OF_TASK_TYPE, METRICS
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
+from molora.data.skipping import without_faulty
 from molora.data.sources import LazyRecords, TableRecords, records_of
 from molora.data.templates import parse_template
 from molora.errors import ConfigError
@@ -141,8 +142,10 @@ class TaskSet:
         Raises ConfigError where names clash, ids are repeated, or a task cannot be set up; see `task_from_config`.
         """
         ids = assign_ids(list(config.tasks), known_ids or {})
-        tasks = config.tasks.items()
-        return cls(tuple(task_from_config(name, ids[name], task, task_type) for name, task in tasks), ids)
+        tasks = [task_from_config(name, ids[name], task, task_type) for name, task in config.tasks.items()]
+        if config.on_error == "skip":
+            tasks = [without_faulty(task, config.tasks[task.name]) for task in tasks]
+        return cls(tuple(tasks), ids)
 
     @classmethod
     def of(cls, *tasks: Task) -> TaskSet:

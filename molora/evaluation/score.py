@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
 from molora.data.collate import batches_by_length, collate, pad_token
-from molora.data.prompts import IGNORED, Example, encode, render
+from molora.data.prompts import IGNORED, Example, encode
+from molora.data.render import render
 from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import generate_answers

@@ -38,6 +38,8 @@ def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
     linears = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
     blocks = config.depth = 1 + max((i for i in map(block_index, linears) if i is not None), default=-1)
 
+    _check_blocks(config.layers_to_transform, blocks)
+
     def stretched(value: Any, what: str) -> Any:
         if not isinstance(value, list):
             return value
@@ -53,6 +55,15 @@ def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
     config.r, gate.top_k = stretched(config.r, "r"), stretched(gate.top_k, "gate.top_k")
     if gate.scope == "two_pass" and gate.feature_dim is None:
         gate.feature_dim = hidden_size(model, "gate.scope='two_pass'")
+
+
+def _check_blocks(chosen: int | list[int] | None, blocks: int) -> None:
+    """Raise ConfigError for indices of blocks that the base does not have."""
+    indices = [chosen] if isinstance(chosen, int) else chosen or []
+    if unknown := [i for i in indices if not 0 <= i < blocks]:
+        raise ConfigError(
+            f"layers_to_transform names block {', '.join(map(str, unknown))}, but the model has blocks 0 to {blocks - 1}."
+        )
 
 
 def experts_at(config: SavedMixture, key: str) -> list[str]:

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from molora.data.preview import preview
-from molora.data.prompts import IGNORED, encode, label_index, render
+from molora.data.prompts import IGNORED, encode
 from molora.data.records import Record
+from molora.data.render import label_index, render
 from molora.data.tasks import Task
 from molora.data.templates import fill_template
 from molora.errors import ConfigError, DataError
