@@ -60,7 +60,7 @@ class TaskConfig(Section):
     label: str | None = None
     labels: list[str] | None = None
     metric: Literal["exact_match", "accuracy", "loss"] | None = None
-    weight: Annotated[float, Field(ge=1e-9, le=1e9)] = 1.0
+    weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
 
     @model_validator(mode="before")
     @classmethod

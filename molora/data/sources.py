@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, overload
 from molora.config import TaskConfig
 from molora.data.records import READERS, OnError, Record, stop
 from molora.data.synthetic import generate
+from molora.disk.hub import only_cached_if_offline
 from molora.errors import DataError
 
 if TYPE_CHECKING:
@@ -159,7 +160,14 @@ def _hub(task: TaskConfig, split: Split) -> TableRecords:
     wanted = _split_name(task, split)
     name = f"{task.dataset} ({wanted})"
     load = partial(datasets.load_dataset, task.dataset, task.subset, split=wanted, revision=task.revision)
-    return TableRecords(_load(name, load), name, _size(task, split))
+    with only_cached_if_offline() as offline:
+        try:
+            table = _load(name, load)
+        except DataError as error:
+            if offline is None:
+                raise
+            raise DataError(f"{name}: cannot be read: {offline}.") from error
+    return TableRecords(table, name, _size(task, split))
 
 
 def _folder(task: TaskConfig, split: Split) -> TableRecords:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 from molora.assets import tiny_path
 from molora.config import BaseConfig
+from molora.disk.hub import only_cached_if_offline
 from molora.errors import ConfigError, MoLoraError
 from molora.models.base_check import refuse_encoder
 from molora.models.label_match import LabelMatcher, match_labels
@@ -111,12 +113,17 @@ def _texts(labels: Labels) -> Sequence[str]:
 @contextmanager
 def _explained(base: BaseConfig) -> Iterator[None]:
     """Turn what transformers raises for a base it cannot load into a ConfigError."""
+    remote = base.model != TINY and not Path(base.model).exists()
+    offline: str | None = None
     try:
-        yield
+        with only_cached_if_offline() if remote else nullcontext() as offline:
+            yield
     except MoLoraError:
         raise
     except (OSError, ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if offline is not None:
+            reason = f"there is no such folder, and {offline}."
         raise ConfigError(
             f"base.model: cannot load {base.model!r} as {base.task_type}: {reason}",
             hint=f"allowed: {TINY}, a local folder with config.json and safetensors, or a Hugging Face hub id.",

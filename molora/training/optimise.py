@@ -17,6 +17,7 @@ from molora.config import TrainConfig
 from molora.errors import ConfigError
 from molora.training.callbacks import DivergenceGuard, Validation
 from molora.training.checkpoint import FolderIO, RandomState
+from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
 from molora.training.objective import Companion
 from molora.training.sharded import ShardedBaseStrategy
@@ -83,7 +84,7 @@ def optimise(
         callbacks: run after molora's own, so that nothing is saved before it was found good.
         checkpoint: a checkpoint folder to go on from.
 
-    Raises DivergedError where the loss is not finite.
+    Raises DivergedError where the loss is not finite, InterruptedRun where a process of a distributed run is lost.
     """
     guard = DivergenceGuard(settings.log_every, blame=settings.on_nonfinite == "rollback")
     own: list[Callback] = [RandomState(), guard]
@@ -111,10 +112,11 @@ def optimise(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(
-        MoLoraModule(model.train(), settings, companion),
-        datamodule=data,
-        ckpt_path=checkpoint,
-        weights_only=True if checkpoint else None,
-    )
+    with explained_loss_of_a_process(trainer):
+        trainer.fit(
+            MoLoraModule(model.train(), settings, companion),
+            datamodule=data,
+            ckpt_path=checkpoint,
+            weights_only=True if checkpoint else None,
+        )
     return trainer
