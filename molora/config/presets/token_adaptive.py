@@ -1,0 +1,94 @@
+"""Methods in which the number of experts, or who decides on them, differs from token to token or block to block."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from molora.config.presets.release import follows
+from molora.config.presets.target_patterns import FEED_FORWARD, QUERY_VALUE
+from molora.config.presets.token_chosen import PER_GATE
+from molora.config.presets.token_dense import NORMAL_ROWS, ONE_MASK
+
+
+@follows(
+    "zefang-liu/AdaMoLE", "5e8599a", "Liu and Luo, arXiv:2405.00361",
+    ONE_MASK, NORMAL_ROWS,
+    "These are the code's defaults; the shipped config has 8 experts of rank 4 on queries, keys, values and outputs, a "
+    "threshold of 0.125 and a loss of 1e-3.",
+    "The balance loss is of the probabilities p and a mean over gates; there it is of p - t, which may be negative, and "
+    "summed over gates, so that it reaches the threshold.",
+    train={
+        "epochs": 2, "batch_size": 4, "accumulate": 4, "lr": 1e-4, "schedule": "constant", "warmup": 200,
+    },
+)  # fmt: skip
+def adamole() -> dict[str, Any]:
+    """AdaMoLE: as many experts as pass a learned threshold.
+
+    `p = softmax(G x)`, `t = sigmoid(w x + b) / E`, weights `relu(p - t)` over their sum; one gate and threshold
+    per linear, queries and values; E=4, alpha=16, dropout 0.05, r=8 per expert (the release's 32, split over the
+    experts), scaling alpha over the expert's rank.
+    """
+    gate = {"kind": "threshold", "threshold_learned": True, "renorm": "sum", "share": "linear"}
+    return {
+        "num_experts": 4, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
+        "target_modules": QUERY_VALUE, "gate": gate, "aux_losses": {"balance": 0.01},
+    }  # fmt: skip
+
+
+@follows(
+    "mikecovlee/DynMoLE", "9354b27", "Li et al., arXiv:2504.00661",
+    PER_GATE, NORMAL_ROWS,
+    "The template has dropout 0.05, this has none.",
+    "The expert that crosses 0.75 is kept, as nucleus sampling does; there it is dropped, but for the first two.",
+    "The balance loss is of shares of the slots, there of the kept probabilities.",
+    "Rényi entropy, which the release offers beside Tsallis', is not here.",
+    train={"epochs": 2, "batch_size": 16, "lr": 2e-4, "schedule": "constant", "warmup": 0},
+)  # fmt: skip
+def dynmole() -> dict[str, Any]:
+    """DynMoLE: top-p, but all experts where the gate is unsure.
+
+    Experts that make up 0.75 of `softmax(G x)`, at least two; all of them where the relative Tsallis entropy of
+    index 1.1 is above 0.9; weights are the probabilities, not renormalised. One gate per linear of the feed-forward;
+    6 experts, r=24, alpha=48. Entropy loss 0.01 of the relative entropy, balance loss 0.001.
+    """
+    gate = {
+        "select": "entropy", "top_p": 0.75, "min_k": 2, "entropy_threshold": 0.9, "entropy_index": 1.1, "share": "linear",
+    }  # fmt: skip
+    return {
+        "num_experts": 6, "r": 24, "lora_alpha": 48, "target_modules": FEED_FORWARD, "gate": gate,
+        "aux_losses": {"balance": 0.001, "entropy": {"coefficient": 0.01, "index": 1.1}},
+    }  # fmt: skip
+
+
+@follows(
+    "LiaoMengqi/HMoRA", "5215d21", "Liao et al., OpenReview:lTkHiXeuDl",
+    NORMAL_ROWS,
+    "The task gate reads the prompt's mean at its layer; theirs is a transformer encoder over the prompt's embeddings and a "
+    "learned token, and its loss is of its own, over the samples of accumulated batches.",
+    "Weights are probabilities over their sum, there the softmax of probabilities.",
+    "B learns as fast as A, there 1.2 times as fast.",
+    "The script has alpha 8, one A for all experts, a linear gate with bias, plain LoRA on attention's and feed-forward's "
+    "outputs, and the loss 0.005, summed over gates and clamped at 0.5 and 0.98 of the largest entropy.",
+    train={
+        "max_steps": 100_000, "batch_size": 8, "accumulate": 2, "lr": 5e-5, "schedule": "constant", "warmup": 500,
+        "weight_decay": 0.01,
+    },
+)  # fmt: skip
+def hmora() -> dict[str, Any]:
+    """HMoRA: a gate per token and a gate per task, mixed differently in every layer.
+
+    `p = (1 - α) p_token + α p_task`, α a learned number per gate that starts near 0 in the first block and near 1 in the
+    last (logits -2 to 2); top-2 over their sum; one gate for linears of the same input, an mlp of 32 for tokens;
+    8 experts, r=8, alpha=16 with rank-stabilised scaling, dropout 0.1; loss 0.01 on the mutual information of tokens
+    and experts.
+    """
+    gate = {
+        "kind": "top_k", "top_k": 2, "renorm": "sum", "score": "mlp", "hidden": 32, "blend": "sequence", "share": "group",
+    }  # fmt: skip
+    return {
+        "num_experts": 8, "r": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.1, "gate": gate,
+        "aux_losses": {"mutual_information": 0.01},
+    }  # fmt: skip
+
+
+METHODS = (adamole, dynmole, hmora)
