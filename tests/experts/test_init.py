@@ -7,10 +7,11 @@ import warnings
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 import molora
 from molora import MoLoraConfig
-from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank
+from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank, svd_segments
 from tests.zoo import batch_for, molora_model
 
 
@@ -82,3 +83,16 @@ def test_low_rank_is_exact_where_the_rank_suffices():
     assert A.shape == (3, 5) and B.shape == (6, 3) and torch.allclose(B @ A, delta, atol=1e-5)
     A, B = low_rank(delta, 9)
     assert A.shape == (9, 5) and B.shape == (6, 9) and torch.allclose(B @ A, delta, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "rank"), [(8, 2), (3, 5), (7, 4)])
+def test_segments_begin_at_multiples_of_the_whole_number_of_vectors_per_expert(experts, rank):
+    """GOAT: of 19 singular vectors, those of expert i begin at `i · (19 // experts)`."""
+    weight = torch.randn(23, 19, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    factors = svd_segments(weight.float(), [rank] * experts, [16.0] * experts)
+    for i, (A, B) in enumerate(factors):
+        start = min(i * (19 // experts), 19 - rank)
+        part = slice(start, start + rank)
+        segment = U[:, part] * S[part] @ Vh[part] / 10
+        assert_close(16 * B.double() @ A.double(), segment, atol=1e-5, rtol=1e-4)

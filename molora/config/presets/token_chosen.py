@@ -129,7 +129,6 @@ def moral() -> dict[str, Any]:
     ONE_MASK, NORMAL_ROWS,
     "The base stays as it is: frozen copies of the starts, always on with weight -1/8 each, cancel their mean, at the "
     "price of twice the rank; there that mean is subtracted from the base weight and must be derived anew at every load.",
-    "The scaling is alpha/r = 2, there alpha over the expert's rank, 16.",
     "The scripts have dropout 0.05, this has none.",
     "Balance loss 1e-3 with floor k is 0.002 here, as a mean over gates; theirs is the sum over gates.",
     train={"epochs": 10, "batch_size": 256, "lr": 1e-4, "schedule": "cosine", "warmup": 0.03},
@@ -138,14 +137,14 @@ def goat() -> dict[str, Any]:
     """GOAT: experts start as segments of the weight's singular vectors.
 
     Top-2 of 8, weights over their sum, one gate per linear; expert i starts as the i-th of 8 equally spaced segments
-    of the SVD, a tenth of the weight's own size; alpha/r scaling (of the paper's variants the one without the
-    theoretical factor), r=4 per expert, alpha=8. B is not 0 at the start, so outputs differ a little from the base's from
-    the first step on.
+    of the SVD, a tenth of the weight's own size; r=4 per expert, alpha=64 and so scaling 16 (the script's rank 32 is split
+    over the experts, its alpha is not; of the paper's variants the one without the theoretical factor). B is not 0 at
+    the start, so outputs differ a little from the base's from the first step on.
     """
     experts, starts = [f"expert_{i}" for i in range(8)], [f"start_{i}" for i in range(8)]
     return {
         "num_experts": 16, "expert_names": experts + starts, "frozen_experts": starts,
-        "always_on": dict.fromkeys(starts, -0.125), "r": 4, "lora_alpha": 8, "init": "svd_segments",
+        "always_on": dict.fromkeys(starts, -0.125), "r": 4, "lora_alpha": 64, "init": "svd_segments",
         "gate": {"kind": "top_k", "top_k": 2, "renorm": "sum", "share": "linear"}, "aux_losses": {"balance": 0.002},
     }  # fmt: skip
 
