@@ -116,6 +116,24 @@ def entropy(
     return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices), mask)
 
 
+def margin(probs: Tensor, threshold: Tensor | float, mask: Tensor | None = None) -> Tensor:
+    """How far probabilities are above their threshold: `expert · Σ_e f_e M_e`; 0 where none is above it.
+
+    `f_e` is the share of tokens for which expert e reaches the threshold (no gradient), `M_e` the mean of `p_e - t`, also
+    where that is negative. It reaches the threshold as well as the gate. For even probabilities and half of 1 / expert
+    as threshold it is expert / 2.
+
+    Args:
+        probs: (tokens, expert) gate probabilities.
+        threshold: (tokens, 1), or one for all.
+
+    Reference: the load balancing of AdaMoLE, arXiv:2405.00361 (zefang-liu/AdaMoLE at 5e8599a).
+    """
+    heights = probs - threshold
+    reached = (heights.detach() >= 0).to(probs.dtype)
+    return probs.shape[-1] * (masked_mean(reached, mask) * masked_mean(heights, mask)).sum()
+
+
 def mutual_information(probs: Tensor, mask: Tensor | None = None, free_bits: float | None = None) -> Tensor:
     """How far the choice of expert is from telling tokens apart: `relu(b - MI) / log(expert)`.
 

@@ -84,6 +84,13 @@ def naive_information(logits, mask):
     return (math.log(EXPERTS) - (together - mean([entr(row) for row in rows]))) / math.log(EXPERTS)
 
 
+def naive_margin(logits, mask):
+    """AdaMoLE's: share of tokens above a threshold of their own times their mean height above it."""
+    rows = kept([p - t for p, t in zip(logits.softmax(-1), heights(logits), strict=True)], mask)
+    shares = [mean([float(row[e] >= 0) for row in rows]) for e in range(EXPERTS)]
+    return EXPERTS * sum(shares[e] * mean([row[e] for row in rows]) for e in range(EXPERTS))
+
+
 def naive_task_label(logits, mask):
     probs = logits.softmax(-1)
     rows = [i for i in range(TOKENS) if OWN[i].any() and (mask is None or mask[i])]
@@ -98,7 +105,13 @@ def noise(logits):
     return logits.detach() + torch.linspace(-1, 1, EXPERTS, dtype=torch.float64)
 
 
+def heights(logits):
+    """(tokens, 1): a threshold that learns, too."""
+    return 0.4 * logits[:, :1].sigmoid()
+
+
 CASES = {
+    "margin": (lambda x, m: losses.margin(x.softmax(-1), heights(x), m), naive_margin),
     "importance": (lambda x, m: losses.importance(x.softmax(-1), m), naive_importance),
     "load": (lambda x, m: losses.load(x, noise(x), 2, 0.5, m), naive_load),
     "localized": (lambda x, m: losses.localized(x.softmax(-1), OWN, 0.3, SAMPLES, 3, m), naive_localized),
@@ -147,6 +160,10 @@ def test_documented_values():
     samples = torch.arange(8)
     assert losses.localized(even, same, 0.0, samples, 8) < 1e-9
     assert losses.localized(one, same, 0.0, samples, 8) > 1
+    assert_close(
+        losses.margin(even, torch.full((8, 1), 0.125)), torch.tensor(2.0)
+    )  # E / 2: where AdaMoLE starts
+    assert losses.margin(even, 0.25) == 0 and losses.margin(one, 0.0) == 4
     assert_close(losses.l1(-even), torch.tensor(0.25))
 
 

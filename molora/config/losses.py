@@ -23,6 +23,7 @@ class LossSpec:
     of_gate: bool = True  # of a gate's answers, not of the experts alone
     by_task: bool = False  # it goes by each task's own experts
     of_probabilities: bool = False  # it needs a transform that gives probabilities
+    select: str | None = None  # the one selection it goes with
     one_answer: str | None = None  # why it means nothing on a gate that gives everything the same weights
 
     def defaults(self) -> dict[str, Any]:
@@ -50,6 +51,7 @@ _SPECS = {
     "localized": LossSpec(settings={**MASK, "alpha": 0.8}, by_task=True, of_probabilities=True),
     "z": LossSpec(one_answer="softmax ignores a common shift of its logits"),
     "entropy": LossSpec(settings={**MASK, "index": 1.0}, of_probabilities=True),
+    "margin": LossSpec(of_probabilities=True, select="threshold"),
     "mutual_information": LossSpec(
         settings={**MASK, "free_bits": None}, of_probabilities=True, one_answer=_ALIKE
     ),

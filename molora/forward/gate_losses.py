@@ -37,6 +37,10 @@ def entropy(view: GateView, settings: Settings) -> Tensor:
     return losses.entropy(view.probs, view.mask, settings["index"], view.choices)
 
 
+def margin(view: GateView, settings: Settings) -> Tensor:
+    return losses.margin(view.probs, view.threshold, view.mask)
+
+
 def mutual_information(view: GateView, settings: Settings) -> Tensor:
     return losses.mutual_information(view.probs, view.mask, settings["free_bits"])
 

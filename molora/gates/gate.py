@@ -36,6 +36,7 @@ class Routing:
     clean: Tensor | None = None  # (tokens, expert) logits before noise, where there is any
     gated: Tensor | None = None  # (tokens, gated expert): weights without the experts that are always on
     splits: int = 1
+    threshold: Tensor | float | None = None  # (tokens, 1), or one for all, where that selects
 
     @property
     def decided(self) -> Tensor:
@@ -186,9 +187,12 @@ class Gate(nn.Module):
             logits = scores = blended(scores, beside / settings.temperature, self.blend, allowed)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self.select(scores, self._how(x, experts, allowed, balance))
-        dense, splits = settings.select == "dense", settings.splits
-        return Routing(weights, experts, logits, scores, settings.transform, dense, clean, splits=splits)
+        how = self._how(x, experts, allowed, balance)
+        weights = self.select(scores, how)
+        return Routing(
+            weights, experts, logits, scores, settings.transform, settings.select == "dense", clean,
+            splits=settings.splits, threshold=how.threshold,
+        )  # fmt: skip
 
     def _by_sample(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A row for each split; a constant gate has one for each sample, where they differ by what they may use."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molora.config.presets.release import follows
-from molora.config.presets.target_patterns import FEED_FORWARD, QUERY_VALUE
+from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD
 from molora.config.presets.token_chosen import PER_GATE
 from molora.config.presets.token_dense import NORMAL_ROWS, ONE_MASK
 
@@ -13,10 +13,7 @@ from molora.config.presets.token_dense import NORMAL_ROWS, ONE_MASK
 @follows(
     "zefang-liu/AdaMoLE", "5e8599a", "Liu and Luo, arXiv:2405.00361",
     ONE_MASK, NORMAL_ROWS,
-    "These are the code's defaults; the shipped config has 8 experts of rank 4 on queries, keys, values and outputs, a "
-    "threshold of 0.125 and a loss of 1e-3.",
-    "The balance loss is of the probabilities p and a mean over gates; there it is of p - t, which may be negative, and "
-    "summed over gates, so that it reaches the threshold.",
+    "The loss is a mean over gates; there it is their sum, so that 1e-3 there is 1e-3 times the number of gates here.",
     train={
         "epochs": 2, "batch_size": 4, "accumulate": 4, "lr": 1e-4, "schedule": "constant", "warmup": 200,
     },
@@ -25,13 +22,14 @@ def adamole() -> dict[str, Any]:
     """AdaMoLE: as many experts as pass a learned threshold.
 
     `p = softmax(G x)`, `t = sigmoid(w x + b) / E`, weights `relu(p - t)` over their sum; one gate and threshold
-    per linear, queries and values; E=4, alpha=16, dropout 0.05, r=8 per expert (the release's 32, split over the
-    experts), scaling alpha over the expert's rank.
+    per linear, on attention; E=8, so t is at most 0.125, r=4 per expert (the 32 of the shipped config, split over the
+    experts), alpha=16, scaling alpha over the expert's rank, dropout 0.05. The loss `margin`, 1e-3, is the release's load
+    balancing: of p - t, so that it reaches the threshold.
     """
     gate = {"kind": "threshold", "threshold_learned": True, "renorm": "sum", "share": "linear"}
     return {
-        "num_experts": 4, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05,
-        "target_modules": QUERY_VALUE, "gate": gate, "aux_losses": {"balance": 0.01},
+        "num_experts": 8, "r": 4, "lora_alpha": 16, "lora_dropout": 0.05,
+        "target_modules": ATTENTION, "gate": gate, "aux_losses": {"margin": 0.001},
     }  # fmt: skip
 
 
