@@ -18,6 +18,7 @@ from molora.gates import selection
 from molora.gates.noise import Noise
 from molora.gates.rows import GateRows
 from molora.gates.selection import How, Selection, Transform
+from molora.gates.starts import started
 
 
 @dataclass
@@ -76,6 +77,11 @@ class GatePlace:
         """How many experts there are."""
         return len(self.frozen)
 
+    @property
+    def num_tasks(self) -> int:
+        """How many task ids have a row."""
+        return 0 if self.tasks is None else len(self.tasks[1])
+
     def rows(self, weight: Tensor) -> GateRows:
         """Rows of the experts, (expert, ...)."""
         return GateRows(weight, self.blocks, self.frozen)
@@ -117,7 +123,7 @@ class Gate(nn.Module):
         self.threshold = nn.Linear(place.d_in, 1) if settings.threshold_learned else None
         self.second = self.blend = None
         if settings.blend == "sequence":
-            self.second = place.rows(torch.randn(place.num_experts, place.d_in) * settings.init_std)
+            self.second = place.rows(started(settings, place.num_experts, place.d_in))
             self.blend = nn.Parameter(torch.tensor(float(place.blend)))
         self.register_buffer("balance", torch.zeros(place.num_experts) if settings.balance_rate else None)
 

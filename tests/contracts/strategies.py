@@ -44,7 +44,8 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
         "temperature": draw(sometimes(st.floats(0.2, 3.0), 1.0)),
         "noise": draw(sometimes(st.sampled_from(["gaussian", "gumbel", "logistic"]), None)),
         "noise_std": draw(st.floats(0.01, 0.5)),
-        "init_std": draw(sometimes(st.floats(0.0, 1.0), 0.3)),
+        "init": draw(st.sampled_from([*GATE_CHOICES["init"]])),
+        "init_std": draw(sometimes(st.floats(0.0, 1.0) | st.just("linear"), 0.3)),
     }
     extra = {
         "top_k": st.integers(1, 3), "top_p": st.floats(0.1, 1.0), "min_k": st.integers(1, 2), "bias": st.booleans(),

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from molora.config.presets.release import follows
-from molora.config.presets.token_dense import NORMAL_ROWS
+from molora.config.presets.token_dense import AS_LINEAR
 
 
 @follows(
     "huggingface/peft", "5d602fd", "Buehler and Buehler, arXiv:2402.07148",
-    NORMAL_ROWS,
     "The classifier is float32, there of the model's dtype, and has depth 1.",
     "Generation keeps a second key-value cache; there it runs the whole prefix twice for each token.",
 )  # fmt: skip
@@ -22,7 +21,12 @@ def xlora() -> dict[str, Any]:
     linear weights of its own, the paper's layer-wise scalings. No noise, no auxiliary loss. The first pass costs a
     second forward.
     """
-    return {"num_experts": 4, "r": 8, "lora_alpha": 16, "gate": {"kind": "two_pass", "bias": True}}
+    return {
+        "num_experts": 4,
+        "r": 8,
+        "lora_alpha": 16,
+        "gate": {"kind": "two_pass", "bias": True, **AS_LINEAR},
+    }
 
 
 @follows(

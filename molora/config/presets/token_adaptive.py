@@ -7,12 +7,12 @@ from typing import Any
 from molora.config.presets.release import follows
 from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD
 from molora.config.presets.token_chosen import PER_GATE
-from molora.config.presets.token_dense import NORMAL_ROWS, ONE_MASK
+from molora.config.presets.token_dense import AS_LINEAR, ONE_MASK
 
 
 @follows(
     "zefang-liu/AdaMoLE", "5e8599a", "Liu and Luo, arXiv:2405.00361",
-    ONE_MASK, NORMAL_ROWS,
+    ONE_MASK,
     "The loss is a mean over gates; there it is their sum, so that 1e-3 there is 1e-3 times the number of gates here.",
     train={
         "epochs": 2, "batch_size": 4, "accumulate": 4, "lr": 1e-4, "schedule": "constant", "warmup": 200,
@@ -26,7 +26,7 @@ def adamole() -> dict[str, Any]:
     experts), alpha=16, scaling alpha over the expert's rank, dropout 0.05. The loss `margin`, 1e-3, is the release's load
     balancing: of p - t, so that it reaches the threshold.
     """
-    gate = {"kind": "threshold", "threshold_learned": True, "renorm": "sum", "share": "linear"}
+    gate = {"kind": "threshold", "threshold_learned": True, "renorm": "sum", "share": "linear", **AS_LINEAR}
     return {
         "num_experts": 8, "r": 4, "lora_alpha": 16, "lora_dropout": 0.05,
         "target_modules": ATTENTION, "gate": gate, "aux_losses": {"margin": 0.001},
@@ -35,7 +35,7 @@ def adamole() -> dict[str, Any]:
 
 @follows(
     "mikecovlee/DynMoLE", "9354b27", "Li et al., arXiv:2504.00661",
-    PER_GATE, NORMAL_ROWS,
+    PER_GATE,
     "The template has dropout 0.05, this has none.",
     "The expert that crosses 0.75 is kept, as nucleus sampling does; there it is dropped, but for the first two.",
     "The balance loss is of shares of the slots, there of the kept probabilities.",
@@ -51,6 +51,7 @@ def dynmole() -> dict[str, Any]:
     """
     gate = {
         "select": "entropy", "top_p": 0.75, "min_k": 2, "entropy_threshold": 0.9, "entropy_index": 1.1, "share": "linear",
+        **AS_LINEAR,
     }  # fmt: skip
     return {
         "num_experts": 6, "r": 24, "lora_alpha": 48, "target_modules": FEED_FORWARD, "gate": gate,
@@ -60,7 +61,6 @@ def dynmole() -> dict[str, Any]:
 
 @follows(
     "LiaoMengqi/HMoRA", "5215d21", "Liao et al., OpenReview:lTkHiXeuDl",
-    NORMAL_ROWS,
     "The task gate reads the prompt's mean at its layer; theirs is a transformer encoder over the prompt's embeddings and a "
     "learned token, and its loss is of its own, over the samples of accumulated batches.",
     "Weights are probabilities over their sum, there the softmax of probabilities.",
@@ -82,6 +82,7 @@ def hmora() -> dict[str, Any]:
     """
     gate = {
         "kind": "top_k", "top_k": 2, "renorm": "sum", "score": "mlp", "hidden": 32, "blend": "sequence", "share": "group",
+        **AS_LINEAR,
     }  # fmt: skip
     return {
         "num_experts": 8, "r": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.1, "gate": gate,

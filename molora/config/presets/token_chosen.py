@@ -6,7 +6,7 @@ from typing import Any
 
 from molora.config.presets.release import follows
 from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD
-from molora.config.presets.token_dense import NORMAL_ROWS, ONE_MASK
+from molora.config.presets.token_dense import AS_LINEAR, ONE_MASK
 
 _MOE_PEFT = {"epochs": 2, "batch_size": 16, "lr": 2e-4, "schedule": "constant", "warmup": 0}
 PER_GATE = "Balance is per gate; there all layers' tokens are pooled, which hides a collapse."
@@ -58,7 +58,7 @@ def mixlora_top_p() -> dict[str, Any]:
 
 @follows(
     "GCYZSL/MoLA", "01785c8", "Gao et al., arXiv:2402.08562",
-    ONE_MASK, NORMAL_ROWS,
+    ONE_MASK,
     "All blocks have 8 experts; the paper's best allocation is `num_experts=[2, 4, 6, 8]`, a quarter of the blocks each "
     "(its reverse is [8, 6, 4, 2]), which needs blocks in multiples of four.",
     "The balance loss, where turned on, is a mean over gates that leaves padding out; there a sum over layers with it.",
@@ -70,7 +70,7 @@ def mola() -> dict[str, Any]:
     `y = W x + Σ_{e in top 2} g_e (alpha/r) B_e A_e x`, weights renormalised over the chosen two, one gate per
     linear; r=8, alpha=16, dropout 0.05, balance loss off as released.
     """
-    gate = {"kind": "top_k", "top_k": 2, "renorm": "sum", "share": "linear"}
+    gate = {"kind": "top_k", "top_k": 2, "renorm": "sum", "share": "linear", **AS_LINEAR}
     return {"num_experts": 8, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "gate": gate}
 
 
@@ -94,7 +94,6 @@ def moelora_contrastive() -> dict[str, Any]:
 
 @follows(
     "forwchen/LLaVA-MoLE", "5876301", "Chen et al., arXiv:2401.16160",
-    NORMAL_ROWS,
     "The choice is straight-through; there the gate gets no gradient from the task at all.",
     "The balance loss is of even floor 1, there 1/E, so that c there is c/E here; its coefficient is not in the release, "
     "which only infers, and 0.01 is ours.",
@@ -106,7 +105,7 @@ def llava_mole() -> dict[str, Any]:
     The best of 3 experts by `softmax(G x + b)` of the feed-forward's input, one choice for all its linears, added
     with weight 1; r=32, alpha=64, dropout 0.05.
     """
-    gate = {"score": "linear", "bias": True, "select": "hard", "share": "block"}
+    gate = {"score": "linear", "bias": True, "select": "hard", "share": "block", **AS_LINEAR}
     return {
         "num_experts": 3, "r": 32, "lora_alpha": 64, "lora_dropout": 0.05, "target_modules": FEED_FORWARD,
         "plain_targets": ATTENTION, "gate": gate, "aux_losses": {"balance": 0.01},
@@ -126,7 +125,7 @@ def moral() -> dict[str, Any]:
 
 @follows(
     "Facico/GOAT-PEFT", "ef4d21a", "Fan et al., arXiv:2502.16894",
-    ONE_MASK, NORMAL_ROWS,
+    ONE_MASK,
     "The base stays as it is: frozen copies of the starts, always on with weight -1/8 each, cancel their mean, at the "
     "price of twice the rank; there that mean is subtracted from the base weight and must be derived anew at every load.",
     "The scripts have dropout 0.05, this has none.",
@@ -142,10 +141,11 @@ def goat() -> dict[str, Any]:
     the start, so outputs differ a little from the base's from the first step on.
     """
     experts, starts = [f"expert_{i}" for i in range(8)], [f"start_{i}" for i in range(8)]
+    gate = {"kind": "top_k", "top_k": 2, "renorm": "sum", "share": "linear", **AS_LINEAR}
     return {
         "num_experts": 16, "expert_names": experts + starts, "frozen_experts": starts,
         "always_on": dict.fromkeys(starts, -0.125), "r": 4, "lora_alpha": 64, "init": "svd_segments",
-        "gate": {"kind": "top_k", "top_k": 2, "renorm": "sum", "share": "linear"}, "aux_losses": {"balance": 0.002},
+        "gate": gate, "aux_losses": {"balance": 0.002},
     }  # fmt: skip
 
 

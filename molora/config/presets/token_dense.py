@@ -8,7 +8,8 @@ from molora.config.presets.release import follows
 from molora.config.presets.target_patterns import FEED_FORWARD
 
 ONE_MASK = "One dropout mask serves all experts; there each has its own."
-NORMAL_ROWS = "Gate rows start as N(0, 0.02²), there uniformly within ±1/√d, as a torch Linear does."
+# A gate whose rows and biases start as those of a torch Linear: uniformly within ±1/√d.
+AS_LINEAR = {"init": "uniform", "init_std": "linear"}
 
 
 @follows("huggingface/peft", "5d602fd", "Hu et al., arXiv:2106.09685")
@@ -39,7 +40,7 @@ def molora() -> dict[str, Any]:
 
 @follows(
     "Ablustrund/LoRAMoE", "1177288", "Dou et al., arXiv:2312.09979",
-    ONE_MASK, NORMAL_ROWS,
+    ONE_MASK,
     "The localized balancing loss, where turned on, goes by each task's own experts; there by two task types and "
     "halves of the experts, and it counts padding.",
     train={"epochs": 1, "lr": 2e-4, "schedule": "cosine", "warmup": 0.03},
@@ -51,7 +52,7 @@ def loramoe() -> dict[str, Any]:
     0.05. The localized balancing loss is off, as in the authors' script; `aux_losses={"localized": 0.1}` with `tasks`
     that name each task's experts turns it on.
     """
-    gate = {"kind": "soft", "share": "linear"}
+    gate = {"kind": "soft", "share": "linear", **AS_LINEAR}
     return {
         "num_experts": 8, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "target_modules": FEED_FORWARD, "gate": gate,
     }  # fmt: skip
@@ -59,7 +60,6 @@ def loramoe() -> dict[str, Any]:
 
 @follows(
     "Clin0212/HydraLoRA", "afb693b", "Tian et al., arXiv:2404.19245",
-    NORMAL_ROWS,
     "A is multiplied once, with one dropout mask; there once for each expert, with a mask of its own.",
     "The number of experts is a number; the paper finds it by k-means on the data.",
     train={"epochs": 1, "accumulate": 8, "lr": 2e-4, "schedule": "cosine", "warmup": 0.03},
@@ -71,7 +71,7 @@ def hydralora() -> dict[str, Any]:
     loss; 4 experts, r=4, alpha=32, dropout 0.05. Gate rows must not be zero: experts of one A under equal weights would
     stay equal for ever.
     """
-    gate = {"kind": "soft", "share": "linear"}
+    gate = {"kind": "soft", "share": "linear", **AS_LINEAR}
     return {
         "num_experts": 4, "r": 4, "lora_alpha": 32, "lora_dropout": 0.05, "share_A": True,
         "target_modules": FEED_FORWARD, "gate": gate,
@@ -80,7 +80,6 @@ def hydralora() -> dict[str, Any]:
 
 @follows(
     "zackschen/CoIN", "4122465", "Chen et al., arXiv:2403.08350",
-    NORMAL_ROWS,
     "The scripts have dropout 0.05, this has none.",
     "The scripts train the multimodal projector as well, at 2e-5.",
     train={"epochs": 1, "batch_size": 14, "accumulate": 8, "lr": 2e-4, "schedule": "cosine", "warmup": 0.03},
@@ -91,7 +90,7 @@ def coin() -> dict[str, Any]:
     `y = W x + s Σ_e softmax(G x)_e B_e A_e x` token by token, one gate per linear, no auxiliary loss; 8 experts of
     rank 16 and alpha 32 (128 and 256 in all); A is N(0, 0.01²).
     """
-    gate = {"kind": "soft", "share": "linear"}
+    gate = {"kind": "soft", "share": "linear", **AS_LINEAR}
     return {
         "num_experts": 8, "r": 16, "lora_alpha": 32, "init": "gaussian", "init_std": 0.01, "gate": gate,
     }  # fmt: skip
