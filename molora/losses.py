@@ -134,21 +134,33 @@ def margin(probs: Tensor, threshold: Tensor | float, mask: Tensor | None = None)
     return probs.shape[-1] * (masked_mean(reached, mask) * masked_mean(heights, mask)).sum()
 
 
-def mutual_information(probs: Tensor, mask: Tensor | None = None, free_bits: float | None = None) -> Tensor:
+def mutual_information(
+    probs: Tensor,
+    mask: Tensor | None = None,
+    free_bits: float | None = None,
+    certain: float = 0.0,
+    even: float = 1.0,
+) -> Tensor:
     """How far the choice of expert is from telling tokens apart: `relu(b - MI) / log(expert)`.
 
-    `MI = H(mean p) - mean H(p)` in nats; b is `free_bits`, or log(expert). 1 where all tokens route alike, evenly or
+    `MI = H(mean p) - mean H(p)` in nats; b is `free_bits`, or all that MI may be. 1 where all tokens route alike, evenly or
     not; 0 where each is sure and the experts are used evenly. Reference: Ponti et al., arXiv:2302.13241 (its form in
-    task-level routing); free bits as in mttl.
+    task-level routing); free bits as in mttl; the limits as in HMoRA.
+
+    Args:
+        probs: (tokens, expert).
+        free_bits: information that is enough.
+        certain: a token's entropy counts as at least this share of the largest: it need not be surer.
+        even: H(mean p) counts as at most this share of the largest: use need not be more even.
     """
     experts = probs.shape[-1]
     if experts == 1:
         return probs.sum() * 0
-    safe = probs.clamp_min(_tiny(probs))
+    safe, largest = probs.clamp_min(_tiny(probs)), math.log(experts)
     together = torch.special.entr(masked_mean(safe, mask).clamp_min(_tiny(probs))).sum()
-    single = masked_mean(torch.special.entr(safe).sum(dim=-1), mask)
-    bits = math.log(experts) if free_bits is None else free_bits
-    lost = (bits - (together - single)).relu() / math.log(experts)
+    single = masked_mean(torch.special.entr(safe).sum(dim=-1).clamp_min(certain * largest), mask)
+    bits = (even - certain) * largest if free_bits is None else free_bits
+    lost = (bits - (together.clamp_max(even * largest) - single)).relu() / largest
     return lost if mask is None else lost * mask.any()
 
 

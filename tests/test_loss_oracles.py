@@ -105,6 +105,14 @@ def noise(logits):
     return logits.detach() + torch.linspace(-1, 1, EXPERTS, dtype=torch.float64)
 
 
+def naive_limited(logits, mask):
+    """HMoRA's: entropies limited to shares of the largest."""
+    rows, top = kept(logits.softmax(-1), mask), math.log(EXPERTS)
+    together = entr([mean([row[e] for row in rows]) for e in range(EXPERTS)])
+    single = mean([torch.clamp(entr(row), min=0.7 * top) for row in rows])
+    return torch.relu((0.9 - 0.7) * top - (torch.clamp(together, max=0.9 * top) - single)) / top
+
+
 def heights(logits):
     """(tokens, 1): a threshold that learns, too."""
     return 0.4 * logits[:, :1].sigmoid()
@@ -118,6 +126,7 @@ CASES = {
     "entropy": (lambda x, m: losses.entropy(x.softmax(-1), m), naive_entropy),
     "tsallis": (lambda x, m: losses.entropy(x.softmax(-1), m, 1.5), naive_tsallis),
     "mutual_information": (lambda x, m: losses.mutual_information(x.softmax(-1), m), naive_information),
+    "limited": (lambda x, m: losses.mutual_information(x.softmax(-1), m, None, 0.7, 0.9), naive_limited),
     "task_label": (lambda x, m: losses.task_label(x, OWN, m), naive_task_label),
     "l1": (losses.l1, naive_l1),
 }

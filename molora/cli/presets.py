@@ -81,13 +81,14 @@ def _row(name: str) -> tuple[str, ...]:
 
 
 def _where(adapter: AdapterConfig) -> str:
-    from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
+    from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, OUTPUTS, QUERY_VALUE
 
     names = {
         FEED_FORWARD: "feed-forward", ATTENTION: "attention", QUERY_VALUE: "query, value", "all-linear": "all linears",
     }  # fmt: skip
     found = names.get(str(adapter.target_modules), str(adapter.target_modules))
-    return f"{found}; plain LoRA on attention" if adapter.plain_targets == ATTENTION else found
+    plain = {ATTENTION: "attention", OUTPUTS: "outputs"}.get(str(adapter.plain_targets))
+    return f"{found}; plain LoRA on {plain}" if plain else found
 
 
 @command.command()

@@ -53,7 +53,9 @@ _SPECS = {
     "entropy": LossSpec(settings={**MASK, "index": 1.0}, of_probabilities=True),
     "margin": LossSpec(of_probabilities=True, select="threshold"),
     "mutual_information": LossSpec(
-        settings={**MASK, "free_bits": None}, of_probabilities=True, one_answer=_ALIKE
+        settings={**MASK, "free_bits": None, "certain": 0.0, "even": 1.0},
+        of_probabilities=True,
+        one_answer=_ALIKE,
     ),
     "task_label": LossSpec(by_task=True),
     "similarity": LossSpec(of_probabilities=True, one_answer="it gives every sample the same weights"),

@@ -42,7 +42,9 @@ def margin(view: GateView, settings: Settings) -> Tensor:
 
 
 def mutual_information(view: GateView, settings: Settings) -> Tensor:
-    return losses.mutual_information(view.probs, view.mask, settings["free_bits"])
+    return losses.mutual_information(
+        view.probs, view.mask, settings["free_bits"], settings["certain"], settings["even"]
+    )
 
 
 def task_label(view: GateView, settings: Settings) -> Tensor:

@@ -14,7 +14,7 @@ from torch.testing import assert_close
 
 from molora import MoLoraConfig
 from molora.config.continual import BY_TASK, GATED, STRATEGIES, SUM, StrategyConfig
-from molora.continual.gated import gates
+from molora.continual.gated import gates, read_by
 from molora.continual.inf_lora import covariances
 from molora.continual.penalties import sparsity
 from molora.continual.registry import build_strategy
@@ -408,6 +408,20 @@ def test_a_gated_expert_is_silent_on_old_inputs_and_stays_so():
     silent = model(**other).logits
     with model.disable_adapter():
         assert (model(**other).logits - silent).abs().max() > 1e-3
+
+
+def test_a_gated_share_of_energy_rises_over_the_tasks_where_its_end_is_given():
+    """GainLoRA: `θ + (1 - θ) t / T` after task t; without an end it stays."""
+    batches = data(1)
+    for index, (given, energy) in enumerate(
+        [({}, 0.6), ({"energy_end": 1.0}, 0.6 + 0.4 / 3), ({"energy_end": 0.6}, 0.6)]
+    ):
+        model, own = model_of(GATED), strategy("gated", energy=0.6, **given)
+        own.after_task(model, stage(1, batches))
+        means = read_by(model, batches)
+        assert means.keys() == own.bases.keys()
+        for key, (_, _, covariance) in means.items():
+            assert own.bases[key].shape == grown_basis(None, covariance, energy).shape, index
 
 
 def test_gates_that_read_prompts_stay_silent_on_old_prompts_alone():

@@ -7,12 +7,13 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
 from torch.testing import assert_close
 
 import molora
 from molora import MoLoraConfig
 from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank, svd_segments
-from tests.zoo import batch_for, molora_model
+from tests.zoo import base_model, batch_for, molora_model
 
 
 @pytest.mark.parametrize("kind", INIT_KINDS)
@@ -96,3 +97,15 @@ def test_segments_begin_at_multiples_of_the_whole_number_of_vectors_per_expert(e
         part = slice(start, start + rank)
         segment = U[:, part] * S[part] @ Vh[part] / 10
         assert_close(16 * B.double() @ A.double(), segment, atol=1e-5, rtol=1e-4)
+
+
+def test_mhr_starts_each_part_as_a_layer_of_its_width():
+    """PEFT draws A for every part: kaiming of d_in / 4 inputs, uniform within ±1/√(d_in / 4)."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base_model("llama"), molora.preset("mhr", tasks={"a": [f"expert_{i}" for i in range(4)]})
+    )
+    for name, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "mounts") and m.mounts]:
+        A = torch.stack([expert.A for expert in layer.molora_experts["default"].experts()])
+        bound = (A.shape[-1] / 4) ** -0.5
+        assert 0.95 * bound < A.abs().max() <= bound, name

@@ -34,7 +34,7 @@ def assert_uniform(values, bound):
 
 @pytest.mark.parametrize(
     "name",
-    ["adamole", "coin", "dynmole", "goat", "hydralora", "loramoe", "llava_mole", "mola", "xlora"],
+    ["adamole", "coin", "dynmole", "goat", "hmora", "hydralora", "loramoe", "llava_mole", "mola", "xlora"],
 )
 def test_rows_start_as_a_torch_linear_does(name):
     gate = gate_of(name)
@@ -75,7 +75,9 @@ def test_mocle_is_as_sure_at_its_start_as_the_release():
         torch.manual_seed(seed)
         gate = new_gate(molora.preset("mocle"), "model.layers.0.self_attn.q_proj", WIDE).eval()
         there = torch.nn.Linear(384, 4)(torch.nn.Embedding(64, 384).weight)
-        probs = [scores.detach().div(0.05).softmax(-1) for scores in (gate(torch.eye(64)).logits[:, :4], there)]
+        probs = [
+            scores.detach().div(0.05).softmax(-1) for scores in (gate(torch.eye(64)).logits[:, :4], there)
+        ]
         best.append([p.max(dim=-1).values.mean() for p in probs])
     ours, released = torch.tensor(best).mean(dim=0)
     assert_close(ours, released, atol=0.01, rtol=0)

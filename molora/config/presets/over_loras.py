@@ -47,7 +47,6 @@ def arrow() -> dict[str, Any]:
 
 @follows(
     "r-three/phatgoose", "4fd5790", "Muqeeth et al., arXiv:2402.05859",
-    "Rows learn at 1e-3 with a tenth of the steps as warm-up, there at 5e-3 with 6 %.",
     "The release's reversed straight-through is not copied; nothing here is hard.",
     "Experts have r=8 and alpha=16 unless they come from LoRAs; the release trains rank 16 at the same rate for 1000 steps.",
     train={"max_steps": 100, "lr": 5e-3, "schedule": "constant", "warmup": 0.06},
@@ -55,7 +54,7 @@ def arrow() -> dict[str, Any]:
 def phatgoose() -> dict[str, Any]:
     """PHATGOOSE: each expert learns alone when it is wanted.
 
-    A row per expert and linear is trained by `y = base(x) + sigmoid(row · x) expert(x)`, 100 steps, everything
+    A row per expert and linear is trained by `y = base(x) + sigmoid(row · x) expert(x)`, 100 steps at 5e-3, everything
     else frozen (`molora.fit_gate(model, "phatgoose", data)`); then tokens go to the best 2 by the product of
     standardised x and row over √d, softmax over the two.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molora.config.presets.release import follows
-from molora.config.presets.target_patterns import QUERY_VALUE
+from molora.config.presets.target_patterns import ATTENTION, QUERY_VALUE
 from molora.config.presets.token_dense import AS_LINEAR
 
 
@@ -75,32 +75,34 @@ def poly() -> dict[str, Any]:
 @follows(
     "huggingface/peft", "5d602fd", "Caccia et al., arXiv:2211.03831",
     _NEW_TASK,
-    "A starts as that of a whole linear; there as that of each part, √4 times larger.",
+    "A starts for 4 parts, √4 times larger than for one; where `splits` is replaced, `init_gain` is its root.",
 )  # fmt: skip
 def mhr() -> dict[str, Any]:
     """MHR: Polytropon with several heads.
 
     As `poly`, but inputs and outputs of a linear are cut into 4 parts, each with shares of its own; widths must be
-    multiples of 4.
+    multiples of 4. A starts as a torch Linear of a part would: `init_gain` is √4.
     """
     settings = poly()
-    return {**settings, "gate": {**settings["gate"], "splits": 4}}
+    return {**settings, "init_gain": 2.0, "gate": {**settings["gate"], "splits": 4}}
 
 
 @follows(
     "pUmpKin-Co/MTL-LoRA", "7848a70", "Yang et al., arXiv:2410.09437",
-    "The scripts have dropout 0.05 and adapt queries, keys, values and outputs; this has none, and adapts all linears.",
     "A diagonal Λ, which the release's layer offers and its scripts do not use, is not here.",
     train={"epochs": 3, "batch_size": 8, "lr": 3e-4, "schedule": "linear", "warmup": 0.01},
 )  # fmt: skip
 def mtl_lora() -> dict[str, Any]:
     """MTL-LoRA: one A, a small matrix per task, several B mixed per task.
 
-    `y = W x + (alpha/r) Σ_e softmax(w_task / 0.1)_e B_e Λ_task A x`, Λ the identity at first; 3 B's, r=8, alpha=16, one
-    table per linear. Task ids are required; per task the mixture merges exactly.
+    `y = W x + (alpha/r) Σ_e softmax(w_task / 0.1)_e B_e Λ_task A x`, Λ the identity at first; 3 B's, r=8, alpha=16,
+    dropout 0.05, one table per linear, on attention. Task ids are required; per task the mixture merges exactly.
     """
     gate = {"kind": "task_table", "temperature": 0.1, "share": "linear", **AS_LINEAR}
-    return {"num_experts": 3, "r": 8, "lora_alpha": 16, "share_A": True, "task_cores": True, "gate": gate}
+    return {
+        "num_experts": 3, "r": 8, "lora_alpha": 16, "lora_dropout": 0.05, "target_modules": ATTENTION, "share_A": True,
+        "task_cores": True, "gate": gate,
+    }  # fmt: skip
 
 
 METHODS = (moelora, mocle, poly, mhr, mtl_lora)

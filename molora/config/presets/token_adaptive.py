@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from molora.config.presets.release import follows
-from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD
+from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, OUTPUTS
 from molora.config.presets.token_chosen import PER_GATE
 from molora.config.presets.token_dense import AS_LINEAR, ONE_MASK
 
@@ -36,7 +36,6 @@ def adamole() -> dict[str, Any]:
 @follows(
     "mikecovlee/DynMoLE", "9354b27", "Li et al., arXiv:2504.00661",
     PER_GATE,
-    "The template has dropout 0.05, this has none.",
     "The expert that crosses 0.75 is kept, as nucleus sampling does; there it is dropped, but for the first two.",
     "The balance loss is of shares of the slots, there of the kept probabilities.",
     "Rényi entropy, which the release offers beside Tsallis', is not here.",
@@ -47,26 +46,28 @@ def dynmole() -> dict[str, Any]:
 
     Experts that make up 0.75 of `softmax(G x)`, at least two; all of them where the relative Tsallis entropy of
     index 1.1 is above 0.9; weights are the probabilities, not renormalised. One gate per linear of the feed-forward;
-    6 experts, r=24, alpha=48. Entropy loss 0.01 of the relative entropy, balance loss 0.001.
+    6 experts, r=24, alpha=48, dropout 0.05. Entropy loss 0.01 of the relative entropy, balance loss 0.001.
     """
     gate = {
         "select": "entropy", "top_p": 0.75, "min_k": 2, "entropy_threshold": 0.9, "entropy_index": 1.1, "share": "linear",
         **AS_LINEAR,
     }  # fmt: skip
     return {
-        "num_experts": 6, "r": 24, "lora_alpha": 48, "target_modules": FEED_FORWARD, "gate": gate,
+        "num_experts": 6, "r": 24, "lora_alpha": 48, "lora_dropout": 0.05, "target_modules": FEED_FORWARD, "gate": gate,
         "aux_losses": {"balance": 0.001, "entropy": {"coefficient": 0.01, "index": 1.1}},
     }  # fmt: skip
 
 
 @follows(
     "LiaoMengqi/HMoRA", "5215d21", "Liao et al., OpenReview:lTkHiXeuDl",
-    "The task gate reads the prompt's mean at its layer; theirs is a transformer encoder over the prompt's embeddings and a "
-    "learned token, and its loss is of its own, over the samples of accumulated batches.",
+    "The task gate reads the prompt's mean at its layer, without bias; theirs reads a transformer encoder over the prompt's "
+    "embeddings and a learned token, and has a loss of its own over the samples of accumulated batches.",
+    "The loss is of the blended probabilities and a mean over gates; there of the token gate's alone and a sum over gates, "
+    "so that 0.005 there is 0.005 times the number of gates here.",
+    "What a gate reads is not dropped out; there it is, at 0.1.",
     "Weights are probabilities over their sum, there the softmax of probabilities.",
     "B learns as fast as A, there 1.2 times as fast.",
-    "The script has alpha 8, one A for all experts, a linear gate with bias, plain LoRA on attention's and feed-forward's "
-    "outputs, and the loss 0.005, summed over gates and clamped at 0.5 and 0.98 of the largest entropy.",
+    "The script smooths labels by 0.1, which is not offered here.",
     train={
         "max_steps": 100_000, "batch_size": 8, "accumulate": 2, "lr": 5e-5, "schedule": "constant", "warmup": 500,
         "weight_decay": 0.01,
@@ -76,17 +77,19 @@ def hmora() -> dict[str, Any]:
     """HMoRA: a gate per token and a gate per task, mixed differently in every layer.
 
     `p = (1 - α) p_token + α p_task`, α a learned number per gate that starts near 0 in the first block and near 1 in the
-    last (logits -2 to 2); top-2 over their sum; one gate for linears of the same input, an mlp of 32 for tokens;
-    8 experts, r=8, alpha=16 with rank-stabilised scaling, dropout 0.1; loss 0.01 on the mutual information of tokens
-    and experts.
+    last (logits -2 to 2); top-2 over their sum; one gate for linears of the same input, linear with bias; 8 experts of
+    one A, r=8, alpha=8 with rank-stabilised scaling, dropout 0.1; plain LoRA on the outputs of attention and feed-forward;
+    loss 0.005 on the mutual information of tokens and experts, in which a token's entropy counts as at least 0.5 and that
+    of all together as at most 0.98 of the largest.
     """
     gate = {
-        "kind": "top_k", "top_k": 2, "renorm": "sum", "score": "mlp", "hidden": 32, "blend": "sequence", "share": "group",
+        "kind": "top_k", "top_k": 2, "renorm": "sum", "bias": True, "blend": "sequence", "share": "group",
         **AS_LINEAR,
     }  # fmt: skip
     return {
-        "num_experts": 8, "r": 8, "lora_alpha": 16, "use_rslora": True, "lora_dropout": 0.1, "gate": gate,
-        "aux_losses": {"mutual_information": 0.01},
+        "num_experts": 8, "r": 8, "lora_alpha": 8, "use_rslora": True, "lora_dropout": 0.1, "share_A": True,
+        "plain_targets": OUTPUTS, "gate": gate,
+        "aux_losses": {"mutual_information": {"coefficient": 0.005, "certain": 0.5, "even": 0.98}},
     }  # fmt: skip
 
 

@@ -80,7 +80,6 @@ def hydralora() -> dict[str, Any]:
 
 @follows(
     "zackschen/CoIN", "4122465", "Chen et al., arXiv:2403.08350",
-    "The scripts have dropout 0.05, this has none.",
     "The scripts train the multimodal projector as well, at 2e-5.",
     train={"epochs": 1, "batch_size": 14, "accumulate": 8, "lr": 2e-4, "schedule": "cosine", "warmup": 0.03},
 )  # fmt: skip
@@ -88,11 +87,11 @@ def coin() -> dict[str, Any]:
     """CoIN's MOELoRA for tasks in sequence.
 
     `y = W x + s Σ_e softmax(G x)_e B_e A_e x` token by token, one gate per linear, no auxiliary loss; 8 experts of
-    rank 16 and alpha 32 (128 and 256 in all); A is N(0, 0.01²).
+    rank 16 and alpha 32 (128 and 256 in all); A is N(0, 0.01²), dropout 0.05.
     """
     gate = {"kind": "soft", "share": "linear", **AS_LINEAR}
     return {
-        "num_experts": 8, "r": 16, "lora_alpha": 32, "init": "gaussian", "init_std": 0.01, "gate": gate,
+        "num_experts": 8, "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "init": "gaussian", "init_std": 0.01, "gate": gate,
     }  # fmt: skip
 
 
