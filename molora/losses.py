@@ -12,7 +12,7 @@ from einops import einsum
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora.gates.selection import relative_entropy
+from molora.gates.entropies import relative_entropy
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,15 +105,19 @@ def localized(
 
 
 def entropy(
-    probs: Tensor, mask: Tensor | None = None, index: float = 1.0, choices: Tensor | None = None
+    probs: Tensor,
+    mask: Tensor | None = None,
+    index: float = 1.0,
+    choices: Tensor | None = None,
+    form: str = "tsallis",
 ) -> Tensor:
-    """Mean relative Tsallis entropy of a gate (index 1: Shannon): 1 at uniform, 0 where it is sure.
+    """Mean relative entropy of a gate (index 1: Shannon): 1 at uniform, 0 where it is sure.
 
-    `choices`: (tokens,) how many experts each token may use, where that is not all of them.
+    `choices`: (tokens,) how many experts each token may use, where that is not all of them; `form`: tsallis or renyi.
 
     Reference: DynMoLE, arXiv:2504.00661.
     """
-    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices), mask)
+    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices, form), mask)
 
 
 def margin(probs: Tensor, threshold: Tensor | float, mask: Tensor | None = None) -> Tensor:

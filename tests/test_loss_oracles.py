@@ -78,6 +78,11 @@ def naive_tsallis(logits, mask):
     return mean([(1 - sum(p**1.5 for p in row)) / 0.5 / top for row in kept(logits.softmax(-1), mask)])
 
 
+def naive_renyi(logits, mask):
+    rows = kept(logits.softmax(-1), mask)
+    return mean([sum(p**1.5 for p in row).log() / (1 - 1.5) / math.log(EXPERTS) for row in rows])
+
+
 def naive_information(logits, mask):
     rows = kept(logits.softmax(-1), mask)
     together = entr([mean([row[e] for row in rows]) for e in range(EXPERTS)])
@@ -125,6 +130,7 @@ CASES = {
     "localized": (lambda x, m: losses.localized(x.softmax(-1), OWN, 0.3, SAMPLES, 3, m), naive_localized),
     "entropy": (lambda x, m: losses.entropy(x.softmax(-1), m), naive_entropy),
     "tsallis": (lambda x, m: losses.entropy(x.softmax(-1), m, 1.5), naive_tsallis),
+    "renyi": (lambda x, m: losses.entropy(x.softmax(-1), m, 1.5, None, "renyi"), naive_renyi),
     "mutual_information": (lambda x, m: losses.mutual_information(x.softmax(-1), m), naive_information),
     "limited": (lambda x, m: losses.mutual_information(x.softmax(-1), m, None, 0.7, 0.9), naive_limited),
     "task_label": (lambda x, m: losses.task_label(x, OWN, m), naive_task_label),

@@ -61,6 +61,7 @@ SCORES = _parts(
 SCORES.add("none", None)  # the task ids decide: there is no gate
 TRANSFORMS = _parts("transform", "selection", **_FUNCTIONS)
 SELECTIONS = _parts("select", "selection", **_SELECTORS)
+ENTROPIES = _parts("entropy_form", "entropies", tsallis="tsallis", renyi="renyi")
 STARTS = _parts("init", "starts", normal="normal", uniform="uniform")
 NOISES = _parts("noise", "noise", gaussian="GAUSSIAN", jitter="JITTER", gumbel="GUMBEL", logistic="LOGISTIC")
 
@@ -76,6 +77,7 @@ GATE_CHOICES: dict[str, Collection[str]] = {
     "renorm": ("none", "sum", "softmax"),
     "noise": NOISES,
     "init": STARTS,
+    "entropy_form": ENTROPIES,
 }
 SHARES = ("linear", "group", "block", "global")
 
@@ -84,6 +86,11 @@ KINDS: Registry[Any] = Registry("kind of expert")
 KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
 KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
+
+# What a task's core may be: subclasses of experts.cores.TaskCores, imported when they are used.
+CORES: Registry[Any] = Registry("shape of a task's core")
+CORES.add("full", Lazy("experts.cores:TaskCores"))
+CORES.add("diagonal", Lazy("experts.cores:DiagonalCores"))
 
 # Who names the task of a prompt: subclasses of calls.task_router.Gaussian, imported when they are used.
 ROUTERS: Registry[Any] = Registry("kind of router")

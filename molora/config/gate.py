@@ -114,7 +114,10 @@ class GateSettings:
         0.9, "relative entropy above which all experts are kept.", acts_with={"select": ["entropy"]}
     )
     entropy_index: Positive = setting(
-        1.1, "Tsallis index of that entropy; 1 is Shannon's.", acts_with={"select": ["entropy"]}
+        1.1, "index of that entropy; 1 is Shannon's.", acts_with={"select": ["entropy"]}
+    )
+    entropy_form: Choice = setting(
+        "tsallis", "which entropy: `tsallis` or `renyi`.", acts_with={"select": ["entropy"]}, later=True
     )
     renorm: Choice | None = setting(
         None,

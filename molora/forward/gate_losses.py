@@ -34,7 +34,7 @@ def z(view: GateView, settings: Settings) -> Tensor:
 
 
 def entropy(view: GateView, settings: Settings) -> Tensor:
-    return losses.entropy(view.probs, view.mask, settings["index"], view.choices)
+    return losses.entropy(view.probs, view.mask, settings["index"], view.choices, settings["form"])
 
 
 def margin(view: GateView, settings: Settings) -> Tensor:

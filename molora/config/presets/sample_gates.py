@@ -89,14 +89,14 @@ def mhr() -> dict[str, Any]:
 
 @follows(
     "pUmpKin-Co/MTL-LoRA", "7848a70", "Yang et al., arXiv:2410.09437",
-    "A diagonal Λ, which the release's layer offers and its scripts do not use, is not here.",
     train={"epochs": 3, "batch_size": 8, "lr": 3e-4, "schedule": "linear", "warmup": 0.01},
 )  # fmt: skip
 def mtl_lora() -> dict[str, Any]:
     """MTL-LoRA: one A, a small matrix per task, several B mixed per task.
 
     `y = W x + (alpha/r) Σ_e softmax(w_task / 0.1)_e B_e Λ_task A x`, Λ the identity at first; 3 B's, r=8, alpha=16,
-    dropout 0.05, one table per linear, on attention. Task ids are required; per task the mixture merges exactly.
+    dropout 0.05, one table per linear, on attention. `task_cores="diagonal"` is the release's `diagonal_format`. Task ids
+    are required; per task the mixture merges exactly.
     """
     gate = {"kind": "task_table", "temperature": 0.1, "share": "linear", **AS_LINEAR}
     return {

@@ -38,7 +38,6 @@ def adamole() -> dict[str, Any]:
     PER_GATE,
     "The expert that crosses 0.75 is kept, as nucleus sampling does; there it is dropped, but for the first two.",
     "The balance loss is of shares of the slots, there of the kept probabilities.",
-    "Rényi entropy, which the release offers beside Tsallis', is not here.",
     train={"epochs": 2, "batch_size": 16, "lr": 2e-4, "schedule": "constant", "warmup": 0},
 )  # fmt: skip
 def dynmole() -> dict[str, Any]:
@@ -46,7 +45,8 @@ def dynmole() -> dict[str, Any]:
 
     Experts that make up 0.75 of `softmax(G x)`, at least two; all of them where the relative Tsallis entropy of
     index 1.1 is above 0.9; weights are the probabilities, not renormalised. One gate per linear of the feed-forward;
-    6 experts, r=24, alpha=48, dropout 0.05. Entropy loss 0.01 of the relative entropy, balance loss 0.001.
+    6 experts, r=24, alpha=48, dropout 0.05. Entropy loss 0.01 of the relative entropy, balance
+    loss 0.001. `gate={"entropy_form": "renyi"}` is the release's other entropy; its loss has `form`.
     """
     gate = {
         "select": "entropy", "top_p": 0.75, "min_k": 2, "entropy_threshold": 0.9, "entropy_index": 1.1, "share": "linear",
