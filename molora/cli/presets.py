@@ -105,6 +105,8 @@ def show(name: Name) -> None:
 
 def _about(name: str) -> Iterator[str]:
     """Description, release, differences and training of a preset, as lines."""
+    import yaml
+
     from molora.config.presets import PRESETS, RELEASES
 
     release = RELEASES[name]
@@ -117,5 +119,5 @@ def _about(name: str) -> Iterator[str]:
             sentence, 116, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
         )
     if release.train:
-        yield from ("It was trained so; a recipe's own `train` section decides here:", "train:")
-        yield from (f"  {key}: {value}" for key, value in release.train.items())
+        yield "It was trained so; a recipe's own `train` section decides here:"
+        yield from yaml.safe_dump({"train": dict(release.train)}, sort_keys=False).splitlines()
