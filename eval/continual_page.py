@@ -125,6 +125,8 @@ def page(cells: list[dict[str, Any]]) -> str:
         "of all tasks seen, or of the task that prototypes name. Methods with fewer runs stand on fewer orders: compare "
         "within one. Made by `python -m eval.continual run` and `table`.\n",
     ]
+    for note in sorted({f"{cell['method']}: {cell['note']}" for cell in cells if "note" in cell}):
+        parts.append(f"{note}\n")
     named = {"order6cut": "Order 6, eight tasks"}
     for title, suites in (
         ("Orders 1 to 3", SHORT),

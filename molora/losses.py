@@ -12,7 +12,7 @@ from einops import einsum
 from torch import Tensor
 from torch.nn import functional as F
 
-from molora.gates.selection import relative_entropy
+from molora.gates.entropies import relative_entropy
 
 
 def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
@@ -105,32 +105,66 @@ def localized(
 
 
 def entropy(
-    probs: Tensor, mask: Tensor | None = None, index: float = 1.0, choices: Tensor | None = None
+    probs: Tensor,
+    mask: Tensor | None = None,
+    index: float = 1.0,
+    choices: Tensor | None = None,
+    form: str = "tsallis",
 ) -> Tensor:
-    """Mean relative Tsallis entropy of a gate (index 1: Shannon): 1 at uniform, 0 where it is sure.
+    """Mean relative entropy of a gate (index 1: Shannon): 1 at uniform, 0 where it is sure.
 
-    `choices`: (tokens,) how many experts each token may use, where that is not all of them.
+    `choices`: (tokens,) how many experts each token may use, where that is not all of them; `form`: tsallis or renyi.
 
     Reference: DynMoLE, arXiv:2504.00661.
     """
-    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices), mask)
+    return masked_mean(relative_entropy(probs.clamp_min(_tiny(probs)), index, choices, form), mask)
 
 
-def mutual_information(probs: Tensor, mask: Tensor | None = None, free_bits: float | None = None) -> Tensor:
+def margin(probs: Tensor, threshold: Tensor | float, mask: Tensor | None = None) -> Tensor:
+    """How far probabilities are above their threshold: `expert · Σ_e f_e M_e`; 0 where none is above it.
+
+    `f_e` is the share of tokens for which expert e reaches the threshold (no gradient), `M_e` the mean of `p_e - t`, also
+    where that is negative. It reaches the threshold as well as the gate. For even probabilities and half of 1 / expert
+    as threshold it is expert / 2.
+
+    Args:
+        probs: (tokens, expert) gate probabilities.
+        threshold: (tokens, 1), or one for all.
+
+    Reference: the load balancing of AdaMoLE, arXiv:2405.00361 (zefang-liu/AdaMoLE at 5e8599a).
+    """
+    heights = probs - threshold
+    reached = (heights.detach() >= 0).to(probs.dtype)
+    return probs.shape[-1] * (masked_mean(reached, mask) * masked_mean(heights, mask)).sum()
+
+
+def mutual_information(
+    probs: Tensor,
+    mask: Tensor | None = None,
+    free_bits: float | None = None,
+    certain: float = 0.0,
+    even: float = 1.0,
+) -> Tensor:
     """How far the choice of expert is from telling tokens apart: `relu(b - MI) / log(expert)`.
 
-    `MI = H(mean p) - mean H(p)` in nats; b is `free_bits`, or log(expert). 1 where all tokens route alike, evenly or
+    `MI = H(mean p) - mean H(p)` in nats; b is `free_bits`, or all that MI may be. 1 where all tokens route alike, evenly or
     not; 0 where each is sure and the experts are used evenly. Reference: Ponti et al., arXiv:2302.13241 (its form in
-    task-level routing); free bits as in mttl.
+    task-level routing); free bits as in mttl; the limits as in HMoRA.
+
+    Args:
+        probs: (tokens, expert).
+        free_bits: information that is enough.
+        certain: a token's entropy counts as at least this share of the largest: it need not be surer.
+        even: H(mean p) counts as at most this share of the largest: use need not be more even.
     """
     experts = probs.shape[-1]
     if experts == 1:
         return probs.sum() * 0
-    safe = probs.clamp_min(_tiny(probs))
+    safe, largest = probs.clamp_min(_tiny(probs)), math.log(experts)
     together = torch.special.entr(masked_mean(safe, mask).clamp_min(_tiny(probs))).sum()
-    single = masked_mean(torch.special.entr(safe).sum(dim=-1), mask)
-    bits = math.log(experts) if free_bits is None else free_bits
-    lost = (bits - (together - single)).relu() / math.log(experts)
+    single = masked_mean(torch.special.entr(safe).sum(dim=-1).clamp_min(certain * largest), mask)
+    bits = (even - certain) * largest if free_bits is None else free_bits
+    lost = (bits - (together.clamp_max(even * largest) - single)).relu() / largest
     return lost if mask is None else lost * mask.any()
 
 

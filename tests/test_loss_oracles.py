@@ -78,10 +78,22 @@ def naive_tsallis(logits, mask):
     return mean([(1 - sum(p**1.5 for p in row)) / 0.5 / top for row in kept(logits.softmax(-1), mask)])
 
 
+def naive_renyi(logits, mask):
+    rows = kept(logits.softmax(-1), mask)
+    return mean([sum(p**1.5 for p in row).log() / (1 - 1.5) / math.log(EXPERTS) for row in rows])
+
+
 def naive_information(logits, mask):
     rows = kept(logits.softmax(-1), mask)
     together = entr([mean([row[e] for row in rows]) for e in range(EXPERTS)])
     return (math.log(EXPERTS) - (together - mean([entr(row) for row in rows]))) / math.log(EXPERTS)
+
+
+def naive_margin(logits, mask):
+    """AdaMoLE's: share of tokens above a threshold of their own times their mean height above it."""
+    rows = kept([p - t for p, t in zip(logits.softmax(-1), heights(logits), strict=True)], mask)
+    shares = [mean([float(row[e] >= 0) for row in rows]) for e in range(EXPERTS)]
+    return EXPERTS * sum(shares[e] * mean([row[e] for row in rows]) for e in range(EXPERTS))
 
 
 def naive_task_label(logits, mask):
@@ -98,13 +110,29 @@ def noise(logits):
     return logits.detach() + torch.linspace(-1, 1, EXPERTS, dtype=torch.float64)
 
 
+def naive_limited(logits, mask):
+    """HMoRA's: entropies limited to shares of the largest."""
+    rows, top = kept(logits.softmax(-1), mask), math.log(EXPERTS)
+    together = entr([mean([row[e] for row in rows]) for e in range(EXPERTS)])
+    single = mean([torch.clamp(entr(row), min=0.7 * top) for row in rows])
+    return torch.relu((0.9 - 0.7) * top - (torch.clamp(together, max=0.9 * top) - single)) / top
+
+
+def heights(logits):
+    """(tokens, 1): a threshold that learns, too."""
+    return 0.4 * logits[:, :1].sigmoid()
+
+
 CASES = {
+    "margin": (lambda x, m: losses.margin(x.softmax(-1), heights(x), m), naive_margin),
     "importance": (lambda x, m: losses.importance(x.softmax(-1), m), naive_importance),
     "load": (lambda x, m: losses.load(x, noise(x), 2, 0.5, m), naive_load),
     "localized": (lambda x, m: losses.localized(x.softmax(-1), OWN, 0.3, SAMPLES, 3, m), naive_localized),
     "entropy": (lambda x, m: losses.entropy(x.softmax(-1), m), naive_entropy),
     "tsallis": (lambda x, m: losses.entropy(x.softmax(-1), m, 1.5), naive_tsallis),
+    "renyi": (lambda x, m: losses.entropy(x.softmax(-1), m, 1.5, None, "renyi"), naive_renyi),
     "mutual_information": (lambda x, m: losses.mutual_information(x.softmax(-1), m), naive_information),
+    "limited": (lambda x, m: losses.mutual_information(x.softmax(-1), m, None, 0.7, 0.9), naive_limited),
     "task_label": (lambda x, m: losses.task_label(x, OWN, m), naive_task_label),
     "l1": (losses.l1, naive_l1),
 }
@@ -147,6 +175,10 @@ def test_documented_values():
     samples = torch.arange(8)
     assert losses.localized(even, same, 0.0, samples, 8) < 1e-9
     assert losses.localized(one, same, 0.0, samples, 8) > 1
+    assert_close(
+        losses.margin(even, torch.full((8, 1), 0.125)), torch.tensor(2.0)
+    )  # E / 2: where AdaMoLE starts
+    assert losses.margin(even, 0.25) == 0 and losses.margin(one, 0.0) == 4
     assert_close(losses.l1(-even), torch.tensor(0.25))
 
 

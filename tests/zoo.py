@@ -223,6 +223,9 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "cores-table": {
         "share_A": True, "task_cores": True, "gate": GateConfig(**_TABLE, share="linear"),
     },
+    "cores-diagonal": {
+        "share_A": True, "task_cores": "diagonal", "gate": GateConfig(**_TABLE, share="linear"),
+    },
     "universal-top1": {"always_on": {"expert_2": "rest"}, "gate": GateConfig(top_k=1)},
     "universal-task": {"always_on": {"expert_1": 0.5}, "tasks": ["alpha", "beta"], "gate": GateConfig(scope="task")},
     "by-layer-top2": {"num_experts": [2, 3], "gate": GateConfig(top_k=[1, 2], share="linear")},

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import textwrap
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import typer
@@ -29,14 +31,28 @@ def table() -> str:
     from molora.config.presets import PRESETS
 
     head = ("preset", "gate reads", "one per", "score", "select", "experts", "on", "combined as", "losses")
-    rows = [head, ("---",) * len(head), *(_row(name) for name in sorted(PRESETS))]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return _markdown(head, *(_row(name) for name in sorted(PRESETS)))
+
+
+def releases() -> str:
+    """Every preset's paper and release, as a Markdown table."""
+    from molora.config.presets import RELEASES
+
+    rows = (
+        (f"`{name}`", release.paper, release.where, str(len(release.differs)))
+        for name, release in sorted(RELEASES.items())
+    )
+    return _markdown(("preset", "paper", "release", "differences"), *rows)
+
+
+def _markdown(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 
 @command.command("table")
 def show_table() -> None:
-    """Every preset on the axes of a mixture, as a Markdown table."""
-    typer.echo(table())
+    """Every preset on the axes of a mixture, then its paper and release, as Markdown tables."""
+    typer.echo(f"{table()}\n\n{releases()}")
 
 
 def _row(name: str) -> tuple[str, ...]:
@@ -65,21 +81,43 @@ def _row(name: str) -> tuple[str, ...]:
 
 
 def _where(adapter: AdapterConfig) -> str:
-    from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, QUERY_VALUE
+    from molora.config.presets.target_patterns import ATTENTION, FEED_FORWARD, OUTPUTS, QUERY_VALUE
 
-    names = {FEED_FORWARD: "feed-forward", QUERY_VALUE: "query, value", "all-linear": "all linears"}
+    names = {
+        FEED_FORWARD: "feed-forward", ATTENTION: "attention", QUERY_VALUE: "query, value", "all-linear": "all linears",
+    }  # fmt: skip
     found = names.get(str(adapter.target_modules), str(adapter.target_modules))
-    return f"{found}; plain LoRA on attention" if adapter.plain_targets == ATTENTION else found
+    plain = {ATTENTION: "attention", OUTPUTS: "outputs"}.get(str(adapter.plain_targets))
+    return f"{found}; plain LoRA on {plain}" if plain else found
 
 
 @command.command()
 def show(name: Name) -> None:
-    """Print what a preset sets, its paper, and where it deviates."""
+    """Print what a preset sets, its paper and release, where it differs from that, and how that was trained."""
     import yaml
 
-    from molora.config.presets import PRESETS, preset_settings
+    from molora.config.presets import preset_settings
 
     settings = preset_settings(name, {})
-    text = inspect.getdoc(PRESETS[name.replace("-", "_")]) or ""
-    typer.echo("\n".join(f"# {line}".rstrip() for line in text.splitlines()))
+    typer.echo("\n".join(f"# {line}".rstrip() for line in _about(name.replace("-", "_"))))
     typer.echo(yaml.safe_dump({"adapter": settings}, sort_keys=False), nl=False)
+
+
+def _about(name: str) -> Iterator[str]:
+    """Description, release, differences and training of a preset, as lines."""
+    import yaml
+
+    from molora.config.presets import PRESETS, RELEASES
+
+    release = RELEASES[name]
+    yield from (inspect.getdoc(PRESETS[name]) or "").splitlines()
+    yield from ("", f"Paper: {release.paper}.", f"Release: {release.where}.")
+    if release.differs:
+        yield "Differs from it:"
+    for sentence in release.differs:
+        yield from textwrap.wrap(
+            sentence, 116, initial_indent="- ", subsequent_indent="  ", break_on_hyphens=False
+        )
+    if release.train:
+        yield "It was trained so; a recipe's own `train` section decides here:"
+        yield from yaml.safe_dump({"train": dict(release.train)}, sort_keys=False).splitlines()

@@ -24,7 +24,7 @@ GATE_KINDS: dict[str, dict[str, object]] = {
     "constant": {"scope": "constant", "score": "table", "transform": "softmax", "select": "dense"},
 }
 
-_COMMON = ("share", "temperature", "noise", "noise_std", "init_std")
+_COMMON = ("share", "temperature", "noise", "noise_std", "init", "init_std")
 _READING = (*_COMMON, "score", "bias", "hidden", "norm", "absolute")
 _BLENDING = ("blend", "blend_spread", "pool")
 _CHOOSING = ("transform", "select", "top_k", "top_p", "min_k", "threshold", "renorm", "balance_rate")
@@ -61,6 +61,8 @@ SCORES = _parts(
 SCORES.add("none", None)  # the task ids decide: there is no gate
 TRANSFORMS = _parts("transform", "selection", **_FUNCTIONS)
 SELECTIONS = _parts("select", "selection", **_SELECTORS)
+ENTROPIES = _parts("entropy_form", "entropies", tsallis="tsallis", renyi="renyi")
+STARTS = _parts("init", "starts", normal="normal", uniform="uniform")
 NOISES = _parts("noise", "noise", gaussian="GAUSSIAN", jitter="JITTER", gumbel="GUMBEL", logistic="LOGISTIC")
 
 # The values each long field may take, where it is a choice. `share` may be a regex with one group as well.
@@ -74,6 +76,8 @@ GATE_CHOICES: dict[str, Collection[str]] = {
     "select": SELECTIONS,
     "renorm": ("none", "sum", "softmax"),
     "noise": NOISES,
+    "init": STARTS,
+    "entropy_form": ENTROPIES,
 }
 SHARES = ("linear", "group", "block", "global")
 
@@ -82,6 +86,11 @@ KINDS: Registry[Any] = Registry("kind of expert")
 KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
 KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
+
+# What a task's core may be: subclasses of experts.cores.TaskCores, imported when they are used.
+CORES: Registry[Any] = Registry("shape of a task's core")
+CORES.add("full", Lazy("experts.cores:TaskCores"))
+CORES.add("diagonal", Lazy("experts.cores:DiagonalCores"))
 
 # Who names the task of a prompt: subclasses of calls.task_router.Gaussian, imported when they are used.
 ROUTERS: Registry[Any] = Registry("kind of router")

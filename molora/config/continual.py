@@ -76,7 +76,9 @@ for _name, _spec in {
     "inf_lora": StrategySpec(_at("inf_lora:InfLoRA"), {"energy": 0.98, "energy_end": 1.0}, needs=_SUMMED),
     "slao": StrategySpec(_at("slao:Slao"), needs=_SUMMED, one_expert=True),
     "ella": StrategySpec(_at("penalties:Ella"), {"coefficient": 5e6}, without_memory=True),
-    "gated": StrategySpec(_at("gated:Gated"), {"energy": 0.995}, gate=GATED, needs=_BY_COSINE),
+    "gated": StrategySpec(
+        _at("gated:Gated"), {"energy": 0.995, "energy_end": None}, gate=GATED, needs=_BY_COSINE
+    ),
     "color": StrategySpec(_PLAIN, gate=BY_TASK, needs=_ONLY_BY_TASK, router="gaussian"),
 }.items():
     STRATEGIES.add(_name, _spec)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ValidationInfo
 from pydantic_core import PydanticKnownError
@@ -114,7 +114,10 @@ class GateSettings:
         0.9, "relative entropy above which all experts are kept.", acts_with={"select": ["entropy"]}
     )
     entropy_index: Positive = setting(
-        1.1, "Tsallis index of that entropy; 1 is Shannon's.", acts_with={"select": ["entropy"]}
+        1.1, "index of that entropy; 1 is Shannon's.", acts_with={"select": ["entropy"]}
+    )
+    entropy_form: Choice = setting(
+        "tsallis", "which entropy: `tsallis` or `renyi`.", acts_with={"select": ["entropy"]}, later=True
     )
     renorm: Choice | None = setting(
         None,
@@ -135,7 +138,14 @@ class GateSettings:
         "reads by U(1 - noise_std, 1 + noise_std).",
     )
     noise_std: NonNegative = setting(1.0, "the noise's strength.", acts_with={"noise": []})
-    init_std: NonNegative = setting(0.02, "standard deviation of the initial rows.")
+    init: Choice = setting(
+        "normal", "how the initial rows are spread around 0: `normal` or `uniform`.", later=True
+    )
+    init_std: Literal["linear"] | NonNegative = setting(
+        0.02,
+        "standard deviation of the initial rows; `linear`: 1/√(3 · width of what they read), and biases, which are 0 else, "
+        "start like them: with init `uniform` as a torch Linear does.",
+    )
     start: float = setting(
         0.0,
         "what the numbers start at; 1 with transform `identity` adds experts up. With 0 and new experts, whose B is 0, "

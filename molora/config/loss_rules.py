@@ -68,6 +68,8 @@ def _fault(name: str, mixture: Mixture, gate: GateSettings) -> str | None:
         return "needs a gate that learns; a task gate without a score has nothing to learn."
     if spec.of_probabilities and gate.transform in UNNORMALISED:
         return f"is of probabilities, and transform: {gate.transform} gives none; use softmax or sigmoid."
+    if spec.select is not None and gate.select != spec.select:
+        return f"is of what select: {spec.select} does; this gate has select: {gate.select}."
     if spec.by_task and constant:
         return "goes by each task's own experts, and a constant gate gives all tasks the same weights."
     if spec.one_answer and constant:

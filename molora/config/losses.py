@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from molora.config.choices import ENTROPIES
 from molora.registry import Lazy, Registry
 
 # A tuple of names, the first of which is the default; or the default of a number (None: one that the loss works out).
@@ -23,6 +24,7 @@ class LossSpec:
     of_gate: bool = True  # of a gate's answers, not of the experts alone
     by_task: bool = False  # it goes by each task's own experts
     of_probabilities: bool = False  # it needs a transform that gives probabilities
+    select: str | None = None  # the one selection it goes with
     one_answer: str | None = None  # why it means nothing on a gate that gives everything the same weights
 
     def defaults(self) -> dict[str, Any]:
@@ -49,9 +51,12 @@ _SPECS = {
     "load": LossSpec(),
     "localized": LossSpec(settings={**MASK, "alpha": 0.8}, by_task=True, of_probabilities=True),
     "z": LossSpec(one_answer="softmax ignores a common shift of its logits"),
-    "entropy": LossSpec(settings={**MASK, "index": 1.0}, of_probabilities=True),
+    "entropy": LossSpec(settings={**MASK, "index": 1.0, "form": tuple(ENTROPIES)}, of_probabilities=True),
+    "margin": LossSpec(of_probabilities=True, select="threshold"),
     "mutual_information": LossSpec(
-        settings={**MASK, "free_bits": None}, of_probabilities=True, one_answer=_ALIKE
+        settings={**MASK, "free_bits": None, "certain": 0.0, "even": 1.0},
+        of_probabilities=True,
+        one_answer=_ALIKE,
     ),
     "task_label": LossSpec(by_task=True),
     "similarity": LossSpec(of_probabilities=True, one_answer="it gives every sample the same weights"),

@@ -83,9 +83,10 @@ class Mixture:
         "`{expert: weight}` of experts that the gate does not decide over; `rest` means 1 minus the largest weight it gave.",
     )
     share_A: bool = setting(False, "all experts of a layer have one A (HydraLoRA).")
-    task_cores: bool = setting(
+    task_cores: bool | Literal["diagonal"] = setting(
         False,
-        "each task has a matrix (rank, rank) of its own between the shared A and the experts (MTL-LoRA).",
+        "each task has a matrix (rank, rank) of its own between the shared A and the experts (MTL-LoRA); `diagonal`: a number "
+        "for each dimension of the rank.",
     )
     ffn_targets: str | list[str] | None = setting(
         None,

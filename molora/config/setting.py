@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import MISSING, Field, field, fields
 from functools import lru_cache
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
@@ -19,15 +20,22 @@ from molora.config.suggest import did_you_mean
 T = TypeVar("T")
 
 
-def setting(default: object, doc: str = "", *, acts_with: Mapping[str, Sequence[str]] | None = None) -> Any:
+def setting(
+    default: object,
+    doc: str = "",
+    *,
+    acts_with: Mapping[str, Sequence[str]] | None = None,
+    later: bool = False,
+) -> Any:
     """A dataclass field that says what it is.
 
     Args:
         default: its default; `dict` or `list` for an empty one that is made anew each time.
         doc: what it means, one or a few lines.
         acts_with: other fields, and their values (none listed: any but None) beside one of which this field acts.
+        later: adapters were written before there was such a field, so that files have it only where it is set.
     """
-    metadata = {"doc": doc, "acts_with": dict(acts_with or {})}
+    metadata = {"doc": doc, "acts_with": dict(acts_with or {}), "later": later}
     if default is dict or default is list:
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -69,6 +77,15 @@ def default_of(declared: Field[Any]) -> Any:
 def values_of(declared: Any) -> dict[str, Any]:
     """The fields of a declaration as they are, not copied."""
     return {f.name: getattr(declared, f.name) for f in fields(declared)}
+
+
+def written(declared: Any) -> dict[str, Any]:
+    """The fields of a declaration as a file has them: those that came later only where they are set."""
+    kept = values_of(declared)
+    for f in fields(declared):
+        if f.metadata.get("later") and kept[f.name] == default_of(f):
+            del kept[f.name]
+    return deepcopy(kept)
 
 
 def where(declared: Field[Any]) -> str:

@@ -22,8 +22,14 @@ class Gated(KeepsBases):
     The key k of a new expert starts as the mean z of its task and is kept orthogonal to the directions that hold
     `energy` of the old tasks' z, so the new expert stays silent there; old keys are frozen. No task id is needed.
     A task whose mean has nothing of its own (the first decoder layer of an encoder-decoder reads the same start token
-    for all tasks) gets the key zero there, and an expert that is silent for everybody. Reference: GainLoRA,
-    arXiv:2505.15424, which has one MLP of token embeddings where this has a key and a gate for each group of linears.
+    for all tasks) gets the key zero there, and an expert that is silent for everybody.
+
+    Reference: GainLoRA, arXiv:2505.15424 (liangyanshuo/gainlora at a47edf4). It differs in four points. One MLP of token
+    embeddings there is a key and a gate for each group of linears here. There a key starts as the first singular vector of
+    what its task leaves, at a drawn length; here as the mean of it, whose sign and length do not matter to the gate
+    either, and which needs no second decomposition. There `energy` rises to 1 over the tasks; here it does where
+    `energy_end: 1` asks for that, and is constant otherwise. The released experts are InfLoRA's, of a designed and
+    frozen A; here they are ordinary ones, whose A learns: the silent gate already keeps old outputs.
     """
 
     @torch.no_grad()
@@ -45,7 +51,7 @@ class Gated(KeepsBases):
 
     def after_task(self, model: nn.Module, turn: Turn) -> None:
         for key, (_, _, covariance) in read_by(model, turn.batches).items():
-            grown = grown_basis(self.bases.get(key), covariance, self.number("energy"))
+            grown = grown_basis(self.bases.get(key), covariance, self.share(turn))
             self.bases[key] = grown.float().cpu()
 
 

@@ -38,10 +38,8 @@ class InfLoRA(KeepsBases):
             A.hold()
 
     def after_task(self, model: nn.Module, turn: Turn) -> None:
-        start, end = self.number("energy"), self.number("energy_end")
-        energy = start + (end - start) * turn.index / max(1, len(turn.tasks))
         for key, covariance in covariances(model, turn.batches).items():
-            self.bases[key] = grown_basis(self.bases.get(key), covariance, energy).float().cpu()
+            self.bases[key] = grown_basis(self.bases.get(key), covariance, self.share(turn)).float().cpu()
 
 
 def covariances(model: nn.Module, batches: Batches) -> dict[str, Tensor]:

@@ -53,17 +53,31 @@ class OLoRA(Strategy):
 class NLoRA(Strategy):
     """The new expert's update is kept sparse, so that it seldom meets the old ones': `coefficient · Σ_layers ‖B A‖₁`.
 
-    The mean over the update's entries times rank² stands for the sum, so that the coefficient means the same at any
-    width. Reference: N-LoRA, COLING 2025, whose code sums the r·r product of the factors in the other order.
+    The size is that of the released code, which sums the r·r entries of the product in the other order, `‖A B‖₁`, and so
+    needs layers as wide as they are high: see `sparsity`. Reference: N-LoRA, COLING 2025 (PKU-YuanGroup/N-LoRA at
+    7301afe).
     """
 
     def loss(self, model: nn.Module) -> Mapping[str, Tensor]:
         terms = []
         for _, _, bank in expert_layers(model):
-            for e in bank.trainable:
-                expert = bank.expert(e)
-                terms.append(expert.rank**2 * (expert.B.float() @ expert.A.float()).abs().mean())
+            experts = [bank.expert(e) for e in bank.trainable]
+            terms += [sparsity(expert.A.float(), expert.B.float()) for expert in experts]
         return {"sparse": self.number("coefficient") * torch.stack(terms).sum()} if terms else {}
+
+
+def sparsity(A: Tensor, B: Tensor) -> Tensor:
+    """`r² √(d_in / r)` times the mean |entry| of the update B A: a scalar that does not depend on d_out.
+
+    For factors of independent entries it is as large as `‖A B‖₁` of a square layer: the entries of A B are sums of
+    d_in products, those of B A of r, so they are √(d_in / r) times larger, and there are r² of them.
+
+    Args:
+        A: (rank, d_in).
+        B: (d_out, rank).
+    """
+    rank, d_in = A.shape
+    return rank**1.5 * d_in**0.5 * (B @ A).abs().mean()
 
 
 class Ella(Strategy):

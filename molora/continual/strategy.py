@@ -112,6 +112,11 @@ class KeepsBases(Strategy):
     def tensors(self) -> dict[str, Tensor]:
         return {f"basis/{key}": basis.contiguous() for key, basis in self.bases.items()}
 
+    def share(self, turn: Turn) -> float:
+        """How much of the energy of a turn's inputs the bases hold after it: from `energy` evenly up to `energy_end`."""
+        start, end = self.number("energy"), self.settings.energy_end
+        return start if end is None else start + (end - start) * turn.index / max(1, len(turn.tasks))
+
     def restore(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
         self.bases = {key.removeprefix("basis/"): value for key, value in tensors.items()}
 

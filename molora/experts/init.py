@@ -55,6 +55,7 @@ def svd_segments(
 ) -> list[tuple[Tensor, Tensor]]:
     """Factors of each expert from equally spaced segments of the singular vectors of a weight.
 
+    Segment i begins at vector `i · (vectors // experts)`, or so early that it has the expert's rank.
     `scaling · B A` is the segment's part of the weight over rho. A is (rank, d_in), B (d_out, rank); the base
     weight stays as it is. Reference: GOAT, arXiv:2502.16894.
 
@@ -65,9 +66,9 @@ def svd_segments(
         rho: how much smaller than the weight its segments are taken.
     """
     U, S, Vh = torch.linalg.svd(weight.float(), full_matrices=False)
-    step, factors = len(S) / len(ranks), []
+    step, factors = len(S) // len(ranks), []
     for i, (rank, scaling) in enumerate(zip(ranks, scalings, strict=True)):
-        start = min(int(i * step), max(len(S) - rank, 0))
+        start = min(i * step, max(len(S) - rank, 0))
         part = slice(start, start + rank)
         root = (S[part] / (scaling * rho)).sqrt()
         A, B, short = root.unsqueeze(1) * Vh[part], U[:, part] * root, rank - len(root)

@@ -34,11 +34,17 @@ def z(view: GateView, settings: Settings) -> Tensor:
 
 
 def entropy(view: GateView, settings: Settings) -> Tensor:
-    return losses.entropy(view.probs, view.mask, settings["index"], view.choices)
+    return losses.entropy(view.probs, view.mask, settings["index"], view.choices, settings["form"])
+
+
+def margin(view: GateView, settings: Settings) -> Tensor:
+    return losses.margin(view.probs, view.threshold, view.mask)
 
 
 def mutual_information(view: GateView, settings: Settings) -> Tensor:
-    return losses.mutual_information(view.probs, view.mask, settings["free_bits"])
+    return losses.mutual_information(
+        view.probs, view.mask, settings["free_bits"], settings["certain"], settings["even"]
+    )
 
 
 def task_label(view: GateView, settings: Settings) -> Tensor:

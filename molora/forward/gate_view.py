@@ -59,6 +59,13 @@ class GateView:
         return None if scores is None else (scores != float("-inf")).sum(dim=-1)
 
     @property
+    def threshold(self) -> Tensor | float:
+        """(tokens, 1), or one for all: what select: threshold compares the probabilities with."""
+        threshold = self._record.routing.threshold
+        assert threshold is not None  # the rules refuse what needs one elsewhere
+        return threshold
+
+    @property
     def selected(self) -> Tensor:
         return self._record.routing.selected
 

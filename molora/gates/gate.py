@@ -18,6 +18,7 @@ from molora.gates import selection
 from molora.gates.noise import Noise
 from molora.gates.rows import GateRows
 from molora.gates.selection import How, Selection, Transform
+from molora.gates.starts import started
 
 
 @dataclass
@@ -36,6 +37,7 @@ class Routing:
     clean: Tensor | None = None  # (tokens, expert) logits before noise, where there is any
     gated: Tensor | None = None  # (tokens, gated expert): weights without the experts that are always on
     splits: int = 1
+    threshold: Tensor | float | None = None  # (tokens, 1), or one for all, where that selects
 
     @property
     def decided(self) -> Tensor:
@@ -74,6 +76,11 @@ class GatePlace:
     def num_experts(self) -> int:
         """How many experts there are."""
         return len(self.frozen)
+
+    @property
+    def num_tasks(self) -> int:
+        """How many task ids have a row."""
+        return 0 if self.tasks is None else len(self.tasks[1])
 
     def rows(self, weight: Tensor) -> GateRows:
         """Rows of the experts, (expert, ...)."""
@@ -116,7 +123,7 @@ class Gate(nn.Module):
         self.threshold = nn.Linear(place.d_in, 1) if settings.threshold_learned else None
         self.second = self.blend = None
         if settings.blend == "sequence":
-            self.second = place.rows(torch.randn(place.num_experts, place.d_in) * settings.init_std)
+            self.second = place.rows(started(settings, place.num_experts, place.d_in))
             self.blend = nn.Parameter(torch.tensor(float(place.blend)))
         self.register_buffer("balance", torch.zeros(place.num_experts) if settings.balance_rate else None)
 
@@ -186,9 +193,12 @@ class Gate(nn.Module):
             logits = scores = blended(scores, beside / settings.temperature, self.blend, allowed)
         if allowed is not None:
             scores = scores.masked_fill(~allowed, float("-inf"))
-        weights = self.select(scores, self._how(x, experts, allowed, balance))
-        dense, splits = settings.select == "dense", settings.splits
-        return Routing(weights, experts, logits, scores, settings.transform, dense, clean, splits=splits)
+        how = self._how(x, experts, allowed, balance)
+        weights = self.select(scores, how)
+        return Routing(
+            weights, experts, logits, scores, settings.transform, settings.select == "dense", clean,
+            splits=settings.splits, threshold=how.threshold,
+        )  # fmt: skip
 
     def _by_sample(self, logits: Tensor, allowed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """A row for each split; a constant gate has one for each sample, where they differ by what they may use."""

@@ -15,6 +15,7 @@ from molora.config.gate import GateSettings
 from molora.experts.kernel import scores as exact_scores
 from molora.gates.gate import Gate, GatePlace, affine
 from molora.gates.rows import GateRows
+from molora.gates.starts import started
 
 _SHORT = 1e-6  # lengths of x and row, multiplied, below which a cosine is 0
 
@@ -30,9 +31,14 @@ class _RowsGate(Gate):
         self.make_rows(place, place.d_in)
 
     def make_rows(self, place: GatePlace, width: int) -> None:
-        """Rows (expert, width), and zeros as biases."""
-        self.rows = place.rows(torch.randn(place.num_experts, width) * self.settings.init_std)
-        self.bias = place.rows(torch.zeros(place.num_experts)) if self.settings.bias else None
+        """Rows (expert, width), and biases: zeros, or as a torch Linear has them."""
+        settings, experts = self.settings, place.num_experts
+        self.rows = place.rows(started(settings, experts, width))
+        if settings.bias:
+            linear = settings.init_std == "linear"
+            self.bias = place.rows(
+                started(settings, experts, width=width) if linear else torch.zeros(experts)
+            )
 
 
 class LinearGate(_RowsGate):
@@ -86,7 +92,7 @@ class ConstantGate(Gate):
     def make(self, place: GatePlace) -> None:
         settings, experts = self.settings, place.num_experts
         shape = (experts, settings.splits) if settings.splits > 1 else (experts,)
-        spread = torch.randn(shape) * settings.init_std if place.spread else torch.zeros(shape)
+        spread = started(settings, *shape) if place.spread else torch.zeros(shape)
         self.rows = place.rows(settings.start + spread)
 
     def score(self, x: Tensor, products: Tensor | None) -> Tensor:
@@ -98,11 +104,10 @@ class _TaskGate(Gate):
 
     tasks: GateRows
 
-    def make_tasks(self, place: GatePlace, width: int, std: float) -> GateRows:
-        """Random rows (task, width)."""
+    def make_tasks(self, place: GatePlace, weight: Tensor) -> GateRows:
+        """Rows of the tasks, (task, width)."""
         assert place.tasks is not None
-        blocks, frozen = place.tasks
-        return GateRows(torch.randn(len(frozen), width) * std, blocks, frozen)
+        return GateRows(weight, *place.tasks)
 
     def task_rows(self, shares: Tensor) -> Tensor:
         """The mean row of each sample's tasks, (samples, width)."""
@@ -115,7 +120,7 @@ class TaskTableGate(_TaskGate):
 
     def make(self, place: GatePlace) -> None:
         columns = place.num_experts * self.settings.splits
-        self.tasks = self.make_tasks(place, columns, self.settings.init_std)
+        self.tasks = self.make_tasks(place, started(self.settings, place.num_tasks, columns))
 
     def score(self, x: Tensor, products: Tensor | None) -> Tensor:
         return self.task_rows(x)
@@ -126,7 +131,7 @@ class EmbeddingGate(_TaskGate, _RowsGate):
 
     def make(self, place: GatePlace) -> None:
         width = self.settings.embedding_dim
-        tasks = self.make_tasks(place, width, 1.0)
+        tasks = self.make_tasks(place, torch.randn(place.num_tasks, width))
         self.make_rows(place, width)
         self.tasks = tasks  # after the rows: the order of an optimiser's state
 

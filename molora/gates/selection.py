@@ -14,6 +14,7 @@ from torch import Tensor
 
 from molora.config.choices import TRANSFORMS
 from molora.config.gate import GateSettings
+from molora.gates.entropies import relative_entropy
 
 Transform = Callable[[Tensor], Tensor]
 
@@ -111,28 +112,14 @@ def threshold(scores: Tensor, how: How) -> Tensor:
 def entropy(scores: Tensor, how: How) -> Tensor:
     """All experts for tokens the gate is unsure about, `top_p` for the others.
 
-    Unsure: the Tsallis entropy, over its largest value among the allowed experts, is above `entropy_threshold`.
+    Unsure: the entropy, over its largest value among the allowed experts, is above `entropy_threshold`.
     Reference: DynMoLE, arXiv:2504.00661.
     """
     probs, settings = how.transform(scores), how.settings
     choices = None if how.allowed is None else how.allowed.sum(dim=-1)
-    unsure = relative_entropy(probs, settings.entropy_index, choices) > settings.entropy_threshold
-    return _renormalised(probs * (_nucleus(probs, how) | unsure.unsqueeze(-1)), how)
-
-
-def relative_entropy(probs: Tensor, index: float = 1.0, choices: Tensor | None = None) -> Tensor:
-    """Tsallis entropy (tokens,) of `index` over that of a uniform choice; 1 is Shannon's; 0 for one expert.
-
-    `choices`: (tokens,) how many experts each token may use, where that is not all of them.
-    """
-    if choices is None:
-        choices = probs.new_full((1,), probs.shape[-1])
-    choices = choices.to(probs.dtype)
-    if index == 1.0:
-        found, largest = torch.special.entr(probs).sum(dim=-1), choices.log()
-    else:
-        found, largest = 1 - probs.pow(index).sum(dim=-1), 1 - choices ** (1 - index)
-    return torch.where(choices > 1, found / torch.where(choices > 1, largest, 1.0), 0.0)
+    found = relative_entropy(probs, settings.entropy_index, choices, settings.entropy_form)
+    unsure = (found > settings.entropy_threshold).unsqueeze(-1)
+    return _renormalised(probs * (_nucleus(probs, how) | unsure), how)
 
 
 def hard(scores: Tensor, how: How) -> Tensor:

@@ -14,7 +14,7 @@ from molora.calls.task_map import TaskMap
 from molora.config.mixture import ExpertSpec, SavedMixture
 from molora.config.normalise import normalise
 from molora.config.roster import Roster
-from molora.config.setting import documented, setting
+from molora.config.setting import documented, setting, written
 from molora.disk.card import WEIGHTS_FILE, complete_folder
 from molora.disk.manifest import MANIFEST, verify_folder
 from molora.disk.tensors import check_header
@@ -57,7 +57,7 @@ class MoLoraConfig(SavedMixture, PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; sets as sorted lists, so that equal configs are equal files."""
         plain = super().to_dict()
-        plain["gate"] = asdict(self.gate)
+        plain["gate"] = written(self.gate)
         plain["expert_specs"] = {name: asdict(spec) for name, spec in self.expert_specs.items()}
         plain["peft_type"] = MoLoraPeftType.MOLORA.value
         if self.kind == "lora":  # as adapters were written before there were other kinds

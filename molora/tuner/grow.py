@@ -21,6 +21,7 @@ from molora.experts.bank import Expert, ExpertBank, ExpertRows, mean_delta
 from molora.experts.init import low_rank
 from molora.forward.mount import Mount, MountPoint
 from molora.gates.gate import Gate
+from molora.gates.starts import std_of
 from molora.tuner.api import config_of
 from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.loan import own
@@ -118,7 +119,7 @@ def _new_row(gate: Gate, rows: torch.Tensor) -> torch.Tensor:
     if settings.start or not stuck:
         return torch.full_like(rows[0], settings.start)
     size = rows.square().mean().sqrt()
-    return torch.randn_like(rows[0]) * torch.where(size > 0, size, settings.init_std)
+    return torch.randn_like(rows[0]) * torch.where(size > 0, size, std_of(settings, rows.shape[-1]))
 
 
 def remove_expert(

@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import _get_in_out_features
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from molora.config.choices import KINDS, SCORES
+from molora.config.choices import CORES, KINDS, SCORES
 from molora.config.mixture import SavedMixture
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
@@ -111,7 +111,10 @@ def new_bank(config: SavedMixture, kind: Kind, key: str, base: nn.Module, *, pla
         experts = new_experts(config, lora, ["plain"], key, base)
         return ExpertBank(experts, [config.frozen_extras], config.lora_dropout, kind=lora)
     experts = new_experts(config, kind, experts_at(config, key), key, base)
-    cores = TaskCores.identity(experts[0].rank, *task_blocks(config)) if config.task_cores else None
+    cores: TaskCores | None = None
+    if config.task_cores:
+        shape = "full" if config.task_cores is True else config.task_cores
+        cores = CORES[shape].identity(experts[0].rank, *task_blocks(config))
     return ExpertBank(experts, frozen_at(config, key), config.lora_dropout, kind=kind, cores=cores)
 
 

@@ -114,6 +114,8 @@ REFUSED = [
     {"lora_dropout": 1.0},
     {"init": "zeros"},
     {"init_std": 0.0},
+    {"gate": {"init": "zeros"}},
+    {"gate": {"init_std": "wide"}},
     {"init_gain": -1.0},
     {"scaling": "beta"},
     {"use_rslora": True, "scaling": "alpha"},

@@ -98,8 +98,7 @@ def goat(gate, x, sample):
 
 def hmora(gate, x, sample):
     """(1 - α) of the token's probabilities, α of those by the mean of the prompt."""
-    inner = torch.clamp(gate.hidden_w @ x + gate.hidden_b, min=0)
-    token = softmax([row @ inner for row in gate.rows])
+    token = softmax(with_bias(gate, x))
     task = softmax([row @ sample.prompt for row in gate.second])
     alpha = 1 / (1 + (-gate.blend).exp())
     probs = [(1 - alpha) * a + alpha * b for a, b in zip(token, task, strict=True)]

@@ -44,13 +44,15 @@ def gates(draw: Any, scope: str) -> dict[str, Any]:
         "temperature": draw(sometimes(st.floats(0.2, 3.0), 1.0)),
         "noise": draw(sometimes(st.sampled_from(["gaussian", "gumbel", "logistic"]), None)),
         "noise_std": draw(st.floats(0.01, 0.5)),
-        "init_std": draw(sometimes(st.floats(0.0, 1.0), 0.3)),
+        "init": draw(st.sampled_from([*GATE_CHOICES["init"]])),
+        "init_std": draw(sometimes(st.floats(0.0, 1.0) | st.just("linear"), 0.3)),
     }
     extra = {
         "top_k": st.integers(1, 3), "top_p": st.floats(0.1, 1.0), "min_k": st.integers(1, 2), "bias": st.booleans(),
         "absolute": st.booleans(), "norm": st.sampled_from(GATE_CHOICES["norm"]), "splits": st.sampled_from([1, 2]),
         "balance_rate": st.sampled_from([0.0, 0.01]), "threshold_learned": st.booleans(),
         "blend": st.just("sequence"), "pool": st.sampled_from(GATE_CHOICES["pool"]), "entropy_threshold": st.floats(0.1, 1.0),
+        "entropy_form": st.sampled_from([*GATE_CHOICES["entropy_form"]]),
     }  # fmt: skip
     for name in draw(st.lists(st.sampled_from(sorted(extra)), unique=True, max_size=3)):
         gate[name] = draw(extra[name])
@@ -76,7 +78,7 @@ def adapters(draw: Any) -> dict[str, Any]:
         "ffn_targets": draw(sometimes(st.just(FEED_FORWARD), None)),
     }  # fmt: skip
     if settings["share_A"] and scope == "task":
-        settings["task_cores"] = draw(st.booleans())
+        settings["task_cores"] = draw(st.sampled_from([False, True, "diagonal"]))
     if most > 1 and draw(sometimes(st.just(True), False)):
         settings["always_on"] = {draw(st.sampled_from(names)): draw(st.sampled_from(["rest", 0.5, -1]))}
     if scope == "task" or draw(st.booleans()):

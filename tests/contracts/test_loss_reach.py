@@ -19,6 +19,8 @@ MORE = {
     "raw-constant": GateConfig(scope="constant", transform="identity", select="dense"),
     "raw-token": GateConfig(transform="identity", select="dense", share="linear"),
 }
+# Losses that need another gate than most.
+ELSEWHERE = {"l1": "raw-token", "margin": "topcut-group"}
 
 
 def settings(gate, *losses):
@@ -54,7 +56,7 @@ def inputs(gate):
 def test_every_loss_that_is_allowed_reaches_every_gate(gate):
     losses = allowed(gate)
     if gate in ("top2-group", "soft-linear"):
-        assert not {*GATE_LOSSES} - {"l1"} - {*losses}
+        assert not {*GATE_LOSSES} - {"l1", "margin"} - {*losses}
     if gate in HARD:
         assert not losses
         return
@@ -81,7 +83,7 @@ def test_every_loss_that_is_allowed_reaches_every_gate(gate):
 
 @pytest.mark.parametrize("loss", GATE_LOSSES)
 def test_padding_changes_no_loss(loss):
-    gate = "raw-token" if loss == "l1" else "soft-group"
+    gate = ELSEWHERE.get(loss, "soft-group")
     model = build(gate, loss).train()
     batch = batch_for("llama")
     pad = {"input_ids": 0, "attention_mask": 0, "labels": -100}
@@ -98,15 +100,16 @@ def test_padding_changes_no_loss(loss):
 def test_a_response_mask_leaves_the_prompt_out(loss):
     batch = batch_for("llama")
     batch["labels"][:, :4] = -100
+    gate = ELSEWHERE.get(loss, "soft-linear")
     model = molora_model(
-        "llama", "soft-linear", tasks=SHARED, aux_losses={loss: {"coefficient": 1.0, "mask": "response"}}
+        "llama", gate, tasks=SHARED, aux_losses={loss: {"coefficient": 1.0, "mask": "response"}}
     ).train()
     model(**batch, routing_task_ids=list(TASKS))
     value = molora.aux_losses(model)[loss]
     key = "model.layers.0.self_attn.q_proj"
     layer = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and m.mounts["default"].key == key)
     assert layer is not None
-    everything = molora_model("llama", "soft-linear", tasks=SHARED, aux_losses={loss: 1.0}).train()
+    everything = molora_model("llama", gate, tasks=SHARED, aux_losses={loss: 1.0}).train()
     everything(**batch, routing_task_ids=list(TASKS))
     assert not torch.isclose(molora.aux_losses(everything)[loss], value)
 

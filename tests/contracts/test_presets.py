@@ -123,10 +123,8 @@ def test_every_trainable_parameter_gets_a_gradient(name):
 
 
 @presets
-def test_the_description_names_paper_and_deviations(name):
-    text = PRESETS[name].__doc__ or ""
-    assert "arXiv:" in text or "OpenReview:" in text
-    assert text.count("\n") <= 25
+def test_the_description_is_short(name):
+    assert 1 < (PRESETS[name].__doc__ or "").count("\n") <= 25
 
 
 @presets

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from molora.cli.presets import table
+from molora.cli.presets import releases, table
 from molora.config.gate import GateSettings
 from molora.config.losses import AUX_LOSSES
 from molora.config.mixture import Mixture
@@ -45,6 +45,7 @@ else:
 
 def test_the_table_is_the_presets() -> None:
     assert table() in TEXT, "run `molora presets table` and put it into docs/methods.md"
+    assert releases() in TEXT, "run `molora presets table` and put its second table into docs/methods.md"
 
 
 @pytest.mark.parametrize("declared", [GateSettings, Mixture], ids=lambda c: c.__name__)

@@ -7,11 +7,13 @@ import warnings
 
 import pytest
 import torch
+from peft import get_peft_model
+from torch.testing import assert_close
 
 import molora
 from molora import MoLoraConfig
-from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank
-from tests.zoo import batch_for, molora_model
+from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank, svd_segments
+from tests.zoo import base_model, batch_for, molora_model
 
 
 @pytest.mark.parametrize("kind", INIT_KINDS)
@@ -82,3 +84,28 @@ def test_low_rank_is_exact_where_the_rank_suffices():
     assert A.shape == (3, 5) and B.shape == (6, 3) and torch.allclose(B @ A, delta, atol=1e-5)
     A, B = low_rank(delta, 9)
     assert A.shape == (9, 5) and B.shape == (6, 9) and torch.allclose(B @ A, delta, atol=1e-5)
+
+
+@pytest.mark.parametrize(("experts", "rank"), [(8, 2), (3, 5), (7, 4)])
+def test_segments_begin_at_multiples_of_the_whole_number_of_vectors_per_expert(experts, rank):
+    """GOAT: of 19 singular vectors, those of expert i begin at `i · (19 // experts)`."""
+    weight = torch.randn(23, 19, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    U, S, Vh = torch.linalg.svd(weight, full_matrices=False)
+    factors = svd_segments(weight.float(), [rank] * experts, [16.0] * experts)
+    for i, (A, B) in enumerate(factors):
+        start = min(i * (19 // experts), 19 - rank)
+        part = slice(start, start + rank)
+        segment = U[:, part] * S[part] @ Vh[part] / 10
+        assert_close(16 * B.double() @ A.double(), segment, atol=1e-5, rtol=1e-4)
+
+
+def test_mhr_starts_each_part_as_a_layer_of_its_width():
+    """PEFT draws A for every part: kaiming of d_in / 4 inputs, uniform within ±1/√(d_in / 4)."""
+    torch.manual_seed(0)
+    model = get_peft_model(
+        base_model("llama"), molora.preset("mhr", tasks={"a": [f"expert_{i}" for i in range(4)]})
+    )
+    for name, layer in [(n, m) for n, m in model.named_modules() if hasattr(m, "mounts") and m.mounts]:
+        A = torch.stack([expert.A for expert in layer.molora_experts["default"].experts()])
+        bound = (A.shape[-1] / 4) ** -0.5
+        assert 0.95 * bound < A.abs().max() <= bound, name

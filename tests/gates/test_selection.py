@@ -11,6 +11,7 @@ from torch.testing import assert_close
 from molora import GateConfig
 from molora.config.choices import SELECTIONS, TRANSFORMS
 from molora.gates import selection
+from molora.gates.entropies import relative_entropy
 from molora.gates.selection import How
 
 EXACT = {"atol": 1e-12, "rtol": 1e-12}
@@ -115,11 +116,14 @@ def test_thresholds_fixed_and_per_token(scores, renorm):
     assert (found.sum(-1) == 0).any()  # a token below the threshold everywhere has no expert, and no NaN
 
 
+@pytest.mark.parametrize("form", ["tsallis", "renyi"])
 @pytest.mark.parametrize("index", [1.0, 1.1, 2.0])
-def test_entropy_switch(scores, index):
+def test_entropy_switch(scores, index, form):
     def entropy(p):
         if index == 1.0:
             return -(p * p.log()).sum() / math.log(len(p))
+        if form == "renyi":
+            return (p**index).sum().log() / (1 - index) / math.log(len(p))
         return (1 - (p**index).sum()) / (1 - len(p) ** (1 - index))
 
     def choose(row):
@@ -127,11 +131,11 @@ def test_entropy_switch(scores, index):
         return probs if entropy(probs) > 0.8 else probs * nucleus(probs, 0.5, 2)
 
     probs = scores.softmax(-1)
-    assert_close(selection.relative_entropy(probs, index), loop(probs, entropy), **EXACT)
+    assert_close(relative_entropy(probs, index, form=form), loop(probs, entropy), **EXACT)
     uniform = torch.full((1, 5), 0.2, dtype=torch.float64)
-    assert_close(selection.relative_entropy(uniform, index), torch.ones(1, dtype=torch.float64), **EXACT)
+    assert_close(relative_entropy(uniform, index, form=form), torch.ones(1, dtype=torch.float64), **EXACT)
     nucleus_of = {"top_p": 0.5, "min_k": 2}
-    settings = {"select": "entropy", "entropy_index": index, **nucleus_of}
+    settings = {"select": "entropy", "entropy_index": index, "entropy_form": form, **nucleus_of}
     found = selected(scores, entropy_threshold=0.8, **settings)
     agree(found, loop(scores, choose), scores)
     assert 0 < (found != 0).all(-1).float().mean() < 1

@@ -131,6 +131,19 @@ def test_phatgoose_rows_lower_the_loss_of_each_experts_own_data(loras):
         assert parameter.requires_grad == before[name].requires_grad, name
 
 
+def test_phatgoose_learns_at_the_released_rate(loras, monkeypatch):
+    """5e-3 after a warm-up over 6 of 100 steps, constant from there on."""
+    rates, step = [], torch.optim.AdamW.step
+
+    def noted(self, *args, **options):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self, *args, **options)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", noted)
+    molora.fit_gate(composed(loras, preset="phatgoose"), "phatgoose", {"words": [batch_for("llama")]})
+    assert rates == pytest.approx([5e-3 * min(1, i / 6) for i in range(1, 101)])
+
+
 def test_uniform_rows_weight_all_experts_alike(loras):
     model, batch = (
         composed(loras, gate={"kind": "soft", "share": "linear"}, fit="uniform"),

@@ -135,7 +135,7 @@ def test_a_preset_adapts_the_same_linears_in_python_as_in_a_recipe(name):
 
 
 @pytest.mark.parametrize(
-    ("name", "scaling"), [("moelora", 2.0), ("coin", 2.0), ("adamole", 2.0), ("poly", 1 / 8)]
+    ("name", "scaling"), [("moelora", 2.0), ("coin", 2.0), ("adamole", 4.0), ("poly", 1 / 8), ("goat", 16.0)]
 )
 def test_a_presets_scaling_follows_alpha_and_rank(name, scaling):
     for factor in (1, 2):

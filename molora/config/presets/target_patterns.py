@@ -11,3 +11,8 @@ ATTENTION = (
     r"|attn\.c_proj|q_lin|k_lin|v_lin|out_lin|query_key_value|(SelfAttention|EncDecAttention)\.[qkvo])"
 )
 QUERY_VALUE = r"(.*\.)?(q_proj|v_proj|query|value|q_lin|v_lin|c_attn|query_key_value|(SelfAttention|EncDecAttention)\.[qv])"
+# What closes attention and what closes the feed-forward: each reads the block's inner state and adds to the stream.
+OUTPUTS = (
+    r"(.*\.)?(o_proj|out_proj|out_lin|attn\.c_proj|attention\.output\.dense|(SelfAttention|EncDecAttention)\.o|down_proj"
+    r"|mlp\.c_proj|fc2|lin2|wo|dense_4h_to_h|layers?\.\d+\.output\.dense)"
+)
