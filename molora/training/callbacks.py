@@ -140,7 +140,8 @@ class Validation(StepCallback):
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     loss, count = held_out_loss(module.model, batch)
-                totals += torch.stack([loss.double() * count, count.double()]).cpu()
+                summed = torch.where(count > 0, loss.double() * count, 0.0)  # the mean over nothing is NaN
+                totals += torch.stack([summed, count.double()]).cpu()
         totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
         return (totals[0] / totals[1].clamp(min=1)).item()
 

@@ -12,6 +12,7 @@ signal ends the run (optimise.py, train.py). Last, `on_train_batch_end` reports 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
@@ -46,6 +47,7 @@ class MoLoraModule(L.LightningModule):
         self._logged_step = 0
         self._sharded = False
         self._rates: dict[str, float] = {}
+        self._teaches = True  # whether the batch has a label
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own output; `out.loss` without auxiliary losses."""
@@ -56,10 +58,24 @@ class MoLoraModule(L.LightningModule):
         loader = self.trainer.train_dataloader
         if isinstance(loader, ResumableLoader) and loader.last in loader.left_out:
             return None
+        if (
+            not self._teaches
+        ):  # the mean over no label is NaN; every parameter gets a gradient, which DDP waits for
+            return 0.0 * torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum()
         loss, metrics = self.objective.loss(self.model, batch)
         self.meter.add(**metrics)
         self.meter.count_tokens(batch["attention_mask"].sum())
         return loss * self._window_correction(batch_idx)
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """Look for labels while the batch is on the host, where looking waits for no device."""
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if labels is not None:
+            read = torch.as_tensor(labels)
+            causal = str(getattr(self.model.active_peft_config, "task_type", "")).endswith("CAUSAL_LM")
+            read = read[..., 1:] if causal else read  # a causal model never predicts the first token
+        self._teaches = labels is None or bool((read != -100).any())
+        return batch
 
     def _window_correction(self, batch_idx: int) -> float:
         """Lightning divides by `accumulate_grad_batches`; an epoch's last window may hold fewer batches."""

@@ -145,3 +145,23 @@ def test_the_gradient_norm_is_logged_before_clipping() -> None:
         return float(fit(molora_model("llama"), rows(1), 1, clip=clip).callback_metrics["grad_norm"])
 
     assert norm(1e-6) == pytest.approx(norm(None), rel=1e-6)
+
+
+def test_a_batch_without_labels_teaches_nothing_and_breaks_nothing() -> None:
+    """transformers' loss of such a batch is NaN, and one NaN in a window spoils all of it."""
+    blank = batch_for("llama", batch=1, seed=9)
+    blank["labels"] = torch.full_like(blank["labels"], -100)
+    assert torch.isnan(molora_model("llama")(**blank).loss)
+    only_first = {**blank, "labels": blank["labels"].clone()}
+    only_first["labels"][:, 0] = 1  # which a causal model never predicts
+    for nothing in (blank, only_first):
+        with_blank, without = molora_model("llama"), molora_model("llama")
+        before = weights(without)
+        fit(with_blank, [nothing], 1)
+        assert all(torch.equal(value, before[name]) for name, value in weights(with_blank).items())
+        fit(with_blank, [rows(1)[0], nothing], 1, accumulate=2, clip=None)
+        fit(without, [joined(rows(1))], 1, clip=None)
+        for name, value in weights(
+            without
+        ).items():  # AdamW's first step has one size, whatever the gradient's
+            assert torch.allclose(value, weights(with_blank)[name], atol=1e-5), name
