@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from typer import Option
 
-from molora.cli.options import OtherBase, Overrides, RunFolder, show_run
+from molora.cli.options import OtherBase, Overrides, RunFolder, say_reach, show_run
 from molora.errors import ConfigError
 
 SOURCES = {".jsonl": "jsonl", ".gz": "jsonl", ".csv": "csv", ".parquet": "parquet"}
@@ -29,6 +29,12 @@ def command(
     Example: molora add-expert runs/quickstart --task loud --synthetic loud train.max_steps=60
     """
     source = _source(recipe, task, data, eval_data, synthetic)
+
+    from molora.config import DataConfig, load_grow
+    from molora.config.reach import data_reach
+
+    new = load_grow(source, overrides or []).task
+    say_reach(data_reach(DataConfig(tasks={new.name: new.as_task()})))
 
     from molora.continual.grow import add_expert
 

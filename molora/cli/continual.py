@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom
+from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom, say_reach
 
 
 def command(
@@ -16,8 +16,10 @@ def command(
     Example: molora continual recipes/continual_quickstart.yaml continual.strategy=o_lora
     """
     from molora.config import load_recipe
+    from molora.config.reach import reach
 
     config = load_recipe(recipe, overrides or [])
+    say_reach(reach(config))
 
     from molora.continual.sequence import train_sequence
     from molora.disk.manifest import read_json

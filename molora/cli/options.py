@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +28,12 @@ AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 def group(name: str, about: str) -> typer.Typer:
     """A verb that has verbs of its own."""
     return typer.Typer(name=name, help=about, no_args_is_help=True, add_completion=False)
+
+
+def say_reach(found: Iterable[str]) -> None:
+    """Print what of a recipe lies outside the working folder, before it is used."""
+    for line in found:
+        typer.echo(f"outside the working folder: {line}", err=True)
 
 
 def show_run(run: Path) -> None:

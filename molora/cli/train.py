@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom, show_run
+from molora.cli.options import Overrides, RecipeFile, Resume, ResumeFrom, say_reach, show_run
 from molora.errors import ConfigError
 
 
@@ -23,6 +23,7 @@ def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
     """Train and say where the results are. Errors of the recipe are raised before torch is imported."""
     from molora.config import load_recipe
     from molora.config.grow import is_grow
+    from molora.config.reach import reach
 
     if is_grow(recipe):
         raise ConfigError(
@@ -30,6 +31,7 @@ def run(recipe: Path, overrides: Sequence[str], resume: bool | Path) -> None:
             hint=f"molora add-expert RUN --recipe {recipe}",
         )
     config = load_recipe(recipe, overrides)
+    say_reach(reach(config))
 
     from molora.training.train import train
 

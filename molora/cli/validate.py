@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.console import Console
@@ -38,6 +39,7 @@ def command(
     """
     from molora.config import DataConfig, load_grow, load_recipe
     from molora.config.grow import is_grow
+    from molora.config.reach import data_reach, reach
 
     console = Console(soft_wrap=True, highlight=False)
     config: RunConfig | None = None
@@ -48,6 +50,8 @@ def command(
         config = load_recipe(recipe, overrides or [])
         data = config.data
     console.print(f"1 schema      ok: {recipe}", markup=False)
+    for line in data_reach(data) if config is None else reach(config):
+        console.print(f"  outside the working folder: {line}", markup=False)
     if not schema_only:
         _check_data(console, data, config)
 
@@ -76,7 +80,8 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     from molora.models.base_check import check_base, check_lengths
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
-    from molora.training.optimise import short_window
+    from molora.training.optimise import check_device, short_window
+    from molora.training.train import check_output, check_validation
     from molora.tuner.router import where_it_reads
 
     try:
@@ -100,6 +105,9 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     with quiet_libraries():
         model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     check_base(config, model, tokenizer)
+    check_device(config.train)
+    check_output(Path(config.output))
+    check_validation(config, [task for task in tasks if len(task.eval)])
     check_lengths(config, model, _encoded(config, tasks, tokenizer))
     tuner: Any = model.base_model
     reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -195,12 +195,17 @@ def _validation(config: RunConfig, data: MoLoraDataModule) -> Iterable[Any] | No
     if config.train.val_every is None:
         return None
     batches = data.val_dataloader()
-    if not len(batches):
+    check_validation(config, batches)
+    return batches
+
+
+def check_validation(config: RunConfig, held_out: Sized) -> None:
+    """Raise ConfigError where a recipe validates on nothing."""
+    if config.train.val_every is not None and not len(held_out):
         raise ConfigError(
             "train.val_every is set, but no task has held-out records to validate on.",
             hint="give a task eval data, or set train.val_every to null.",
         )
-    return batches
 
 
 def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) -> Run | None:

