@@ -24,6 +24,8 @@ from molora.errors import AdapterError, ConfigError
 
 CONFIG_FILE = "config.yaml"
 REPORT_FILE = "report.json"
+ENVIRONMENT_FILE = "env.json"
+FORMAT = 1  # of a run folder; see env.json
 LATEST = "latest"
 LOCK_FILE = ".lock"
 _held: set[Path] = set()  # locks held by this process: the kernel only locks out other processes
@@ -74,7 +76,16 @@ class Run:
 
     @cached_property
     def config(self) -> RunConfig:
-        """The resolved recipe the run was started with."""
+        """The resolved recipe the run was started with; AdapterError for a run of a newer format."""
+        environment = self.path / ENVIRONMENT_FILE
+        found = read_json(environment) if environment.is_file() else {}
+        written = (
+            found.get("format", FORMAT) if isinstance(found, dict) else None
+        )  # the first runs do not say
+        if written != FORMAT:
+            raise AdapterError(
+                f"{environment} has format {written!r}, this molora reads {FORMAT}.", hint="update molora."
+            )
         return load_recipe(self.path / CONFIG_FILE)
 
     @property

@@ -25,7 +25,7 @@ from molora.models.build import build_model, labels_of_tasks, load_trained, task
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
 from molora.report.plots import plot_loss
 from molora.store.adapter import save
-from molora.store.runs import CONFIG_FILE, Run, checkpoint_step
+from molora.store.runs import CONFIG_FILE, ENVIRONMENT_FILE, FORMAT, Run, checkpoint_step
 from molora.training.callbacks import Interrupt
 from molora.training.checkpoint import Checkpoints
 from molora.training.environment import describe_environment, prepare_process, quiet_libraries
@@ -172,7 +172,7 @@ def fit(
 def start_run(config: RunConfig) -> Run:
     """A new run folder with the environment and, last, the resolved recipe that makes it a run."""
     run = Run.create(config.output, config.name)
-    write_json(run.path / "env.json", describe_environment())
+    write_json(run.path / ENVIRONMENT_FILE, {"format": FORMAT, **describe_environment()})
     write_config(run, config)
     return run
 

@@ -116,3 +116,14 @@ def test_one_process_cannot_lock_twice_but_again(tmp_path):
     for _ in range(2):
         with run.lock(), pytest.raises(AdapterError, match="by this process"), run.lock():
             pytest.fail("two writers")
+
+
+def test_a_run_of_a_newer_format_is_refused_by_its_number(tmp_path):
+    run = make(tmp_path)
+    for environment, words in (({"format": 2}, "has format 2, this molora reads 1"), ([], "has format None")):
+        (run.path / "env.json").write_text(json.dumps(environment))
+        with pytest.raises(AdapterError, match=words):
+            Run(run.path).config  # noqa: B018
+    for environment in ({}, {"format": 1}):  # the first runs do not say
+        (run.path / "env.json").write_text(json.dumps(environment))
+        assert Run(run.path).config
