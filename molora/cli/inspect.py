@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -41,8 +42,10 @@ def command(
     facts = describe(model)
     folder = Run.find(run).path if config is not None else None
     report = None
-    if folder is not None and (folder / "report.json").is_file():
-        report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
+    for file in Run(folder).reports if folder is not None else ():
+        report = Report.from_json(file.read_text(encoding="utf-8"))
+        if report.routing is not None:
+            break
     to = console()
     say = partial(to.print, markup=False)
     if as_json:
@@ -56,6 +59,9 @@ def command(
     _print_routing(report.routing, to)
     pictures = out or folder
     assert pictures is not None
+    if out is None and not os.access(pictures, os.W_OK):
+        say(f"{pictures} cannot be written; --out FOLDER draws pictures.")
+        return
     pictures.mkdir(parents=True, exist_ok=True)
     for picture in draw_routing(report.routing, pictures):
         say(f"picture: {picture}")

@@ -120,6 +120,18 @@ class Run:
         file = self.path / REPORT_FILE
         return read_json(file) if file.is_file() else None
 
+    @property
+    def evaluations(self) -> Path:
+        """Where `molora eval` writes, a numbered folder each time."""
+        return self.path / "evaluations"
+
+    @property
+    def reports(self) -> list[Path]:
+        """That of its training first, then those of evaluations, newest first."""
+        numbered = [entry for entry in self.evaluations.glob("*") if entry.name.isdigit()]
+        folders = [self.path, *sorted(numbered, key=lambda entry: -int(entry.name))]
+        return [folder / REPORT_FILE for folder in folders if (folder / REPORT_FILE).is_file()]
+
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Keep every other process from writing into the run meanwhile; AdapterError where one is writing already.

@@ -28,6 +28,7 @@ _UNHELPFUL = (
     r".*available but not used",  # the recipe said which device
     r"Found \d+ module\(s\) in eval mode",
     r"The number of training batches \(\d+\) is smaller than the logging interval",
+    r"You have overridden `on_before_batch_transfer`",  # the data module has none of its own
     r"MatMul8bitLt: inputs will be cast",  # what int8 does in every layer
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     r"`(is_gradient_checkpointing|gradient_checkpointing_enable)` is deprecated",

@@ -73,7 +73,7 @@ def evaluate(
     if out is not None:
         check_writable(check_target(out, run.path if run else path))
     elif run is not None:
-        check_writable(_evaluations(run))
+        check_writable(run.evaluations)
     adapter = read_config(run.trained_adapter if run else path)
     task_set = tasks_of(config, known_ids=adapter.task_ids or {})
     chosen = [task_set[name] for name in (task_set.ids if tasks is None else tasks)]
@@ -162,15 +162,11 @@ def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
     ]
 
 
-def _evaluations(run: Run) -> Path:
-    return run.path / "evaluations"
-
-
 def _new_folder(run: Run) -> Path:
     """The next number, made at once, so that another process that evaluates the run takes another."""
     while True:
-        taken = [int(entry.name) for entry in _evaluations(run).glob("*") if entry.name.isdigit()]
-        folder = _evaluations(run) / str(max(taken, default=0) + 1)
+        taken = [int(entry.name) for entry in run.evaluations.glob("*") if entry.name.isdigit()]
+        folder = run.evaluations / str(max(taken, default=0) + 1)
         with suppress(FileExistsError):
             folder.mkdir(parents=True)
             return folder
