@@ -24,6 +24,7 @@ from torch.optim import Optimizer
 
 from molora.config import TrainConfig
 from molora.data.loader import ResumableLoader
+from molora.errors import ConfigError
 from molora.training.meter import Meter
 from molora.training.objective import Companion, Supervised, forward, held_out_loss
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
@@ -48,6 +49,7 @@ class MoLoraModule(L.LightningModule):
         self._sharded = False
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
+        self._learns = False  # whether any gradient has been seen
 
     def forward(self, **inputs: Any) -> Any:
         """The model's own output; `out.loss` without auxiliary losses."""
@@ -55,8 +57,7 @@ class MoLoraModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         """The objective's loss of one batch (a scalar); None, which Lightning passes over, where the loader leaves it out."""
-        loader = self.trainer.train_dataloader
-        if isinstance(loader, ResumableLoader) and loader.last in loader.left_out:
+        if self._left_out():
             return None
         if (
             not self._teaches
@@ -119,11 +120,29 @@ class MoLoraModule(L.LightningModule):
         self._rates = {group["name"]: float(group["lr"]) for group in optimizer.param_groups}
         if self._sharded:
             average_gradients([p for group in optimizer.param_groups for p in group["params"]])
+        self._expect_a_gradient(optimizer)
         parts = trained_parts(self.settings.stages, self.global_step)
         for group in optimizer.param_groups:
             if group["name"].split("_")[0] not in parts:
                 for parameter in group["params"]:
                     parameter.grad = None
+
+    def _expect_a_gradient(self, optimizer: Optimizer) -> None:
+        """Once: ConfigError where nothing that should learn got a gradient; it would train on without learning anything."""
+        if self._learns:
+            return
+        self._learns = any(p.grad is not None for group in optimizer.param_groups for p in group["params"])
+        if not self._learns and not self._left_out():
+            raise ConfigError(
+                f"no gradient reached experts, gates or heads at step {self.global_step}.",
+                hint="gradient checkpointing that re-enters autograd (use_reentrant=True) over a frozen base does that: use "
+                "train.gradient_checkpointing: true, or use_reentrant=False. So does code around the model that detaches.",
+            )
+
+    def _left_out(self) -> bool:
+        """Whether the loader leaves out the batch it handed out last."""
+        loader = self.trainer.train_dataloader
+        return isinstance(loader, ResumableLoader) and loader.last in loader.left_out
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: Any = None, gradient_clip_algorithm: Any = None

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers.generation import BaseStreamer
 
 import molora
 from molora import RoutingError
@@ -78,6 +79,67 @@ def test_two_threads_get_their_own_answers(model, prompt):
 
     in_threads(caller("alpha"), caller("beta"))
     assert wrong == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "gate", ["task-group", "task-table", "task-embedding", "top2-group", "sequence-mean"]
+)
+def test_eight_threads_200_calls_each(gate, prompt):
+    """Forwards and generations in turns, each thread with tasks of its own order; 0 wrong of 1,600."""
+    maps = {t: [f"expert_{i}"] for i, t in enumerate(TASKS)}
+    model = molora_model("llama", gate, tasks=maps)
+    right, wrong, together = expected(model, prompt), [], threading.Barrier(8)
+    logits = {}
+    for task in TASKS:
+        with molora.routing(model, task, by="task"):
+            logits[task] = model(**prompt).logits
+
+    def caller(first: int) -> Callable[[], None]:
+        def job() -> None:
+            together.wait()
+            for call in range(200):
+                task = TASKS[(first + call) % len(TASKS)]
+                with molora.routing(model, task, by="task"):
+                    if call % 10:
+                        wrong.extend([task] * (not torch.equal(model(**prompt).logits, logits[task])))
+                    else:
+                        wrong.extend([task] * (not torch.equal(answer(model, prompt), right[task])))
+
+        return job
+
+    in_threads(*(caller(i) for i in range(8)))
+    assert wrong == []
+
+
+def test_a_streamer_in_a_thread_of_its_own(model, prompt):
+    """As servers stream: `generate` runs in a thread, the main one reads its tokens, and meanwhile asks for another task."""
+    right = expected(model, prompt)
+    one = {key: value[:1] for key, value in prompt.items()}
+    with molora.routing(model, "alpha", by="task"):
+        alone = model.generate(**one, max_new_tokens=8, do_sample=False, eos_token_id=None)[
+            0, one["input_ids"].shape[1] :
+        ]
+    streamed: list[int] = []
+
+    class Streamer(BaseStreamer):
+        def put(self, value: torch.Tensor) -> None:
+            streamed.extend(value.flatten().tolist())
+
+        def end(self) -> None:
+            pass
+
+    def generate() -> None:
+        with molora.routing(model, "alpha", by="task"):
+            model.generate(**one, max_new_tokens=8, do_sample=False, eos_token_id=None, streamer=Streamer())
+
+    def ask() -> None:
+        for _ in range(4):
+            with molora.routing(model, "beta", by="task"):
+                assert torch.equal(answer(model, prompt), right["beta"])
+
+    in_threads(generate, ask)
+    assert streamed[-8:] == alone.tolist()
 
 
 def test_two_asyncio_tasks_get_their_own_answers(model, prompt):

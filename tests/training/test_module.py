@@ -11,7 +11,7 @@ from torch import Tensor
 
 import molora
 from molora.config import StageConfig, TrainConfig
-from molora.errors import AdapterError
+from molora.errors import AdapterError, ConfigError
 from molora.training.module import MoLoraModule
 from molora.training.objective import held_out_loss
 from tests.zoo import batch_for, molora_model
@@ -164,3 +164,10 @@ def test_a_batch_without_labels_teaches_nothing_and_breaks_nothing() -> None:
         # AdamW's first step has one size, whatever the gradient's, but for the smallest ones.
         for name, value in weights(without).items():
             assert torch.allclose(value, weights(with_blank)[name], atol=1e-3), name
+
+
+def test_training_that_cannot_learn_stops_at_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = molora_model("llama")
+    monkeypatch.setattr(MoLoraModule, "backward", lambda *_, **__: None, raising=False)
+    with pytest.raises(ConfigError, match="no gradient reached experts, gates or heads at step 0"):
+        fit(model, rows(1), 1)
