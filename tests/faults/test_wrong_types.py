@@ -24,6 +24,7 @@ from molora.evaluation.routing import RoutingSummary
 from molora.report.plots import read_metrics
 from molora.store.runs import Run
 from molora.training.checkpoint import STATE_FILE, FolderIO
+from molora.training.loggers import MetricsCsv
 from tests.zoo import base_model, batch_for, molora_model
 
 
@@ -195,6 +196,17 @@ def test_metrics_that_are_no_numbers(tmp_path, text):
     (tmp_path / "metrics.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(DataError, match=r"metrics\.csv"):
         read_metrics(tmp_path / "metrics.csv")
+
+
+@pytest.mark.parametrize("found", ["folder", "\xff", 'step,"'])
+def test_metrics_that_a_resumed_run_cannot_continue(tmp_path, found):
+    file = tmp_path / "metrics.csv"
+    file.mkdir() if found == "folder" else file.write_bytes(found.encode("latin-1") + b"\0")
+    if found == 'step,"':
+        assert MetricsCsv(file, resume_step=3).rows == []  # an open quote: no whole row
+        return
+    with pytest.raises(AdapterError, match="cannot be continued"):
+        MetricsCsv(file, resume_step=3)
 
 
 def test_a_parquet_table_whose_text_is_not_utf8(tmp_path):
