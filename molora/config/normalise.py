@@ -51,6 +51,8 @@ def normalise(config: SavedMixture) -> None:
         config.rank_pattern, config.r = dict(config.r), 8
     if not isinstance(config.num_experts, int):  # the largest one, and `experts_by_layer`
         given = config.num_experts
+        if not given:
+            raise ConfigError("num_experts is an empty map; name a pattern, or give a number.")
         config.experts_by_layer, config.num_experts = given, config.most_experts
     _gate(config)
     config.router = router_from(config.router)

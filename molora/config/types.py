@@ -30,7 +30,10 @@ def type_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
     """
     for name, hint in _hints(declared).items():
         value, limits = getattr(values, name), limits_of(declared)[name]
-        bounded = limits.bound is not None and _is_number(value)
+        one_number = any(
+            part in (int, float) for part in (hint, *get_args(hint)) if get_origin(hint) is not dict
+        )
+        bounded = limits.bound is not None and _is_number(value) and one_number
         if bounded or (isinstance(value, str) and (limits.choices or limits.bound)):
             continue
         if not fits(value, hint):

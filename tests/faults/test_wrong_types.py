@@ -58,6 +58,8 @@ CONFIGS: dict[str, tuple[object, str]] = {
     "aux_losses": ([1], r"aux_losses: [1] is not a map"),
     "expert_specs": ({"expert_0": [1]}, "expert_specs.expert_0"),
     "gate_blocks": ([None], "gate_blocks"),
+    "alpha_pattern": (0.5, "alpha_pattern: 0.5 is not a map"),
+    "num_experts": ({}, "num_experts is an empty map"),
     "init_std": ([0.1], "init_std: [0.1] is not a number"),
     "task_type": ("NONSENSE", "task_type='NONSENSE' is not one of"),
     "base_fingerprint": ({"sizes": 3}, "base_fingerprint.sizes: 3 is not a map (a whole number each)"),
