@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,8 +20,11 @@ class MoLoraTrainerMixin:
     loss by the tokens of all accumulated batches, so the others weigh more the more batches there are, and label
     smoothing loses them. This mixin keeps them out of `out.loss` and adds their mean over the accumulated batches.
 
+    TRL's trainers work out their loss without `out.loss`, so with those the mixin is what makes auxiliary losses count.
+
     Task ids: set `remove_unused_columns=False` and name the column `routing_task_ids`; whole numbers, as the default
-    collators drop text. Where a data set has that column and its ids do not reach the model, this mixin says so.
+    collators drop text, or any with `trainer.data_collator = KeepTaskIds(trainer.data_collator)`. Where a data set has
+    that column and its ids do not reach the model, this mixin says so.
     """
 
     def compute_loss(
@@ -30,15 +34,18 @@ class MoLoraTrainerMixin:
 
         Raises:
             ConfigError: the data set has task ids, and none arrived.
+
+        GRPO's loss has no outputs to return, so they are asked for only where the caller does.
         """
         self._say_lost_ids(model, inputs)
         with aux_in_loss(model, False):
-            loss, outputs = super().compute_loss(  # type: ignore[misc]
-                model, inputs, return_outputs=True, num_items_in_batch=num_items_in_batch
+            found = super().compute_loss(  # type: ignore[misc]
+                model, inputs, return_outputs=return_outputs, num_items_in_batch=num_items_in_batch
             )
-        if model.training:
-            loss = loss + self._aux_share(aux_loss(model), num_items_in_batch)
-        return (loss, outputs) if return_outputs else loss
+        if not model.training:
+            return found
+        aux = self._aux_share(aux_loss(model), num_items_in_batch)
+        return (found[0] + aux, *found[1:]) if return_outputs else found + aux
 
     def _say_lost_ids(self, model: Any, inputs: dict[str, Any]) -> None:
         trainer: Any = self
@@ -51,7 +58,8 @@ class MoLoraTrainerMixin:
             + ("the Trainer removes columns it does not know." if removed else "the data collator drops it."),
             hint="set remove_unused_columns=False."
             if removed
-            else "give the ids as whole numbers (model.task_ids), not as text.",
+            else "trainer.data_collator = molora.hf.KeepTaskIds(trainer.data_collator). Trainers that build the batches "
+            "themselves (DPO, GRPO) train one task at a time, inside `with molora.routing(model, task_ids=...)`.",
         )
 
     def _aux_share(self, aux: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
@@ -66,3 +74,15 @@ class MoLoraTrainerMixin:
             by_model = trainer.model_accepts_loss_kwargs and num_items_in_batch is not None
             scaled = by_model or trainer.compute_loss_func is not None
         return aux / trainer.current_gradient_accumulation_steps if scaled else aux
+
+
+class KeepTaskIds:
+    """A data collator around another: it hands on the column `routing_task_ids`, names or numbers, that the other drops."""
+
+    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]]) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """The other's batch, and each example's task."""
+        others = [{name: value for name, value in row.items() if name != _IDS} for row in examples]
+        return {**self.collator(others), _IDS: [row[_IDS] for row in examples]}

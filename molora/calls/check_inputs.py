@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -62,6 +63,17 @@ def check_not_packed(inputs: Mapping[str, Any]) -> None:
         "would mix them.",
         hint="pad the batch instead of packing it, or use gate.scope='token'.",
     )
+
+
+def say_unmasked(inputs: Mapping[str, Any]) -> None:
+    """Warn where a batch comes without a mask: what pools a sequence reads its padding too, if it has any."""
+    tokens, mask = inputs.get("input_ids"), inputs.get("attention_mask")
+    if mask is None and isinstance(tokens, Tensor) and tokens.dim() == 2 and min(tokens.shape) > 1:
+        warnings.warn(
+            "a batch came without attention_mask, and this adapter decides by sequence: padding, if there is any, is read "
+            "as text. Pass the mask, or one sample at a time (lm-eval: batch_size=1).",
+            stacklevel=2,
+        )
 
 
 def _restarts(inputs: Mapping[str, Any]) -> bool:

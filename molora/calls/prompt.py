@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.calls.call import Call, PromptMemory
-from molora.calls.check_inputs import check_not_packed, check_samples
+from molora.calls.check_inputs import check_not_packed, check_samples, say_unmasked
 from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
 from molora.calls.shapes import has_two_sequences, shapes_of
@@ -48,6 +48,8 @@ def with_inputs(
     if "sequence" not in scopes and not wanted and not call.unnamed:
         return call
     check_not_packed(inputs)
+    if request.prompt_mask is None:
+        say_unmasked(inputs)
     cache = cache_of(inputs)
     if past_length(cache) > 0:
         memory = remembered(cache) or PromptMemory()

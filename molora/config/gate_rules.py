@@ -12,6 +12,7 @@ from molora.config.gate import UNNORMALISED, GateSettings
 from molora.config.patterns import pattern_problem
 from molora.config.setting import acts, default_of, idle_problems, numbers_of, value_problems
 from molora.config.suggest import did_you_mean, not_one_of
+from molora.config.types import type_problems
 
 SCORES: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("token", "sequence", "external", "two_pass"), ("linear", "mlp", "cosine")),
@@ -31,7 +32,7 @@ def without_idle(gate: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str,
 
 def gate_problems(gate: GateSettings) -> Iterator[tuple[str, str]]:
     """Field and message of everything wrong with a gate by itself."""
-    unknown = [*_unknown_choices(gate)]
+    unknown = [*type_problems(gate, GateSettings)] or [*_unknown_choices(gate)]
     yield from unknown
     if not unknown:
         for rules in (_numbers, _scope, _score, _noise, _selection, idle_problems):

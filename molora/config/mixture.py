@@ -14,12 +14,12 @@ from molora.config.setting import numbers_of, setting
 class ExpertSpec:
     """Rank and scaling of one expert that differs from the config's own, in PEFT's LoraConfig terms."""
 
-    r: int
-    lora_alpha: float
+    r: Width
+    lora_alpha: Positive
     use_rslora: bool = False
-    rank_pattern: dict[str, int] = setting(dict)
-    alpha_pattern: dict[str, float] = setting(dict)
-    scaling: str | float | None = None
+    rank_pattern: dict[str, Width] = setting(dict)
+    alpha_pattern: dict[str, Positive] = setting(dict)
+    scaling: Literal["alpha_over_r", "alpha_over_sqrt_r", "alpha"] | Positive | None = None
 
 
 @dataclass

@@ -19,7 +19,10 @@ from molora.config.router import router_from
 from molora.config.section import Problem
 from molora.config.setting import value_problems
 from molora.config.suggest import options
+from molora.config.types import fits, in_words, shown, type_problems
 from molora.errors import ConfigError
+
+Tasks = list[str] | dict[str, list[str] | dict[str, float]] | None
 
 
 def normalise(config: SavedMixture) -> None:
@@ -48,6 +51,8 @@ def normalise(config: SavedMixture) -> None:
         config.rank_pattern, config.r = dict(config.r), 8
     if not isinstance(config.num_experts, int):  # the largest one, and `experts_by_layer`
         given = config.num_experts
+        if not given:
+            raise ConfigError("num_experts is an empty map; name a pattern, or give a number.")
         config.experts_by_layer, config.num_experts = given, config.most_experts
     _gate(config)
     config.router = router_from(config.router)
@@ -78,7 +83,7 @@ def _gate(config: SavedMixture) -> None:
         config.gate = gate_from_kind(kind, **settings) if kind else GateConfig(**settings)
     elif not isinstance(config.gate, GateConfig):
         raise ConfigError(
-            f"gate={config.gate!r} is no gate.", hint="give a GateConfig, a kind, or a map of settings."
+            f"gate={shown(config.gate)} is no gate.", hint="give a GateConfig, a kind, or a map of settings."
         )
     gate: GateConfig = replace(config.gate)  # the caller's object stays as it is
     config.gate = gate
@@ -91,6 +96,8 @@ def _gate(config: SavedMixture) -> None:
 
 def _tasks(config: SavedMixture) -> None:
     """Tasks as a map, with ids."""
+    if not fits(config.tasks, Tasks):
+        raise ConfigError(f"tasks: {shown(config.tasks)} is not {in_words(Tasks)}.")
     by_task = [name for name, loss in AUX_LOSSES.items() if loss.by_task]
     own = not config.gate.learned or any(name in by_task for name in config.aux_losses)
     if config.tasks is None:  # where tasks are needed, one for each expert, of the same name
@@ -112,6 +119,23 @@ def _tasks(config: SavedMixture) -> None:
     if any(i < 0 for i in ids.values()):
         raise ConfigError("task_ids must not be negative: -1 means the base model only.")
     config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
+
+
+def _spec(name: str, given: Any) -> ExpertSpec:
+    known = [f.name for f in fields(ExpertSpec)]
+    try:
+        spec = ExpertSpec(**given) if isinstance(given, dict) else given
+    except TypeError:  # another set of names
+        raise ConfigError(
+            f"expert_specs.{name}: {shown(given)} has other settings than {', '.join(known)}."
+        ) from None
+    if not isinstance(spec, ExpertSpec):
+        raise ConfigError(
+            f"expert_specs.{name}: {shown(given)} is not an ExpertSpec or a map of its settings."
+        )
+    problems = [*type_problems(spec, ExpertSpec), *value_problems(spec, ExpertSpec)]
+    _refuse((("expert_specs", name, field), message) for field, message in problems)
+    return spec
 
 
 def _default_tasks(config: SavedMixture, names: list[str], own: bool) -> dict[str, list[Any]]:
@@ -138,8 +162,7 @@ def _kept(config: SavedMixture) -> None:
     for task, name in config.added_for.items():
         if task not in config.tasks or name not in names:
             raise ConfigError(f"added_for: {task!r} is no task, or {name!r} no expert.")
-    specs = config.expert_specs.items()
-    config.expert_specs = {n: ExpertSpec(**spec) if isinstance(spec, dict) else spec for n, spec in specs}
+    config.expert_specs = {name: _spec(name, given) for name, given in config.expert_specs.items()}
     if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:
         raise ConfigError("experts with one A have one rank and scaling; expert_specs gives some their own.")
     if config.gate_blocks is None:

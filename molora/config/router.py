@@ -10,6 +10,7 @@ from molora.config.choices import ROUTERS
 from molora.config.section import ExpertCount, Fraction, PositiveInt, Share
 from molora.config.setting import documented, idle_problems, setting, value_problems
 from molora.config.suggest import did_you_mean
+from molora.config.types import type_problems
 from molora.errors import ConfigError
 
 
@@ -58,6 +59,9 @@ class RouterSettings:
 
 def router_problems(router: RouterSettings) -> Iterator[tuple[str, str]]:
     """Name and message of what a router cannot be."""
+    if wrong := [*type_problems(router, RouterSettings)]:
+        yield from wrong
+        return
     if router.kind not in ROUTERS:
         yield "kind", ROUTERS.unknown(router.kind)
     yield from value_problems(router, RouterSettings)

@@ -73,7 +73,8 @@ class TableRecords(Rows):
         return len(self.table)
 
     def row(self, index: int) -> Record:
-        return Record(self.table[index], f"{self.name} row {index + 1}")
+        where = f"{self.name} row {index + 1}"
+        return Record(_load(where, lambda: self.table[index]), where)
 
     def label_names(self, column: str) -> list[str] | None:
         """The class names of a column that declares them."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from molora.config.types import fits, in_words, shown
 from molora.disk.fingerprint import (
     all_values,
     base_fingerprint,
@@ -15,6 +16,12 @@ from molora.disk.fingerprint import (
     equality,
     token_count,
 )
+from molora.errors import AdapterError
+
+_FORM: dict[str, Any] = {
+    "architecture": str, "sizes": dict[str, int], "parameters": int, "shapes": str, "dtypes": list[str],
+    "values": dict[str, str], "vocabulary": int,
+}  # fmt: skip
 
 
 def check_base(stored: dict[str, Any] | None, model: nn.Module) -> bool:
@@ -31,6 +38,7 @@ def check_base(stored: dict[str, Any] | None, model: nn.Module) -> bool:
     """
     if stored is None:
         return True
+    _check_form(stored)
     actual = base_fingerprint(model)
     found = differences(stored, actual)
     if not found:
@@ -53,6 +61,15 @@ def check_base(stored: dict[str, Any] | None, model: nn.Module) -> bool:
         return False
     compare(stored, actual)
     return True
+
+
+def _check_form(stored: dict[str, Any]) -> None:
+    for name, value in stored.items():
+        if name in _FORM and not fits(value, _FORM[name]):
+            raise AdapterError(
+                f"the adapter's base_fingerprint.{name}: {shown(value)} is not {in_words(_FORM[name])}.",
+                hint="adapter_config.json was changed; copy it again.",
+            )
 
 
 def _vocabulary(stored: dict[str, Any]) -> int | None:

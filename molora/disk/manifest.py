@@ -109,8 +109,9 @@ def _raise(error: OSError) -> None:
 
 
 def _entry(file: Path) -> dict[str, Any]:
-    if file.exists() and not file.is_file():  # reading might wait for ever
-        raise AdapterError(f"{file} is a pipe or a device, not a file.", hint="copy the folder again.")
+    if not file.is_file():  # reading might wait for ever; a link may lead nowhere
+        what = "a pipe or a device" if file.exists() else "a link that leads nowhere"
+        raise AdapterError(f"{file} is {what}, not a file.", hint="copy the folder again.")
     return {"bytes": file.stat().st_size, "sha256": sha256(file)}
 
 

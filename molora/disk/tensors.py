@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,20 +14,7 @@ from molora.errors import AdapterError
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _BANKS = ("molora_experts", "molora_gate", "molora_router")
 _PREFIX = "base_model.model."
-_MOST_HEADER = 10_000_000  # bytes: names, shapes and places of some 80,000 tensors
 _HINT = "the file is damaged or belongs to another adapter; copy it again."
-
-
-def check_header(file: Path) -> None:
-    """AdapterError where a safetensors file names more tensors than any adapter has; reading each takes time and memory."""
-    if not file.is_file():
-        return
-    with file.open("rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-    if _MOST_HEADER < length <= file.stat().st_size:  # safetensors itself refuses one beyond the file
-        raise AdapterError(
-            f"{file}: its header has {length:,} bytes; no adapter has more than {_MOST_HEADER:,}.", hint=_HINT
-        )
 
 
 def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping[str, Tensor]) -> None:

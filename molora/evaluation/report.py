@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from molora.config.suggest import options
+from molora.config.types import fits, shown, type_problems
 from molora.errors import AdapterError, ConfigError, ThresholdError
 from molora.evaluation.metrics import perplexity
 from molora.evaluation.naming import Naming
-from molora.evaluation.routing import RoutingSummary
+from molora.evaluation.routing import AVERAGED, RoutingSummary
 
 FORMAT = 1
 LOWER_IS_BETTER = frozenset({"loss"})
@@ -97,7 +98,7 @@ class Report:
             if data.get("format") != FORMAT:
                 raise AdapterError(f"report format {data.get('format')!r}; this version reads {FORMAT}")
             routing, naming = data["routing"], data.get("naming")  # earlier reports have none
-            return cls(
+            report = cls(
                 scores=[_score(row) for row in data["scores"]],
                 before=[_score(row) for row in data["before"]],
                 routing=RoutingSummary(**routing) if routing else None,
@@ -106,8 +107,22 @@ class Report:
                 notes=data["notes"],
                 environment=data["environment"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"not a molora report: {type(error).__name__}: {error}") from error
+        report._check_types()
+        return report
+
+    def _check_types(self) -> None:
+        parts = [self, *self.scores, *self.before, *[part for part in (self.routing, self.naming) if part]]
+        for part in parts:
+            for name, message in type_problems(part, type(part)):
+                raise AdapterError(f"not a molora report: {name}: {message}")
+        for row in self.routing.gates if self.routing else ():
+            numbers = {name: row.get(name) for name in AVERAGED}
+            if not fits(numbers, dict[str, float]) or not fits(row.get("expert"), str) or "layer" not in row:
+                raise AdapterError(
+                    f"not a molora report: routing.gates: {shown(row)} is not statistics of a gate."
+                )
 
     def to_csv(self) -> str:
         """One line per score: task,mode,metric,value,count; led by `stage` if there is a "before"."""

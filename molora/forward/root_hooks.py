@@ -6,6 +6,7 @@ adapter integration all run the wrapped base model's `__call__`; the tuner's `fo
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -104,6 +105,7 @@ class RootHooks:
                 balance_experts(mounts[adapter], records[adapter])
             total = weighted_sum(config, context.aux[adapter])
             if total is not None and config.add_aux_to_loss and context.aux_in_loss:
+                _say_unread(kwargs)
                 output = _add_to_loss(output, total, labelled=kwargs.get("labels") is not None)
         return output
 
@@ -227,6 +229,16 @@ def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:
 def _collect(cache: CallCache, mounts: list[Mount]) -> list[tuple[str, GateRecord]]:
     """Records by module name, in the model's order whatever the order of the calls."""
     return [(mount.key, cache.records[mount.place]) for mount in mounts if mount.place in cache.records]
+
+
+def _say_unread(kwargs: dict[str, Any]) -> None:
+    """Warn where the caller does not read `out.loss`: TRL's trainers ask for log-probabilities, and add those up."""
+    if kwargs.get("fused_lm_head"):
+        warnings.warn(
+            "this trainer does not read out.loss, so the auxiliary losses are lost. Put molora.hf.MoLoraTrainerMixin "
+            "before its class: class MySFTTrainer(MoLoraTrainerMixin, SFTTrainer).",
+            stacklevel=2,
+        )
 
 
 def _add_to_loss(output: Any, extra: Tensor, *, labelled: bool) -> Any:

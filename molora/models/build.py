@@ -14,6 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from molora.config import BaseConfig, RunConfig, TrainConfig
 from molora.data.clusters import need_kmeans
 from molora.data.tasks import TaskSet, distinct_labels
+from molora.disk.adapter_files import check_files
 from molora.disk.card import WEIGHTS_FILE
 from molora.errors import AdapterError
 from molora.models.base import Labels, base_skeleton, load_base
@@ -153,6 +154,7 @@ def _base_of_adapter(folder: Path) -> tuple[BaseConfig, Labels]:
 
 def _head_rows(folder: Path) -> int | None:
     """Rows of a saved classification head: its last layer is the one with the fewest."""
+    check_files(folder)
     with safe_open(folder / WEIGHTS_FILE, "pt") as tensors:
         heads = [name for name in tensors.keys() if "molora_" not in name]  # noqa: SIM118 (not a mapping)
         return min((tensors.get_slice(name).get_shape()[0] for name in heads), default=None)

@@ -24,16 +24,23 @@ ANNOTATE_UP_TO = 400  # cells of a heat map that still have room for a number
 
 
 def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
-    """metrics.csv -> column -> [(step, value)], empty cells left out. DataError without a `step` column."""
-    with path.open(newline="", encoding="utf-8") as file:
-        rows = list(csv.DictReader(file))
+    """metrics.csv -> column -> [(step, value)], empty cells left out. DataError where it is damaged."""
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+    except (ValueError, csv.Error) as error:
+        raise DataError(f"{path}: cannot be read: {error}.") from error
     if not rows or "step" not in rows[0]:
         raise DataError(f"{path}: no rows, or no `step` column")
     curves: dict[str, list[tuple[float, float]]] = {}
     for row in rows:
         for column, cell in row.items():
-            if column != "step" and cell:
+            if column == "step" or not cell:
+                continue
+            try:
                 curves.setdefault(column, []).append((float(row["step"]), float(cell)))
+            except (ValueError, TypeError):  # TypeError: more cells than columns
+                raise DataError(f"{path}: step {row['step']!r}, {column} {cell!r} are not numbers.") from None
     return curves
 
 

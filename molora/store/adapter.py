@@ -14,16 +14,14 @@ from safetensors import SafetensorError
 from torch import nn
 
 from molora.config.suggest import did_you_mean
+from molora.disk.adapter_files import check_files
 from molora.disk.atomic import recover, write_folder
 from molora.disk.base_check import check_base
 from molora.disk.card import CONFIG_FILE, WEIGHTS_FILE, write_card
-from molora.disk.manifest import MANIFEST, read_json, verify_folder
-from molora.disk.tensors import check_header
+from molora.disk.manifest import read_json
 from molora.errors import AdapterError, ConfigError
 from molora.tuner.adapter_name import check_adapter_name
 from molora.tuner.config import MoLoraConfig
-
-_PICKLES = ("adapter_model.bin", "adapter_model.pt", "adapter_model.pth", "pytorch_model.bin")
 
 
 def save(model: nn.Module, path: str | os.PathLike[str], adapter_name: str | None = None) -> Path:
@@ -97,17 +95,9 @@ def read_config(path: str | os.PathLike[str]) -> MoLoraConfig:
     if not (folder / CONFIG_FILE).is_file():
         what = "has no adapter_config.json" if folder.is_dir() else "does not exist"
         raise AdapterError(f"{folder} {what}.", hint="give a folder that molora or PEFT saved an adapter in.")
-    if (folder / MANIFEST).is_file():
-        verify_folder(folder)
+    check_files(folder)
     if not (folder / WEIGHTS_FILE).is_file():
-        pickled = [name for name in _PICKLES if (folder / name).exists()]
-        if pickled:
-            raise AdapterError(
-                f"{folder / pickled[0]} is a pickle, which can run any code when read; it was not opened.",
-                hint=f"only {WEIGHTS_FILE} is read; convert the file where you trust it.",
-            )
         raise AdapterError(f"{folder / WEIGHTS_FILE} is missing.")
-    check_header(folder / WEIGHTS_FILE)
     stored = read_json(folder / CONFIG_FILE)
     kind = stored.get("peft_type") if isinstance(stored, dict) else type(stored).__name__
     if not isinstance(stored, dict) or kind != "MOLORA":

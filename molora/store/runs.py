@@ -10,7 +10,7 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -207,9 +207,11 @@ def _point_latest(parent: Path, stamp: str) -> None:
 
 def _read_latest(parent: Path) -> Path | None:
     pointer = parent / LATEST
-    if pointer.is_file():
-        pointer = parent / Path(pointer.read_text(encoding="utf-8").strip()).name
-    return pointer.resolve() if (pointer / CONFIG_FILE).is_file() else None
+    with suppress(OSError, ValueError, RuntimeError):  # not text, or no name: then there is no pointer
+        if pointer.is_file():
+            pointer = parent / Path(pointer.read_text(encoding="utf-8").strip()).name
+        return pointer.resolve() if (pointer / CONFIG_FILE).is_file() else None
+    return None
 
 
 def _runs_near(folder: Path) -> str:

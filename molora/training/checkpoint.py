@@ -17,7 +17,7 @@ from torch import nn
 
 from molora.disk.atomic import write_folder
 from molora.disk.manifest import is_complete, verify_folder
-from molora.errors import DivergedError
+from molora.errors import AdapterError, DivergedError
 from molora.store.runs import checkpoints
 
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -47,12 +47,29 @@ class FolderIO(CheckpointIO):
         """Read the folder `path`; raises AdapterError where it is damaged."""
         folder = Path(path)
         verify_folder(folder)
-        state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
-        return {**state, "state_dict": load_file(folder / WEIGHTS_FILE)}
+        try:
+            state = torch.load(folder / STATE_FILE, map_location="cpu", weights_only=True)
+            weights = load_file(folder / WEIGHTS_FILE)
+        except (MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise _unreadable(
+                folder, f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+            ) from error
+        if not isinstance(state, dict):
+            raise _unreadable(folder, f"its state is a {type(state).__name__}")
+        return {**state, "state_dict": weights}
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the folder `path`."""
         shutil.rmtree(path)
+
+
+def _unreadable(folder: Path, why: str) -> AdapterError:
+    return AdapterError(
+        f"the checkpoint {folder} cannot be read: {why}.",
+        hint="delete its folder to resume from an earlier one.",
+    )
 
 
 def random_state() -> dict[str, Any]:

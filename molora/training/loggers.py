@@ -13,6 +13,8 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from molora.errors import AdapterError
+
 
 class _Metrics(Logger):
     """A logger of numbers alone: the run folder holds the configuration already."""
@@ -36,14 +38,21 @@ class MetricsCsv(_Metrics):
         self.path = path
         self.rows: list[dict[str, Any]] = []
         self.columns = ["step"]
-        if path.is_file():
+        if path.exists():
             self._continue(resume_step)
 
     def _continue(self, resume_step: int) -> None:
-        with self.path.open(newline="", encoding="utf-8") as file:
-            read = list(csv.DictReader(file))
+        try:
+            with self.path.open(newline="", encoding="utf-8") as file:
+                read = list(csv.DictReader(file))
+        except (OSError, ValueError, csv.Error) as error:
+            raise AdapterError(
+                f"{self.path} cannot be continued: {error}.", hint="move it away; a new one is begun."
+            ) from error
         rows = [{name: cell for name, cell in row.items() if name and cell} for row in read]
-        self.rows = [row for row in rows if row.get("step", "").isdigit() and int(row["step"]) <= resume_step]
+        self.rows = [
+            row for row in rows if row.get("step", "").isdecimal() and int(row["step"]) <= resume_step
+        ]
         self.columns = list(dict.fromkeys(["step", *(name for row in self.rows for name in row)]))
         self._rewrite()
 

@@ -7,6 +7,7 @@ import warnings
 from torch import Tensor, nn
 
 from molora.errors import ConfigError
+from molora.experts.stack import Stacked
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.targets import matches
 
@@ -69,7 +70,12 @@ def say_fused(config: MoLoraConfig, model: nn.Module) -> None:
     """Warn that "all-linear" leaves out weights of several matrices in one tensor, as mixture-of-experts models have them."""
     if not takes_all_linears(config):
         return
-    own = (nn.modules.conv._ConvNd, nn.Embedding, nn.Linear)
+    own = (
+        nn.modules.conv._ConvNd,
+        nn.Embedding,
+        nn.Linear,
+        Stacked,
+    )  # Stacked: experts of an adapter put on before
     fused = {
         f"{name}.{key}": parameter
         for name, module in model.named_modules()

@@ -8,16 +8,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from peft import PeftConfig
+from peft import PeftConfig, TaskType
 
 from molora.calls.task_map import TaskMap
 from molora.config.mixture import ExpertSpec, SavedMixture
 from molora.config.normalise import normalise
 from molora.config.roster import Roster
 from molora.config.setting import documented, setting, written
-from molora.disk.card import WEIGHTS_FILE, complete_folder
-from molora.disk.manifest import MANIFEST, verify_folder
-from molora.disk.tensors import check_header
+from molora.config.types import type_problems
+from molora.disk.adapter_files import check_files
+from molora.disk.card import CONFIG_FILE, complete_folder
+from molora.errors import AdapterError, ConfigError
 from molora.tuner.lora_fields import refusing
 
 __all__ = ["ExpertSpec", "MoLoraConfig", "MoLoraPeftType", "as_sequence"]
@@ -47,6 +48,12 @@ class MoLoraConfig(SavedMixture, PeftConfig):
     )
 
     def __post_init__(self) -> None:
+        for name, message in type_problems(self, type(self)):
+            raise ConfigError(f"{name}: {message}")
+        if self.task_type is not None and self.task_type not in [*TaskType]:
+            raise ConfigError(
+                f"task_type={self.task_type!r} is not one of {', '.join(t.value for t in TaskType)}."
+            )
         super().__post_init__()
         self.peft_type = MoLoraPeftType.MOLORA
         normalise(self)
@@ -86,10 +93,11 @@ class MoLoraConfig(SavedMixture, PeftConfig):
     ) -> Any:
         """PEFT's, after checking a local folder against its manifest; AdapterError where it is damaged."""
         folder = Path(pretrained_model_name_or_path, subfolder or "")
-        if (folder / MANIFEST).is_file():
-            verify_folder(folder)
-        check_header(folder / WEIGHTS_FILE)
-        return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        check_files(folder)
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, subfolder=subfolder, **kwargs)
+        except ConfigError as error:
+            raise AdapterError(f"{folder / CONFIG_FILE}: {error}") from error
 
     @property
     def roster(self) -> Roster:

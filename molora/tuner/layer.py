@@ -209,8 +209,20 @@ class Linear(nn.Module, MoLoraLayer):
             refuse_beside_others(mounts)
         call = self.context.call
         for mount in mounts:
+            _refuse_offloaded(mount, x)
             y = add_experts(mount, call, x, y)
         return y
 
     def __repr__(self) -> str:
         return "molora." + super().__repr__()
+
+
+def _refuse_offloaded(mount: Mount, x: Tensor) -> None:
+    """Raise ConfigError where the experts' weights are not here: products with meta tensors are silently wrong."""
+    stack = next(iter(mount.bank.named_stacks().values()))
+    if stack.blocks[0].is_meta and not x.is_meta:
+        raise ConfigError(
+            f"the experts of {mount.adapter!r} at {mount.key} have no values here: they were offloaded, or never loaded.",
+            hint="offload the base first (accelerate's cpu_offload, disk_offload, device_map), then put the adapter on it: "
+            "experts stay on the device.",
+        )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -112,6 +113,18 @@ def test_B5_ids_that_do_not_arrive_in_a_trainer_are_told_of(tmp_path, removes, v
     model = adapted(model_of("llama"), "token", task_type="CAUSAL_LM")
     with pytest.raises(ConfigError, match=said):
         MyTrainer(model=model, args=arguments, train_dataset=Dataset.from_dict(rows)).train()
+
+
+def test_B5_a_batch_without_a_mask_is_told_of_where_a_gate_pools_a_sequence():
+    model = adapted(model_of("llama"), GateConfig(scope="sequence", select="dense"), tasks=None)
+    batch = {"input_ids": torch.tensor([[5, 6, 7], [5, 6, 0]])}
+    with pytest.warns(UserWarning, match="padding, if there is any, is read as text"):
+        model(**batch)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**batch, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
+        model(input_ids=batch["input_ids"][:1])
+        adapted(model_of("llama"), "token")(**batch)
 
 
 # -- packed batches ------------------------------------------------------------------------------------

@@ -357,4 +357,7 @@ def test_A7_all_linear_says_which_fused_experts_it_leaves_as_they_are(name):
     )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        molora_model("llama")
+        model = molora_model("llama")
+        model.add_adapter(
+            "second", MoLoraConfig(num_experts=2, target_modules="all-linear")
+        )  # nor are its own experts

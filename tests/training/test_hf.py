@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
 import molora
-from molora.hf import MoLoraTrainerMixin
-from tests.zoo import batch_for, gradients, molora_model
+from molora.hf import KeepTaskIds, MoLoraTrainerMixin
+from tests.zoo import TASKS, batch_for, gradients, molora_model
 
 AUX = {"balance": 0.5}
 ROWS = [{name: value[0] for name, value in batch_for("llama", batch=1, seed=i).items()} for i in range(8)]
@@ -91,6 +91,44 @@ def test_the_mixin_keeps_auxiliary_losses_under_label_smoothing(tmp_path: Path) 
     with_z = gate_gradients(tmp_path, {"z": 0.5}, 1, label_smoothing_factor=0.1)
     without = gate_gradients(tmp_path, {}, 1, label_smoothing_factor=0.1)
     assert any((with_z[name] - without[name]).abs().max() > 1e-4 for name in with_z)
+
+
+def test_the_mixin_asks_for_outputs_only_where_its_caller_does(tmp_path: Path) -> None:
+    class WithoutOutputs(Trainer):  # as TRL's GRPOTrainer
+        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, **_: Any) -> Any:
+            if return_outputs:
+                raise ValueError("no outputs")
+            return model(**inputs)["logits"].sum() * 0.0
+
+    class Mixed(MoLoraTrainerMixin, WithoutOutputs):
+        pass
+
+    model = molora_model("llama", aux_losses=AUX)
+    before = gate_parameters(model)
+    trainer_for(
+        Mixed, model, tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2
+    ).train()
+    after = gate_parameters(model)
+    assert all(not torch.equal(before[name], after[name]) for name in before)  # by the auxiliary loss alone
+
+
+def test_a_caller_that_does_not_read_the_loss_is_told_what_it_loses() -> None:
+    with pytest.warns(
+        UserWarning, match="MoLoraTrainerMixin"
+    ):  # the keyword with which TRL's trainers call a model
+        molora_model("llama", aux_losses=AUX).train()(**batch_for("llama"), fused_lm_head=True)
+
+
+def test_a_collator_that_keeps_names_of_tasks(tmp_path: Path) -> None:
+    model = molora_model("llama", "task-group", trained=False)
+    trainer = trainer_for(
+        MoLoraTrainer, model, tmp_path, max_steps=1, per_device_train_batch_size=4, learning_rate=1e-2
+    )
+    rows = [{**row, "routing_task_ids": TASKS[i % 2]} for i, row in enumerate(ROWS)]
+    trainer.train_dataset, trainer.data_collator = rows, KeepTaskIds(trainer.data_collator)
+    trainer.train()
+    B = next(p for name, p in model.named_parameters() if "lora_B" in name)
+    assert [bool(expert.abs().sum()) for expert in B] == [True, True, False]
 
 
 def test_a_plain_loop_trains_experts_and_gate() -> None:

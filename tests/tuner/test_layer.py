@@ -55,3 +55,13 @@ def test_a_merge_that_fails_leaves_no_weights_behind(monkeypatch):
     monkeypatch.undo()
     with pytest.raises(ConfigError, match="depend on the task"):
         some.merge()
+
+
+def test_experts_without_values_are_refused_not_multiplied():
+    model = molora_model("llama")
+    layer = next(iter(layers(model).values()))
+    layer.molora_experts.to(
+        "meta"
+    )  # as accelerate's offloading leaves them: it brings weights to called modules only
+    with pytest.raises(ConfigError, match="offload the base first"):
+        model(**batch_for("llama"))
