@@ -1,0 +1,101 @@
+"""A report with hostile texts in every place, opened in Chromium: no script of theirs runs, nothing is fetched."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from molora.evaluation.naming import Naming
+from molora.evaluation.report import Report, Score
+from molora.evaluation.routing import RoutingSummary
+from molora.report.html import render
+from molora.report.plots import plot_scores
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine"),
+]
+
+PWNED = "document.documentElement.setAttribute('data-owned','yes')"
+HOSTILE = [
+    f"<script>{PWNED}</script>",
+    f"</pre></td></table><script>{PWNED}</script>",
+    f"<img src=x onerror=\"{PWNED}\">",
+    f"'><svg onload=\"{PWNED}\">",
+    f"\"><iframe srcdoc='<script>parent.{PWNED}</script>'></iframe>",
+    f"</title><script>{PWNED}</script>",
+    f"</style><script>{PWNED}</script>",
+    f"<a href=\"javascript:{PWNED}\" autofocus onfocus=\"{PWNED}\">x</a>",
+    "<!--<script>", "\u202e<b>", "&lt;script&gt;", "<meta http-equiv=refresh content='0;url=http://127.0.0.1:9/'>",
+]  # fmt: skip
+
+
+def dumped(page: Path, profile: Path) -> str:
+    """The document after every script had its time."""
+    command = [
+        str(CHROMIUM), "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+        "--disable-background-networking", "--disable-component-update", "--disable-sync", f"--user-data-dir={profile}",
+        "--virtual-time-budget=3000", "--dump-dom", page.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0 and "<html" in done.stdout, done.stderr[-2000:]
+    return done.stdout
+
+
+class Elements(HTMLParser):
+    """The elements of a document, and the names of their attributes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.attributes: set[str] = set()
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.attributes.update(name for name, _ in attrs)
+
+
+def test_the_probe_sees_a_script_that_runs(tmp_path: Path) -> None:
+    (tmp_path / "bad.html").write_text(f"<html><body>{HOSTILE[0]}{HOSTILE[2]}</body></html>")
+    found = Elements(dumped(tmp_path / "bad.html", tmp_path / "profile"))
+    assert "data-owned" in found.attributes and "script" in found.tags
+
+
+def test_no_script_of_a_hostile_report_runs(tmp_path: Path) -> None:
+    scores = [Score(name, "gate", "exact_match", 0.5, 3) for name in HOSTILE]
+    gates = [
+        {
+            "gate": name,
+            "layer": name,
+            "expert": name,
+            "share": 0.5,
+            "mean_weight": 0.5,
+            "top1_share": 0.5,
+            "entropy": 0.1,
+        }
+        for name in HOSTILE
+    ]
+    report = Report(
+        scores=scores,
+        before=scores[:3],
+        routing=RoutingSummary(HOSTILE[0], 3, {name: dict.fromkeys(HOSTILE, 0.1) for name in HOSTILE}, gates),
+        naming=Naming({name: {HOSTILE[0]: 1} for name in HOSTILE}, dict.fromkeys(HOSTILE, 0.5)),
+        facts={name: name for name in HOSTILE},
+        notes=list(HOSTILE),
+        environment={name: name for name in HOSTILE},
+    )
+    picture = plot_scores(Report(scores=scores[8:]), tmp_path / "a.png")
+    hostile = picture.rename(picture.with_name("x' onerror='alert(1).png"))
+    page = tmp_path / "report.html"
+    page.write_text(render(report, title="".join(HOSTILE), pictures=[hostile], config="\n".join(HOSTILE)))
+    found = Elements(dumped(page, tmp_path / "profile"))
+    assert found.tags <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "table", "tbody", "tr", "th", "td", "img", "pre",
+    }  # fmt: skip
+    assert found.attributes <= {"lang", "charset", "class", "alt", "src"}
