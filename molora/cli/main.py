@@ -21,7 +21,8 @@ from molora.version import __version__
 
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
-    "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "recipes", "presets",
+    "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
+    "recipes", "presets", "schema",
 )  # fmt: skip
 
 

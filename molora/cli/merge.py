@@ -1,0 +1,59 @@
+"""`molora merge`: the base with a static mixture in its weights, as a plain transformers model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from typer import Option
+
+from molora.cli.options import OtherBase, RunFolder
+from molora.errors import ConfigError
+
+
+def command(
+    run: RunFolder,
+    out: Annotated[Path, Option(help="A folder for the model: new, empty, or written by molora.")],
+    task: Annotated[str | None, Option(help="The experts of this task (under a task gate).")] = None,
+    expert: Annotated[
+        list[str] | None,
+        Option(metavar="NAME[=WEIGHT]", help="This expert, with this weight (1); may be repeated."),
+    ] = None,
+    allow_other_base: OtherBase = False,
+) -> None:
+    """Write the model with its experts merged in, and its tokenizer: molora is not needed to load it.
+
+    Weights must not depend on the input: those of a task, of a constant gate, or of the experts named here.
+
+    Example: molora merge runs/task_routed --task capitals --out models/capitals
+    """
+    weights = dict(_weight(text) for text in expert or ())
+    if task is not None and weights:
+        raise ConfigError("--task and --expert both say what is merged.", hint="give one of them.")
+
+    from molora.disk.atomic import check_target, check_writable, write_folder
+    from molora.models.build import load_trained
+    from molora.store.runs import Run
+    from molora.training.environment import quiet_libraries
+
+    trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
+    check_target(out, run, *(() if trained is None else (trained.path, trained.adapter)))
+    check_writable(out)
+    with quiet_libraries():
+        model, tokenizer, _ = load_trained(run, device="cpu", allow_other_base=allow_other_base)
+        plain = model.merge_and_unload(task=task, expert_weights=weights or None)
+        size = sum(tensor.nbytes for tensor in plain.state_dict().values())
+        with write_folder(out, size=size) as folder:
+            plain.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+    typer.echo(f"model: {out}")
+
+
+def _weight(text: str) -> tuple[str, float]:
+    """`NAME`, or `NAME=WEIGHT`."""
+    name, given, value = text.rpartition("=")
+    try:
+        return (name, float(value)) if given else (text, 1.0)
+    except ValueError:
+        raise ConfigError(f"--expert {text!r} is not NAME or NAME=WEIGHT, such as pig=0.5.") from None
