@@ -1,0 +1,98 @@
+"""All runs below a folder: what each has come to, and what of it can go."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from molora.disk.atomic import sweep
+from molora.errors import AdapterError, ConfigError, DataError
+from molora.store.runs import CONFIG_FILE, LATEST, Run, checkpoint_step, checkpoints
+
+FINISHED, TRAINED, UNFINISHED, WRITING = "finished", "not scored", "unfinished", "being written"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """One run: its folder, how far it came, its mean score (of the first mode it was scored in) and its size in bytes."""
+
+    run: Run
+    state: str
+    step: int
+    score: float | None
+    size: int
+
+    @property
+    def name(self) -> str:
+        """`<name>/<time>`."""
+        return f"{self.run.path.parent.name}/{self.run.path.name}"
+
+
+@dataclass(frozen=True)
+class Removal:
+    """A folder that `clean` would remove, and why."""
+
+    path: Path
+    why: str
+    size: int
+
+
+def runs_below(folder: Path) -> list[Run]:
+    """Every run in `<folder>/<name>/<time>`, by name and time; ConfigError where there is no such folder."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is no folder.", hint="give the folder that recipes name as `output`.")
+    found = {file.parent for file in folder.glob(f"*/*/{CONFIG_FILE}") if file.parent.name != LATEST}
+    return [Run(path.absolute()) for path in sorted(found)]
+
+
+def state_of(run: Run) -> RunState:
+    """What has become of a run; reads its small files only."""
+    locked = False
+    try:
+        with run.lock():
+            pass
+    except (AdapterError, OSError):
+        locked = True
+    report = None
+    with suppress(AdapterError):
+        report = run.report
+    state = WRITING if locked else FINISHED if report else TRAINED if run.adapter.is_dir() else UNFINISHED
+    steps = [checkpoint_step(path) for path in checkpoints(run.path / "checkpoints")]
+    return RunState(run, state, max(steps, default=0), _score(report), _size(run.path))
+
+
+def removals(states: list[RunState], *, unfinished: bool) -> Iterator[Removal]:
+    """What can go: checkpoints of runs that are finished, and, if asked for, whole runs that are not.
+
+    A checkpoint is only read to go on with training, which a finished run does not do.
+    """
+    for state in states:
+        if state.state == FINISHED:
+            for path in checkpoints(state.run.path / "checkpoints"):
+                yield Removal(path, "checkpoint of a finished run", _size(path))
+        elif unfinished and state.state == UNFINISHED:
+            yield Removal(state.run.path, "unfinished run", state.size)
+
+
+def remove(found: list[Removal]) -> None:
+    """Delete what `removals` found, and what killed writers left beside it."""
+    for removal in found:
+        shutil.rmtree(removal.path)
+        sweep(removal.path.parent)
+
+
+def _score(report: object) -> float | None:
+    rows = report.get("scores") if isinstance(report, dict) else None
+    if not isinstance(rows, list) or not rows:
+        return None
+    with suppress(KeyError, TypeError, DataError):
+        shares = [row["value"] for row in rows if row["mode"] == rows[0]["mode"] and row["metric"] != "loss"]
+        return sum(shares) / len(shares) if shares else None
+    return None
+
+
+def _size(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file() and not file.is_symlink())
