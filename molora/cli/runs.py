@@ -47,8 +47,8 @@ def compare(
 
     Example: molora runs compare runs/quickstart runs/soft_mixture
     """
+    from rich.markup import escape
     from rich.table import Table
-    from rich.text import Text
 
     from molora.errors import AdapterError
     from molora.evaluation.report import Report
@@ -63,10 +63,10 @@ def compare(
         reports.append(Report.from_json(run.reports[0].read_text(encoding="utf-8")))
     cells = [{(score.task, score.mode): score.text() for score in report.scores} for report in reports]
     table = Table(
-        "task", "mode", *(Text(f"{run.path.parent.name}/{run.path.name}") for run in found), box=None
+        "task", "mode", *(escape(f"{run.path.parent.name}/{run.path.name}") for run in found), box=None
     )
     for task, mode in dict.fromkeys(key for scores in cells for key in scores):
-        table.add_row(Text(task), mode, *(scores.get((task, mode), "") for scores in cells))
+        table.add_row(escape(task), mode, *(scores.get((task, mode), "") for scores in cells))
     console().print(table)
 
 
@@ -95,9 +95,9 @@ def clean(
         typer.echo(f"{len(found)} folders, {total}; nothing was removed, --yes does.")
 
 
-def _bytes(size: int) -> str:
+def _bytes(size: float) -> str:
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1000  # type: ignore[assignment]
+        size /= 1000
     return f"{size:.1f} GB"
