@@ -43,7 +43,7 @@ class TaskConfig(Section):
     kind: Literal["causal_lm", "classification", "seq2seq"] = "causal_lm"
     generator: str | None = None
     train: Files | None = None
-    eval: Files | None = None
+    eval: Files | Annotated[float, Field(gt=0, lt=1)] | None = None
     dataset: str | None = None
     subset: str | None = None
     revision: str | None = None
@@ -99,6 +99,8 @@ class TaskConfig(Section):
         for key in ("train", "eval"):
             if getattr(self, key) == []:
                 yield (key,), "is an empty list; name at least one file."
+        if isinstance(self.eval, float) and self.eval_size is not None:
+            yield ("eval_size",), "eval is a share of the training records; leave the size out."
         for key in ("train_size", "eval_size"):
             if self.source == "synthetic" and (getattr(self, key) or 0) > MOST_GENERATED:
                 yield (key,), f"must be at most {MOST_GENERATED:,}: made-up records are kept in memory."

@@ -29,7 +29,7 @@ def data_reach(data: DataConfig) -> Iterator[str]:
             yield f"{where}.dataset: {task.dataset} (hub{_revision(task.revision)})"
         for key in ("train", "eval", "path"):
             value = getattr(task, key)
-            for path in [value] if isinstance(value, str) else value or ():
+            for path in [value] if isinstance(value, str) else value if isinstance(value, list) else ():
                 yield from _path(f"{where}.{key}", path)
 
 

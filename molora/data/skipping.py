@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import logging
 from array import array
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from molora.config import TaskConfig
 from molora.data.render import Written, render
-from molora.data.sources import LazyRecords, Rows, Split, records_of
+from molora.data.sources import ChosenRecords, LazyRecords, Split, records_of
 from molora.errors import DataError
 
 T = TypeVar("T", bound=Written)
@@ -29,19 +28,6 @@ class Faults:
     def __call__(self, error: DataError) -> None:
         self.first = self.first or error
         self.count += 1
-
-
-class ChosenRecords(Rows):
-    """Some of the records of another sequence, in its order."""
-
-    def __init__(self, records: Sequence[Mapping[str, Any]], indices: array[int]) -> None:
-        self.records, self.indices = records, indices
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def row(self, index: int) -> Any:
-        return self.records[self.indices[index]]
 
 
 def without_faulty(task: T, config: TaskConfig) -> T:

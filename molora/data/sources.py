@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 from molora.config import TaskConfig
@@ -104,8 +105,23 @@ class TextRecords(Rows):
         return Record(json.loads(self._rows[index]), f"{file}:{self._lines[index]}")
 
 
+class ChosenRecords(Rows):
+    """Some of the records of another sequence, in its order."""
+
+    def __init__(self, records: Sequence[Record], indices: Sequence[int]) -> None:
+        self.records, self.indices = records, indices
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def row(self, index: int) -> Record:
+        return self.records[self.indices[index]]
+
+
 def records_of(task: TaskConfig, split: Split, on_error: OnError = stop) -> LazyRecords | None:
     """The records of one split of a configured task; None where the recipe gives the task no such split."""
+    if isinstance(task.eval, float):
+        return LazyRecords(partial(_part, task, split, LazyRecords(partial(_read, task, "train", on_error))))
     named = {"synthetic": _size, "hub": _split_name, "folder": _split_name}.get(task.source, _files)
     # A partial of a module-level function, so that records can be pickled for the loader's workers.
     return LazyRecords(partial(_read, task, split, on_error)) if named(task, split) else None
@@ -119,6 +135,28 @@ def _read(task: TaskConfig, split: Split, on_error: OnError) -> Sequence[Record]
         name = files or f"{task.dataset or task.path or task.generator} ({_split_name(task, split)})"
         raise DataError(f"{name}: has no records.", hint="a data set needs at least one record")
     return rows
+
+
+def _part(task: TaskConfig, split: Split, records: LazyRecords) -> ChosenRecords:
+    """The training records that are held out, or the others: the share `eval` of each label, the same ones every time."""
+    assert isinstance(task.eval, float)
+    groups: dict[str, array[int]] = {}
+    for i, record in enumerate(records):
+        label = str(record.get(task.label or "label")) if task.kind == "classification" else ""
+        groups.setdefault(label, array("Q")).append(i)
+    held_out: set[int] = set()
+    for label, members in sorted(groups.items()):
+        shuffled = Random(label).sample(
+            members, len(members)
+        )  # of its text: hash() differs between processes
+        held_out.update(shuffled[: round(task.eval * len(members))])
+    if not held_out:
+        raise DataError(
+            f"{', '.join(map(str, _files(task, 'train')))}: {task.eval:g} of {len(records)} records is none to hold out.",
+            hint="give a larger share, or a file of held-out records",
+        )
+    wanted = split == "eval"
+    return ChosenRecords(records, array("Q", (i for i in range(len(records)) if (i in held_out) == wanted)))
 
 
 def _synthetic(task: TaskConfig, split: Split) -> list[Record]:
@@ -211,7 +249,7 @@ def _split_name(task: TaskConfig, split: Split) -> str | None:
 
 
 def _files(task: TaskConfig, split: Split) -> list[Path]:
-    given = task.train if split == "train" else task.eval
+    given = task.train if split == "train" or isinstance(task.eval, float) else task.eval
     names = [given] if isinstance(given, str) else given or []
     return [Path(name).expanduser() for name in names]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import chain
@@ -16,6 +17,9 @@ from molora.data.sources import LazyRecords, TableRecords, records_of
 from molora.data.templates import parse_template
 from molora.errors import ConfigError
 
+log = logging.getLogger(__name__)
+
+MOST_LABELS = 200
 _TASK_TYPE_OF_KIND = {kind: task_type for task_type, kind in KIND_OF_TASK_TYPE.items()}
 
 
@@ -106,19 +110,29 @@ def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str
 
 
 def _labels(name: str, config: TaskConfig, train: LazyRecords) -> tuple[str, ...]:
-    """The recipe's labels, or those the data declare."""
+    """The recipe's labels, those the data declare, or else those that the training records have, sorted."""
     if config.labels is not None:
         return tuple(config.labels)
     column = config.label or "label"
     declared = train.rows.label_names(column) if isinstance(train.rows, TableRecords) else None
     if declared is not None:
         return tuple(declared)
-    found = sorted({str(record[column]) for record in train if column in record})
+    found = sorted({str(record[column]) for record in train if column in record}, key=_in_order)
     listed = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
-    raise ConfigError(
-        f"data.tasks.{name}.labels: is missing, and the data do not declare them.",
-        hint=f"their order is their index in the model, so write it down; {column!r} holds: {listed or 'nothing'}",
-    )
+    if not 2 <= len(found) <= MOST_LABELS:
+        raise ConfigError(
+            f"data.tasks.{name}.labels: is missing, the data do not declare them, and {column!r} holds {len(found)} different "
+            f"values: {listed or 'nothing'}.",
+            hint=f"name the field with the label (`label: ...`), or write `labels: [...]`; up to {MOST_LABELS} are found alone",
+        )
+    log.warning("task %r: labels found in the data: %s; a run's config.yaml keeps their order.", name, listed)
+    return tuple(found)
+
+
+def _in_order(label: str) -> tuple[bool, int, str]:
+    """Numbers by size, then texts."""
+    number = int(label) if label.isascii() and label.isdigit() else None
+    return number is None, number or 0, label
 
 
 @dataclass(frozen=True)
