@@ -67,6 +67,7 @@ def conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]:
     turns = field_of(record, field)
     if not isinstance(turns, list) or len(turns) < 2:
         raise DataError(f"{where_of(record)}: the field {field!r} must be a list of at least two messages.")
+    turns = [_turn(turn) for turn in turns]
     for number, turn in enumerate(turns, 1):
         parts = [turn.get("role"), turn.get("content")] if isinstance(turn, dict) else [None]
         if not all(isinstance(part, str) for part in parts):
@@ -80,3 +81,11 @@ def conversation(field: str, record: Mapping[str, Any]) -> list[dict[str, str]]:
             hint="the last message is what the model learns to say, so its role is assistant",
         )
     return turns
+
+
+def _turn(turn: Any) -> Any:
+    """A turn as ShareGPT writes it (`from`, `value`), as others do."""
+    if isinstance(turn, dict) and "from" in turn and "role" not in turn:
+        role = {"human": "user", "gpt": "assistant"}.get(turn["from"], turn["from"])
+        return {"role": role, "content": turn.get("value")}
+    return turn
