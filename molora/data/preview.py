@@ -52,7 +52,8 @@ def _preview(
 
     example = encode(task, record, tokenizer, max_length)
     if isinstance(example.labels, int):
-        learned, target = [], f"{task.labels[example.labels]} (class {example.labels})"
+        own = task.classes.index(example.labels) if task.classes else example.labels
+        learned, target = [], f"{task.labels[own]} (class {example.labels})"
     else:
         learned = [label for label in example.labels if label != IGNORED]
         target = text(*learned)

@@ -14,7 +14,7 @@ from molora.data.recognise import layout_of, recognise
 from molora.errors import DataError
 from molora.store.runs import Run
 from tests.cli.conftest import Cli
-from tests.training.runs import write_base
+from tests.training.runs import write_base, write_encoder
 
 ROWS: dict[str, list[dict[str, Any]]] = {
     "copy": [{"prompt": f"copy({i})=", "response": f"{i}"} for i in range(20)],
@@ -94,6 +94,23 @@ def test_a_local_base_says_what_it_is(
     assert cli("init", str(tmp_path / "data"), "--base", str(tmp_path / "base"), "--out", str(out)).code == 0
     base = load_recipe(out).base
     assert (base.task_type, base.head) == (kind, head)
+
+
+def test_a_classifier_of_several_tasks_is_validated(cli: Cli, place: Path) -> None:
+    """The label shown is the task's own, whatever class it has in the head that all tasks share."""
+    base = {"model": "base", "task_type": "SEQ_CLS", "head": "match"}
+    write_encoder(place / "base")
+    write(place / "both", "mood.jsonl", ROWS["mood"])
+    write(
+        place / "both",
+        "size.jsonl",
+        [{"text": f"t {i}", "label": "big" if i % 2 else "small"} for i in range(20)],
+    )
+    assert cli("init", "both", "--base", "base").code == 0
+    assert load_recipe("recipe.yaml").base.model_dump(include=set(base)) == base
+    result = cli("validate", "recipe.yaml")
+    assert result.code == 0, result.err
+    assert "→ small (class 3)" in result.out or "→ big (class 2)" in result.out
 
 
 def test_layouts() -> None:
