@@ -15,7 +15,7 @@ from peft import PeftModel
 
 from molora.config import TrainConfig
 from molora.errors import ConfigError
-from molora.training.callbacks import DivergenceGuard, Validation
+from molora.training.callbacks import DivergenceGuard, Reports, Validation
 from molora.training.checkpoint import FolderIO, RandomState
 from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
@@ -90,6 +90,7 @@ def optimise(
     own: list[Callback] = [RandomState(), guard]
     if validation is not None and settings.val_every is not None:
         own.append(Validation(validation, settings.val_every, settings.patience))
+    own.append(Reports())
     sharded = settings.strategy == "fsdp2"
     strategy = ShardedBaseStrategy(_processes(settings)) if sharded else settings.strategy
     trainer = L.Trainer(
