@@ -102,7 +102,7 @@ def play(number: int, name: str, seed: int, most: int, work: Path) -> Found:
         if done.code == 0:
             break
         if problem := _unexpected(done, kill):
-            lost.append(problem)
+            lost.append(f"{problem} {done.phase}, under {kill}")
             break
         assert kill is not None
         kills.append(_told(done, kill, saved))

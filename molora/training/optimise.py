@@ -17,6 +17,7 @@ from molora.config import TrainConfig
 from molora.errors import ConfigError
 from molora.training.callbacks import DivergenceGuard, Reports, Validation
 from molora.training.checkpoint import FolderIO, RandomState
+from molora.training.ctrl_c import stays_ctrl_c
 from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
 from molora.training.objective import Companion
@@ -113,7 +114,7 @@ def optimise(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with explained_loss_of_a_process(trainer):
+    with stays_ctrl_c(), explained_loss_of_a_process(trainer):
         trainer.fit(
             MoLoraModule(model.train(), settings, companion),
             datamodule=data,

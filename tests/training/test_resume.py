@@ -141,6 +141,24 @@ def test_a_signal_saves_once_and_the_run_resumes_bit_exactly(base: Path, full: R
     assert_same_weights(full.adapter, run.adapter)
 
 
+def test_a_signal_while_training_is_being_set_up_interrupts_and_nothing_is_lost(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    """Before training hears signals itself, the command line makes each a KeyboardInterrupt."""
+
+    def on_fit_start(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_for(base, tmp_path, **SETTINGS)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoLoraModule, "on_fit_start", on_fit_start)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_weights(full.adapter, train(recipe, resume=True).adapter)
+
+
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(base: Path, tmp_path: Path) -> None:
     def training_step(self: Any, batch: Any, batch_idx: int, plain: Any = MoLoraModule.training_step) -> Any:
         loss = plain(self, batch, batch_idx)
