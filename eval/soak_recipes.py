@@ -89,5 +89,5 @@ KINDS: dict[str, Kind] = {
     "add-expert": Kind(_recipe(max_steps=2), "add-expert", f"{NAME}-upper"),
     "sequence": Kind(_sequence("color"), "continual"),
     "sequence, slao": Kind(_sequence("slao"), "continual"),
-    "two processes": Kind(_two_processes(), weight=1),
+    "two processes": Kind(_two_processes(), weight=2),
 }
