@@ -37,10 +37,13 @@ def say_reach(found: Iterable[str]) -> None:
 
 
 def show_run(run: Path) -> None:
-    """Print the report of a run and where it is."""
+    """Print the report of a run and where it is; of processes that trained together, the first one does."""
     from molora.evaluation.report import Report
     from molora.report.tables import console, print_report
+    from molora.training.environment import is_first_process
 
+    if not is_first_process():  # the first may still be writing the report
+        return
     to = console()
     print_report(Report.from_json((run / "report.json").read_text(encoding="utf-8")), to=to)
     to.print(f"run: {run}\nreport: {run / 'report.html'}", markup=False)

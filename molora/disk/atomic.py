@@ -106,10 +106,17 @@ def sweep(parent: str | os.PathLike[str]) -> list[Path]:
     for old in _leftovers(Path(parent)):
         if old.kind == "old":
             recover(old.path.with_name(old.name))
-        if not old.in_use() and old.path.exists():
+        if not old.in_use() and os.path.lexists(old.path):
             _remove(old.path)
             removed.append(old.path)
     return removed
+
+
+def remove_folder(path: str | os.PathLike[str]) -> None:
+    """Delete a folder; one that is killed meanwhile leaves it whole, or a leftover that `sweep` removes."""
+    target = Path(path).absolute()
+    with _temporary(target) as leftover:
+        target.rename(leftover)
 
 
 def check_target(path: str | os.PathLike[str], *sources: str | os.PathLike[str]) -> Path:
@@ -204,7 +211,7 @@ def _temporary(target: Path) -> Iterator[Path]:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir():
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -222,7 +229,7 @@ class _Leftover(NamedTuple):
         if self.pid == os.getpid():
             return self.path in _open
         try:
-            age = time.time() - self.path.stat().st_ctime  # renaming a folder sets ctime only
+            age = time.time() - self.path.lstat().st_ctime  # renaming a folder sets ctime only
         except FileNotFoundError:
             return False
         return _alive(self.pid) and age < _DAY  # after a day the pid belongs to another process

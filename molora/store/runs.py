@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from molora.config import RunConfig, load_recipe
 from molora.config.names import check_name
-from molora.disk.atomic import check_writable, write_file
+from molora.disk.atomic import check_writable, sweep, write_file
 from molora.disk.manifest import is_complete, read_json
 from molora.errors import AdapterError, ConfigError
 
@@ -136,6 +136,7 @@ class Run:
     def lock(self) -> Iterator[None]:
         """Keep every other process from writing into the run meanwhile; AdapterError where one is writing already.
 
+        What killed writers left in it, and beside it, is removed first.
         The kernel drops the lock when its process dies, so one left by a killed run never blocks.
         """
         file = self.path / LOCK_FILE
@@ -145,6 +146,8 @@ class Run:
             _acquire(stream, self.path)
             _held.add(file)
             try:
+                for folder in (self.path.parent, self.path, self.path / "checkpoints"):
+                    sweep(folder)
                 stream.truncate(0)
                 json.dump({"pid": os.getpid(), "host": socket.gethostname()}, stream)
                 stream.flush()

@@ -106,6 +106,14 @@ class Interrupt(StepCallback):
         self._previous = {}
 
 
+class Reports(StepCallback):
+    """The means of a step are written before its checkpoint: a run that goes on from there does not write them again."""
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        assert isinstance(module, MoLoraModule)
+        module.report_means()
+
+
 class Validation(StepCallback):
     """Mean loss on held-out batches every `every` steps; stops early after `patience` times without a gain.
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, cast
@@ -15,10 +14,10 @@ from lightning.pytorch.plugins.io import CheckpointIO
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from molora.disk.atomic import write_folder
+from molora.disk.atomic import remove_folder, write_folder
 from molora.disk.manifest import is_complete, verify_folder
 from molora.errors import AdapterError, DivergedError
-from molora.store.runs import checkpoints
+from molora.store.runs import checkpoint_step, checkpoints
 
 WEIGHTS_FILE = "adapter_model.safetensors"
 STATE_FILE = "trainer_state.pt"
@@ -33,7 +32,7 @@ class FolderIO(CheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write `checkpoint` as the folder `path`, replacing a damaged one of that name."""
         if Path(path).is_dir() and not is_complete(path):
-            shutil.rmtree(path)  # worth nothing; its manifest may be what is damaged
+            remove_folder(path)  # worth nothing; its manifest may be what is damaged
         state = dict(checkpoint)
         weights = {name: tensor.contiguous() for name, tensor in state.pop("state_dict").items()}
         with write_folder(path) as folder:
@@ -62,7 +61,7 @@ class FolderIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         """Delete the folder `path`."""
-        shutil.rmtree(path)
+        remove_folder(path)
 
 
 def _unreadable(folder: Path, why: str) -> AdapterError:
@@ -94,6 +93,25 @@ def restore_random_state(state: dict[str, Any]) -> None:
     random.setstate((version, tuple(internal), gauss))
 
 
+def delete_old(folder: Path, step: int, keep: int) -> None:
+    """Delete all but the newest `keep` checkpoints up to `step`, that of the newest good one.
+
+    Later ones are damaged: the run goes on from the newest good one.
+    """
+    so_far = [path for path in checkpoints(folder) if checkpoint_step(path) <= step]
+    for old in so_far[:-keep]:
+        remove_folder(old)
+
+
+def of_every_process(mine: Any) -> list[Any]:
+    """A value of each process, by rank; every process takes part."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [mine]
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(gathered, mine)
+    return gathered
+
+
 class RandomState(Callback):
     """Hands the random state from the end of one training batch to the start of the next.
 
@@ -119,12 +137,7 @@ class RandomState(Callback):
             restore_random_state(self._states[mine])
 
     def state_dict(self) -> dict[str, Any]:
-        states = self._states
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
-            gathered: list[Any] = [None] * torch.distributed.get_world_size()
-            torch.distributed.all_gather_object(gathered, states)
-            states = [state for part in gathered for state in part]
-        return {"states": states}
+        return {"states": [state for part in of_every_process(self._states) for state in part]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._states = state["states"]
@@ -185,6 +198,5 @@ class Checkpoints(StepCallback):
         if trainer.strategy.broadcast(missing):  # every process takes part in a save, or none
             trainer.save_checkpoint(path)
         if trainer.is_global_zero:
-            for old in checkpoints(self.folder)[: -self.keep]:
-                shutil.rmtree(old)
+            delete_old(self.folder, trainer.global_step, self.keep)
         return path

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
 
 from molora.errors import explained
@@ -64,6 +65,11 @@ def quiet_libraries() -> Iterator[None]:
                 logger.setLevel(level)
             if bars:
                 enable_progress_bar()
+
+
+def is_first_process() -> bool:
+    """Whether this process, of those that train together, is the one that writes."""
+    return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def describe_environment() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,6 +28,17 @@ class Meter:
     def count_tokens(self, tokens: Tensor) -> None:
         """Add `tokens` (a scalar count) to the throughput."""
         self._tokens = tokens.detach() if self._tokens is None else self._tokens + tokens.detach()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next means are of so far, as plain data on the host; not the throughput, which is of one process's time."""
+        return {
+            "sums": {name: value.cpu() for name, value in self._sums.items()},
+            "counts": dict(self._counts),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state_dict`. A scalar of the host can be added to one of any device."""
+        self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
 
     def take(self) -> dict[str, Tensor]:
         """Means by name and `tokens_per_second`, as scalars on the device; starts a new period."""

@@ -6,8 +6,9 @@ Lightning divides by the number of accumulated batches (`_window_correction` cor
 is short) and runs backward. At the end of a window `on_before_optimizer_step` averages gradients where the base is
 sharded and drops those of parts that the current stage does not train; `configure_gradient_clipping` clips and notes
 the norm; `optimizer_step` moves the weights, and the companion looks at them. Then the callbacks, in their order: the
-random state is kept, a loss that is not finite stops the run, held-out batches are measured, a checkpoint is written, a
-signal ends the run (optimise.py, train.py). Last, `on_train_batch_end` reports the meter's means every `log_every` steps.
+random state is kept, a loss that is not finite stops the run, held-out batches are measured, the meter's means are reported every
+`log_every` steps, a checkpoint is written, a signal ends the run (optimise.py, train.py). Under a Trainer of one's own,
+`on_train_batch_end` reports.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from torch.optim import Optimizer
 from molora.config import TrainConfig
 from molora.data.loader import ResumableLoader
 from molora.errors import ConfigError
+from molora.training.checkpoint import of_every_process
 from molora.training.meter import Meter
 from molora.training.objective import Companion, Supervised, forward, held_out_loss
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
@@ -46,6 +48,7 @@ class MoLoraModule(L.LightningModule):
         self.settings = settings
         self.meter = Meter()
         self._logged_step = 0
+        self._metered: list[dict[str, Any]] = []  # what a checkpoint knew of the next means, one per process
         self._sharded = False
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
@@ -154,11 +157,25 @@ class MoLoraModule(L.LightningModule):
         self.meter.add(grad_norm=norm)
 
     def on_train_start(self) -> None:
-        """Start counting where the run starts."""
+        """Start counting where the run starts, or go on where its checkpoint was."""
         self.meter, self._logged_step = Meter(), self.global_step
+        if self.global_rank < len(self._metered):
+            self.meter.load_state_dict(self._metered[self.global_rank])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keep what the next means are of: they shall not depend on where a run was interrupted."""
+        checkpoint["meter"] = of_every_process(self.meter.state_dict())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Undo `on_save_checkpoint`; earlier versions kept nothing."""
+        self._metered = checkpoint.get("meter", [])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Report the means since the last report, every `log_every` optimiser steps."""
+        """See `report_means`."""
+        self.report_means()
+
+    def report_means(self) -> None:
+        """Report the means since the last report, every `log_every` optimiser steps; once per step."""
         step = self.global_step
         if step == self._logged_step or (step % self.settings.log_every and step != self.trainer.max_steps):
             return

@@ -15,8 +15,9 @@ from peft import PeftModel
 
 from molora.config import TrainConfig
 from molora.errors import ConfigError
-from molora.training.callbacks import DivergenceGuard, Validation
+from molora.training.callbacks import DivergenceGuard, Reports, Validation
 from molora.training.checkpoint import FolderIO, RandomState
+from molora.training.ctrl_c import stays_ctrl_c
 from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
 from molora.training.objective import Companion
@@ -90,6 +91,7 @@ def optimise(
     own: list[Callback] = [RandomState(), guard]
     if validation is not None and settings.val_every is not None:
         own.append(Validation(validation, settings.val_every, settings.patience))
+    own.append(Reports())
     sharded = settings.strategy == "fsdp2"
     strategy = ShardedBaseStrategy(_processes(settings)) if sharded else settings.strategy
     trainer = L.Trainer(
@@ -112,7 +114,7 @@ def optimise(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with explained_loss_of_a_process(trainer):
+    with stays_ctrl_c(), explained_loss_of_a_process(trainer):
         trainer.fit(
             MoLoraModule(model.train(), settings, companion),
             datamodule=data,

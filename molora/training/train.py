@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
@@ -27,8 +26,13 @@ from molora.report.plots import plot_loss
 from molora.store.adapter import save
 from molora.store.runs import CONFIG_FILE, ENVIRONMENT_FILE, FORMAT, Run, checkpoint_step
 from molora.training.callbacks import Interrupt
-from molora.training.checkpoint import Checkpoints
-from molora.training.environment import describe_environment, prepare_process, quiet_libraries
+from molora.training.checkpoint import Checkpoints, delete_old
+from molora.training.environment import (
+    describe_environment,
+    is_first_process,
+    prepare_process,
+    quiet_libraries,
+)
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import build_loggers
 from molora.training.objective import Companion
@@ -119,7 +123,7 @@ def fit(
     if (short := short_window(settings, batches)) is not None:
         log.warning(short)
     validation = _validation(config, data)
-    first = getattr(rank_zero_only, "rank", 0) == 0  # writes; Lightning has not set up the others yet
+    first = is_first_process()  # Lightning has not set up the others yet
     if run is None and first:
         run = start_run(config)
         if clusters is not None:
@@ -130,6 +134,9 @@ def fit(
         if run is not None and first:
             check_target(run.adapter)  # a resumed run replaces it in the end
             write_config(run, config)
+            # A killed run may not have come to it.
+            step = checkpoint_step(run.latest_checkpoint)
+            delete_old(run.path / "checkpoints", step, settings.keep_checkpoints)
 
         def attempt() -> Trainer:
             checkpoint = run.latest_checkpoint if run is not None else None

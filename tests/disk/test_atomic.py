@@ -9,7 +9,15 @@ import torch
 from safetensors.torch import save_file
 
 from molora.disk import atomic
-from molora.disk.atomic import check_writable, recover, sweep, write_file, write_folder, write_json
+from molora.disk.atomic import (
+    check_writable,
+    recover,
+    remove_folder,
+    sweep,
+    write_file,
+    write_folder,
+    write_json,
+)
 from molora.disk.manifest import verify_folder
 from molora.errors import AdapterError, ConfigError
 
@@ -91,6 +99,25 @@ def test_sweep_removes_only_what_no_living_process_writes(tmp_path):
         sweep(tmp_path)
         assert names(tmp_path) == sorted([f"h.tmp-{os.getppid()}-0123abcd", "keep", ours.name])
         assert atomic._LEFTOVER.fullmatch(ours.name)
+
+
+def test_sweep_removes_a_link_and_leaves_what_it_points_to(tmp_path):
+    (tmp_path / "kept").mkdir()
+    for number, to in enumerate(("kept", "nowhere")):
+        (tmp_path / f"latest.tmp-1234567-0000000{number}").symlink_to(to)
+    assert len(sweep(tmp_path)) == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["kept"]
+
+
+def test_a_folder_whose_removal_is_interrupted_is_whole_or_swept(tmp_path, monkeypatch):
+    with write_folder(tmp_path / "folder") as folder:
+        (folder / "x").write_text("x")
+    with monkeypatch.context() as patched:
+        patched.setattr(atomic.shutil, "rmtree", lambda *_, **__: None)  # as if killed before it
+        remove_folder(tmp_path / "folder")
+    assert not (tmp_path / "folder").exists() and len(list(tmp_path.iterdir())) == 1
+    sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("target", ["file", "file/below"])

@@ -7,7 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
+from molora.cli.options import show_run
+from molora.evaluation.report import Report
 from molora.store.runs import Run
 from tests.training.runs import adapter_weights, assert_same_weights, finish, recipe_for, start
 
@@ -36,6 +39,18 @@ def test_two_processes_train_one_run(base: Path, tmp_path: Path) -> None:
     assert [path.name for path in run.checkpoints] == ["step-000002", "step-000004"]
     assert all(value.isfinite().all() for value in adapter_weights(run.adapter).values())
     assert (run.path / "report.json").is_file()
+
+
+def test_only_the_first_process_shows_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "report.json").write_text(Report().to_json())
+    show_run(tmp_path)
+    assert "report.html" in capsys.readouterr().out
+    (tmp_path / "report.json").unlink()  # the first is still scoring
+    monkeypatch.setattr(rank_zero_only, "rank", 1)
+    show_run(tmp_path)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.slow

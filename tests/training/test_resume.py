@@ -51,10 +51,52 @@ def kill_and_resume(base: Path, output: Path, kill_at: int) -> Run:
 def test_a_killed_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path, kill_at: int) -> None:
     run = kill_and_resume(base, tmp_path, kill_at)
     assert_same_weights(full.adapter, run.adapter)
-    with (run.path / "metrics.csv").open() as one, (full.path / "metrics.csv").open() as two:
-        resumed, straight = list(csv.DictReader(one)), list(csv.DictReader(two))
-    assert [row["step"] for row in resumed] == [row["step"] for row in straight]
-    assert [row["val_loss"] for row in resumed] == [row["val_loss"] for row in straight]
+    assert metrics(run) == metrics(full)
+
+
+def metrics(run: Run) -> list[dict[str, str]]:
+    """The rows of metrics.csv, without the time they took."""
+    with (run.path / "metrics.csv").open() as file:
+        return [
+            {name: cell for name, cell in row.items() if cell and name != "tokens_per_second"}
+            for row in csv.DictReader(file)
+        ]
+
+
+class Stop(Exception):
+    """A crash at a chosen moment."""
+
+
+def test_a_crash_after_a_checkpoint_loses_no_row_and_keeps_as_many_checkpoints(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    def crash(path: Path) -> None:
+        if path.name == "step-000002":  # the checkpoint of step 4 is written, and this one not yet deleted
+            raise Stop
+
+    recipe = recipe_for(base, tmp_path, **SETTINGS)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("molora.training.checkpoint.remove_folder", crash)
+        with pytest.raises(Stop):
+            train(recipe)
+    (tmp_path / "small" / "latest.tmp-1234567-00000000").symlink_to("nowhere")
+    (tmp_path / "small" / "latest" / "checkpoints" / "step-000001.tmp-1234567-01234567").mkdir()
+    run = train(recipe, resume=True)
+    assert metrics(run) == metrics(full)
+    assert_same_weights(full.adapter, run.adapter)
+    assert [path.name for path in sorted((run.path / "checkpoints").iterdir())] == [
+        path.name for path in full.checkpoints
+    ]
+    assert sorted(path.name for path in run.path.parent.iterdir()) == sorted([run.path.name, "latest"])
+
+
+def test_a_run_resumed_where_it_had_ended_has_no_checkpoint_too_many(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    run = copied(full, tmp_path / "runs")
+    shutil.copytree(run.checkpoints[0], run.path / "checkpoints" / "step-000001")
+    train(recipe_for(base, tmp_path / "runs", **SETTINGS), resume=True)
+    assert [path.name for path in run.checkpoints] == ["step-000006", "step-000007"]
 
 
 @pytest.mark.slow
@@ -97,6 +139,24 @@ def test_a_signal_saves_once_and_the_run_resumes_bit_exactly(base: Path, full: R
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     train(recipe_for(base, tmp_path, **settings), resume=True)
     assert_same_weights(full.adapter, run.adapter)
+
+
+def test_a_signal_while_training_is_being_set_up_interrupts_and_nothing_is_lost(
+    base: Path, full: Run, tmp_path: Path
+) -> None:
+    """Before training hears signals itself, the command line makes each a KeyboardInterrupt."""
+
+    def on_fit_start(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    recipe = recipe_for(base, tmp_path, **SETTINGS)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(MoLoraModule, "on_fit_start", on_fit_start)
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe)
+    assert signal.getsignal(signal.SIGINT) is before
+    assert_same_weights(full.adapter, train(recipe, resume=True).adapter)
 
 
 def test_a_diverged_run_stops_and_keeps_its_last_good_checkpoint(base: Path, tmp_path: Path) -> None:
