@@ -20,6 +20,7 @@ _WORDS: dict[Any, str] = {
     NoneType: "null",
 }
 _SHOWN = 60
+_ENTRIES_HAVE_RULES = ("always_on", "aux_losses")  # they say of a text what may stand there
 
 
 def type_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
@@ -36,6 +37,8 @@ def type_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
         bounded = limits.bound is not None and _is_number(value) and one_number
         if bounded or (isinstance(value, str) and (limits.choices or limits.bound)):
             continue
+        if name in _ENTRIES_HAVE_RULES and isinstance(value, Mapping):
+            value = {key: entry for key, entry in value.items() if not isinstance(entry, str)}
         if not fits(value, hint):
             yield name, f"{shown(value)} is not {in_words(hint)}."
 

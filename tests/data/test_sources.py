@@ -8,6 +8,7 @@ import pytest
 
 from molora.config import TaskConfig
 from molora.data.sources import records_of
+from molora.disk import hub
 from molora.errors import DataError
 
 ROWS = [{"prompt": "a", "target": "1"}, {"prompt": "b", "target": "2"}, {"prompt": "c", "target": "3"}]
@@ -101,5 +102,6 @@ def test_a_hub_name_that_cannot_be_reached_says_so(monkeypatch):
         raise ConnectionError("no route to host")
 
     monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    monkeypatch.setattr(hub, "_unreachable", lambda _: None)
     with pytest.raises(DataError, match=r"some/set \(train\): cannot be read: ConnectionError: no route"):
         list(records_of(TaskConfig(source="hub", dataset="some/set"), "train"))
