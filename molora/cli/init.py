@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer import Argument, Option
@@ -40,8 +40,12 @@ def command(
     from molora.disk.atomic import write_file
 
     found = recognise(data)
-    kind = task_type or _task_type(base)
-    text = "\n".join(_recipe(found, base, kind, check_name(name or out.stem, "run"), out)) + "\n"
+    config = _config(base)
+    kind = task_type or _task_type(config)
+    text = (
+        "\n".join(_recipe(found, base, kind, check_name(name or out.stem, "run"), out, _longest(config)))
+        + "\n"
+    )
     write_file(out, text.encode())
     for task in found:
         held_out = f"held out: {task.eval}" if task.eval else "a tenth is held out"
@@ -49,19 +53,30 @@ def command(
     typer.echo(f"recipe: {out}\nnext: molora validate {out}, then molora train {out}")
 
 
-def _task_type(base: str) -> TaskType:
-    """By the architecture that a local folder names."""
-    config = Path(base) / "config.json"
-    if not config.is_file():
-        return "CAUSAL_LM"
-    named = json.loads(config.read_text(encoding="utf-8")).get("architectures") or [""]
+def _config(base: str) -> dict[str, Any]:
+    """The config.json of a local folder; nothing of a model on the hub."""
+    file = Path(base) / "config.json"
+    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+
+
+def _longest(config: dict[str, Any]) -> int:
+    """256 tokens, or what the base has positions for; RoBERTa and its kin use up two of them."""
+    positions = config.get("max_position_embeddings") or config.get("n_positions") or 1024
+    return min(256, int(positions) - 2)
+
+
+def _task_type(config: dict[str, Any]) -> TaskType:
+    """By the architecture that a config names."""
+    named = config.get("architectures") or ["ForCausalLM"]
     if named[0].endswith(("ForConditionalGeneration", "ForSeq2SeqLM")):
         return "SEQ_2_SEQ_LM"
     causal = named[0].endswith(("ForCausalLM", "LMHeadModel"))
     return "CAUSAL_LM" if causal else "SEQ_CLS"
 
 
-def _recipe(found: Sequence[Found], base: str, kind: TaskType, name: str, out: Path) -> Iterator[str]:
+def _recipe(
+    found: Sequence[Found], base: str, kind: TaskType, name: str, out: Path, length: int
+) -> Iterator[str]:
     several, encoder = len(found) > 1, kind == "SEQ_CLS"
     yield f"# molora train {out}"
     yield "# Made by `molora init`; every line may be changed. `molora validate` checks it."
@@ -84,7 +99,7 @@ def _recipe(found: Sequence[Found], base: str, kind: TaskType, name: str, out: P
         yield "  gate: {kind: top_k, top_k: 2}   # each token uses its best experts"
         yield "  aux_losses: {balance: 0.01}     # keeps every expert in use"
     yield "data:"
-    yield "  max_length: 256           # tokens per record; what is cut is counted"
+    yield f"  max_length: {length}           # tokens per record; what is cut is counted"
     yield "  tasks:"
     for task in found:
         yield from _task(task)
