@@ -55,8 +55,11 @@ def command(
 
 def _config(base: str) -> dict[str, Any]:
     """The config.json of a local folder; nothing of a model on the hub."""
+    from molora.disk.manifest import read_json
+
     file = Path(base) / "config.json"
-    return dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+    found = read_json(file) if file.is_file() else {}
+    return found if isinstance(found, dict) else {}
 
 
 def _longest(config: dict[str, Any]) -> int:
