@@ -33,7 +33,8 @@ def command(
     served = {name: experts.split(",") for name, experts in tasks.items()}
 
     from molora.config import BaseConfig
-    from molora.disk.atomic import check_target, check_writable
+    from molora.disk.card import CONFIG_FILE
+    from molora.disk.out_folder import check_out
     from molora.models.base import load_base
     from molora.store.adapter import save
     from molora.store.compose import compose
@@ -42,8 +43,7 @@ def command(
     if fit in ("average", "phatgoose"):
         hint = f'use Python: molora.compose(base, loras, fit="{fit}", data={{expert: batches}}).'
         raise ConfigError(f"--fit {fit} needs data of each expert.", hint=hint)
-    check_target(out, base, *folders.values())
-    check_writable(out)
+    check_out(out, base, *folders.values(), mark=CONFIG_FILE)
     settings = BaseConfig.model_validate({"model": base, "task_type": task_type, "dtype": dtype})
     with quiet_libraries():
         model, _ = load_base(settings)

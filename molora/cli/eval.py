@@ -28,7 +28,10 @@ def command(
 
     Example: molora eval runs/quickstart --task pig --fail-under 0.9
     """
-    floors = dict(_floor(text) for text in fail_under or ())
+    given = [_floor(text) for text in fail_under or ()]
+    floors = dict(given)
+    if len(floors) < len(given):
+        raise ConfigError("--fail-under gives a task two thresholds.", hint="give each task one.")
 
     from molora.evaluation.report import check_thresholds
     from molora.report.tables import console, print_report

@@ -25,15 +25,15 @@ def command(
 
     Example: molora export runs/task_routed --expert capitals --out loras/capitals
     """
-    from molora.disk.atomic import check_target, check_writable
+    from molora.disk.card import CONFIG_FILE
+    from molora.disk.out_folder import check_out
     from molora.models.build import load_trained
     from molora.store.lora_export import export_lora
     from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
 
     trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
-    check_target(out, run, *(() if trained is None else (trained.path, trained.adapter)))
-    check_writable(out)
+    check_out(out, run, *(() if trained is None else (trained.path, trained.adapter)), mark=CONFIG_FILE)
     with quiet_libraries():
         model, _, _ = load_trained(run, device="cpu", allow_other_base=allow_other_base)
     export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)

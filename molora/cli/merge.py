@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -28,20 +29,28 @@ def command(
 
     Example: molora merge runs/task_routed --task capitals --out models/capitals
     """
-    weights = dict(_weight(text) for text in expert or ())
+    named = [_weight(text) for text in expert or ()]
+    weights = dict(named)
+    if len(weights) < len(named) or not all(map(isfinite, weights.values())):
+        raise ConfigError("--expert names an expert twice, or a weight that is not finite.")
     if task is not None and weights:
         raise ConfigError("--task and --expert both say what is merged.", hint="give one of them.")
 
-    from molora.disk.atomic import check_target, check_writable, write_folder
+    from molora.disk.atomic import write_folder
+    from molora.disk.out_folder import check_out
     from molora.models.build import load_trained
     from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
 
     trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
-    check_target(out, run, *(() if trained is None else (trained.path, trained.adapter)))
-    check_writable(out)
+    check_out(out, run, *(() if trained is None else (trained.path, trained.adapter)), mark="config.json")
     with quiet_libraries():
-        model, tokenizer, _ = load_trained(run, device="cpu", allow_other_base=allow_other_base)
+        model, tokenizer, config = load_trained(run, device="cpu", allow_other_base=allow_other_base)
+        if config is not None and config.base.head == "match":
+            raise ConfigError(
+                "a head that matches texts of labels is molora's own: a merged model could not be loaded without it.",
+                hint="export the experts as LoRAs of the encoder, or train with base.head: own.",
+            )
         plain = model.merge_and_unload(task=task, expert_weights=weights or None)
         size = sum(tensor.nbytes for tensor in plain.state_dict().values())
         with write_folder(out, size=size) as folder:

@@ -78,7 +78,7 @@ def clean(
     ] = False,
     yes: Annotated[bool, Option("--yes", help="Remove; without it, only say what would be.")] = False,
 ) -> None:
-    """Remove the checkpoints of finished runs; adapters, reports and metrics stay.
+    """Remove all but the newest checkpoint of finished runs; adapters, reports and metrics stay.
 
     Example: molora runs clean
     """

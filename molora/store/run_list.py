@@ -10,8 +10,9 @@ from pathlib import Path
 
 from molora.disk.atomic import sweep
 from molora.errors import AdapterError, ConfigError, DataError
-from molora.store.runs import CONFIG_FILE, LATEST, Run, checkpoint_step, checkpoints
+from molora.store.runs import CONFIG_FILE, REPORT_FILE, Run, checkpoint_step, checkpoints
 
+MATRIX_FILE = "matrix.json"
 FINISHED, TRAINED, UNFINISHED, WRITING = "finished", "not scored", "unfinished", "being written"
 
 
@@ -44,7 +45,7 @@ def runs_below(folder: Path) -> list[Run]:
     """Every run in `<folder>/<name>/<time>`, by name and time; ConfigError where there is no such folder."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is no folder.", hint="give the folder that recipes name as `output`.")
-    found = {file.parent for file in folder.glob(f"*/*/{CONFIG_FILE}") if file.parent.name != LATEST}
+    found = {file.parent for file in folder.glob(f"*/*/{CONFIG_FILE}") if not file.parent.is_symlink()}
     return [Run(path.absolute()) for path in sorted(found)]
 
 
@@ -54,25 +55,34 @@ def state_of(run: Run) -> RunState:
     try:
         with run.lock():
             pass
-    except (AdapterError, OSError):
+    except AdapterError:
         locked = True
+    except OSError:  # not ours to write, so not ours to ask
+        pass
     report = None
     with suppress(AdapterError):
         report = run.report
-    state = WRITING if locked else FINISHED if report else TRAINED if run.adapter.is_dir() else UNFINISHED
-    steps = [checkpoint_step(path) for path in checkpoints(run.path / "checkpoints")]
-    return RunState(run, state, max(steps, default=0), _score(report), _size(run.path))
+    kept = checkpoints(run.path / "checkpoints")
+    newest = max((path.stat().st_mtime for path in kept), default=0.0)
+    # A finished run that was lengthened, and interrupted then, still has the report of its first end.
+    done = report is not None and (run.path / REPORT_FILE).stat().st_mtime >= newest
+    if run.config.continual is not None:
+        done = (run.path / MATRIX_FILE).is_file()
+    state = WRITING if locked else FINISHED if done else TRAINED if run.adapter.is_dir() else UNFINISHED
+    step = max(map(checkpoint_step, kept), default=0)
+    return RunState(run, state, step, _score(report), _size(run.path))
 
 
 def removals(states: list[RunState], *, unfinished: bool) -> Iterator[Removal]:
-    """What can go: checkpoints of runs that are finished, and, if asked for, whole runs that are not.
+    """What can go: all checkpoints but the newest of finished runs, and, if asked for, runs without an adapter.
 
-    A checkpoint is only read to go on with training, which a finished run does not do.
+    The newest one stays: from it `--resume` can lengthen a run.
     """
     for state in states:
         if state.state == FINISHED:
-            for path in checkpoints(state.run.path / "checkpoints"):
-                yield Removal(path, "checkpoint of a finished run", _size(path))
+            for kept in state.run.path.glob("**/checkpoints"):  # a sequence has those of its stages
+                for path in checkpoints(kept)[:-1]:
+                    yield Removal(path, "older checkpoint of a finished run", _size(path))
         elif unfinished and state.state == UNFINISHED:
             yield Removal(state.run.path, "unfinished run", state.size)
 
@@ -80,7 +90,8 @@ def removals(states: list[RunState], *, unfinished: bool) -> Iterator[Removal]:
 def remove(found: list[Removal]) -> None:
     """Delete what `removals` found, and what killed writers left beside it."""
     for removal in found:
-        shutil.rmtree(removal.path)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(removal.path)
         sweep(removal.path.parent)
 
 

@@ -128,7 +128,9 @@ class Run:
     @property
     def reports(self) -> list[Path]:
         """That of its training first, then those of evaluations, newest first."""
-        numbered = [entry for entry in self.evaluations.glob("*") if entry.name.isdigit()]
+        numbered = [
+            entry for entry in self.evaluations.glob("*") if entry.name.isascii() and entry.name.isdigit()
+        ]
         folders = [self.path, *sorted(numbered, key=lambda entry: -int(entry.name))]
         return [folder / REPORT_FILE for folder in folders if (folder / REPORT_FILE).is_file()]
 

@@ -13,7 +13,8 @@ from transformers import PreTrainedTokenizerBase
 from molora.config import RunConfig, load_recipe
 from molora.config.load import Recipe, recipe_text
 from molora.data.tasks import Task, TaskSet
-from molora.disk.atomic import check_target, check_writable, write_file, write_folder
+from molora.disk.atomic import check_writable, write_file, write_folder
+from molora.disk.out_folder import check_out
 from molora.errors import ConfigError
 from molora.evaluation.naming import naming
 from molora.evaluation.report import LOWER_IS_BETTER, Report, check_floors
@@ -26,7 +27,7 @@ from molora.report.html import render
 from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
 from molora.report.tables import routing_title
 from molora.store.adapter import read_config
-from molora.store.runs import Run
+from molora.store.runs import REPORT_FILE, Run
 from molora.training.environment import describe_environment, quiet_libraries
 
 Source = str | os.PathLike[str] | Run
@@ -71,7 +72,7 @@ def evaluate(
         )
     config = load_recipe(source, overrides)
     if out is not None:
-        check_writable(check_target(out, run.path if run else path))
+        check_out(out, run.path if run else path, mark=REPORT_FILE)
     elif run is not None:
         check_writable(run.evaluations)
     adapter = read_config(run.trained_adapter if run else path)
@@ -165,7 +166,11 @@ def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
 def _new_folder(run: Run) -> Path:
     """The next number, made at once, so that another process that evaluates the run takes another."""
     while True:
-        taken = [int(entry.name) for entry in run.evaluations.glob("*") if entry.name.isdigit()]
+        taken = [
+            int(entry.name)
+            for entry in run.evaluations.glob("*")
+            if entry.name.isascii() and entry.name.isdigit()
+        ]
         folder = run.evaluations / str(max(taken, default=0) + 1)
         with suppress(FileExistsError):
             folder.mkdir(parents=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -162,3 +163,27 @@ def test_what_cannot_be_judged_is_refused_before_a_model_is_loaded(
     )
     result = cli("eval", str(place / "runs" / "small"), *given)
     assert result.code == 2 and words in result.err, result.err
+
+
+def test_parts_of_runs_and_other_results_stay(place: Path, cli: Cli, tmp_path: Path) -> None:
+    """Another run's adapter was written by molora too."""
+    run = load_run(place / "runs" / "small").path
+    other = tmp_path / "runs" / "small" / "1"
+    shutil.copytree(run, other)
+    lora = tmp_path / "lora"
+    assert cli("export", str(run), "--expert", "expert_1", "--out", str(lora)).code == 0
+    before = files(tmp_path)
+    for verb in (
+        ["export", "--expert", "expert_1"],
+        ["merge", "--expert", "expert_1"],
+        ["eval", "--mode", "base"],
+    ):
+        for out in (other / "adapter", other / "checkpoints" / "step-000001", run / "adapter"):
+            result = cli(verb[0], str(run), *verb[1:], "--out", str(out))
+            assert result.code == 2 and ("belongs to the run" in result.err or "source" in result.err), (
+                result.err
+            )
+        if verb[0] != "export":
+            result = cli(verb[0], str(run), *verb[1:], "--out", str(lora))
+            assert result.code == 2 and "holds something else that molora wrote" in result.err
+    assert files(tmp_path) == before

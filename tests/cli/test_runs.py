@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -46,6 +47,19 @@ def test_every_run_is_listed_once(cli: Cli, place: Path, tmp_path: Path) -> None
     assert cli("runs", "list", str(tmp_path / "nowhere")).code == 2
 
 
+def test_a_lengthened_run_that_was_interrupted_is_not_finished(cli: Cli, place: Path) -> None:
+    stopped = place / "small" / "20990101-000000"
+    shutil.rmtree(stopped)
+    run = Run.find(place / "small")
+    later = Path(shutil.copytree(run.checkpoints[-1], run.path / "checkpoints" / "step-000009"))
+    os.utime(later, (4e9, 4e9))
+    (place / "small" / "best").symlink_to(run.path.name)
+    out = cli("runs", "list", str(place)).out
+    assert out.count(" finished") == 1 and out.count("not scored") == 1
+    cli("runs", "clean", str(place), "--unfinished", "--yes")
+    assert later.is_dir() and run.adapter.is_dir()
+
+
 def test_a_run_that_is_being_written_is_left_alone(cli: Cli, place: Path) -> None:
     with Run.find(place / "small" / "20990101-000000").lock():
         assert "being written" in cli("runs", "list", str(place)).out
@@ -70,12 +84,15 @@ def test_clean_says_what_it_would_do_and_does_it_when_told(cli: Cli, place: Path
     dry = cli("runs", "clean", str(place)).out
     assert files(place) == before
     assert (
-        dry.count("checkpoint of a finished run") == 4 and "4 folders" in dry and "nothing was removed" in dry
+        dry.count("older checkpoint of a finished run") == 2
+        and "2 folders" in dry
+        and "nothing was removed" in dry
     )
-    assert "removed 4 folders" in cli("runs", "clean", str(place), "--yes").out
+    assert "removed 2 folders" in cli("runs", "clean", str(place), "--yes").out
     gone = before - files(place)
     assert gone and all("checkpoints" in path.parts and "20990101-000000" not in path.parts for path in gone)
     assert "unfinished run" in cli("runs", "clean", str(place), "--unfinished").out
     cli("runs", "clean", str(place), "--unfinished", "--yes")
     assert not (place / "small" / "20990101-000000").exists()
+    assert all(run.latest_checkpoint for run in map(Run, {p.parent for p in place.glob("*/*/config.yaml")}))
     assert all(run.trained_adapter for run in map(Run, {p.parent for p in place.glob("*/*/config.yaml")}))
