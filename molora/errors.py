@@ -102,7 +102,7 @@ def explain(error: Exception) -> MoLoraError | None:
         )
     if not isinstance(error, OSError):
         return None
-    name = "" if error.filename is None else f" {os.fspath(error.filename)}"
+    name = f" {os.fsdecode(error.filename)}" if isinstance(error.filename, (str, bytes, os.PathLike)) else ""
     if error.errno in NO_SPACE:
         return AdapterError(
             f"no room to write{name}: {error.strerror}. What was complete before is unchanged.",

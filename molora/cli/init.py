@@ -34,6 +34,9 @@ def command(
     """
     if out.exists() and not force:
         raise ConfigError(f"{out} is there already.", hint="choose another --out, or --force.")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        what = "is a folder" if out.is_dir() else "lies in a folder that does not exist"
+        raise ConfigError(f"--out {out} {what}.", hint="give a file, such as recipe.yaml.")
 
     from molora.config.names import check_name
     from molora.data.recognise import recognise
@@ -64,13 +67,17 @@ def _config(base: str) -> dict[str, Any]:
 
 def _longest(config: dict[str, Any]) -> int:
     """256 tokens, or what the base has positions for; RoBERTa and its kin use up two of them."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions") or 1024
-    return min(256, int(positions) - 2)
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
+    named = (config.get(key) for key in ("max_position_embeddings", "n_positions"))
+    return min([256, *(number - 2 for number in named if isinstance(number, int) and number > 2)])
 
 
 def _task_type(config: dict[str, Any]) -> TaskType:
     """By the architecture that a config names."""
-    named = config.get("architectures") or ["ForCausalLM"]
+    named = config.get("architectures")
+    if not isinstance(named, list) or not named or not isinstance(named[0], str) or "text_config" in config:
+        return "CAUSAL_LM"  # nothing is said, or it is a language model with a tower
     if named[0].endswith(("ForConditionalGeneration", "ForSeq2SeqLM")):
         return "SEQ_2_SEQ_LM"
     causal = named[0].endswith(("ForCausalLM", "LMHeadModel"))
@@ -83,9 +90,9 @@ def _recipe(
     several, encoder = len(found) > 1, kind == "SEQ_CLS"
     yield f"# molora train {out}"
     yield "# Made by `molora init`; every line may be changed. `molora validate` checks it."
-    yield f"name: {json.dumps(name)}   # results go to runs/<name>/<time>"
+    yield f"name: {json.dumps(name, ensure_ascii=False)}   # results go to runs/<name>/<time>"
     yield "base:"
-    yield f"  model: {json.dumps(base)}"
+    yield f"  model: {json.dumps(base, ensure_ascii=False)}"
     yield f"  task_type: {kind}"
     if encoder:
         yield "  head: match               # the class whose text is nearest; `own` trains one head for all tasks"

@@ -30,6 +30,7 @@ def command(
 
     Example: molora inspect runs/quickstart
     """
+    from molora.errors import AdapterError
     from molora.evaluation.report import Report
     from molora.models.build import load_trained
     from molora.report.tables import console
@@ -43,7 +44,10 @@ def command(
     folder = Run.find(run).path if config is not None else None
     report = None
     for file in Run(folder).reports if folder is not None else ():
-        report = Report.from_json(file.read_text(encoding="utf-8"))
+        try:
+            report = Report.from_json(file.read_text(encoding="utf-8"))
+        except AdapterError as error:
+            raise AdapterError(f"{file}: {error}") from error
         if report.routing is not None:
             break
     to = console()

@@ -70,7 +70,7 @@ class TaskConfig(Section):
             return data
         source, kind = data.get("source"), data.get("kind", "causal_lm")
         defaults: dict[str, Any] = {}
-        if kind in METRICS:
+        if isinstance(kind, str) and kind in METRICS:
             defaults["metric"] = METRICS[kind][0]
         if source == "synthetic":
             defaults |= {"train_size": 2000, "eval_size": 200}

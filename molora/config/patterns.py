@@ -10,8 +10,9 @@ from typing import Any
 
 LONGEST = 1_000  # characters
 MOST_IN_A_ROW = 3
-MOST = 8
+MOST = 5
 _REPEATS = (op.MAX_REPEAT, op.MIN_REPEAT)
+_WIDE = (op.ANY, op.IN, op.CATEGORY, op.NOT_LITERAL)
 _TOO_SLOW = "could take for ever to match:"
 
 
@@ -20,7 +21,8 @@ def pattern_problem(pattern: str) -> str | None:
 
     Python's engine tries every way to divide a text among repeats, and cannot be stopped. So a repeat of
     something that repeats or has alternatives itself (`(a+)+`, `(a|ab)*`: time doubles with each character) is refused, as
-    are more than `MOST_IN_A_ROW` open repeats side by side (`.*.*.*.*`) and more than `MOST` in all.
+    are more than `MOST_IN_A_ROW` choices with no literal between them (`.*.*.*.*`) and more than `MOST` on one way
+    through the pattern. A choice is a repeat of more than a literal, or alternatives with a wildcard in them.
     """
     if len(pattern) > LONGEST:
         return f"has {len(pattern):,} characters; at most {LONGEST:,} are allowed."
@@ -32,9 +34,10 @@ def pattern_problem(pattern: str) -> str | None:
     for body in _repeated(parts):
         if any(kind is op.BRANCH or _is_open(kind, value) for kind, value in _walk(body)):
             return f"{pattern!r} {_TOO_SLOW} it repeats something that repeats or has alternatives itself."
-    if max(_rows(parts), default=0) > MOST_IN_A_ROW:
+    total, row, _ = _choices(parts)
+    if row > MOST_IN_A_ROW:
         return f"{pattern!r} {_TOO_SLOW} more than {MOST_IN_A_ROW} repeats, such as .*, stand side by side."
-    if sum(_is_open(kind, value) for kind, value in _walk(parts)) > MOST:
+    if total > MOST:
         return f"{pattern!r} {_TOO_SLOW} it has more than {MOST} repeats, such as .*"
     return None
 
@@ -65,21 +68,26 @@ def _repeated(parts: Any) -> Iterator[Any]:
     return (value[2] for kind, value in _walk(parts) if kind in _REPEATS and value[1] > 1)
 
 
-def _rows(parts: Any) -> Iterator[int]:
-    """The lengths of runs of open repeats side by side; groups around them do not part them, what must match does."""
-    run = 0
-    for kind, value in _flat(parts):
-        run = run + 1 if _is_open(kind, value) else 0
-        yield run
-    for kind, value in _walk(parts):
-        if kind is op.BRANCH:
-            for child in value[1]:
-                yield from _rows(child)
+def _is_wide(parts: Any) -> bool:
+    return any(kind in _WIDE for kind, _ in _walk(parts))
 
 
-def _flat(parts: Any) -> Iterator[tuple[Any, Any]]:
+def _choices(parts: Any, before: int = 0) -> tuple[int, int, int]:
+    """The choices on the way through `parts` that has most, the longest row of them, and the row that is open at the end.
+
+    `before`: choices side by side that lead up to here.
+    """
+    total, longest, row = 0, before, before
     for kind, value in parts:
-        if kind is op.SUBPATTERN:
-            yield from _flat(value[3])
-        elif kind is not op.AT:
-            yield kind, value
+        if kind in (op.LITERAL, op.IN):
+            row = 0 if kind is op.LITERAL else row
+            continue
+        if kind is op.AT or kind in _WIDE:
+            continue
+        own = _is_open(kind, value) and (value[1] > 1 or _is_wide(value[2]))
+        own = own or (kind is op.BRANCH and any(map(_is_wide, value[1])))
+        inside = [_choices(child, row) for child in _children(value)] or [(0, row, row)]
+        total += max(found[0] for found in inside) + own
+        row = max(found[2] for found in inside) + own
+        longest = max(longest, row, *(found[1] for found in inside))
+    return total, longest, row

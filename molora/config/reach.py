@@ -26,7 +26,7 @@ def data_reach(data: DataConfig) -> Iterator[str]:
     for name, task in data.tasks.items():
         where = f"data.tasks.{name}"
         if task.dataset is not None:
-            yield f"{where}.dataset: {task.dataset} (hub{_revision(task.revision)})"
+            yield from _model(f"{where}.dataset", task.dataset, task.revision)
         for key in ("train", "eval", "path"):
             value = getattr(task, key)
             for path in [value] if isinstance(value, str) else value if isinstance(value, list) else ():

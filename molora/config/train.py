@@ -86,7 +86,7 @@ class TrainConfig(Section):
     def _problems(self) -> Iterator[Problem]:
         if self.max_steps is not None and self.epochs is not None:
             yield ("epochs",), "max_steps is given too; write only one (the other may be null)."
-        if self.warmup < 0 or (isinstance(self.warmup, float) and self.warmup >= 1):
+        if not self.warmup >= 0 or (isinstance(self.warmup, float) and self.warmup >= 1):  # NaN is not
             yield ("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps."
         if self.on_nonfinite == "rollback" and self.devices not in (1, [0]):
             yield ("on_nonfinite",), "'rollback' goes with one device; use stop, and --resume."

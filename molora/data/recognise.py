@@ -9,12 +9,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from molora.config import TaskConfig
 from molora.config.names import check_name
 from molora.data.records import READERS
+from molora.data.sources import records_of
 from molora.errors import DataError
 
 SOURCES = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet"}
-_SPLIT = re.compile(r"(?P<task>.+?)[._-](?P<split>train|training|eval|test|valid|validation|dev)")
+_SPLIT = re.compile(r"(?:(?P<task>.+?)[._-])?(?P<split>train|training|eval|test|valid|validation|dev)")
 _ANSWERS = ("response", "completion", "answer", "output", "target", "chosen")
 _LOOKED_AT = 20  # records: an optional field may be absent from the first ones
 
@@ -53,10 +55,11 @@ def recognise(place: Path) -> list[Found]:
     for file in files:
         if _source(file) is None:
             continue
-        task, split = _split(file)
+        task, split = _split(file, place)
         if split in splits.setdefault(task, {}):
             raise DataError(
-                f"{splits[task][split]} and {file} are both the {split} records of task {task!r}."
+                f"{splits[task][split]} and {file} are both the {split} records of task {task!r}.",
+                hint="keep one of them in the folder; a recipe can name several files: `train: [a.jsonl, b.jsonl]`",
             )
         splits[task][split] = file
     if not splits:
@@ -80,6 +83,10 @@ def layout_of(records: Sequence[Mapping[str, Any]], where: str) -> Layout:
     answer = next((name for name in _ANSWERS if name in fields), None)
     if "instruction" in fields and answer is not None:
         both = "{instruction}\n{input}\n" if "input" in fields else "{instruction}\n"
+        if "input" in fields and not all(isinstance(record.get("input"), str) for record in records):
+            raise DataError(
+                f"{where}: some records have no `input`.", hint='give each one; `"input": ""` will do'
+            )
         return Layout("instruction and output (Alpaca)", {"prompt": both, "target": f"{{{answer}}}"})
     for question in ("prompt", "question", "input"):
         if question in fields and answer not in (None, question):
@@ -114,12 +121,14 @@ def _source(file: Path) -> str | None:
     return None if source == "parquet" and file.suffix == ".gz" else source
 
 
-def _split(file: Path) -> tuple[str, str]:
+def _split(file: Path, place: Path) -> tuple[str, str]:
+    """The task and the split that a file's name says; files called only train and test are of the task of their folder."""
     stem = file.name.removesuffix(".gz").rpartition(".")[0]
     matched = _SPLIT.fullmatch(stem)
     if matched is None:
         return check_name(stem, "task"), "train"
-    return check_name(matched["task"], "task"), "train" if matched["split"].startswith("train") else "eval"
+    task = matched["task"] or (place if place.is_dir() else place.parent).absolute().name
+    return check_name(task, "task"), "train" if matched["split"].startswith("train") else "eval"
 
 
 def _first(file: Path, source: str) -> list[Mapping[str, Any]]:
@@ -133,6 +142,6 @@ def _first(file: Path, source: str) -> list[Mapping[str, Any]]:
 
 
 def _parquet(file: Path) -> Iterator[Mapping[str, Any]]:
-    import datasets
-
-    yield from datasets.Dataset.from_parquet(str(file))
+    found = records_of(TaskConfig(source="parquet", train=str(file)), "train")
+    assert found is not None
+    yield from found

@@ -48,6 +48,8 @@ def render(task: Written, record: Mapping[str, Any]) -> tuple[str, str]:
 def label_index(task: Written, record: Mapping[str, Any]) -> int:
     """The index of a record's label in `task.labels`; the label is one of those names, or their index."""
     value = field_of(record, task.label)
+    if isinstance(value, int) and not isinstance(value, bool) and str(value) in task.labels:
+        return task.labels.index(str(value))  # labels that are numbers: stars from 1 to 5
     if isinstance(value, str):
         if value in task.labels:
             return task.labels.index(value)

@@ -144,16 +144,20 @@ def _part(task: TaskConfig, split: Split, records: LazyRecords) -> ChosenRecords
     for i, record in enumerate(records):
         label = str(record.get(task.label or "label")) if task.kind == "classification" else ""
         groups.setdefault(label, array("Q")).append(i)
-    held_out: set[int] = set()
-    for label, members in sorted(groups.items()):
-        shuffled = Random(label).sample(
-            members, len(members)
-        )  # of its text: hash() differs between processes
-        held_out.update(shuffled[: round(task.eval * len(members))])
-    if not held_out:
+    exact = {label: task.eval * len(members) for label, members in sorted(groups.items())}
+    counts = {label: int(share) for label, share in exact.items()}
+    rest = round(sum(exact.values())) - sum(counts.values())
+    for label in sorted(exact, key=lambda label: counts[label] - exact[label])[
+        :rest
+    ]:  # the largest remainders
+        counts[label] += 1
+    # Drawn by the label's text: hash() differs between processes.
+    held_out = {i for label, n in counts.items() for i in Random(label).sample(groups[label], n)}
+    if not 0 < len(held_out) < len(records):
+        what = "none to hold out" if not held_out else "all of them"
         raise DataError(
-            f"{', '.join(map(str, _files(task, 'train')))}: {task.eval:g} of {len(records)} records is none to hold out.",
-            hint="give a larger share, or a file of held-out records",
+            f"{', '.join(map(str, _files(task, 'train')))}: {task.eval:g} of {len(records)} records is {what}.",
+            hint="give another share, or a file of held-out records",
         )
     wanted = split == "eval"
     return ChosenRecords(records, array("Q", (i for i in range(len(records)) if (i in held_out) == wanted)))

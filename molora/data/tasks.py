@@ -117,7 +117,9 @@ def _labels(name: str, config: TaskConfig, train: LazyRecords) -> tuple[str, ...
     declared = train.rows.label_names(column) if isinstance(train.rows, TableRecords) else None
     if declared is not None:
         return tuple(declared)
-    found = sorted({str(record[column]) for record in train if column in record}, key=_in_order)
+    values = (record.get(column) for record in train)
+    plain = {str(value) for value in values if isinstance(value, (str, int)) and not isinstance(value, bool)}
+    found = sorted(plain, key=_in_order)
     listed = ", ".join(found[:20]) + (", ..." if len(found) > 20 else "")
     if not 2 <= len(found) <= MOST_LABELS:
         raise ConfigError(
@@ -131,7 +133,8 @@ def _labels(name: str, config: TaskConfig, train: LazyRecords) -> tuple[str, ...
 
 def _in_order(label: str) -> tuple[bool, int, str]:
     """Numbers by size, then texts."""
-    number = int(label) if label.isascii() and label.isdigit() else None
+    digits = label.removeprefix("-")
+    number = int(label) if digits.isascii() and digits.isdigit() else None
     return number is None, number or 0, label
 
 

@@ -49,7 +49,7 @@ def _unreachable(endpoint: str) -> str | None:
     parts = urlsplit(endpoint)
     if constants.HF_HUB_OFFLINE:
         return "HF_HUB_OFFLINE is set"
-    if parts.hostname is None or parts.scheme in urllib.request.getproxies():
+    if parts.hostname is None or {parts.scheme, "all"} & {*urllib.request.getproxies()}:
         return None
     port = parts.port or (443 if parts.scheme == "https" else 80)
     try:

@@ -139,3 +139,35 @@ def test_what_is_no_data_is_refused(cli: Cli, tmp_path: Path) -> None:
     result = cli("init", str(tmp_path), "--base", "x", "--out", str(tmp_path / "r.yaml"))
     assert result.code == 3 and "are both the train records of task 'a'" in result.err
     assert not (tmp_path / "r.yaml").exists()
+
+
+def test_train_and_test_alone_are_one_task(tmp_path: Path) -> None:
+    write(tmp_path / "news", "train.jsonl", ROWS["mood"])
+    write(tmp_path / "news", "test.jsonl", ROWS["mood"])
+    (found,) = recognise(tmp_path / "news")
+    assert (found.task, found.train.name, found.eval and found.eval.name) == (
+        "news",
+        "train.jsonl",
+        "test.jsonl",
+    )
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"architectures": [1]},
+        {"a": 1},
+        {"max_position_embeddings": {"a": 1}},
+        {"max_position_embeddings": 2},
+        [],
+    ],
+)
+def test_odd_configs_of_a_base_and_odd_places(cli: Cli, place: Path, config: Any) -> None:
+    (place / "odd").mkdir()
+    (place / "odd" / "config.json").write_text(json.dumps(config))
+    assert cli("init", "data", "--base", "odd").code == 0
+    assert load_recipe("recipe.yaml").data.max_length == 256
+    assert cli("init", "data", "--base", "odd", "--out", "no/such/r.yaml").code == 2
+    assert cli("init", "data", "--base", "odd", "--out", "data", "--force").code == 2
+    (place / "data" / "bad.parquet").write_bytes(b"PAR1 no")
+    assert cli("init", "data", "--base", "odd", "--force").code == 3

@@ -66,6 +66,8 @@ def test_it_loads_without_molora(cli: Cli, run: Path, tmp_path: Path) -> None:
     [
         (["--task", "copy", "--expert", "expert_0"], "both say what is merged"),
         (["--expert", "expert_0=half"], "is not NAME or NAME=WEIGHT"),
+        (["--expert", "expert_0=nan"], "not finite"),
+        (["--expert", "expert_0=1", "--expert", "expert_0=2"], "twice"),
         (["--task", "cpy"], "cpy"),
         (["--expert", "expert_9"], "expert_9"),
         ([], "merge"),

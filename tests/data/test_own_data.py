@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from molora.config import DataConfig
+from molora.data.render import label_index
 from molora.data.tasks import Task, TaskSet
 from molora.errors import ConfigError, DataError
 
@@ -87,3 +88,19 @@ def test_a_field_that_is_no_label_is_refused(tmp_path: Path) -> None:
         task_of(tmp_path, rows, kind="classification")
     with pytest.raises(ConfigError, match="'lbl' holds 0 different values: nothing"):
         task_of(tmp_path, rows, kind="classification", label="lbl")
+
+
+def test_many_small_labels_give_a_share_of_all(tmp_path: Path) -> None:
+    task = task_of(tmp_path, labelled(**{f"l{i}": 4 for i in range(50)}), kind="classification", eval=0.1)
+    assert (len(task.eval), len(task.train)) == (20, 180) and max(
+        Counter(r["label"] for r in task.eval).values()
+    ) == 1
+    with pytest.raises(DataError, match=r"0\.999 of 30 records is all of them"):
+        len(task_of(tmp_path, labelled(a=30), kind="classification", labels=["a", "b"], eval=0.999).eval)
+
+
+def test_stars_are_labels_by_their_number_not_by_their_place(tmp_path: Path) -> None:
+    rows = [{"text": f"t{i}", "label": label} for i, label in enumerate([1, 2, 3, 5, -1, None, True])]
+    task = task_of(tmp_path, rows, kind="classification")
+    assert task.labels == ("-1", "1", "2", "3", "5")
+    assert [label_index(task, row) for row in rows[:5]] == [1, 2, 3, 4, 0]
