@@ -68,8 +68,10 @@ def finish_folder(folder: Path) -> None:
 
 
 def write_file(path: str | os.PathLike[str], data: bytes) -> None:
-    """Create or replace one file atomically; readers see the old bytes or the new ones."""
+    """Create or replace one file atomically; readers see the old bytes or the new ones. ConfigError where a folder is."""
     target = Path(path).absolute()
+    if target.is_dir():
+        raise ConfigError(f"{target} is a folder, and a file is to be written there.", hint="move it away.")
     with _temporary(target) as temporary:
         with _explain_no_space(target, temporary), temporary.open("wb") as file:
             file.write(data)

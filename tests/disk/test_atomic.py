@@ -184,3 +184,10 @@ def test_a_full_disk_is_explained_and_leaves_the_old_folder(tmp_path, what):
     assert child.returncode == 4, child.stderr
     assert (tmp_path / "f" / "x").read_text() == "old" and names(tmp_path) == ["f"]
     verify_folder(tmp_path / "f")
+
+
+def test_a_folder_where_a_file_is_to_be_written_is_named(tmp_path):
+    (tmp_path / "report.csv").mkdir()
+    with pytest.raises(ConfigError, match=r"report\.csv is a folder, and a file is to be written there"):
+        write_file(tmp_path / "report.csv", b"1")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.csv"]
