@@ -216,7 +216,7 @@ def _be_child(board: Board, folder: Path, arguments: list[str], kill: Kill | Non
     except BaseException:  # noqa: BLE001  (a forked process must not go back into its parent's code)
         traceback.print_exc()
     finally:
-        with suppress(Exception):
+        with suppress(OSError, ValueError):  # a stream that is gone
             if kill is None:
                 Path(MODULES).write_text(" ".join(sys.modules), encoding="utf-8")
             sys.stdout.flush()
@@ -227,7 +227,7 @@ def _be_child(board: Board, folder: Path, arguments: list[str], kill: Kill | Non
 def import_everything(modules: list[str]) -> None:
     """Import what verbs import, so that no attempt has to; a garbage collection then touches none of it."""
     for name in modules:
-        with suppress(Exception):
+        with suppress(ImportError):  # names of no file, such as six.moves
             importlib.import_module(name)
     gc.collect()
     gc.freeze()

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from molora.cli.options import OtherBase, RunFolder
+from molora.cli.options import OtherBase, RunFolder, check_out_of
 
 
 def command(
@@ -26,14 +26,11 @@ def command(
     Example: molora export runs/task_routed --expert capitals --out loras/capitals
     """
     from molora.disk.card import CONFIG_FILE
-    from molora.disk.out_folder import check_out
     from molora.models.build import load_trained
     from molora.store.lora_export import export_lora
-    from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
 
-    trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
-    check_out(out, run, *(() if trained is None else (trained.path, trained.adapter)), mark=CONFIG_FILE)
+    check_out_of(run, out, mark=CONFIG_FILE)
     with quiet_libraries():
         model, _, _ = load_trained(run, device="cpu", allow_other_base=allow_other_base)
     export_lora(model, out, expert=expert, task=task, fold_scaling=fold_scaling)

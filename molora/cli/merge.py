@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer import Option
 
-from molora.cli.options import OtherBase, RunFolder
+from molora.cli.options import OtherBase, RunFolder, check_out_of
 from molora.errors import ConfigError
 
 
@@ -37,13 +37,10 @@ def command(
         raise ConfigError("--task and --expert both say what is merged.", hint="give one of them.")
 
     from molora.disk.atomic import write_folder
-    from molora.disk.out_folder import check_out
     from molora.models.build import load_trained
-    from molora.store.runs import Run
     from molora.training.environment import quiet_libraries
 
-    trained = None if (run / "adapter_config.json").is_file() else Run.find(run)
-    check_out(out, run, *(() if trained is None else (trained.path, trained.adapter)), mark="config.json")
+    check_out_of(run, out, mark="config.json")
     with quiet_libraries():
         model, tokenizer, config = load_trained(run, device="cpu", allow_other_base=allow_other_base)
         if config is not None and config.base.head == "match":

@@ -36,6 +36,16 @@ def say_reach(found: Iterable[str]) -> None:
         typer.echo(f"outside the working folder: {line}", err=True)
 
 
+def check_out_of(run: Path, out: Path, *, mark: str) -> None:
+    """`check_out` for what is made from a run or an adapter folder, before a model is loaded."""
+    from molora.disk.card import CONFIG_FILE
+    from molora.disk.out_folder import check_out
+    from molora.store.runs import Run
+
+    trained = None if (run / CONFIG_FILE).is_file() else Run.find(run)
+    check_out(out, run, *(() if trained is None else (trained.path, trained.adapter)), mark=mark)
+
+
 def show_run(run: Path) -> None:
     """Print the report of a run and where it is; of processes that trained together, the first one does."""
     from molora.evaluation.report import Report

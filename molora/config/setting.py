@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import MISSING, Field, field, fields
 from functools import lru_cache
+from numbers import Real
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, get_args, get_origin, get_type_hints
 
 from molora.config.section import Bound
@@ -127,7 +128,7 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
             if isinstance(value, (list, dict)) and not several:
                 yield name, f"must be one number, not {value!r}."
                 continue
-            wrong = [n for n in numbers_of(value) if not (_is_number(n) and bound.holds(n))]
+            wrong = [n for n in numbers_of(value) if not (is_number(n) and bound.holds(n))]
             if bound.whole and several and (wrong or value == []):
                 yield (
                     name,
@@ -135,12 +136,13 @@ def value_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
                 )
             elif wrong:
                 infinite = isinstance(wrong[0], float) and not math.isfinite(wrong[0])
-                words = f"{bound.words}." if _is_number(wrong[0]) else f"must be a number, not {wrong[0]!r}."
+                words = f"{bound.words}." if is_number(wrong[0]) else f"must be a number, not {wrong[0]!r}."
                 yield name, "must be a finite number." if infinite else words
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def is_number(value: object) -> bool:
+    """Whether a value is a number, of numpy too; true and false are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 class Limits(NamedTuple):

@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import fields
 from enum import Enum
 from functools import lru_cache
-from numbers import Integral, Real
+from numbers import Integral
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from molora.config.setting import limits_of
+from molora.config.setting import is_number, limits_of
 
 _WORDS: dict[Any, str] = {
     bool: "true or false",
@@ -34,7 +34,7 @@ def type_problems(values: object, declared: type) -> Iterator[tuple[str, str]]:
         one_number = any(
             part in (int, float) for part in (hint, *get_args(hint)) if get_origin(hint) is not dict
         )
-        bounded = limits.bound is not None and _is_number(value) and one_number
+        bounded = limits.bound is not None and is_number(value) and one_number
         if bounded or (isinstance(value, str) and (limits.choices or limits.bound)):
             continue
         if name in _ENTRIES_HAVE_RULES and isinstance(value, Mapping):
@@ -75,16 +75,12 @@ def _is(value: Any, hint: Any) -> bool:
     if hint is Any:
         return True
     if hint is float:
-        return _is_number(value)
+        return is_number(value)
     if hint is int:
         return isinstance(value, Integral) and not isinstance(value, bool)
     if isinstance(hint, type) and issubclass(hint, Enum):
         return isinstance(value, (hint, str))
     return isinstance(value, hint)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def in_words(hint: Any) -> str:
