@@ -1,7 +1,8 @@
-"""`molora recipes`: the recipes that come with the package."""
+"""`molora recipes`: the recipes that come with the package, and the keys that any recipe may have."""
 
 from __future__ import annotations
 
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -15,7 +16,7 @@ from molora.errors import ConfigError
 if TYPE_CHECKING:
     from importlib.resources.abc import Traversable
 
-command = group("recipes", "List, show or copy the recipes that come with molora.")
+command = group("recipes", "List, show or copy the recipes that come with molora; list every key.")
 
 
 def available() -> dict[str, Traversable]:
@@ -70,3 +71,29 @@ def copy(
         raise ConfigError(f"{target.parent} is not a folder.")
     write_file(target, recipe.read_bytes())
     typer.echo(str(target))
+
+
+@command.command()
+def keys(
+    section: Annotated[
+        str | None, Argument(metavar="[SECTION]", help="One section, as adapter.gate.", show_default=False)
+    ] = None,
+    as_markdown: Annotated[bool, Option("--markdown", help="As the tables of docs/recipes.md.")] = False,
+) -> None:
+    """Every key of a recipe: what may be written, the default, what it means."""
+    from molora.config.keys import markdown, parts
+
+    if as_markdown:
+        typer.echo(markdown())
+        return
+    found = [part for part in parts() if section in (None, part.path)]
+    if not found:
+        named = [part.path for part in parts() if part.path]
+        raise ConfigError(f"no section {section!r}.{options(section, named, 'Sections')}")
+    for part in found:
+        typer.echo(f"{part.path or 'the top of a recipe'}: {part.about}")
+        for key in part.keys:
+            typer.echo(f"  {key.name}: {key.takes}; default {key.default}".replace("`", ""))
+            for line in textwrap.wrap(key.means, 92):
+                typer.echo(f"      {line}")
+        typer.echo("")

@@ -73,11 +73,17 @@ class AdapterConfig(Section, Mixture):
     """The mixture: how many experts of which rank sit on which layers, and how they are mixed."""
 
     gate: GateSection = Field(default_factory=GateSection)
+    """Who decides the experts' weights."""
     router: RouterSection | None = None
+    """Who names the task of a prompt that comes without an id."""
     target_modules: str | list[str] = "all-linear"
+    """The linears that get experts: names, a regular expression, or `all-linear`."""
     tasks: dict[TaskName, list[ExpertName] | dict[ExpertName, Positive]] | None = None
+    """Which experts serve which task: a list, or weights by name; null: a task gate gives each task its own."""
     from_loras: dict[ExpertName, str] | None = None
+    """LoRA folders that become the experts, by name."""
     aux_losses: AuxLosses = Field(default_factory=dict)
+    """Auxiliary losses: a coefficient, or `{coef: …, setting: …}`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -88,14 +88,23 @@ class StrategyConfig(Section):
     """A strategy by name, with its own settings. `strategy: name` is short for `strategy: {kind: name}`."""
 
     kind: str
+    """Its name."""
     ratio: float | None = Field(default=None, gt=0, le=1)
+    """Share of each old task's records that is replayed."""
     count: PositiveInt | None = None
+    """How many records of each old task are replayed, instead of `ratio`."""
     coefficient: NonNegative | None = None
+    """Of the penalty."""
     norm: Literal["l1", "squared"] | None = None
+    """Of the overlap that is penalised."""
     factor: Literal["A", "B", "both"] | None = None
+    """The factors whose overlap is penalised."""
     l2: NonNegative | None = None
+    """Coefficient of the new factors' squared norm."""
     energy: float | None = Field(default=None, gt=0, le=1)
+    """Share of the energy of a task's inputs whose directions are closed to later experts."""
     energy_end: float | None = Field(default=None, gt=0, le=1)
+    """What it rises to over the sequence; null: it stays."""
 
     @model_validator(mode="before")
     @classmethod
@@ -132,10 +141,15 @@ class PrototypesConfig(Section):
     """
 
     kind: Literal["prototypes"] = "prototypes"
+    """Centres of each task's features."""
     clusters: PositiveInt = 20
+    """Centres for each task."""
     metric: Literal["covariance", "euclidean"] = "covariance"
+    """How distances are measured."""
     depth: float = Field(default=0.67, ge=0, le=1)
+    """The block read, as a share of the depth."""
     records: PositiveInt = 2000
+    """Prompts of each task that are read at most."""
 
     @model_validator(mode="before")
     @classmethod
@@ -144,16 +158,18 @@ class PrototypesConfig(Section):
 
 
 class ContinualConfig(Section):
-    """Training on tasks one after another. Each has `train.max_steps` (or epochs) of its own.
-
-    `router`: that of the adapter; the strategy's, where neither this section nor `adapter` names one.
-    """
+    """Training on tasks one after another. Each has `train.max_steps` (or epochs) of its own."""
 
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="color"))
+    """How old tasks are kept while a new one is learned."""
     order: list[TaskName] | None = None
+    """The tasks' order; as in `data.tasks` where left out."""
     router: RouterSection | None = None
+    """Who names tasks of prompts without an id; the strategy's, where neither this nor `adapter.router` is given."""
     prototypes: PrototypesConfig | None = None
+    """As earlier runs have it; use `router`."""
     softmax: Literal["own", "seen", "all"] | None = None
+    """Whose labels compete under `head: match`: the task's own, those seen so far, or all."""
 
     @model_validator(mode="before")
     @classmethod

@@ -40,27 +40,49 @@ class TaskConfig(Section):
     """One task: a source of records, a way to turn a record into text, and a metric."""
 
     source: Literal["synthetic", "jsonl", "csv", "parquet", "hub", "folder"]
+    """Where records come from: files, a data set of the hub, one saved by `datasets`, or made up."""
     kind: Literal["causal_lm", "classification", "seq2seq"] = "causal_lm"
+    """What a record is; follows from `base.task_type`."""
     generator: str | None = None
+    """Which synthetic task (source synthetic)."""
     train: Files | None = None
+    """File or files, patterns allowed (jsonl, csv, parquet; each may end in .gz)."""
     eval: Files | Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Files held out for scoring, or the share of the training records to hold out, as 0.1."""
     dataset: str | None = None
+    """A data set's name on the hub."""
     subset: str | None = None
+    """One of its configurations."""
     revision: str | None = None
+    """A branch, tag or commit of it."""
     path: str | None = None
+    """The folder of a saved data set (source folder)."""
     train_split: str | None = None
+    """The split to train on (hub, folder)."""
     eval_split: str | None = None
+    """The split to score on (hub, folder)."""
     train_size: PositiveInt | None = None
+    """Read only the first so many training records; of a synthetic task: make so many."""
     eval_size: PositiveInt | None = None
+    """The same of the records to score."""
     prompt: str | None = None
+    """What the model is given, a template over a record's fields: `'{question}\\n'`; `{prompt}` where left out."""
     target: str | None = None
+    """What it is to answer, the only part in the loss; `{target}` where left out."""
     messages: str | None = None
+    """The field that holds a conversation, instead of `prompt` and `target`."""
     chat_template: bool = False
+    """Put the prompt into the tokenizer's chat template; conversations always are."""
     text: str | None = None
+    """Template of a text to classify; `{text}` where left out."""
     label: str | None = None
+    """The field with its label; `label` where left out."""
     labels: list[str] | None = None
+    """The labels in their order; null: those found in the training records."""
     metric: Literal["exact_match", "accuracy", "loss"] | None = None
+    """What the task is scored by; the first that fits its kind."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
+    """How often its records are drawn beside other tasks'."""
 
     @model_validator(mode="before")
     @classmethod
@@ -126,11 +148,17 @@ class DataConfig(Section):
     """All tasks, and the mix a training batch is drawn from."""
 
     max_length: PositiveInt = 512
+    """Longest text in tokens; longer prompts lose their beginning."""
     mixing: Literal["size", "equal", "temperature"] = "size"
+    """How tasks share a batch: by their size, equally, or by size to the power 1 / `mixing_temperature`."""
     mixing_temperature: Annotated[float, Field(ge=0.05, le=1e6)] = 2.0  # beyond, powers of sizes overflow
+    """1 is by size; the higher, the more equal."""
     workers: int = Field(default=0, ge=0, le=512)
+    """Processes that prepare batches."""
     on_error: Literal["stop", "skip"] = "stop"
+    """At a faulty record: stop and name its line, or leave it out and count it."""
     tasks: dict[TaskName, TaskConfig] = Field(min_length=1)
+    """The tasks by name."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

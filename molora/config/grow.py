@@ -25,6 +25,7 @@ class NewTask(TaskConfig):
     """The new task: like a task in `data.tasks`, with its name inside."""
 
     name: TaskName
+    """The new task's name."""
 
     def as_task(self) -> TaskConfig:
         """The same as an entry of `data.tasks`."""
@@ -32,14 +33,14 @@ class NewTask(TaskConfig):
 
 
 class NewExpert(Section):
-    """The new expert: its name (None: the task's), its start, and whether it is hidden from older tasks.
-
-    `isolate` None: where the adapter's router tells their prompts apart, so that a learned gate works for them as before.
-    """
+    """The new expert: its name, its start, and whether older tasks see it."""
 
     name: ExpertName | None = None
+    """The new expert's name; null: the task's."""
     init: str = "new"
+    """`new`, `mean` of the old ones, or `copy:<expert>`."""
     isolate: bool | None = None
+    """Hide it from older tasks; null: where a router tells their prompts apart, so that the gate works for them as before."""
 
     @field_validator("init")
     @classmethod
@@ -50,20 +51,22 @@ class NewExpert(Section):
 
 
 class GrowConfig(Section):
-    """A recipe that adds one expert to a trained run.
-
-    `router`: who names the tasks of prompts without an id from then on, where the run's adapter has nobody yet; it learns
-    all the run's tasks. None: nobody.
-    `softmax`: whose labels compete while a classifier with `head: match` trains: the new task's own, or all.
-    """
+    """A recipe that adds one expert to a trained run."""
 
     task: NewTask
+    """The new task, as in `data.tasks`."""
     expert: NewExpert = Field(default_factory=NewExpert)
+    """The new expert."""
     train: TrainConfig = Field(default_factory=TrainConfig)
+    """How it is trained; what is left out is as in the run."""
     aux_losses: AuxLosses = Field(default_factory=dict)
+    """Auxiliary losses; those of the run where left out."""
     strategy: StrategyConfig = Field(default_factory=lambda: StrategyConfig(kind="inc_lora"))
+    """How old tasks are kept; one that needs only their experts."""
     router: RouterSection | None = Field(default_factory=RouterSection)
+    """Who names tasks of prompts without an id from then on, where the run's adapter has nobody yet; null: nobody."""
     softmax: Literal["own", "seen"] = "own"
+    """Whose labels compete while a classifier with `head: match` trains: the new task's, or all."""
 
     @field_validator("task")
     @classmethod

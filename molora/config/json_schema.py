@@ -94,8 +94,11 @@ def _losses(made: Schema) -> None:
         if "aux_losses" in section.get("properties", {}):
             one = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "object"}]}
             section["properties"]["aux_losses"] = {
-                "type": "object", "properties": dict.fromkeys(sorted(AUX_LOSSES), one), "additionalProperties": False,
-            }  # fmt: skip
+                "description": section["properties"]["aux_losses"]["description"],
+                "type": "object",
+                "properties": dict.fromkeys(sorted(AUX_LOSSES), one),
+                "additionalProperties": False,
+            }
 
 
 def _without(mapping: Schema, *keys: str) -> Schema:

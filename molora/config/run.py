@@ -33,11 +33,17 @@ class BaseConfig(Section):
     """The frozen model the experts are added to. `base: name` is short for `base: {model: name}`."""
 
     model: str = Field(min_length=1)
+    """A name on the hub, a local folder, or `molora/tiny`, which comes with the package."""
     task_type: Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"] = "CAUSAL_LM"
+    """What its head does: write on, classify, or read and write."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Of its frozen weights."""
     quantization: Literal["none", "int8", "nf4"] = "none"
+    """Load the frozen weights in 8 or 4 bits (extra `quant`)."""
     revision: str | None = None
+    """A branch, tag or commit of a hub model."""
     head: Literal["own", "match"] = "own"
+    """Of a classifier: a trained layer of its own, or the nearest label text."""
 
     @model_validator(mode="before")
     @classmethod
@@ -55,9 +61,13 @@ class EvalConfig(Section):
     """How the trained adapter is scored after training and by `molora eval`."""
 
     batch_size: PositiveInt = 32
+    """Records scored at once."""
     max_new_tokens: PositiveInt = 32
+    """Longest answer in tokens."""
     num_beams: ExpertCount = 1
+    """Beams; 1 is greedy."""
     modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
+    """Score with the gate deciding, with each task's own experts by id, and with the base alone."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -73,24 +83,38 @@ class FeaturesConfig(Section):
     """Where a gate of external scope gets its features from: the cluster of each prompt, one-hot."""
 
     kind: Literal["clusters"] = "clusters"
+    """The cluster of each prompt, one-hot."""
     encoder: str = Field(min_length=1)
+    """The sentence encoder whose vectors are clustered."""
     revision: str | None = None
+    """A branch, tag or commit of it."""
     num_clusters: Width = 64
+    """How many."""
 
 
 class RunConfig(Section):
-    """A recipe with every default filled in; `model_dump(mode="json")` is what a run folder keeps."""
+    """A recipe of `molora train` or `molora continual`, with every default filled in, as a run's `config.yaml` keeps it."""
 
     name: RunName
+    """Names the run's folder: `<output>/<name>/<time>`."""
     seed: int = Field(default=0, ge=0, lt=2**32)
+    """Of data order, starts and dropout."""
     base: BaseConfig
+    """The frozen model."""
     adapter: AdapterConfig = Field(default_factory=AdapterConfig)
+    """The mixture."""
     features: FeaturesConfig | None = None
+    """Where a gate of external scope gets its features from."""
     data: DataConfig
+    """The tasks."""
     train: TrainConfig
+    """How it is trained."""
     eval: EvalConfig = Field(default_factory=EvalConfig)
+    """How it is scored."""
     continual: ContinualConfig | None = None
+    """Train the tasks one after another (`molora continual`)."""
     output: str = Field(default="runs", min_length=1)
+    """The folder of runs."""
 
     @model_validator(mode="before")
     @classmethod

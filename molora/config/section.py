@@ -42,9 +42,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), _ABOVE_0]
 
 
 class Section(BaseModel):
-    """Unknown keys are errors, types are exact (no "yes" for true, no 1.0 for 1), values do not change later."""
+    """Unknown keys are errors, types are exact (no "yes" for true, no 1.0 for 1), values do not change later.
 
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, protected_namespaces=())
+    The text below a field says what it is, in docs/recipes.md, `molora recipes keys` and the JSON schema.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, frozen=True, protected_namespaces=(), use_attribute_docstrings=True
+    )
 
     def __init_subclass__(cls, **options: Any) -> None:
         """A section that inherits a declaration has its defaults, those that are made anew among them."""

@@ -44,7 +44,7 @@ def setting(
 
 def documented(declared: type[T]) -> type[T]:
     """Add the fields' meaning to a declaration's docstring."""
-    lines = [f"    {f.name}: {_meaning(f)}" for f in fields(declared) if "doc" in f.metadata]  # type: ignore[arg-type]
+    lines = [f"    {f.name}: {meaning(f)}" for f in fields(declared) if "doc" in f.metadata]  # type: ignore[arg-type]
     about, raises, errors = inspect.cleandoc(declared.__doc__ or "").partition("Raises:")
     declared.__doc__ = "\n".join([about.rstrip(), "", "Args:", *lines, "", raises + errors]).rstrip()
     return declared
@@ -54,12 +54,13 @@ def settings_table(declared: type) -> str:
     """Every field with its default and meaning, as a Markdown table."""
     rows = ["| setting | default | means |", "| --- | --- | --- |"]
     for f in fields(declared):
-        meaning = _meaning(f).replace("|", "\\|")
-        rows.append(f"| `{f.name}` | {_shown(default_of(f))} | {meaning} |")
+        means = meaning(f).replace("|", "\\|")
+        rows.append(f"| `{f.name}` | {_shown(default_of(f))} | {means} |")
     return "\n".join(rows)
 
 
-def _meaning(declared: Field[Any]) -> str:
+def meaning(declared: Field[Any]) -> str:
+    """What a field made by `setting` is, and beside what it acts."""
     doc = declared.metadata["doc"]
     return f"{doc} Acts only with {where(declared)}." if declared.metadata["acts_with"] else doc
 

@@ -26,37 +26,64 @@ class StageConfig(Section):
     """A part of training in which only some parameters learn; the last stage runs until the end."""
 
     steps: PositiveInt | None = None
+    """Optimiser steps of this stage; the last one has none."""
     train: list[Part] = Field(min_length=1)
+    """What learns in it: experts, gates, heads."""
 
 
 class TrainConfig(Section):
     """How the adapter is trained."""
 
     max_steps: PositiveInt | None = None
+    """Optimiser steps. Without it and without `epochs`: one epoch."""
     epochs: PositiveInt | None = None
+    """Passes over the training records instead of `max_steps`."""
     batch_size: PositiveInt = 16
+    """Records in a forward, on each device."""
     accumulate: PositiveInt = 1
+    """Batches whose gradients make one optimiser step."""
     lr: Positive = 1e-3
+    """Largest learning rate of the experts (AdamW)."""
     gate_lr: Positive | None = None
+    """That of the gates, where it differs."""
     head_lr: Positive | None = None
+    """That of classification heads and `modules_to_save`, where it differs."""
     lora_plus_ratio: Positive = 1.0
+    """How many times larger the learning rate of B is than that of A (LoRA+)."""
     weight_decay: NonNegative = 0.0
+    """Of experts and heads."""
     gate_weight_decay: NonNegative = 0.0
+    """Of gates."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
     warmup: int | float = 0.05
+    """Steps in which the learning rate rises: a share of all below 1, or a whole number."""
     clip: Positive | None = 1.0
+    """Largest norm of the gradient; null: any."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Of the computation. Experts and gates are kept in float32 in all three."""
     gradient_checkpointing: bool = False
+    """Compute activations twice instead of keeping them."""
     stages: list[StageConfig] = Field(default_factory=list)
+    """Parts of training in which only some parameters learn."""
     val_every: PositiveInt | None = None
+    """Steps from one validation loss to the next; null: none."""
     patience: PositiveInt | None = None
+    """Validations without a better loss after which training ends."""
     save_every: PositiveInt | None = None
+    """Steps from one checkpoint to the next; null: one at the end, and one when interrupted."""
     keep_checkpoints: PositiveInt = 2
+    """How many of the newest checkpoints stay."""
     log_every: PositiveInt = 10
+    """Steps from one line of metrics to the next."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
+    """At a loss that is not finite: stop with exit code 5, or go back to before the batch and leave it out."""
     devices: PositiveInt | list[int] | Literal["auto"] = 1
+    """How many, or which, or all there are."""
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
+    """Which kind of device."""
     strategy: Literal["auto", "ddp", "fsdp2"] = "auto"
+    """How several devices work together."""
 
     @model_validator(mode="before")
     @classmethod

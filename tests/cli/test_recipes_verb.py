@@ -27,6 +27,15 @@ def test_show_prints_the_file(cli: Cli) -> None:
     )
 
 
+def test_keys_of_one_section(cli: Cli) -> None:
+    shown = cli("recipes", "keys", "adapter.router")
+    assert shown.out.startswith("adapter.router: Who names the task")
+    assert "  soft: true or false; default false\n      the experts of all tasks" in shown.out
+    assert "max_steps" not in shown.out
+    wrong = cli("recipes", "keys", "tran")
+    assert wrong.code == 2 and "Did you mean 'train'?" in wrong.err
+
+
 def test_an_unknown_name_suggests_the_nearest(cli: Cli) -> None:
     result = cli("recipes", "show", "quikstart")
     assert result.code == 2

@@ -79,8 +79,14 @@ def test_settings_say_what_they_mean(validators: dict[str, Draft202012Validator]
         parts["AdapterConfig"]["properties"]["lora_dropout"]["description"]
         == "dropout on the experts' input."
     )
-    gate = parts["GateSection"]["anyOf"][1]["properties"]
-    assert all(field.get("description") for field in gate.values())
+    for kind in ("recipe", "growth"):
+        made = schema(kind)
+        for section in (
+            made,
+            *(whole for part in made["$defs"].values() for whole in part.get("anyOf", [part])),
+        ):
+            for name, field in section.get("properties", {}).items():
+                assert field.get("description"), name
     assert copy.deepcopy(schema()) == schema()
 
 
