@@ -23,6 +23,7 @@ from molora.config.types import fits, in_words, shown, type_problems
 from molora.errors import ConfigError
 
 Tasks = list[str] | dict[str, list[str] | dict[str, float]] | None
+MOST_TASK_IDS = 2**20  # a learned task gate has a row for each id there ever was
 
 
 def normalise(config: SavedMixture) -> None:
@@ -118,6 +119,9 @@ def _tasks(config: SavedMixture) -> None:
         raise ConfigError(f"task_ids {ids} must give each of the tasks {tasks} one id of its own.")
     if any(i < 0 for i in ids.values()):
         raise ConfigError("task_ids must not be negative: -1 means the base model only.")
+    for name, value in (("task_ids", max(ids.values(), default=0)), ("next_task_id", config.next_task_id or 0)):
+        if value > MOST_TASK_IDS:
+            raise ConfigError(f"{name}: {value} is above {MOST_TASK_IDS:,}, the largest id of a task.")
     config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
 
 

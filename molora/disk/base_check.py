@@ -73,7 +73,13 @@ def _check_form(stored: dict[str, Any]) -> None:
 
 
 def _vocabulary(stored: dict[str, Any]) -> int | None:
-    return stored.get("sizes", {}).get("vocab_size", stored.get("vocabulary"))
+    found = stored.get("sizes", {}).get("vocab_size", stored.get("vocabulary"))
+    if found is not None and not 0 < found < 2**31:
+        raise AdapterError(
+            f"the adapter's base_fingerprint has a vocabulary of {found} tokens.",
+            hint="adapter_config.json was changed; copy it again.",
+        )
+    return None if found is None else int(found)
 
 
 def _renamed(stored: dict[str, Any], actual: dict[str, Any], model: nn.Module) -> bool:

@@ -81,6 +81,19 @@ def test_the_same_in_python(setting):
         MoLoraConfig(**{"target_modules": ["q_proj"], setting: CONFIGS[setting][0]})
 
 
+@pytest.mark.parametrize(
+    ("setting", "value", "said"),
+    [
+        ("next_task_id", 2**62, "next_task_id: 4611686018427387904 is above 1,048,576"),
+        ("base_fingerprint", {"sizes": {"vocab_size": 2**62}}, "a vocabulary of 4611686018427387904 tokens"),
+    ],
+)
+def test_a_number_that_no_adapter_has_in_a_resealed_one(folder, setting, value, said):
+    with pytest.raises(AdapterError) as error:
+        molora.load(base_model("llama"), resealed(folder, **{setting: value}))
+    assert said in str(error.value)
+
+
 def test_a_gate_and_a_router_of_the_wrong_types():
     for wrong in ({"splits": [2]}, {"blend_spread": None}, {"bias": 1}, {"share": 3}, {"top_k": "two"}):
         with pytest.raises(ConfigError, match=next(iter(wrong))):
