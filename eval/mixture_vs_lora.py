@@ -122,7 +122,8 @@ def play(cell: Cell, data: Path | None) -> dict[str, Any]:
     """Train and score one cell."""
     from eval.quickstart_vs_lora import trainable
     from molora.config import load_recipe
-    from molora.evaluation.runner import in_mode, inference
+    from molora.evaluation.modes import in_mode
+    from molora.evaluation.runner import inference
     from molora.evaluation.score import Limits, score_task
     from molora.models.build import tasks_of
     from molora.training.environment import prepare_process

@@ -4,29 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-_draw = FigureCanvasAgg.print_png
+from molora.report import plots
+
+_draw, _curve = FigureCanvasAgg.print_png, plots.loss_svg
 
 
-def _leave_blank(figure: FigureCanvasAgg, path: str, **options: Any) -> None:
-    Path(path).write_bytes(b"\x89PNG\r\n\x1a\n")
+def _leave_blank(figure: FigureCanvasAgg, to: BinaryIO, **options: Any) -> None:
+    to.write(b"\x89PNG\r\n\x1a\n")
 
 
 @contextmanager
-def drawn(draw: Callable[..., None] = _draw) -> Iterator[None]:
+def drawn(draw: Callable[..., None] = _draw, curve: Callable[..., str] = _curve) -> Iterator[None]:
     """Pictures of what runs in here are drawn after all."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(FigureCanvasAgg, "print_png", draw)
+        patch.setattr(plots, "loss_svg", curve)
         yield
 
 
 @pytest.fixture(scope="module", autouse=True)
 def blank_pictures() -> Iterator[None]:
     """Import this into a conftest where runs leave pictures that few tests look at: those use `drawn`."""
-    with drawn(_leave_blank):
+    with drawn(_leave_blank, lambda *_: ""):
         yield

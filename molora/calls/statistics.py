@@ -22,7 +22,8 @@ class GateSums:
     weight: Tensor
     share: Tensor  # of the slots
     top1: Tensor
-    entropy: float
+    entropy: float  # of the probabilities
+    entropy_after: float  # of the weights, each token's made to sum to 1
 
     def add(self, other: GateSums) -> None:
         """Add another's sums; a bank that has grown meanwhile pads the older ones."""
@@ -31,6 +32,7 @@ class GateSums:
             setattr(self, name, _pad(getattr(self, name), size) + _pad(getattr(other, name), size))
         self.tokens += other.tokens
         self.entropy += other.entropy
+        self.entropy_after += other.entropy_after
 
 
 @dataclass
@@ -69,6 +71,7 @@ class RoutingRecord:
             selected.double().sum(0).cpu(),
             top1.cpu(),
             entropy.double().sum().item(),
+            _entropy_of(weights.double()),
         )
         if (gate, task) in self.sums:
             self.sums[gate, task].add(new)
@@ -84,7 +87,8 @@ class RoutingRecord:
         return int(max(per_gate.values(), default=0))
 
     def table(self) -> list[dict[str, Any]]:
-        """One row per gate and expert: layer, share of slots, mean weight, top-1 share, gate entropy (nats)."""
+        """One row per gate and expert: layer, share of slots, mean weight, top-1 share; entropy of the gate's
+        probabilities, and of the weights it gave (nats)."""
         merged: dict[str, GateSums] = {}
         for (gate, _), sums in self.sums.items():
             if gate not in merged:
@@ -94,6 +98,7 @@ class RoutingRecord:
                     torch.zeros(size).double(),
                     torch.zeros(size).double(),
                     torch.zeros(size).double(),
+                    0.0,
                     0.0,
                 )
             merged[gate].add(sums)
@@ -111,6 +116,7 @@ class RoutingRecord:
                         "mean_weight": sums.weight[i].item() / tokens,
                         "top1_share": sums.top1[i].item() / tokens,
                         "entropy": sums.entropy / tokens,
+                        "entropy_after": sums.entropy_after / tokens,
                     }
                 )
         return rows
@@ -129,6 +135,13 @@ class RoutingRecord:
             task: {self.experts[i]: total[i].item() / max(tokens[task], 1.0) for i in range(len(total))}
             for task, total in weight.items()
         }
+
+
+def _entropy_of(weights: Tensor) -> float:
+    """Summed over tokens, in nats; weights (tokens, expert) below 0 count as 0."""
+    positive = weights.clamp(min=0)
+    total = positive.sum(dim=-1, keepdim=True)
+    return float(torch.special.entr(positive / total.where(total > 0, 1.0)).sum())
 
 
 def _pad(values: Tensor, size: int) -> Tensor:

@@ -21,6 +21,14 @@ def command(
     fail_under: Annotated[
         list[str] | None, Option(metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1.")
     ] = None,
+    what_if: Annotated[
+        int | None,
+        Option(
+            min=1,
+            metavar="RECORDS",
+            help="Also score so many records of each task with each expert alone and left out.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     allow_other_base: OtherBase = False,
 ) -> None:
@@ -46,6 +54,7 @@ def command(
         out=out,
         allow_other_base=allow_other_base,
         floors=floors,
+        what_if=what_if,
     )
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)

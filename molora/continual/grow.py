@@ -24,7 +24,7 @@ from molora.errors import ConfigError
 from molora.evaluation.report import Score
 from molora.models.build import check_router, load_trained, tasks_of
 from molora.models.label_match import add_labels
-from molora.report.plots import plot_loss
+from molora.report.plots import LOSSES, plot_loss
 from molora.store.runs import Run
 from molora.training.environment import prepare_process, quiet_libraries
 from molora.training.evaluate import score, write_report
@@ -85,7 +85,7 @@ def add_expert(
         logits = probed(model)
 
         def conclude(done: Run, grown: PeftModel) -> None:
-            plot_loss(done.path / "metrics.csv", done.path / "loss.png", ["loss", "val_loss"])
+            plot_loss(done.path / "metrics.csv", done.path / "loss.png", LOSSES)
             report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
             report.before = before
             same = all(map(torch.equal, probed(grown), logits))

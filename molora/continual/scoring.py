@@ -18,7 +18,7 @@ from molora.data.clusters import inference
 from molora.data.prompts import encode
 from molora.data.tasks import Task
 from molora.evaluation.metrics import METRICS, mean
-from molora.evaluation.runner import in_mode
+from molora.evaluation.modes import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 from molora.models.task_router import named_prompts, names_tasks
 

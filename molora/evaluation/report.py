@@ -15,12 +15,15 @@ from typing import Any
 from molora.config.suggest import options
 from molora.config.types import fits, shown, type_problems
 from molora.errors import AdapterError, ConfigError, ThresholdError
+from molora.evaluation.counterfactual import Counterfactuals
 from molora.evaluation.metrics import perplexity
 from molora.evaluation.naming import Naming
-from molora.evaluation.routing import AVERAGED, RoutingSummary
+from molora.evaluation.routing import STATISTICS, RoutingSummary
+from molora.evaluation.similarity import Similarity
 
 FORMAT = 1
 LOWER_IS_BETTER = frozenset({"loss"})
+MODE_TITLES = {"gate": "gate alone", "task": "task id given", "base": "base only"}
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Report:
     """Scores per task and mode, what the gates did, and whatever else is needed to read them later.
 
     before: the scores before an expert was added, else empty. facts: named observations, not scores. naming: what the
-    task router takes prompts for.
+    task router takes prompts for. similarity: how alike the experts are.
+    counterfactuals: scores with experts changed, where asked for.
     notes: sentences for people, for instance why a mode was skipped. folder: where it was written, if it was; not kept.
     """
 
@@ -53,6 +57,8 @@ class Report:
     before: list[Score] = field(default_factory=list)
     routing: RoutingSummary | None = None
     naming: Naming | None = None
+    similarity: Similarity | None = None
+    counterfactuals: Counterfactuals | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
@@ -97,12 +103,16 @@ class Report:
             data = json.loads(text)
             if data.get("format") != FORMAT:
                 raise AdapterError(f"report format {data.get('format')!r}; this version reads {FORMAT}")
-            routing, naming = data["routing"], data.get("naming")  # earlier reports have none
+            routing = data["routing"]
+            # Earlier reports have none of these.
+            naming, alike, changed = (data.get(k) for k in ("naming", "similarity", "counterfactuals"))
             report = cls(
                 scores=[_score(row) for row in data["scores"]],
                 before=[_score(row) for row in data["before"]],
                 routing=RoutingSummary(**routing) if routing else None,
                 naming=Naming(**naming) if naming else None,
+                similarity=Similarity(**alike) if alike else None,
+                counterfactuals=Counterfactuals(**changed) if changed else None,
                 facts=data["facts"],
                 notes=data["notes"],
                 environment=data["environment"],
@@ -113,12 +123,13 @@ class Report:
         return report
 
     def _check_types(self) -> None:
-        parts = [self, *self.scores, *self.before, *[part for part in (self.routing, self.naming) if part]]
+        optional = self.routing, self.naming, self.similarity, self.counterfactuals
+        parts = [self, *self.scores, *self.before, *[part for part in optional if part]]
         for part in parts:
             for name, message in type_problems(part, type(part)):
                 raise AdapterError(f"not a molora report: {name}: {message}")
         for row in self.routing.gates if self.routing else ():
-            numbers = {name: row.get(name) for name in AVERAGED}
+            numbers = {name: row.get(name) for name in STATISTICS}
             if not fits(numbers, dict[str, float]) or not fits(row.get("expert"), str) or "layer" not in row:
                 raise AdapterError(
                     f"not a molora report: routing.gates: {shown(row)} is not statistics of a gate."

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-AVERAGED = ("share", "mean_weight", "top1_share", "entropy")
-DEAD_BELOW = 0.1  # an expert is dead when its share is below this fraction of an even share, 1 / num_experts
+from molora.evaluation.measures import dead_experts, specialisation
+
+STATISTICS = ("share", "mean_weight", "top1_share", "entropy")
+_DIGITS = 5  # of the weights by layer, which are many
 
 
 @dataclass(frozen=True)
@@ -26,19 +27,19 @@ class RoutingSummary:
 
     mode: the evaluation mode they were recorded in. by_task: task -> expert -> mean gate weight over its
     tokens and all gates. gates: one row per gate and expert, with the keys
-    `gate layer expert share mean_weight top1_share entropy` (entropy in nats).
+    `gate layer expert share mean_weight top1_share entropy` (of the gate's probabilities, in nats) and `entropy_after` (of
+    what was selected). layers: layer -> task -> expert -> mean weight over the layer's gates. Earlier reports lack the last two.
     """
 
     mode: str
     tokens: int
     by_task: dict[str, dict[str, float]]
     gates: list[dict[str, Any]] = field(default_factory=list)
+    layers: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
 
     def task_expert(self) -> Matrix:
         """Mean gate weight, task x expert."""
-        experts = _ordered(expert for row in self.by_task.values() for expert in row)
-        values = [[row.get(expert, 0.0) for expert in experts] for row in self.by_task.values()]
-        return Matrix(list(self.by_task), experts, values)
+        return _matrix(self.by_task)
 
     def layer_expert(self) -> Matrix:
         """Mean gate weight, layer x expert; the gates of one layer are averaged."""
@@ -48,8 +49,23 @@ class RoutingSummary:
         layers, experts = _ordered(layer for layer, _ in cells), _experts(self.gates)
         return Matrix(layers, experts, [[_mean(cells.get((r, c), [])) for c in experts] for r in layers])
 
+    def of_task(self, task: str) -> Matrix:
+        """Mean gate weight of one task, layer x expert."""
+        return _matrix({layer: tasks[task] for layer, tasks in self.layers.items() if task in tasks})
+
+    def entropies(self) -> dict[str, tuple[float, float | None]]:
+        """Layer -> entropy of its gates' probabilities, and of what they selected (None in earlier reports), in nats."""
+        found: dict[str, dict[str, tuple[float, float | None]]] = {}
+        for row in self.gates:
+            found.setdefault(str(row["layer"]), {})[row["gate"]] = row["entropy"], row.get("entropy_after")
+        means = {}
+        for layer, gates in found.items():
+            after = [selected for _, selected in gates.values() if selected is not None]
+            means[layer] = _mean([before for before, _ in gates.values()]), _mean(after) if after else None
+        return means
+
     def specialisation(self) -> float | None:
-        """How far the tasks use different experts, 0 to 1; see `specialisation`."""
+        """How far the tasks use different experts, 0 to 1; see `measures.specialisation`."""
         return specialisation(self.task_expert().values)
 
     def shares(self) -> dict[str, float]:
@@ -69,15 +85,18 @@ def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str,
     """
     total = sum(tokens for tokens, _ in recorded.values())
     rows: dict[tuple[str, str], dict[str, Any]] = {}
-    by_task = {}
+    by_task, layers = {}, dict[str, dict[str, dict[str, float]]]()
     for task, (tokens, gates) in recorded.items():
         by_task[task] = _mean_of("mean_weight", gates)
+        for layer in _ordered(str(gate["layer"]) for gate in gates):
+            means = _mean_of("mean_weight", [gate for gate in gates if str(gate["layer"]) == layer])
+            layers.setdefault(layer, {})[task] = {e: round(value, _DIGITS) for e, value in means.items()}
         for gate in gates:
-            key = gate["gate"], gate["expert"]
-            row = rows.setdefault(key, {**gate, **dict.fromkeys(AVERAGED, 0.0)})
-            for name in AVERAGED:
+            averaged = [name for name in (*STATISTICS, "entropy_after") if name in gate]
+            row = rows.setdefault((gate["gate"], gate["expert"]), {**gate, **dict.fromkeys(averaged, 0.0)})
+            for name in averaged:
                 row[name] += gate[name] * tokens / total if total else 0.0
-    return RoutingSummary(mode, total, by_task, list(rows.values()))
+    return RoutingSummary(mode, total, by_task, list(rows.values()), layers)
 
 
 def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
@@ -85,58 +104,23 @@ def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     return _mean_of("share", gates)
 
 
-def dead_experts(shares: Mapping[str, float]) -> list[str]:
-    """Experts with a share below 0.1 / num_experts, in the order given; a single expert is never dead."""
-    if len(shares) < 2:
-        return []
-    return [expert for expert, share in shares.items() if share < DEAD_BELOW / len(shares)]
-
-
-def specialisation(weights: Sequence[Sequence[float]]) -> float | None:
-    """How much of the task the choice of expert tells: mutual information over the most there could be.
-
-    `(H(mean of the rows) - mean H(row)) / log(min(task, expert))`, each row made to sum to 1: every task weighs the
-    same. 0 where all tasks are split alike, whether evenly or not; 1 where experts are as far apart as their number
-    allows. Of a table averaged over gates it is a lower bound: gates that number their experts differently hide it.
-
-    Args:
-        weights: (task, expert) mean gate weights.
-
-    Returns:
-        None where it means nothing: fewer than two tasks or experts in use, or weights below 0.
-    """
-    rows = [[value / sum(row) for value in row] for row in weights if sum(row) > 0]
-    bound = min(len(rows), len(rows[0])) if rows else 0
-    if bound < 2 or min(map(min, rows)) < 0:
-        return None
-    together = [_mean(column) for column in zip(*rows, strict=True)]
-    information = _entropy(together) - _mean([_entropy(row) for row in rows])
-    return min(1.0, max(0.0, information / math.log(bound)))
-
-
-def advice(dead: Sequence[str], *, mode: str) -> str | None:
-    """One sentence on what to do about dead experts, or None when there are none."""
-    if not dead:
-        return None
-    names = ", ".join(dead)
-    if mode == "task":
-        return f"No evaluated task uses: {names}. Map a task to it, or `remove_expert` to save the memory."
-    remedy = "Raise adapter.aux_losses.balance, add adapter.gate.noise, or train with fewer experts."
-    return f"Hardly used: {names}. {remedy}"
+def _matrix(rows: Mapping[str, Mapping[str, float]]) -> Matrix:
+    experts = _ordered(expert for row in rows.values() for expert in row)
+    return Matrix(
+        list(rows), experts, [[row.get(expert, 0.0) for expert in experts] for row in rows.values()]
+    )
 
 
 def _mean_of(value: str, gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """The mean of a value over the rows of each expert."""
-    return {e: _mean([row[value] for row in gates if row["expert"] == e]) for e in _experts(gates)}
+    found: dict[str, list[float]] = {}
+    for row in gates:
+        found.setdefault(row["expert"], []).append(row[value])
+    return {expert: _mean(values) for expert, values in found.items()}
 
 
 def _experts(gates: Sequence[Mapping[str, Any]]) -> list[str]:
     return _ordered(g["expert"] for g in gates)
-
-
-def _entropy(shares: Sequence[float]) -> float:
-    """In nats."""
-    return -sum(share * math.log(share) for share in shares if share > 0)
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -12,13 +12,11 @@ from molora.config.suggest import did_you_mean
 from molora.data.clusters import inference
 from molora.data.tasks import Task
 from molora.errors import ConfigError
+from molora.evaluation.modes import MODES, in_mode, usable_modes
 from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import summarise
 from molora.evaluation.score import Limits, score_task
-from molora.models.task_router import names_tasks
-from molora.tuner.api import record_routing, routing
-
-MODES = ("gate", "task", "base")
+from molora.tuner.api import record_routing
 
 
 def evaluate_tasks(
@@ -59,37 +57,3 @@ def evaluate_tasks(
                 scores.append(Score(task.name, mode, task.metric, value, len(results)))
     summary = summarise(recorded_mode, recorded) if recorded_mode else None
     return Report(scores=scores, routing=summary, notes=notes)
-
-
-def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The asked modes that the adapter can run, and a note for each it cannot; ConfigError where none is left."""
-    check_modes(modes)
-    notes = []
-    by_id = model.active_peft_config.gate.scope == "task"
-    if "gate" in modes and by_id and not names_tasks(model):
-        why = "this adapter routes by task id, so it gives no answer without one."
-        notes.append(f"mode `gate` skipped: {why}")
-        modes = [mode for mode in modes if mode != "gate"]
-    if not modes:
-        raise ConfigError(
-            "no evaluation mode is left to run.", hint=" ".join(notes) or f"choose from {', '.join(MODES)}."
-        )
-    return list(modes), notes
-
-
-def check_modes(modes: Sequence[str]) -> None:
-    """Raise ConfigError for an unknown mode, or one named twice."""
-    for mode in modes:
-        if mode not in MODES:
-            raise ConfigError(
-                f"unknown evaluation mode {mode!r}.{did_you_mean(mode, MODES)} Modes: {', '.join(MODES)}."
-            )
-    if len(set(modes)) != len(modes):
-        raise ConfigError(f"an evaluation mode is named twice: {', '.join(modes)}.")
-
-
-def in_mode(model: Any, task: str | None, mode: str) -> AbstractContextManager[Any]:
-    """The context in which the model answers for `task` in `mode`."""
-    if mode == "base":
-        return model.disable_adapter()
-    return routing(model, task_ids=task, by="task") if mode == "task" else nullcontext()

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from molora.errors import DataError
-from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
+from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Report, Score
 from molora.evaluation.routing import Matrix
-from molora.report.tables import MODE_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 MODE_COLOURS = {"gate": "#2563a8", "task": "#5fa8d3", "base": "#b5b5b5"}
 LINE_COLOURS = ("#2563a8", "#d1700a", "#3d8f4f", "#a8325e")
 BEFORE, AFTER = "#b5b5b5", "#2563a8"
+LOSSES = ("loss", "val_loss")
+"""The columns of metrics.csv that a loss curve shows."""
 ANNOTATE_UP_TO = 400  # cells of a heat map that still have room for a number
 
 
@@ -46,6 +49,41 @@ def read_metrics(path: Path) -> dict[str, list[tuple[float, float]]]:
 
 def plot_loss(metrics_csv: Path, out: Path, columns: Sequence[str]) -> Path:
     """Draw the named columns of metrics.csv over steps; a noisy curve gets a smoothed line. Returns `out`."""
+    return _save(_loss(metrics_csv, columns, "#000000"), out)
+
+
+def loss_svg(metrics_csv: Path, columns: Sequence[str]) -> str:
+    """The same as SVG inside a page: its texts have the page's colour."""
+    import matplotlib
+
+    # Lines and texts are drawn in a colour of their own, which then becomes the page's.
+    settings: Any = {"svg.fonttype": "none", "svg.hashsalt": "molora", **dict.fromkeys(_INKS, _INK)}
+    with matplotlib.rc_context(settings):
+        figure = _loss(metrics_csv, columns, _INK)
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue().partition("<svg ")[2].replace(_INK, "currentColor")
+    return (
+        f"<svg role=img aria-label='Loss over training steps: {escape(', '.join(columns), quote=True)}' {svg}"
+    )
+
+
+def curve_of(folder: Path) -> str:
+    """The loss curve of the run at this folder as SVG; nothing where it has no metrics that can be read."""
+    file = folder / "metrics.csv"
+    if not file.is_file():
+        return ""
+    try:
+        return loss_svg(file, LOSSES)
+    except DataError:
+        return ""
+
+
+_INK = "#0a0b0c"
+_INKS = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+
+
+def _loss(metrics_csv: Path, columns: Sequence[str], ink: str) -> Figure:
     curves = {name: points for name, points in read_metrics(metrics_csv).items() if name in columns}
     if not curves:
         raise DataError(f"{metrics_csv}: none of the columns {list(columns)} has a value")
@@ -58,9 +96,9 @@ def plot_loss(metrics_csv: Path, out: Path, columns: Sequence[str]) -> Path:
         if noisy:
             axes.plot(steps, smooth(values), color=colour, label=name)
     axes.set(xlabel="step", ylabel="loss (nats per token)", title="Training")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, labelcolor=ink)
     _grid(axes, axis="both")
-    return _save(figure, out)
+    return figure
 
 
 def smooth(values: Sequence[float], decay: float = 0.9) -> list[float]:
@@ -77,6 +115,38 @@ def plot_heatmap(
     matrix: Matrix, out: Path, *, title: str, xlabel: str, ylabel: str, unit: str = "mean gate weight"
 ) -> Path:
     """A matrix of values in 0..1 as coloured cells, with numbers while they are readable; NaN stays empty."""
+    return _save(_heatmap(matrix, title, xlabel, ylabel, unit), out)
+
+
+def heatmap_png(matrix: Matrix, *, title: str, xlabel: str, ylabel: str, unit: str = "") -> bytes:
+    """The same, as the bytes of a picture."""
+    return _png(_heatmap(matrix, title, xlabel, ylabel, unit))
+
+
+def small_multiples_png(matrices: Mapping[str, Matrix]) -> bytes:
+    """Several matrices of one shape beside each other, on one scale of colours."""
+    from matplotlib.figure import Figure
+
+    across = min(4, len(matrices))
+    down = math.ceil(len(matrices) / across)
+    figure = Figure(figsize=(2.4 * across + 0.6, 2.2 * down), layout="constrained")
+    peak = max(
+        (v for m in matrices.values() for row in m.values for v in row if not math.isnan(v)), default=0.0
+    )
+    panels = [*figure.subplots(down, across, squeeze=False).flat]
+    for axes, (name, matrix) in zip(panels, matrices.items(), strict=False):
+        image = axes.imshow(matrix.values, cmap="Blues", vmin=0.0, vmax=peak or 1.0, aspect="auto")
+        axes.set_title(_plain(name), fontsize=9)
+        axes.set_xticks([0, len(matrix.columns) - 1])
+        axes.set_yticks([0, len(matrix.rows) - 1], [matrix.rows[0], matrix.rows[-1]])
+        axes.tick_params(length=0, labelsize=7)
+    for axes in panels[len(matrices) :]:
+        axes.set_axis_off()
+    figure.colorbar(image, ax=figure.axes, label="mean gate weight")
+    return _png(figure)
+
+
+def _heatmap(matrix: Matrix, title: str, xlabel: str, ylabel: str, unit: str) -> Figure:
     rows, columns = len(matrix.rows), len(matrix.columns)
     if not rows or not columns:
         raise DataError(f"nothing to draw for {title!r}: no routing was recorded")
@@ -97,7 +167,7 @@ def plot_heatmap(
                     ink = "white" if value > 0.6 * peak else "#333333"
                     axes.text(x, y, f"{value:.2f}", ha="center", va="center", color=ink, fontsize=8)
     figure.colorbar(image, ax=axes, label=unit)
-    return _save(figure, out)
+    return figure
 
 
 def plot_scores(report: Report, out: Path) -> Path:
@@ -151,7 +221,18 @@ def _grid(axes: Axes, *, axis: Literal["both", "x", "y"]) -> None:
 
 
 def _save(figure: Figure, out: Path) -> Path:
+    out.write_bytes(_png(figure))
+    return out
+
+
+def _png(figure: Figure) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(figure).print_png(str(out), metadata={"Software": None}, pil_kwargs=None)
-    return out
+    buffer = io.BytesIO()
+    FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None}, pil_kwargs=None)
+    return buffer.getvalue()
+
+
+def _plain(name: str) -> str:
+    # names are free text: a dollar must not become mathematics
+    return name.replace("$", r"\$")

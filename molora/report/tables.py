@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from molora.evaluation.continual import AccuracyMatrix
-from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
-from molora.evaluation.routing import Matrix, RoutingSummary, advice
+from molora.evaluation.counterfactual import Counterfactuals, rows
+from molora.evaluation.findings import advice, warnings
+from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Difference, Report, Score, differences
+from molora.evaluation.routing import Matrix, RoutingSummary
 
-MODE_TITLES = {"gate": "gate alone", "task": "task id given", "base": "base only"}
 PIPE_WIDTH = 1000  # rich assumes 80 columns in a pipe and would cut wide tables
 
 
@@ -32,6 +33,9 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
     if report.routing:
         for line in routing_lines(report.routing):
             to.print(line, markup=False)
+    for line in warnings(report):
+        if report.routing is None or line not in routing_lines(report.routing):
+            to.print(f"warning: {line}", markup=False)
     for name, value in report.facts.items():
         to.print(f"{name}: {_fact(value)}", markup=False)
     for note in report.notes:
@@ -54,7 +58,19 @@ def report_tables(report: Report) -> list[Table]:
         tables = [score_table(report.scores)]
     if (routing := report.routing) and routing.by_task:
         tables.append(matrix_table(routing.task_expert(), routing_title(routing), corner="task"))
+    if report.counterfactuals:
+        tables.append(what_if_table(report.counterfactuals))
     return tables
+
+
+def what_if_table(found: Counterfactuals) -> Table:
+    """A change in each row, a task in each column: score under it."""
+    shown = rows(found)
+    table = _table(f"What if (first {found.records} records)", ["change"], map(_plain, shown))
+    for change in dict.fromkeys(name for row in shown.values() for name in row):
+        cells = (Score(t, "", found.metrics[t], row[change], 0).text() for t, row in shown.items())
+        table.add_row(_plain(change), *cells)
+    return table
 
 
 def score_table(scores: Sequence[Score], title: str = "Held-out scores") -> Table:

@@ -12,19 +12,23 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.config.load import Recipe, recipe_text
+from molora.data.clusters import inference
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import check_writable, write_file, write_folder
 from molora.disk.out_folder import check_out
 from molora.errors import ConfigError
+from molora.evaluation.counterfactual import counterfactuals
+from molora.evaluation.modes import check_modes
 from molora.evaluation.naming import naming
 from molora.evaluation.report import LOWER_IS_BETTER, Report, check_floors
 from molora.evaluation.routing import RoutingSummary
-from molora.evaluation.runner import check_modes, evaluate_tasks
+from molora.evaluation.runner import evaluate_tasks
 from molora.evaluation.score import Limits
+from molora.evaluation.similarity import similarity
 from molora.models.build import load_trained, tasks_of
 from molora.models.task_router import names_tasks
 from molora.report.html import render
-from molora.report.plots import plot_before_after, plot_heatmap, plot_scores
+from molora.report.plots import curve_of, plot_before_after, plot_heatmap, plot_scores
 from molora.report.tables import routing_title
 from molora.store.adapter import read_config
 from molora.store.runs import REPORT_FILE, Run
@@ -43,6 +47,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     allow_other_base: bool = False,
     floors: Mapping[str, float] | None = None,
+    what_if: int | None = None,
 ) -> Report:
     """Score a trained mixture on held-out records.
 
@@ -57,6 +62,8 @@ def evaluate(
             its training stays. An adapter folder without `out` is only scored. The report's `folder` says where it is.
         allow_other_base: go on where the base is not the one the adapter was trained on; shapes must still fit.
         floors: what `check_thresholds` will be asked afterwards; refused here where that could not be judged.
+        what_if: also score the first so many records of each task with every expert alone, with every expert left out,
+            and with even weights; see `counterfactuals`.
 
     Raises:
         ConfigError: unknown tasks or modes, floors that are no shares, or a folder that may not be written, before any
@@ -83,7 +90,7 @@ def evaluate(
         check_modes(modes)
     with quiet_libraries():
         model, tokenizer, _ = load_trained(run.path if run else path, allow_other_base=allow_other_base)
-        report = score(config, model, tokenizer, chosen, modes)
+        report = score(config, model, tokenizer, chosen, modes, what_if)
     report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)
     if report.folder is not None:
         with write_folder(report.folder) as folder:
@@ -110,8 +117,9 @@ def score(
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[Task],
     modes: Sequence[str] | None = None,
+    what_if: int | None = None,
 ) -> Report:
-    """Score these tasks under a recipe's `eval` section."""
+    """Score these tasks under a recipe's `eval` section; `what_if` as of `evaluate`."""
     report = Report()
     if tasks:
         modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
@@ -119,6 +127,14 @@ def score(
         if names_tasks(model):
             report.naming = naming(model, tokenizer, tasks, limits)
             report.facts |= report.naming.facts()
+        if report.routing is not None:
+            report.similarity = similarity(model)
+            if what_if is not None:
+                mode = report.routing.mode
+                with inference(model):
+                    report.counterfactuals = counterfactuals(
+                        model, tokenizer, tasks, mode=mode, limits=limits, records=what_if
+                    )
     report.environment = describe_environment()
     return report
 
@@ -128,10 +144,8 @@ def write_report(report: Report, folder: Path, config: RunConfig) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "report.json", report.to_json().encode())
     write_file(folder / "report.csv", report.to_csv().encode())
-    pictures = draw(report, folder)
-    if (folder / "loss.png").is_file():
-        pictures.insert(0, folder / "loss.png")
-    page = render(report, title=f"molora: {config.name}", pictures=pictures, config=recipe_text(config))
+    draw(report, folder)
+    page = render(report, title=f"molora: {config.name}", curves=curve_of(folder), config=recipe_text(config))
     write_file(folder / "report.html", page.encode())
 
 

@@ -22,7 +22,7 @@ from molora.errors import ConfigError
 from molora.models.base_check import check_base, check_lengths
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
-from molora.report.plots import plot_loss
+from molora.report.plots import LOSSES, plot_loss
 from molora.store.adapter import save
 from molora.store.runs import CONFIG_FILE, ENVIRONMENT_FILE, FORMAT, Run, checkpoint_step
 from molora.training.callbacks import Interrupt
@@ -171,7 +171,7 @@ def fit(
             if conclude is not None:
                 conclude(run, model)
             else:
-                plot_loss(run.path / "metrics.csv", run.path / "loss.png", ["loss", "val_loss"])
+                plot_loss(run.path / "metrics.csv", run.path / "loss.png", LOSSES)
                 evaluate_run(run, model, tokenizer, tasks)
     return run
 

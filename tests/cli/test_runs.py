@@ -96,3 +96,24 @@ def test_clean_says_what_it_would_do_and_does_it_when_told(cli: Cli, place: Path
     assert not (place / "small" / "20990101-000000").exists()
     assert all(run.latest_checkpoint for run in map(Run, {p.parent for p in place.glob("*/*/config.yaml")}))
     assert all(run.trained_adapter for run in map(Run, {p.parent for p in place.glob("*/*/config.yaml")}))
+
+
+def test_the_report_of_one_run_and_of_two(
+    cli: Cli, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = sorted(
+        path for path in (place / "small").iterdir() if path.name[:2] == "20" and path.name[:4] != "2099"
+    )
+    assert cli("report", str(runs[0])).out == "report.html\n"
+    one = Path("report.html").read_text()
+    assert "molora: small" in one and "Loss over training steps" in one
+    assert cli("report", *map(str, runs), "--out", "report.html").code == 0  # its own page may be replaced
+    both = Path("report.html").read_text()
+    assert all(f"small/{run.name}" in both for run in runs) and "Side by side" in both
+    Path("mine.html").write_text("<html>mine")
+    refused = cli("report", str(runs[0]), "--out", "mine.html")
+    assert refused.code == 2 and "is no report of molora's" in refused.err
+    assert cli("report", str(runs[0]), str(runs[0])).code == 2
+    missing = cli("report", str(place / "small" / "20990101-000000"))
+    assert missing.code == 4 and "has no report" in missing.err

@@ -6,12 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from molora.evaluation.findings import advice
+from molora.evaluation.measures import dead_experts, specialisation
 from molora.evaluation.routing import (
     RoutingSummary,
-    advice,
-    dead_experts,
     expert_shares,
-    specialisation,
     summarise,
 )
 

@@ -7,7 +7,8 @@ import torch
 
 from molora import ConfigError, DataError, routing
 from molora.data.tasks import Task
-from molora.evaluation.runner import evaluate_tasks, inference, usable_modes
+from molora.evaluation.modes import usable_modes
+from molora.evaluation.runner import evaluate_tasks, inference
 from molora.evaluation.score import Limits
 from tests.training.runs import write_base
 from tests.zoo import randomise

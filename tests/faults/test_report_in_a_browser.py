@@ -9,11 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from molora.evaluation.counterfactual import AS_IT_IS, BASE, EVEN, Counterfactuals
 from molora.evaluation.naming import Naming
 from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import RoutingSummary
+from molora.evaluation.similarity import Similarity
 from molora.report.html import render
-from molora.report.plots import plot_scores
+from molora.report.several import render_several
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
@@ -54,11 +56,13 @@ class Elements(HTMLParser):
         super().__init__()
         self.tags: set[str] = set()
         self.attributes: set[str] = set()
+        self.links: set[str] = set()
         self.feed(text)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.add(tag)
         self.attributes.update(name for name, _ in attrs)
+        self.links.update(value or "" for name, value in attrs if name == "href")
 
 
 def test_the_probe_sees_a_script_that_runs(tmp_path: Path) -> None:
@@ -90,12 +94,24 @@ def test_no_script_of_a_hostile_report_runs(tmp_path: Path) -> None:
         notes=list(HOSTILE),
         environment={name: name for name in HOSTILE},
     )
-    picture = plot_scores(Report(scores=scores[8:]), tmp_path / "a.png")
-    hostile = picture.rename(picture.with_name("x' onerror='alert(1).png"))
+    report.similarity = Similarity(*({n: dict.fromkeys(HOSTILE, 0.99) for n in HOSTILE} for _ in range(2)))
+    changed = {name: dict.fromkeys((AS_IT_IS, EVEN, BASE), 0.5) for name in HOSTILE}
+    each = {name: dict.fromkeys(HOSTILE, 0.5) for name in HOSTILE}
+    metrics = dict.fromkeys(HOSTILE, "exact_match")
+    report.counterfactuals = Counterfactuals(HOSTILE[0], 3, metrics, changed, each, each)
     page = tmp_path / "report.html"
-    page.write_text(render(report, title="".join(HOSTILE), pictures=[hostile], config="\n".join(HOSTILE)))
+    several = {"".join(HOSTILE): report, HOSTILE[1]: report}
+    page.write_text(
+        render(report, title="".join(HOSTILE), config="\n".join(HOSTILE))
+        + render_several(several, title=HOSTILE[0], inside={})
+    )
     found = Elements(dumped(page, tmp_path / "profile"))
     assert found.tags <= {
-        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "table", "tbody", "tr", "th", "td", "img", "pre",
+        "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "ul", "li", "a", "section", "details",
+        "summary", "h1", "h2", "h3", "p", "div", "small", "table", "caption", "thead", "tbody", "tr", "th", "td", "img", "pre",
     }  # fmt: skip
-    assert found.attributes <= {"lang", "charset", "class", "alt", "src"}
+    assert found.attributes <= {
+        "lang", "charset", "name", "content", "class", "id", "href", "style", "scope", "tabindex", "alt", "src",
+        "aria-label", "aria-labelledby",
+    }  # fmt: skip
+    assert found.links and all(link.startswith("#") for link in found.links)

@@ -1,0 +1,120 @@
+"""What if: each task's score with one expert alone, with one left out, and with even weights instead of the gate's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from molora.data.tasks import Task
+from molora.evaluation.metrics import METRICS, mean
+from molora.evaluation.modes import in_mode
+from molora.evaluation.score import HeldOut, Limits
+from molora.forward.mount import MountPoint
+from molora.tuner.api import routing
+from molora.tuner.scale import set_scalings
+
+AS_IT_IS, EVEN, BASE = "as it is", "even weights", "no expert"
+
+
+@dataclass(frozen=True)
+class Counterfactuals:
+    """Scores of each task under each change; a loss is lower where it is better.
+
+    mode: who decided where nothing was changed. records: how many of a task were scored at most.
+    alone, without: task -> expert -> score with that expert alone, and with what it adds left out, the others'
+    weights as they are. changed: task -> `as it is`, `even weights`, `no expert` -> score.
+    """
+
+    mode: str
+    records: int
+    metrics: dict[str, str]
+    changed: dict[str, dict[str, float]]
+    alone: dict[str, dict[str, float]]
+    without: dict[str, dict[str, float]]
+
+    def gain(self) -> float | None:
+        """How much better the gate is than even weights, averaged over the tasks whose metric is a share."""
+        pairs = [row for task, row in self.changed.items() if self.metrics[task] != "loss"]
+        return sum(row[AS_IT_IS] - row[EVEN] for row in pairs) / len(pairs) if pairs else None
+
+
+def counterfactuals(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[Task],
+    *,
+    mode: str,
+    limits: Limits | None = None,
+    records: int = 50,
+) -> Counterfactuals:
+    """Score the first `records` held-out records of each task under every change: 3 + 2 · experts scores for a task.
+
+    Args:
+        mode: `gate` or `task`, see `runner.evaluate_tasks`.
+    """
+    limits = limits or Limits()
+    experts: tuple[str, ...] = tuple(model.expert_names)
+    changed, alone, without = (
+        dict[str, dict[str, float]](),
+        dict[str, dict[str, float]](),
+        dict[str, dict[str, float]](),
+    )
+    for task in tasks:
+        held_out = HeldOut(model, tokenizer, task, limits)
+        chosen = range(min(records, len(task.eval)))
+        score = partial(_score, held_out, chosen)
+        as_usual = partial(in_mode, model, task.name, mode)
+        changed[task.name] = {
+            AS_IT_IS: score(as_usual()),
+            EVEN: score(routing(model, task_ids=task.name, experts=experts)),
+            BASE: score(in_mode(model, task.name, "base")),
+        }
+        alone[task.name] = {e: score(routing(model, task_ids=task.name, experts=[e])) for e in experts}
+        without[task.name] = {}
+        for expert in experts:
+            with left_out(model, expert):
+                without[task.name][expert] = score(as_usual())
+    metrics = {task.name: task.metric for task in tasks}
+    return Counterfactuals(mode, records, metrics, changed, alone, without)
+
+
+@contextmanager
+def left_out(model: Any, expert: str) -> Iterator[None]:
+    """An expert of the active adapter adds nothing inside; gates decide as before, nothing is renormalised."""
+    adapter = str(model.active_adapter)
+    points = [module for module in model.modules() if isinstance(module, MountPoint)]
+    mounts = [point.mounts[adapter] for point in points if adapter in point.mounts]
+    found = [mount for mount in mounts if not mount.plain and expert in mount.task_map.experts]
+    before = [mount.bank.scalings for mount in found]
+    try:
+        for mount, scalings in zip(found, before, strict=True):
+            names = mount.task_map.experts
+            set_scalings(mount, [0.0 if n == expert else s for n, s in zip(names, scalings, strict=True)])
+        yield
+    finally:
+        for mount, scalings in zip(found, before, strict=True):
+            set_scalings(mount, [*scalings])
+
+
+def _score(held_out: HeldOut, records: Sequence[int], context: AbstractContextManager[Any]) -> float:
+    with context:
+        answers = held_out.ask(records)
+    results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
+    return mean(METRICS[held_out.task.metric], results)
+
+
+def rows(found: Counterfactuals) -> Mapping[str, Mapping[str, float]]:
+    """Task -> change -> score, for a table: `as it is`, `even weights`, `no expert`, `only e`, `without e`."""
+    return {
+        task: {
+            **found.changed[task],
+            **{f"only {name}": value for name, value in found.alone[task].items()},
+            **{f"without {name}": value for name, value in found.without[task].items()},
+        }
+        for task in found.changed
+    }
