@@ -27,6 +27,7 @@ ORDER = (
     {"store"},
     {"data"},
     {"models"},
+    {"fusion"},
     {"evaluation"},
     {"report"},
     {"training"},
@@ -44,7 +45,7 @@ HEAVY = MODEL | {"lightning", "datasets", "matplotlib"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("errors.py", "version.py", "assets", "config", "registry.py", ROOT), NOTHING),
     **dict.fromkeys(("experts", "gates", "calls", "losses.py", "forward", "hf.py"), NUMERIC),
-    **dict.fromkeys(("disk", "tuner", "store", "models", "evaluation", "continual"), MODEL),
+    **dict.fromkeys(("disk", "tuner", "store", "models", "fusion", "evaluation", "continual"), MODEL),
     "data": MODEL | {"lightning", "datasets"},
     "report": {"matplotlib"},
     "training": MODEL | {"lightning"},

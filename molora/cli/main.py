@@ -22,6 +22,7 @@ from molora.version import __version__
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
+    "fuse",
     "init", "runs", "recipes", "presets", "schema",
 )  # fmt: skip
 
