@@ -351,7 +351,7 @@ def _(method: Method, folder: Path) -> None:
 
 @capability(
     "`add_weighted_adapter`",
-    "with us: `molora.compose`, a gate of scope `constant`, or `merge_and_unload(expert_weights=)`",
+    "with us: `molora.fuse` makes one LoRA; `molora.compose`, a gate of scope `constant`, or `merge_and_unload(expert_weights=)`",
 )
 def _(method: Method, folder: Path) -> None:
     model = method.model()

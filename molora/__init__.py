@@ -22,6 +22,8 @@ _HOMES = {
     "errors": ("AdapterError", "ConfigError", "DataError", "DivergedError", "MoLoraError", "RoutingError"),
     "forward.auxiliary": ("register_loss",),
     "forward.dispatch": ("dispatch",),
+    "fusion.fuse": ("fuse",),
+    "fusion.methods": ("register_fusion",),
     "gates.scores": ("register_score",),
     "models.task_router": ("fit_router", "route"),
     "store.adapter": ("load", "save"),

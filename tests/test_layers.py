@@ -27,6 +27,7 @@ ORDER = (
     {"store"},
     {"data"},
     {"models"},
+    {"fusion"},
     {"evaluation"},
     {"report"},
     {"training"},
@@ -44,7 +45,7 @@ HEAVY = MODEL | {"lightning", "datasets", "matplotlib"}
 ALLOWED: dict[str, set[str]] = {
     **dict.fromkeys(("errors.py", "version.py", "assets", "config", "registry.py", ROOT), NOTHING),
     **dict.fromkeys(("experts", "gates", "calls", "losses.py", "forward", "hf.py"), NUMERIC),
-    **dict.fromkeys(("disk", "tuner", "store", "models", "evaluation", "continual"), MODEL),
+    **dict.fromkeys(("disk", "tuner", "store", "models", "fusion", "evaluation", "continual"), MODEL),
     "data": MODEL | {"lightning", "datasets"},
     "report": {"matplotlib"},
     "training": MODEL | {"lightning"},
@@ -213,6 +214,23 @@ def test_importing_it_loads_nothing_heavy(module: str) -> None:
     code = f"import sys, {module}; print(*sorted({HEAVY!r} & sys.modules.keys()))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == []
+
+
+BELOW_THE_METHOD = sorted(
+    path for path in FILES if LEVEL[name_of(path).split("/")[0]] < LEVEL["tuner"] and path.name != ROOT
+)
+
+
+@pytest.mark.parametrize("path", BELOW_THE_METHOD, ids=name_of)
+def test_nothing_below_the_method_imports_peft_first(path: Path) -> None:
+    """Importing peft registers the method, whose modules would meet the one that did it half initialised."""
+    at_once = [node for node in parsed(path).body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert "peft" not in {name.split(".")[0] for name in imports(ast.Module(at_once, []))}
+
+
+@pytest.mark.parametrize("module", ["molora.disk.card", "molora.disk.base_check"])
+def test_files_can_be_read_before_peft_is_there(module: str) -> None:
+    subprocess.run([sys.executable, "-c", f"import {module}, molora.tuner.config"], check=True)
 
 
 def test_every_module_starts_with_its_purpose() -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
 
+from molora.cli.options import named
 from molora.errors import ConfigError
 
 
@@ -28,8 +28,8 @@ def command(
 
     Example: molora compose Qwen/Qwen2.5-0.5B math=loras/math code=loras/code --preset arrow --fit arrow --out mix
     """
-    folders = _named(loras, "FOLDER", "math=loras/math")
-    tasks = _named(task or (), "EXPERT,...", "sums=math,code")
+    folders = named(loras, "FOLDER", "math=loras/math")
+    tasks = named(task or (), "EXPERT,...", "sums=math,code")
     served = {name: experts.split(",") for name, experts in tasks.items()}
 
     from molora.config import BaseConfig
@@ -52,16 +52,3 @@ def command(
     scope = mixed.active_peft_config.gate.scope
     typer.echo(f"{len(folders)} experts ({', '.join(folders)}), frozen, under a gate of scope {scope}")
     typer.echo(f"adapter: {out}")
-
-
-def _named(items: Sequence[str], value: str, example: str) -> dict[str, str]:
-    """`NAME=VALUE` items as a map; ConfigError where one is not of that form or a name is there twice."""
-    found: dict[str, str] = {}
-    for item in items:
-        name, equals, given = item.partition("=")
-        if not (name and equals and given):
-            raise ConfigError(f"{item!r} is not NAME={value}, such as {example}.")
-        if name in found:
-            raise ConfigError(f"the name {name!r} is there twice.")
-        found[name] = given
-    return found

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Argument, Option
+
+from molora.errors import ConfigError
 
 RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
@@ -57,3 +59,16 @@ def show_run(run: Path) -> None:
     to = console()
     print_report(Report.from_json((run / "report.json").read_text(encoding="utf-8")), to=to)
     to.print(f"run: {run}\nreport: {run / 'report.html'}", markup=False)
+
+
+def named(items: Sequence[str], value: str, example: str) -> dict[str, str]:
+    """`NAME=VALUE` items as a map; ConfigError where one is not of that form or a name is there twice."""
+    found: dict[str, str] = {}
+    for item in items:
+        name, equals, given = item.partition("=")
+        if not (name and equals and given):
+            raise ConfigError(f"{item!r} is not NAME={value}, such as {example}.")
+        if name in found:
+            raise ConfigError(f"the name {name!r} is there twice.")
+        found[name] = given
+    return found

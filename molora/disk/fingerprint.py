@@ -8,9 +8,6 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -162,6 +159,10 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _unwrap(model: nn.Module) -> nn.Module:
+    # Not at the top: importing peft registers the method, and its modules need this folder's whole.
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTuner
+
     model = getattr(model, "_orig_mod", model)  # torch.compile
     model = model.base_model if isinstance(model, PeftModel) else model
     return model.model if isinstance(model, BaseTuner) else model
@@ -178,6 +179,9 @@ def _weights(model: nn.Module) -> Iterator[_Weight]:
 
 
 def _modules(module: nn.Module, prefix: str) -> Iterator[tuple[str, nn.Module]]:
+    from peft.tuners.tuners_utils import BaseTunerLayer  # see _unwrap
+    from peft.utils.other import AuxiliaryTrainingWrapper
+
     while isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
         if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()

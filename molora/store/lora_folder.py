@@ -53,8 +53,18 @@ class LoraFolder:
     path: Path
     spec: ExpertSpec
     factors: dict[str, tuple[Tensor, Tensor]]
-    skipped: tuple[str, ...]  # tensors of modules_to_save
-    task_type: str | None = None
+    heads: dict[str, Tensor]  # tensors of modules_to_save
+    config: dict[str, Any]  # its adapter_config.json
+
+    @property
+    def task_type(self) -> str | None:
+        """CAUSAL_LM, SEQ_CLS, ..., where its config says."""
+        return self.config.get("task_type")
+
+    @property
+    def skipped(self) -> tuple[str, ...]:
+        """Names of what an expert has no place for."""
+        return tuple(sorted(self.heads))
 
     def rank(self, key: str) -> int:
         """The rank its config gives a module."""
@@ -76,7 +86,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
         verify_folder(folder)
     config = read_json(folder / CONFIG_FILE)
     _check_config(folder, config)
-    factors, skipped = _tensors(folder, config)
+    factors, heads = _tensors(folder, config)
     spec = ExpertSpec(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -84,7 +94,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
     )
-    return LoraFolder(folder, spec, factors, skipped, config.get("task_type"))
+    return LoraFolder(folder, spec, factors, heads, config)
 
 
 def short_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
@@ -116,8 +126,8 @@ def _check_config(folder: Path, config: object) -> None:
 
 def _tensors(
     folder: Path, config: dict[str, Any]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], tuple[str, ...]]:
-    """Pairs of factors by module, and the names of tensors that belong to modules saved whole."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """Pairs of factors by module, and the tensors that belong to modules saved whole."""
     file = folder / WEIGHTS_FILE
     try:
         tensors = load_file(file)
@@ -130,14 +140,15 @@ def _tensors(
     if config.get("task_type") == "SEQ_CLS":
         saved.update(_HEADS)
     halves: dict[str, dict[str, Tensor]] = {}
-    skipped, problems = [], []
+    heads: dict[str, Tensor] = {}
+    problems = []
     for name, tensor in tensors.items():
         bare = name.removeprefix(PREFIX)
         match = _FACTOR.fullmatch(bare)
         if match:
             halves.setdefault(match["key"], {})[match["factor"]] = tensor
         elif set(bare.split(".")) & saved:
-            skipped.append(bare)
+            heads[bare] = tensor
         else:
             problems.append(f"{name}: not a factor of an ordinary LoRA")
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
@@ -151,4 +162,4 @@ def _tensors(
     if problems or not halves:
         listed = problems[:10] or ["it holds no factors at all"]
         raise AdapterError(f"{file} cannot become an expert:\n  " + "\n  ".join(listed))
-    return {key: (half["A"], half["B"]) for key, half in halves.items()}, tuple(sorted(skipped))
+    return {key: (half["A"], half["B"]) for key, half in halves.items()}, heads

@@ -1,0 +1,1 @@
+"""Fusing adapters: many experts become one ordinary LoRA, exact on products."""
