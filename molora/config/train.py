@@ -53,6 +53,7 @@ class TrainConfig(Section):
     save_every: PositiveInt | None = None
     keep_checkpoints: PositiveInt = 2
     log_every: PositiveInt = 10
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] | None = None  # csv: always
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     devices: PositiveInt | list[int] | Literal["auto"] = 1
     accelerator: Literal["auto", "cpu", "gpu", "cuda", "mps"] = "auto"
@@ -90,6 +91,8 @@ class TrainConfig(Section):
             yield ("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps."
         if self.on_nonfinite == "rollback" and self.devices not in (1, [0]):
             yield ("on_nonfinite",), "'rollback' goes with one device; use stop, and --resume."
+        if self.loggers is not None and len(set(self.loggers)) < len(self.loggers):
+            yield ("loggers",), "names a logger twice."
         if self.patience is not None and self.val_every is None:
             yield ("patience",), "counts validations, and val_every is not set; set val_every."
         for i, stage in enumerate(self.stages):

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from molora.evaluation.naming import Naming
 from molora.evaluation.report import Report, differences
-from molora.report.tables import MODE_TITLES, routing_lines, score_cells
+from molora.evaluation.runner import MODE_TITLES
+from molora.report.tables import routing_lines, score_cells
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }

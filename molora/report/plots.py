@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal
 from molora.errors import DataError
 from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
 from molora.evaluation.routing import Matrix
-from molora.report.tables import MODE_TITLES
+from molora.evaluation.runner import MODE_TITLES
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -13,8 +13,8 @@ from rich.table import Table
 from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
 from molora.evaluation.routing import Matrix, RoutingSummary, advice
+from molora.evaluation.runner import MODE_TITLES
 
-MODE_TITLES = {"gate": "gate alone", "task": "task id given", "base": "base only"}
 PIPE_WIDTH = 1000  # rich assumes 80 columns in a pipe and would cut wide tables
 
 
