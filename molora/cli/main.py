@@ -122,7 +122,16 @@ def _say_interrupted(arguments: list[str]) -> None:
 
 def _show(error: MoLoraError) -> int:
     name = "interrupted" if isinstance(error, InterruptedRun) else type(error).__name__
-    print(f"{name}: {error}", file=sys.stderr)
+    if not sys.stderr.isatty():
+        print(f"{name}: {error}", file=sys.stderr)
+        return error.exit_code
+    from rich.console import Console
+    from rich.text import Text
+
+    text = Text(f"{name}: {error}")
+    text.stylize("bold red", 0, len(name))
+    text.highlight_words(["\n  hint:"], "bold")
+    Console(file=sys.stderr, highlight=False).print(text, soft_wrap=True)
     return error.exit_code
 
 

@@ -81,6 +81,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
     from molora.training.optimise import check_device, short_window
+    from molora.training.trackers import check_loggers
     from molora.training.train import check_output, check_validation
     from molora.tuner.router import where_it_reads
 
@@ -106,6 +107,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
         model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
     check_base(config, model, tokenizer)
     check_device(config.train)
+    check_loggers(config.train)
     check_output(Path(config.output))
     check_validation(config, [task for task in tasks if len(task.eval)])
     check_lengths(config, model, _encoded(config, tasks, tokenizer))

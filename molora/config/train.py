@@ -76,6 +76,8 @@ class TrainConfig(Section):
     """How many of the newest checkpoints stay."""
     log_every: PositiveInt = 10
     """Steps from one line of metrics to the next."""
+    loggers: list[Literal["csv", "tensorboard", "wandb", "mlflow"]] | None = None
+    """Who keeps the metrics beside `metrics.csv`, which is always written; null: tensorboard where it is installed."""
     on_nonfinite: Literal["stop", "rollback"] = "stop"
     """At a loss that is not finite: stop with exit code 5, or go back to before the batch and leave it out."""
     devices: PositiveInt | list[int] | Literal["auto"] = 1
@@ -117,6 +119,8 @@ class TrainConfig(Section):
             yield ("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps."
         if self.on_nonfinite == "rollback" and self.devices not in (1, [0]):
             yield ("on_nonfinite",), "'rollback' goes with one device; use stop, and --resume."
+        if self.loggers is not None and len(set(self.loggers)) < len(self.loggers):
+            yield ("loggers",), "names a logger twice."
         if self.patience is not None and self.val_every is None:
             yield ("patience",), "counts validations, and val_every is not set; set val_every."
         for i, stage in enumerate(self.stages):

@@ -26,9 +26,10 @@ from molora.models.build import check_router, load_trained, tasks_of
 from molora.models.label_match import add_labels
 from molora.report.plots import LOSSES, plot_loss
 from molora.store.runs import Run
-from molora.training.environment import prepare_process, quiet_libraries
+from molora.training.environment import at_work, prepare_process
 from molora.training.evaluate import score, write_report
 from molora.training.optimise import check_device
+from molora.training.trackers import check_loggers
 from molora.training.train import find_run, with_labels
 from molora.tuner.config import MoLoraConfig
 
@@ -61,11 +62,12 @@ def add_expert(
     parent = run if isinstance(run, Run) else Run.find(run)
     grow = load_grow(recipe, overrides, run=parent.config)
     prepare_process(parent.config.seed)
-    with quiet_libraries():
+    with at_work():
         model, tokenizer, _ = load_trained(parent.path, trainable=True, allow_other_base=allow_other_base)
         old: MoLoraConfig = model.active_peft_config
         config = grown_config(parent.config, grow, old, parent.path)
         check_device(config.train)
+        check_loggers(config.train)
         check_router(config)
         tasks = tasks_of(config, known_ids=old.task_ids)
         config = with_labels(config, tasks)

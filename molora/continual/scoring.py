@@ -21,6 +21,7 @@ from molora.evaluation.metrics import METRICS, mean
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 from molora.models.task_router import named_prompts, names_tasks
+from molora.progress import phase
 
 BASE = None  # the route of the base without experts
 OPEN = ""  # no route in particular: the gate decides
@@ -70,7 +71,8 @@ def score_base(
     config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase, tasks: Sequence[Task]
 ) -> dict[str, float]:
     """Accuracy of the base alone on each task, over the task's own classes."""
-    with inference(model), on_route(model, BASE):
+    total = sum(len(task.eval) for task in tasks)
+    with inference(model), on_route(model, BASE), phase("evaluating the base", total, "records"):
         return {task.name: score_task(model, tokenizer, task, Limits.of(config))[0] for task in tasks}
 
 
@@ -95,8 +97,9 @@ def score_turn(
     row |= {"shown": {}, "hidden": {}, "inferred": {}, "unchanged": {}}
     seen = {task.name: task for task in turn.seen}
     open_classes = sorted({c for task in turn.seen for c in task.classes})
-    with inference(model):
+    with inference(model), phase("evaluating", len(turn.tasks), "tasks") as shown:
         for task in turn.tasks:
+            shown.now(task.name)
             known = task.name in seen
             route = shown_route(model, task, known)
             if route is BASE:

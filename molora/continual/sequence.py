@@ -34,10 +34,12 @@ from molora.disk.manifest import read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
 from molora.models.base import load_base, load_tokenizer
 from molora.models.build import build_model, build_skeleton, labels_of_tasks, tasks_of
+from molora.progress import phase
 from molora.store.adapter import load
 from molora.store.runs import Run
-from molora.training.environment import prepare_process, quiet_libraries
+from molora.training.environment import at_work, prepare_process
 from molora.training.optimise import check_device
+from molora.training.trackers import check_loggers
 from molora.training.train import check_output, find_run, start_run, with_labels
 
 ROW_FILE = "row.json"
@@ -62,13 +64,14 @@ def train_sequence(
     config = load_recipe(recipe, overrides)
     check_sequence(config)
     check_device(config.train)
+    check_loggers(config.train)
     check_output(Path(config.output))
     tasks = tasks_of(config)
     check_held_out(config, tasks)
     config = with_labels(config, tasks)
     run = find_run(config, resume)
     _check_same(config, run)
-    with quiet_libraries():
+    with at_work():
         _check_data(config, tasks)
         run = start_run(config) if run is None else run
         with run.lock():
@@ -153,10 +156,13 @@ class SequenceRun:
 
     def play(self) -> Run:
         """Every turn that is not complete, then the tables; returns the run."""
-        for index, folder in enumerate(self.stages):
-            if not (folder / ROW_FILE).is_file():
-                self._play_turn(index, folder)
-            write_tables(self.run.path, self.tasks, [_read_row(f) for f in self.stages[: index + 1]])
+        with phase("tasks", len(self.stages), "tasks") as shown:
+            for index, folder in enumerate(self.stages):
+                shown.now(f"{index + 1} of {len(self.stages)}, {folder.name.partition('-')[2]}")
+                if not (folder / ROW_FILE).is_file():
+                    self._play_turn(index, folder)
+                write_tables(self.run.path, self.tasks, [_read_row(f) for f in self.stages[: index + 1]])
+                shown.advance()
         self._publish(self.stages[-1])
         return self.run
 

@@ -16,6 +16,7 @@ from molora.data.loader import Collate, ResumableLoader, ordered_loader
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
 from molora.errors import DataError
+from molora.progress import phase
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -143,7 +144,12 @@ def encode_all(
 
     Raises DataError at the first faulty record, or when no record is left.
     """
-    every = [encode(task, record, tokenizer, max_length).compact() for record in records]
+    every = []
+    with phase(f"reading {task.name}", len(records), "records", minor=True) as shown:
+        for i, record in enumerate(records):
+            every.append(encode(task, record, tokenizer, max_length).compact())
+            if i % 100 == 0:
+                shown.reach(i)
     kept = [example for example in every if example.learns]
     counts = SplitSummary(
         task=task.name,

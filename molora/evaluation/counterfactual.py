@@ -15,6 +15,7 @@ from molora.evaluation.metrics import METRICS, mean
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import HeldOut, Limits
 from molora.forward.mount import MountPoint
+from molora.progress import phase
 from molora.tuner.api import routing
 from molora.tuner.scale import set_scalings
 
@@ -64,21 +65,25 @@ def counterfactuals(
         dict[str, dict[str, float]](),
         dict[str, dict[str, float]](),
     )
-    for task in tasks:
-        held_out = HeldOut(model, tokenizer, task, limits)
-        chosen = range(min(records, len(task.eval)))
-        score = partial(_score, held_out, chosen)
-        as_usual = partial(in_mode, model, task.name, mode)
-        changed[task.name] = {
-            AS_IT_IS: score(as_usual()),
-            EVEN: score(routing(model, task_ids=task.name, experts=experts)),
-            BASE: score(in_mode(model, task.name, "base")),
-        }
-        alone[task.name] = {e: score(routing(model, task_ids=task.name, experts=[e])) for e in experts}
-        without[task.name] = {}
-        for expert in experts:
-            with left_out(model, expert):
-                without[task.name][expert] = score(as_usual())
+    each = [min(records, len(task.eval)) for task in tasks]
+    with phase("what if", sum(each) * (3 + 2 * len(experts)), "records") as shown:
+        for task, count in zip(tasks, each, strict=True):
+            held_out = HeldOut(model, tokenizer, task, limits)
+            score = partial(_score, held_out, range(count))
+            as_usual = partial(in_mode, model, task.name, mode)
+            shown.now(f"{task.name}, the gate's weights changed")
+            changed[task.name] = {
+                AS_IT_IS: score(as_usual()),
+                EVEN: score(routing(model, task_ids=task.name, experts=experts)),
+                BASE: score(in_mode(model, task.name, "base")),
+            }
+            shown.now(f"{task.name}, each expert alone")
+            alone[task.name] = {e: score(routing(model, task_ids=task.name, experts=[e])) for e in experts}
+            shown.now(f"{task.name}, each expert left out")
+            without[task.name] = {}
+            for expert in experts:
+                with left_out(model, expert):
+                    without[task.name][expert] = score(as_usual())
     metrics = {task.name: task.metric for task in tasks}
     return Counterfactuals(mode, records, metrics, changed, alone, without)
 

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from molora.evaluation.measures import ruled_gates
-from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Report, Score
+from molora.evaluation.modes import MODE_TITLES
+from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
 
 COLLAPSED_FROM = 0.5  # of the gates ruled by one expert
 

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from molora.data.collate import batches_by_length, pad_token, padded
+from molora.progress import advance
 
 
 def generate_answers(
@@ -41,6 +42,7 @@ def generate_answers(
         new = output if starts_fresh else output[:, input_ids.shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
+        advance(len(chosen), "records")
     return answers
 
 

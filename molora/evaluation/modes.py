@@ -11,7 +11,8 @@ from molora.errors import ConfigError
 from molora.models.task_router import names_tasks
 from molora.tuner.api import routing
 
-MODES = ("gate", "task", "base")
+MODE_TITLES = {"gate": "gate alone", "task": "task id given", "base": "base only"}
+MODES = tuple(MODE_TITLES)
 
 
 def usable_modes(model: Any, modes: Sequence[str]) -> tuple[list[str], list[str]]:

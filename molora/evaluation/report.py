@@ -23,7 +23,6 @@ from molora.evaluation.similarity import Similarity
 
 FORMAT = 1
 LOWER_IS_BETTER = frozenset({"loss"})
-MODE_TITLES = {"gate": "gate alone", "task": "task id given", "base": "base only"}
 
 
 @dataclass(frozen=True)

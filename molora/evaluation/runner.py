@@ -12,10 +12,11 @@ from molora.config.suggest import did_you_mean
 from molora.data.clusters import inference
 from molora.data.tasks import Task
 from molora.errors import ConfigError
-from molora.evaluation.modes import MODES, in_mode, usable_modes
+from molora.evaluation.modes import MODE_TITLES, MODES, in_mode, usable_modes
 from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import summarise
 from molora.evaluation.score import Limits, score_task
+from molora.progress import phase
 from molora.tuner.api import record_routing
 
 
@@ -46,9 +47,11 @@ def evaluate_tasks(
     limits = limits or Limits()
     recorded_mode = next((mode for mode in modes if mode != "base"), None)
     scores, recorded = [], {}
-    with inference(model):
+    total = len(modes) * sum(len(task.eval) for task in tasks)
+    with inference(model), phase("evaluating", total, "records") as shown:
         for mode in modes:
             for task in tasks:
+                shown.now(f"{task.name}, {MODE_TITLES[mode]}")
                 recording = record_routing(model) if mode == recorded_mode else nullcontext()
                 with in_mode(model, task.name, mode), recording as record:
                     value, results = score_task(model, tokenizer, task, limits)

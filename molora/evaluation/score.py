@@ -19,6 +19,7 @@ from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import generate_answers
 from molora.evaluation.metrics import METRICS, Result, match_label, mean, token_nll
+from molora.progress import advance
 
 Answer = Tensor | str | tuple[float, int]
 """To one record: a classifier's logits (class,), a text, or nats and number of the target's tokens."""
@@ -88,10 +89,12 @@ class HeldOut:
             batch = inputs_of([self.examples[i] for i in chosen], self.model, self.tokenizer)
             if self.task.task_type == "SEQ_CLS":
                 yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
+                advance(len(chosen), "records")
                 continue
             labels = batch["labels"] if encoder_decoder else batch.pop("labels")
             nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
             yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+            advance(len(chosen), "records")
 
     def result(self, record: int, answer: Answer, classes: Sequence[int] | None = None) -> Result:
         """What comes of an answer; `classes`: those that a classifier chooses from, default the task's own."""

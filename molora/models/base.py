@@ -28,6 +28,7 @@ from molora.errors import ConfigError, MoLoraError
 from molora.models.base_check import refuse_encoder
 from molora.models.label_match import LabelMatcher, match_labels
 from molora.models.new_parts import begin_new_parts
+from molora.progress import say
 
 TINY = "molora/tiny"
 
@@ -49,13 +50,15 @@ def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel,
     settings = {"dtype": getattr(torch, base.dtype), **_quantization(base), **_head(base, labels)}
     if "num_labels" in settings:
         settings["ignore_mismatched_sizes"] = True  # the head is trained anew
+    say(f"loading {base.model}")
     tokenizer = load_tokenizer(base)
     with _explained(base):
         model, loading = _auto_class(base).from_pretrained(
             **_source(base), **settings, output_loading_info=True
         )
     refuse_encoder(base, model)
-    begin_new_parts(model, loading["missing_keys"], base.model)
+    resized = [key for key, *_ in loading["mismatched_keys"]]  # a head of another number of labels, say
+    begin_new_parts(model, [*loading["missing_keys"], *resized], base.model)
     if base.head == "match":
         model = match_labels(model.eval(), tokenizer, _texts(labels))
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine

@@ -17,6 +17,7 @@ from molora.data.prompts import prompt_within
 from molora.errors import ConfigError, DataError
 from molora.forward.task_naming import mean_of, read_base
 from molora.forward.task_router import TaskRouter
+from molora.progress import phase
 from molora.store.adapter import active_adapter, peft_model
 from molora.tuner.api import find_context
 from molora.tuner.router import give_router
@@ -190,11 +191,13 @@ def features(
             hint="call model.unmerge_adapter() first.",
         )
     rows: dict[int, Tensor] = {}
-    with inference(model):
+    counted = phase("reading prompts", len(prompts), "prompts", minor=True)
+    with inference(model), counted as shown:
         for part, ids, mask in padded_batches(prompts, pad_token(tokenizer), batch_size, model.device):
             inputs = {"input_ids": ids, "attention_mask": mask.long()}
             states = read_base(context, Call(), adapter, base, inputs)
             rows.update(zip(part, mean_of(*states).cpu(), strict=True))
+            shown.advance(len(part))
     return torch.stack([rows[i] for i in range(len(prompts))])
 
 

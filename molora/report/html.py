@@ -9,8 +9,9 @@ from html import escape
 from molora.evaluation.counterfactual import Counterfactuals, rows
 from molora.evaluation.findings import headline, warnings
 from molora.evaluation.measures import agreement, imbalance, information, wilson
+from molora.evaluation.modes import MODE_TITLES
 from molora.evaluation.naming import Naming
-from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Report, differences
+from molora.evaluation.report import LOWER_IS_BETTER, Report, differences
 from molora.evaluation.routing import Matrix, RoutingSummary
 from molora.evaluation.similarity import Similarity
 from molora.report.html_parts import NUMBERED_UP_TO, folded, heat, paragraph, picture, section, table

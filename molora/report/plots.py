@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from molora.errors import DataError
-from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Report, Score
+from molora.evaluation.modes import MODE_TITLES
+from molora.evaluation.report import LOWER_IS_BETTER, Report, Score
 from molora.evaluation.routing import Matrix
 
 if TYPE_CHECKING:

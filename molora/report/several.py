@@ -7,7 +7,8 @@ from html import escape
 
 from molora.evaluation.findings import headline
 from molora.evaluation.measures import drift
-from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Report
+from molora.evaluation.modes import MODE_TITLES
+from molora.evaluation.report import LOWER_IS_BETTER, Report
 from molora.report.html import body, page
 from molora.report.html_parts import folded, paragraph, section, table
 

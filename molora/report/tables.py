@@ -13,7 +13,8 @@ from rich.table import Table
 from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.counterfactual import Counterfactuals, rows
 from molora.evaluation.findings import advice, warnings
-from molora.evaluation.report import LOWER_IS_BETTER, MODE_TITLES, Difference, Report, Score, differences
+from molora.evaluation.modes import MODE_TITLES
+from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
 from molora.evaluation.routing import Matrix, RoutingSummary
 
 PIPE_WIDTH = 1000  # rich assumes 80 columns in a pipe and would cut wide tables

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sized
 from types import FrameType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from molora.data.clusters import inference
 from molora.errors import DivergedError, InterruptedRun
+from molora.progress import Phase, give_back_terminal, phase
 from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
 from molora.training.objective import held_out_loss
@@ -87,6 +88,7 @@ class Interrupt(StepCallback):
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if self._received is not None:
+            give_back_terminal()
             os._exit(InterruptedRun.exit_code)
         self._received = number
 
@@ -104,6 +106,16 @@ class Interrupt(StepCallback):
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous = {}
+
+
+class Steps(StepCallback):
+    """Counts optimiser steps in the phase that training is."""
+
+    def __init__(self, phase: Phase) -> None:
+        self.phase = phase
+
+    def on_step(self, trainer: Trainer, module: LightningModule, step: int) -> None:
+        self.phase.reach(step)
 
 
 class Reports(StepCallback):
@@ -143,13 +155,15 @@ class Validation(StepCallback):
     def loss(self, trainer: Trainer, module: MoLoraModule) -> float:
         """Mean loss per target token (per sample for a classifier), without auxiliary losses."""
         totals = torch.zeros(2, dtype=torch.float64)
-        with inference(module):
+        size = len(self.batches) if isinstance(self.batches, Sized) else None
+        with inference(module), phase("validating", size, "batches", minor=True) as shown:
             for batch in self.batches:
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
                     loss, count = held_out_loss(module.model, batch)
                 summed = torch.where(count > 0, loss.double() * count, 0.0)  # the mean over nothing is NaN
                 totals += torch.stack([summed, count.double()]).cpu()
+                shown.advance()
         totals = trainer.strategy.reduce(totals.to(module.device), reduce_op="sum").cpu()
         return (totals[0] / totals[1].clamp(min=1)).item()
 

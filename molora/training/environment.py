@@ -15,10 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from transformers.utils.logging import disable_progress_bar, enable_progress_bar, is_progress_bar_enabled
+from transformers.utils.logging import EmptyTqdm, set_tqdm_hook
 
 from molora.errors import explained
+from molora.progress import shown
 from molora.training.heap import keep_freed_memory
 
 _PACKAGES = ("molora", "torch", "transformers", "peft", "lightning", "safetensors", "bitsandbytes")
@@ -49,22 +51,40 @@ def quiet_libraries() -> Iterator[None]:
     """Third-party chatter off: what is left on the terminal is molora's own, errors of memory and disk among them."""
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]
-    bars = not sys.stderr.isatty() and is_progress_bar_enabled()
+    loading = logging.getLogger("transformers.modeling_utils")
+    hook = set_tqdm_hook(lambda _, args, kwargs: EmptyTqdm(*args, **kwargs))
+    downloads = not sys.stderr.isatty() and not are_progress_bars_disabled()
     with warnings.catch_warnings():
         for pattern in _UNHELPFUL:
             warnings.filterwarnings("ignore", message=pattern)
         for logger in loggers:
             logger.setLevel(logging.WARNING)
-        if bars:
-            disable_progress_bar()
+        loading.addFilter(_no_load_report)
+        if downloads:
+            disable_progress_bars()
         try:
             with explained():
                 yield
         finally:
             for logger, level in zip(loggers, levels, strict=True):
                 logger.setLevel(level)
-            if bars:
-                enable_progress_bar()
+            loading.removeFilter(_no_load_report)
+            set_tqdm_hook(hook)
+            if downloads:
+                enable_progress_bars()
+
+
+def _no_load_report(record: logging.LogRecord) -> bool:
+    """A head is new on purpose, and what else a checkpoint lacks is said by models.new_parts."""
+    text = record.getMessage()
+    return "LOAD REPORT" not in text or "CONVERSION" in text
+
+
+@contextmanager
+def at_work() -> Iterator[None]:
+    """`quiet_libraries`, with molora's own progress shown by the first process."""
+    with quiet_libraries(), shown(is_first_process()):
+        yield
 
 
 def is_first_process() -> bool:

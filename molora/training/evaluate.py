@@ -32,7 +32,7 @@ from molora.report.plots import curve_of, plot_before_after, plot_heatmap, plot_
 from molora.report.tables import routing_title
 from molora.store.adapter import read_config
 from molora.store.runs import REPORT_FILE, Run
-from molora.training.environment import describe_environment, quiet_libraries
+from molora.training.environment import at_work, describe_environment
 
 Source = str | os.PathLike[str] | Run
 
@@ -88,7 +88,7 @@ def evaluate(
     check_floors(floors or {}, {task.name: task.metric for task in chosen})
     if modes is not None:
         check_modes(modes)
-    with quiet_libraries():
+    with at_work():
         model, tokenizer, _ = load_trained(run.path if run else path, allow_other_base=allow_other_base)
         report = score(config, model, tokenizer, chosen, modes, what_if)
     report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)

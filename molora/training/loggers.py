@@ -1,19 +1,16 @@
-"""Where metrics go: metrics.csv, the terminal, TensorBoard."""
+"""Where metrics always go: metrics.csv and the terminal; trackers.py has those that a recipe names."""
 
 from __future__ import annotations
 
 import csv
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from molora.errors import AdapterError
+from molora.progress import Phase
 
 
 class _Metrics(Logger):
@@ -83,37 +80,21 @@ class MetricsCsv(_Metrics):
 
 
 class Terminal(_Metrics):
-    """A progress bar with the newest numbers; a line per log where the output is not a terminal."""
+    """The newest numbers, shown with the phase that training is; see molora.progress."""
 
     name = "terminal"
 
-    def __init__(self, total: int, console: Console | None = None) -> None:
+    def __init__(self, phase: Phase) -> None:
         super().__init__()
-        self.console = console or Console(file=sys.stderr, highlight=False)
-        self.total = total
-        self.progress: Progress | None = None
+        self.phase = phase
         self.numbers: dict[str, float] = {}
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
         """Show `metrics`."""
-        if not self.console.is_terminal:
-            self.console.print(f"step {step}/{self.total}  {_text(metrics)}", soft_wrap=True)
-            return
-        if self.progress is None:
-            columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-            self.progress = Progress(*columns, TextColumn("{task.fields[text]}"), console=self.console)
-            self.task = self.progress.add_task("training", total=self.total, text="")
-            self.progress.start()
+        self.phase.reach(self.phase.done if step is None else step)
         self.numbers.update(metrics)
-        self.progress.update(self.task, completed=step, text=_text(self.numbers))
-
-    @rank_zero_only
-    def finalize(self, status: str) -> None:
-        """Leave the bar as it is and give the terminal back."""
-        if self.progress is not None:
-            self.progress.stop()
-            self.progress = None
+        self.phase.tell(_text(metrics), _text(self.numbers))
 
 
 _SHOWN = {
@@ -133,11 +114,3 @@ def _text(metrics: dict[str, float]) -> str:
         f"{name} {value:,.0f}" if name == "tokens/s" else f"{name} {value:.4g}"
         for name, value in shown.items()
     )
-
-
-def build_loggers(folder: Path, total: int, resume_step: int) -> list[Logger]:
-    """The terminal and the CSV file always, TensorBoard where it is installed."""
-    loggers: list[Logger] = [Terminal(total), MetricsCsv(folder / "metrics.csv", resume_step)]
-    if find_spec("tensorboard") is not None:
-        loggers.append(TensorBoardLogger(save_dir=folder, name="tb", version=""))
-    return loggers

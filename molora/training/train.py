@@ -22,23 +22,20 @@ from molora.errors import ConfigError
 from molora.models.base_check import check_base, check_lengths
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
+from molora.progress import phase
 from molora.report.plots import LOSSES, plot_loss
 from molora.store.adapter import save
 from molora.store.runs import CONFIG_FILE, ENVIRONMENT_FILE, FORMAT, Run, checkpoint_step
-from molora.training.callbacks import Interrupt
+from molora.training.callbacks import Interrupt, Steps
 from molora.training.checkpoint import Checkpoints, delete_old
-from molora.training.environment import (
-    describe_environment,
-    is_first_process,
-    prepare_process,
-    quiet_libraries,
-)
+from molora.training.environment import at_work, describe_environment, is_first_process, prepare_process
 from molora.training.evaluate import evaluate_run
-from molora.training.loggers import build_loggers
+from molora.training.loggers import MetricsCsv, Terminal
 from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, short_window, total_steps
 from molora.training.rollback import with_rollback
 from molora.training.teach_router import teach_router
+from molora.training.trackers import build_trackers, check_loggers
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +52,7 @@ FREE_ON_RESUME = (
     "train.save_every",
     "train.keep_checkpoints",
     "train.log_every",
+    "train.loggers",
     "train.accelerator",
     "train.on_nonfinite",
 )
@@ -83,12 +81,13 @@ def train(
             hint="molora continual RECIPE (in Python: molora.train_sequence), or take out its `continual` section.",
         )
     check_device(config.train)
+    check_loggers(config.train)
     check_output(Path(config.output))
     tasks = tasks_of(config)
     config = with_labels(config, tasks)
     run = find_run(config, resume)
     prepare_process(config.seed)
-    with quiet_libraries():
+    with at_work():
         model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
         check_base(config, model, tokenizer)
         return fit(config, model, tokenizer, tasks, run)
@@ -140,22 +139,21 @@ def fit(
 
         def attempt() -> Trainer:
             checkpoint = run.latest_checkpoint if run is not None else None
-            writer = Checkpoints(
-                folder / "checkpoints",
-                settings.save_every or steps,
-                settings.keep_checkpoints,
-                first=settings.on_nonfinite == "rollback",
-            )
-            return optimise(
-                model,
-                data,
-                settings,
-                companion=companion,
-                validation=validation,
-                callbacks=[writer, Interrupt(writer)],
-                loggers=build_loggers(folder, steps, checkpoint_step(checkpoint)),
-                checkpoint=checkpoint,
-            )
+            every, rollback = settings.save_every or steps, settings.on_nonfinite == "rollback"
+            writer = Checkpoints(folder / "checkpoints", every, settings.keep_checkpoints, first=rollback)
+            done = checkpoint_step(checkpoint)
+            kept = MetricsCsv(folder / "metrics.csv", done)
+            with phase("training", steps, "steps", done=done) as shown:
+                return optimise(
+                    model,
+                    data,
+                    settings,
+                    companion=companion,
+                    validation=validation,
+                    callbacks=[Steps(shown), writer, Interrupt(writer)],
+                    loggers=[Terminal(shown), kept, *build_trackers(config, folder)],
+                    checkpoint=checkpoint,
+                )
 
         trainer = attempt() if settings.on_nonfinite == "stop" else with_rollback(attempt, data)
         run = Run(Path(trainer.strategy.broadcast(str(folder))))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import csv
-import io
 from pathlib import Path
 
-from rich.console import Console
+import pytest
 
+from molora.progress import phase, shown
 from molora.training.loggers import MetricsCsv, Terminal
 
 
@@ -41,20 +41,19 @@ def test_a_resumed_log_drops_what_came_after_the_checkpoint(tmp_path: Path) -> N
     ]
 
 
-def test_without_a_terminal_each_log_is_a_line() -> None:
-    out = io.StringIO()
-    terminal = Terminal(100, Console(file=out, width=40))
-    terminal.log_metrics(
-        {"loss": 1.5, "aux/balance": 1.01, "lr": 1e-3, "tokens_per_second": 5120.4, "odd": 3.0}, step=10
-    )
-    assert out.getvalue() == "step 10/100  loss 1.5  balance 1.01  lr 0.001  tokens/s 5,120\n"
+def test_each_log_is_a_line_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = {"loss": 1.5, "aux/balance": 1.01, "lr": 1e-3, "tokens_per_second": 5120.4, "odd": 3.0}
+    with shown(), phase("training", 100, "steps") as training:
+        Terminal(training).log_metrics(numbers, step=10)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == ["training: 100 steps", "step 10/100  loss 1.5  balance 1.01  lr 0.001  tokens/s 5,120"]
 
 
-def test_on_a_terminal_a_bar_shows_the_newest_numbers() -> None:
-    out = io.StringIO()
-    terminal = Terminal(100, Console(file=out, width=120, force_terminal=True))
-    terminal.log_metrics({"loss": 1.5}, step=10)
-    terminal.log_metrics({"val_loss": 2.25}, step=20)
-    terminal.finalize("success")
-    assert "20/100" in out.getvalue()
-    assert "loss 1.5  val loss 2.25" in out.getvalue()
+def test_the_newest_of_all_numbers_are_shown() -> None:
+    with phase("training", 100, "steps") as training:
+        terminal = Terminal(training)
+        terminal.log_metrics({"loss": 1.5, "lr": 0.1}, step=10)
+        terminal.log_metrics({"val_loss": 2.25}, step=10)
+        assert training.text == "loss 1.5  lr 0.1  val loss 2.25"
+        terminal.log_metrics({"loss": 1.0}, step=20)
+        assert (training.done, training.text) == (20, "loss 1  lr 0.1  val loss 2.25")
