@@ -22,7 +22,7 @@ from molora.version import __version__
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
-    "init", "runs", "recipes", "presets", "schema",
+    "init", "runs", "recipes", "presets", "kinds", "schema",
 )  # fmt: skip
 
 

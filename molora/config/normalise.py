@@ -119,7 +119,10 @@ def _tasks(config: SavedMixture) -> None:
         raise ConfigError(f"task_ids {ids} must give each of the tasks {tasks} one id of its own.")
     if any(i < 0 for i in ids.values()):
         raise ConfigError("task_ids must not be negative: -1 means the base model only.")
-    for name, value in (("task_ids", max(ids.values(), default=0)), ("next_task_id", config.next_task_id or 0)):
+    for name, value in (
+        ("task_ids", max(ids.values(), default=0)),
+        ("next_task_id", config.next_task_id or 0),
+    ):
         if value > MOST_TASK_IDS:
             raise ConfigError(f"{name}: {value} is above {MOST_TASK_IDS:,}, the largest id of a task.")
     config.next_task_id = max(max(ids.values(), default=-1) + 1, config.next_task_id or 0)
