@@ -31,7 +31,7 @@ def table() -> str:
     from molora.config.presets import PRESETS
 
     head = ("preset", "gate reads", "one per", "score", "select", "experts", "on", "combined as", "losses")
-    return _markdown(head, *(_row(name) for name in sorted(PRESETS)))
+    return markdown(head, *(_row(name) for name in sorted(PRESETS)))
 
 
 def releases() -> str:
@@ -42,10 +42,11 @@ def releases() -> str:
         (f"`{name}`", release.paper, release.where, str(len(release.differs)))
         for name, release in sorted(RELEASES.items())
     )
-    return _markdown(("preset", "paper", "release", "differences"), *rows)
+    return markdown(("preset", "paper", "release", "differences"), *rows)
 
 
-def _markdown(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+def markdown(head: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+    """A Markdown table."""
     return "\n".join(f"| {' | '.join(row)} |" for row in (head, ("---",) * len(head), *rows))
 
 

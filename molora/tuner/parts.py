@@ -132,7 +132,8 @@ def new_gate(config: SavedMixture, key: str, d_in: int) -> Gate:
         top_k=placement.top_k_at(config, key),
         tasks=task_blocks(config) if settings.scope == "task" else None,
         blend=placement.blend_at(config, key),
-        spread=config.share_A,  # with one A for all, experts under equal weights would stay equal for ever
+        # With one A for all, experts under equal weights would stay equal for ever.
+        spread=config.share_A or KINDS[config.kind].one_A,
     )
     gate: Gate = SCORES[settings.score](settings, place)
     gate.freeze_shared(placement.shared_frozen_at(config, key))

@@ -13,6 +13,7 @@ from torch.testing import assert_close
 
 import molora
 from molora import ConfigError, GateConfig, MoLoraConfig, RoutingError
+from molora.config.choices import KINDS
 from molora.forward.dispatch import WAYS, ways_in_use
 from molora.forward.sparse import Ready
 from molora.tuner.layer import MoLoraLayer
@@ -77,7 +78,7 @@ def test_all_ways_agree_for_every_mixture(name, architecture):
     agree(mixture(architecture, name, dtype=torch.float64), batch_for(architecture), **given(name))
 
 
-@pytest.mark.parametrize("kind", ["lora", "lora_fa", "vera"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", ["task-group", "top2-group"])
 def test_all_ways_agree_for_every_kind_with_frozen_and_learning_experts(kind, gate):
     model = molora_model("llama", gate, dtype=torch.float64, kind=kind, lora_dropout=0.2)

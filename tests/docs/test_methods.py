@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from molora.cli.kinds import table as kinds_table
 from molora.cli.presets import releases, table
 from molora.config.gate import GateSettings
 from molora.config.losses import AUX_LOSSES
@@ -46,6 +47,10 @@ else:
 def test_the_table_is_the_presets() -> None:
     assert table() in TEXT, "run `molora presets table` and put it into docs/methods.md"
     assert releases() in TEXT, "run `molora presets table` and put its second table into docs/methods.md"
+
+
+def test_the_kinds_are_the_registered_ones() -> None:
+    assert kinds_table() in TEXT, "run `molora kinds table` and put it into docs/methods.md"
 
 
 @pytest.mark.parametrize("declared", [GateSettings, Mixture], ids=lambda c: c.__name__)

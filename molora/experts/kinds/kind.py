@@ -36,6 +36,14 @@ class ExpertRows(NamedTuple):
     scaling: float
 
 
+class About(NamedTuple):
+    """What `molora kinds` and the documentation say of a kind."""
+
+    paper: str
+    trains: str  # for each expert, or for all
+    when: str  # to use it
+
+
 @dataclass(frozen=True)
 class StackSpec:
     """What one stack of a kind holds.
@@ -62,6 +70,7 @@ class Kind:
         settings: the kind's own, as in `settings`; those left out have their defaults.
     """
 
+    about: ClassVar[About]
     settings: ClassVar[Mapping[str, int | float]] = {}  # its own settings with their defaults
     scaling: ClassVar[float | None] = None  # of its experts, where the config names no rule and no number
     keeps_factors: ClassVar[bool] = False  # whether its stacks A and B are the factors

@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from molora.config.section import Problem
-from molora.experts.kinds.kind import Expert, Kind, StackSpec
+from molora.experts.kinds.kind import About, Expert, Kind, StackSpec
 
 
 class Lora(Kind):
     """`B` is kept as (rank, d_out), so that flattening a stack for the kernel is a view."""
 
+    about = About(
+        "LoRA, arXiv:2106.09685; with share_A HydraLoRA, arXiv:2404.19245",
+        "A and B of each expert",
+        "the default: exact import and export of ordinary LoRAs, and every loss and strategy",
+    )
     keeps_factors = True
 
     def specs(self) -> dict[str, StackSpec]:

@@ -22,13 +22,18 @@ from einops import einsum
 from torch import Tensor, nn
 
 from molora.errors import AdapterError
-from molora.experts.kinds.kind import Kind, StackSpec
+from molora.experts.kinds.kind import About, Kind, StackSpec
 from molora.experts.stack import Stack
 
 
 class Vera(Kind):
     """All banks of an adapter share one object of this class, and with it the projections."""
 
+    about = About(
+        "VeRA, arXiv:2310.11454",
+        "two vectors of each expert (rank, d_out), between random projections that all experts and layers share",
+        "many experts on little disk: give it a large rank (256), which costs numbers only in the shorter vector",
+    )
     settings: ClassVar[Mapping[str, int | float]] = {"projection_prng_key": 0, "d_initial": 0.1}
     scaling = 1.0
     one_A = True
