@@ -31,6 +31,7 @@ ORDER = (
     {"evaluation"},
     {"report"},
     {"training"},
+    {"serving"},
     {"hf.py"},
     {"continual"},
     {"cli"},
@@ -47,7 +48,9 @@ ALLOWED: dict[str, set[str]] = {
         ("errors.py", "version.py", "assets", "config", "registry.py", "progress.py", ROOT), NOTHING
     ),
     **dict.fromkeys(("experts", "gates", "calls", "losses.py", "forward", "hf.py"), NUMERIC),
-    **dict.fromkeys(("disk", "tuner", "store", "models", "fusion", "evaluation", "continual"), MODEL),
+    **dict.fromkeys(
+        ("disk", "tuner", "store", "models", "fusion", "evaluation", "continual", "serving"), MODEL
+    ),
     "data": MODEL | {"lightning", "datasets"},
     "report": {"matplotlib"},
     "training": MODEL | {"lightning"},

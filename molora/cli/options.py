@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +10,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from molora.errors import ConfigError
+from molora.errors import ConfigError, DataError
 
 RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
 RunFolder = Annotated[Path, Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
@@ -25,6 +26,26 @@ OtherBase = Annotated[
     Option("--allow-other-base", help="Go on where the base is not the one the adapter was trained on."),
 ]
 AsJson = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
+
+
+Prompts = Annotated[list[str] | None, Option("--prompt", help="A prompt; may be given several times.")]
+PromptFile = Annotated[
+    Path | None, Option("--file", help="A text file with a prompt in each line; - is the standard input.")
+]
+
+
+def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
+    """The prompts of the options, then those of the file; empty lines are none."""
+    given = list(prompts or ())
+    if not given and file is None:
+        raise ConfigError("no prompt.", hint="give --prompt TEXT, or --file FILE with one in each line.")
+    if file is None:
+        return given
+    try:
+        text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--file {file} cannot be read as UTF-8 text: {error}.") from error
+    return [*given, *(line for line in text.splitlines() if line.strip())]
 
 
 def group(name: str, about: str) -> typer.Typer:

@@ -133,6 +133,22 @@ def prompt_within(
     return _cut_start(tokenizer(text, verbose=False)["input_ids"], max_length, tokenizer)[0]
 
 
+def chat_prompt(
+    tokenizer: PreTrainedTokenizerBase, turns: Sequence[dict[str, str]], max_length: int
+) -> list[int]:
+    """A conversation's tokens in the tokenizer's chat format, up to where the next answer begins; its end where it is too long.
+
+    Raises DataError where the format refuses the conversation.
+    """
+    from jinja2 import TemplateError
+
+    try:
+        text = str(tokenizer.apply_chat_template([*turns], tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise DataError(f"the tokenizer's chat template refuses the conversation: {error}.") from None
+    return _cut_start(_tokens(tokenizer, text), max_length, tokenizer)[0]
+
+
 def _cut_start(ids: Sequence[int], room: int, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], int]:
     """The last `room` of `ids` (a start token stays first), and how many were cut."""
     cut = max(0, len(ids) - room)

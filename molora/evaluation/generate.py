@@ -33,7 +33,7 @@ def generate_answers(
         rows = [prompts[i] for i in chosen]
         input_ids = padded(rows, pad, side="left")
         mask = padded([[1] * len(row) for row in rows], 0, side="left")
-        with _alone(model, config):
+        with without_own_config(model, config):
             output = model.generate(
                 input_ids=input_ids.to(model.device),
                 attention_mask=mask.to(model.device),
@@ -63,7 +63,7 @@ def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, **settings: Any) -> G
 
 
 @contextmanager
-def _alone(model: Any, config: GenerationConfig) -> Iterator[None]:
+def without_own_config(model: Any, config: GenerationConfig) -> Iterator[None]:
     """Without the model's own generation config: what one leaves open, generate() would take from it."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     own, base.generation_config = base.generation_config, config

@@ -61,7 +61,7 @@ def test_prompts_come_from_options_a_file_and_the_standard_input(
 
 
 def test_what_cannot_be_named_is_said(saved: Path, cli: Cli, tmp_path: Path) -> None:
-    assert cli("route", saved).err.startswith("ConfigError: no prompt to name.")
+    assert cli("route", saved).err.startswith("ConfigError: no prompt.")
     missing = cli("route", saved, "--file", tmp_path / "nothing")
     assert missing.code == 3 and "cannot be read as UTF-8 text" in missing.err
     untaught = cli("route", adapter(tmp_path / "new", taught=False), "--prompt", "shout(a)=")

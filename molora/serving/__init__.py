@@ -1,0 +1,1 @@
+"""A trained mixture that answers."""
