@@ -22,7 +22,8 @@ from molora.version import __version__
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
-    "init", "report", "runs", "recipes", "presets", "schema", "fuse", "kinds",
+    "fuse", "library", "push", "pull",
+    "init", "report", "runs", "recipes", "presets", "schema", "kinds",
 )  # fmt: skip
 
 
