@@ -96,6 +96,7 @@ class Call:
     tasks: Mapping[str, TaskIds] = field(default_factory=dict)  # by adapter
     by_task: bool = False
     experts: Mapping[str, float] | None = None
+    without: tuple[str, ...] = ()  # experts left out
     features: Mapping[str, Tensor] = field(default_factory=dict)  # by stream, or "external"; see `read`
     masks: Mapping[str, Tensor] = field(default_factory=dict)  # "encoder" | "decoder" -> (batch, seq)
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # the same; empty outside of a whole forward

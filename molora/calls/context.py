@@ -151,7 +151,7 @@ class RoutingContext:
             task_map = self.adapters[name].task_map
             if request.given:
                 tasks[name] = resolve_ids(task_map, request.task_ids)
-            for expert in request.experts or ():
+            for expert in (*(request.experts or ()), *request.without):
                 if expert not in task_map.experts:
                     known = ", ".join(task_map.experts)
                     raise RoutingError(f"unknown expert {expert!r}. Known experts: {known}.")
@@ -192,7 +192,13 @@ class RoutingContext:
 def new_call(request: RoutingRequest, tasks: dict[str, TaskIds]) -> Call:
     """The facts of a call that follow from what was asked for."""
     features = {} if request.features is None else {"external": request.features}
-    return Call(tasks=tasks, by_task=request.by == "task", experts=request.experts, features=features)
+    return Call(
+        tasks=tasks,
+        by_task=request.by == "task",
+        experts=request.experts,
+        without=request.without,
+        features=features,
+    )
 
 
 def _same(one: list[Asked], other: list[Asked]) -> bool:

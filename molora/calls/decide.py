@@ -27,6 +27,17 @@ def experts_in_use(
     Raises:
         RoutingError: a task gate, or `by="task"`, without task ids.
     """
+    found = _limited(task_map, tasks, call, scope=scope, learned=learned)
+    if not call.without or call.experts is not None:
+        return found
+    columns = range(len(task_map.experts)) if found is None else found
+    return tuple(i for i in columns if task_map.experts[i] not in call.without)
+
+
+def _limited(
+    task_map: TaskMap, tasks: TaskIds | None, call: Call, *, scope: str, learned: bool
+) -> tuple[int, ...] | None:
+    """The same, whatever the call leaves out."""
     if call.experts is not None:
         return tuple(i for i, name in enumerate(task_map.experts) if name in call.experts)
     own_only = call.by_task or scope == "task"
@@ -83,6 +94,8 @@ def route(
         assert experts is not None
         weights = tuple(float(call.experts[task_map.experts[i]]) for i in experts)
         return Routing(task_map.row(weights, x), experts)
+    if experts == ():  # none of the task's experts is here, or all are left out
+        return Routing(task_map.row((), x), experts)
     if gate is None:
         assert tasks is not None
         return _by_task_id(x, task_map, tasks, experts, by_sample=by_sample)
@@ -91,9 +104,11 @@ def route(
     read = gate_input(x, gate, tasks, call, stream)
     allowed = None
     own_only = call.by_task or gate.settings.scope == "task"
-    if tasks is not None and experts is None and (own_only or task_map.isolated):
+    several = experts is None or bool(call.without)  # a batch of one task is limited to its experts already
+    if tasks is not None and several and (own_only or task_map.isolated):
         rows = None if gate.settings.scope == "constant" else len(read)
         allowed = _allowed(task_map, tasks, x.shape[:-1], x.device, rows, own_only=own_only)
+        allowed = allowed if experts is None else allowed[:, list(experts)]
     beside = None if beside is None else spread(beside, x.shape[:-1])
     weigh = partial(gate, products=products, balance=call.balances.get(id(gate)), beside=beside)
     if task_map.always:
@@ -173,7 +188,7 @@ def _with_always(
         weights = (task_map.always[task_map.experts[i]] for i in columns)
         return Routing(task_map.row(tuple(1.0 if w == "rest" else float(w) for w in weights), read), experts)
     if allowed is not None:
-        allowed = allowed[:, list(gated)]
+        allowed = allowed[:, [columns.index(i) for i in gated]]
     routing = _gated(gate, read, gated, allowed)
     decided_weights = routing.weights
     parts = []
@@ -194,7 +209,10 @@ def _by_task_id(
     x: Tensor, task_map: TaskMap, tasks: TaskIds, experts: tuple[int, ...] | None, *, by_sample: bool
 ) -> Routing:
     if tasks.single is not None:
-        return Routing(task_map.row(tuple(task_map.experts_of(tasks.single).values()), x), experts)
+        own = task_map.experts_of(tasks.single)
+        return Routing(
+            task_map.row(tuple(w for i, w in own.items() if experts is None or i in experts), x), experts
+        )
     dtype = torch.promote_types(x.dtype, torch.float32)
     if tasks.several is not None:
         weights = task_map.shares(tasks.several.to(x.device)).to(dtype)

@@ -34,6 +34,7 @@ class RoutingRequest:
     features: Tensor | None = None  # (batch, d) or (batch, seq, d), for gates of external scope
     prompt_mask: Tensor | None = None  # (batch, seq) what gates of sequence scope pool
     prompt_length: int | None = None  # the same, of a generation: so many positions
+    without: tuple[str, ...] = ()  # experts left out, as if they had never been added
 
     def over(self, outer: RoutingRequest) -> RoutingRequest:
         """This request, with what it leaves open taken from the outer one."""
@@ -45,6 +46,7 @@ class RoutingRequest:
             features=self.features if self.features is not None else outer.features,
             prompt_mask=self.prompt_mask if self.prompt_mask is not None else outer.prompt_mask,
             prompt_length=self.prompt_length or outer.prompt_length,
+            without=self.without or outer.without,
         )
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from molora.cli.options import named
+from molora.cli.options import folder_of, named
 from molora.errors import ConfigError
 
 
@@ -28,7 +28,7 @@ def command(
 
     Example: molora compose Qwen/Qwen2.5-0.5B math=loras/math code=loras/code --preset arrow --fit arrow --out mix
     """
-    folders = named(loras, "FOLDER", "math=loras/math")
+    folders = {n: folder_of(Path(f)) for n, f in named(loras, "FOLDER", "math=loras/math").items()}
     tasks = named(task or (), "EXPERT,...", "sums=math,code")
     served = {name: experts.split(",") for name, experts in tasks.items()}
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from molora.cli.options import OtherBase, named
+from molora.cli.options import OtherBase, folder_of, named
 from molora.errors import ConfigError
 
 
@@ -45,7 +45,7 @@ def command(
 
     Example: molora fuse words=loras/words sums=runs/sums --expert sums=sums --method ties --out loras/both
     """
-    folders = named(sources, "FOLDER", "words=loras/words")
+    folders = {n: folder_of(Path(f)) for n, f in named(sources, "FOLDER", "words=loras/words").items()}
     shares = _numbers(weight)
     settings: dict[str, Any] = {"density": density, "sign": sign, "seed": seed, "inner": inner}
     limit = _rank(rank)

@@ -13,7 +13,25 @@ from typer import Argument, Option
 from molora.errors import ConfigError, DataError
 
 RecipeFile = Annotated[Path, Argument(metavar="RECIPE", help="A recipe: a YAML file.")]
-RunFolder = Annotated[Path, Argument(metavar="RUN", help="A run folder, runs/<name>, or an adapter folder.")]
+
+
+def folder_of(given: Path) -> Path:
+    """The folder that an argument means: a path, or a version of the library."""
+    if given.exists() or not ("@" in given.name or "_v" in given.name):
+        return given
+    from molora.store.resolve import resolve
+
+    return resolve(given)
+
+
+RunFolder = Annotated[
+    Path,
+    Argument(
+        metavar="RUN",
+        help="A run folder, runs/<name>, an adapter folder, or NAME@ALIAS of the library.",
+        callback=folder_of,
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False),

@@ -9,6 +9,7 @@ from molora.disk.atomic import check_target, check_writable
 from molora.errors import ConfigError
 
 _RUN_FILE = "config.yaml"
+_VERSION_FILE = "version.json"
 _PARTS = ("adapter", "checkpoints", "stages")
 
 
@@ -28,6 +29,11 @@ def check_out(path: str | os.PathLike[str], *sources: str | os.PathLike[str], ma
             raise ConfigError(
                 f"{target} belongs to the run {folder.parent}; writing there would delete it.",
                 hint="choose a folder outside the run.",
+            )
+        if (folder / _VERSION_FILE).is_file():
+            raise ConfigError(
+                f"{target} belongs to the library, whose versions never change.",
+                hint="choose a folder outside it; `molora library add` makes a new version of it.",
             )
     if target.is_dir() and any(target.iterdir()) and not (target / mark).is_file():
         raise ConfigError(

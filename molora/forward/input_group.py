@@ -48,7 +48,7 @@ def _add_by_sample(mount: Mount, call: Call, given: Tensor, x: Tensor, y: Tensor
             del projections[mount.adapter]
         return _added(mount, call, x, y, shared.parts.pop(key))
     experts = mount.experts(call)
-    if mount.names is not None and experts == ():  # a task none of whose experts is here
+    if experts == () and not mount.plain:  # none of the task's experts is here, or all are left out
         return y
     if mount.feed_forward is not None:
         return mix(Reading.alone(mount, call, x, experts), y)

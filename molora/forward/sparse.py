@@ -242,7 +242,12 @@ def _follows(reading: Reading) -> tuple[object, ...] | None:
     call, tasks, plan = reading.call, reading.tasks, reading.plan
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or reading.x.shape[-2:-1] != (1,):
         return None
-    if call.recording or call.experts is not None or any(m.bank.kind.shares_A for m in plan.members):
+    if (
+        call.recording
+        or call.experts is not None
+        or call.without
+        or any(m.bank.kind.shares_A for m in plan.members)
+    ):
         return None
     if tasks is not None and (tasks.listed is None or tasks.several is not None):
         return None

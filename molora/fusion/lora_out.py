@@ -24,9 +24,8 @@ from molora.errors import AdapterError, ConfigError
 from molora.fusion.products import Cut, Product
 from molora.fusion.sources import Source
 from molora.store.export_check import check_loadable
+from molora.store.lineage import FUSION_FILE
 from molora.store.lora_folder import PREFIX, short_names
-
-FUSION_FILE = "fusion.json"
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,7 @@ def routing(
     experts: Sequence[str] | Mapping[str, float] | None = None,
     features: Tensor | None = None,
     prompt_mask: Tensor | None = None,
+    without: Sequence[str] = (),
 ) -> Iterator[None]:
     """Set task ids, force experts, or give features, for every forward and generate inside.
 
@@ -56,6 +57,8 @@ def routing(
         experts: names (equal weights) or `{name: weight}` to use instead of the gate.
         features: for gates of external scope: (batch, d) one vector per sample, or (batch, seq, d) per token.
         prompt_mask: for gates of sequence scope: (batch, seq), true for the tokens to pool.
+        without: experts to leave out, as if they had never been added: a learned gate decides over the others, and of
+            a task's weights those of the others remain as they are.
 
     It holds for the thread or asyncio task that enters it, so that two of them can use one model at once. A thread
     that is started inside it does not inherit it: give its call the ids themselves (`routing_task_ids=`).
@@ -73,9 +76,18 @@ def routing(
         if not names:
             raise RoutingError("experts is empty; name one or more, or use task_ids=-1 for the base alone.")
         experts = {name: 1 / len(names) for name in names}
-    given = task_ids is not None
+    if experts is not None and without:
+        raise RoutingError(
+            "experts forces some outright, so there is nothing to leave out: give one of the two."
+        )
     request = RoutingRequest(
-        task_ids=task_ids, by=by, experts=experts, given=given, features=features, prompt_mask=prompt_mask
+        task_ids=task_ids,
+        by=by,
+        experts=experts,
+        given=task_ids is not None,
+        features=features,
+        prompt_mask=prompt_mask,
+        without=(without,) if isinstance(without, str) else tuple(without),
     )
     with find_context(model).use_request(request):
         yield
