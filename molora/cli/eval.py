@@ -17,6 +17,9 @@ def command(
     task: Annotated[list[str] | None, Option(help="Score this task only; may be repeated.")] = None,
     mode: Annotated[list[str] | None, Option(help="gate, task or base; may be repeated.")] = None,
     recipe: Annotated[Path | None, Option(help="Data and settings other than the run's own.")] = None,
+    checkpoint: Annotated[
+        int | None, Option(metavar="N", help="Score the run as it was after step N; default its end.")
+    ] = None,
     out: Annotated[Path | None, Option(help="Folder for the report.")] = None,
     fail_under: Annotated[
         list[str] | None, Option(metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1.")
@@ -55,6 +58,7 @@ def command(
         allow_other_base=allow_other_base,
         floors=floors,
         what_if=what_if,
+        checkpoint=checkpoint,
     )
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)

@@ -54,7 +54,6 @@ app = typer.Typer(
     help="Train, grow, inspect and ship mixtures of LoRA experts.",
     cls=LazyGroup,
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )

@@ -36,7 +36,6 @@ Overrides = Annotated[
     list[str] | None,
     Argument(metavar="[a.b=c]...", help="Settings that replace the recipe's.", show_default=False),
 ]
-Name = Annotated[str, Argument(metavar="NAME")]
 Resume = Annotated[bool, Option("--resume", help="Go on with the recipe's latest run.")]
 ResumeFrom = Annotated[Path | None, Option(metavar="RUN", help="Go on with this run.")]
 OtherBase = Annotated[

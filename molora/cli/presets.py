@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 import textwrap
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from typer import Argument
 
-from molora.cli.options import Name, group
+from molora.cli.options import group
 
 if TYPE_CHECKING:
     from molora.config import AdapterConfig
@@ -92,8 +93,14 @@ def _where(adapter: AdapterConfig) -> str:
     return f"{found}; plain LoRA on {plain}" if plain else found
 
 
+def _names() -> list[str]:
+    from molora.config.presets import PRESETS
+
+    return sorted(PRESETS)
+
+
 @command.command()
-def show(name: Name) -> None:
+def show(name: Annotated[str, Argument(metavar="NAME", autocompletion=_names)]) -> None:
     """Print what a preset sets, its paper and release, where it differs from that, and how that was trained."""
     import yaml
 

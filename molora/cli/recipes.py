@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from molora.cli.options import Name, group
+from molora.cli.options import group
 from molora.config.suggest import options
 from molora.errors import ConfigError
 
@@ -27,6 +27,9 @@ def available() -> dict[str, Traversable]:
     folder = installed if installed.is_dir() else Path(__file__).parents[2] / "recipes"
     entries = (entry for entry in folder.iterdir() if entry.name.endswith(".yaml"))
     return dict(sorted((entry.name.removesuffix(".yaml"), entry) for entry in entries))
+
+
+Name = Annotated[str, Argument(metavar="NAME", autocompletion=lambda: list(available()))]
 
 
 def find(name: str) -> Traversable:

@@ -29,8 +29,9 @@ from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
 from molora.training.evaluate import score, write_report
 from molora.training.optimise import check_device
+from molora.training.resume import find_run
 from molora.training.trackers import check_loggers
-from molora.training.train import find_run, with_labels
+from molora.training.train import with_labels
 from molora.tuner.config import MoLoraConfig
 
 UNCHANGED = "old tasks bit-equal with task ids given"

@@ -34,13 +34,14 @@ from molora.disk.manifest import read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
 from molora.models.base import load_base, load_tokenizer
 from molora.models.build import build_model, build_skeleton, labels_of_tasks, tasks_of
-from molora.progress import phase
+from molora.progress import phase, say
 from molora.store.adapter import load
 from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
 from molora.training.optimise import check_device
+from molora.training.resume import find_run
 from molora.training.trackers import check_loggers
-from molora.training.train import check_output, find_run, start_run, with_labels
+from molora.training.train import check_output, start_run, with_labels
 
 ROW_FILE = "row.json"
 
@@ -69,13 +70,16 @@ def train_sequence(
     tasks = tasks_of(config)
     check_held_out(config, tasks)
     config = with_labels(config, tasks)
-    run = find_run(config, resume)
-    _check_same(config, run)
     with at_work():
+        run = find_run(config, resume)
+        _check_same(config, run)
         _check_data(config, tasks)
         run = start_run(config) if run is None else run
         with run.lock():
-            return SequenceRun(config, tasks, run).play()
+            sequence = SequenceRun(config, tasks, run)
+            if resume:
+                sequence.say_where()
+            return sequence.play()
 
 
 def check_held_out(config: RunConfig, tasks: TaskSet) -> None:
@@ -153,6 +157,13 @@ class SequenceRun:
         """The turns' folders."""
         names = ["all"] if self.joint else [task.name for task in self.tasks]
         return [self.run.path / "stages" / f"{i:02d}-{name}" for i, name in enumerate(names, 1)]
+
+    def say_where(self) -> None:
+        """Say with which turn the run goes on, or that it has had them all."""
+        done = sum((folder / ROW_FILE).is_file() for folder in self.stages)
+        finished = done == len(self.stages)
+        what = "is finished" if finished else f"goes on with task {done + 1} of {len(self.stages)}"
+        say(f"{self.run.path} {what}")
 
     def play(self) -> Run:
         """Every turn that is not complete, then the tables; returns the run."""

@@ -13,15 +13,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from molora.config import BaseConfig, RunConfig, TrainConfig
 from molora.data.clusters import need_kmeans
-from molora.data.tasks import TaskSet, distinct_labels
+from molora.data.tasks import TaskSet, assign_ids, distinct_labels
 from molora.disk.adapter_files import check_files
 from molora.disk.card import WEIGHTS_FILE
-from molora.errors import AdapterError
+from molora.errors import AdapterError, ConfigError
 from molora.models.base import Labels, base_skeleton, load_base
 from molora.models.features import load_features
 from molora.models.label_match import LabelMatcher
 from molora.models.new_parts import saved_with
 from molora.store.adapter import load, read_config
+from molora.store.checkpoints import checkpoint_of, put_weights
 from molora.store.compose import compose
 from molora.store.runs import Run
 from molora.tuner.config import MoLoraConfig
@@ -105,24 +106,34 @@ def load_trained(
     trainable: bool = False,
     device: str | torch.device | None = None,
     allow_other_base: bool = False,
+    checkpoint: int | None = None,
 ) -> tuple[PeftModel, PreTrainedTokenizerBase, RunConfig | None]:
     """The model of a run folder or an adapter folder, verified, in eval mode, its tokenizer, and a run's recipe.
 
     It is on `device`: a CUDA device where there is one, unless told otherwise. With
-    `allow_other_base` the base may have other weights than the one it was trained on. Raises AdapterError for a damaged or
-    incomplete folder, or another base; ConfigError for neither a run nor an adapter folder.
+    `allow_other_base` the base may have other weights than the one it was trained on. `checkpoint`: as the run was after
+    that step, which needs no adapter yet. Raises AdapterError for a damaged or incomplete folder, no such checkpoint, or
+    another base; ConfigError for neither a run nor an adapter folder.
     """
     path = Path(path)
+    config = None
     if (path / "adapter_config.json").is_file():
-        folder, config = path, None
-        base_config, labels = _base_of_adapter(path)
+        if checkpoint is not None:
+            raise ConfigError(f"{path} is an adapter folder, which has no checkpoints.", hint="give a run.")
+        base, tokenizer = load_base(*_base_of_adapter(path))
+        model = load(base, path, is_trainable=trainable, allow_other_base=allow_other_base)
     else:
         run = Run.find(path)
-        folder, config = run.trained_adapter, run.config
-        base_config, labels = config.base, labels_of(config)
-    base, tokenizer = load_base(base_config, labels)
-    model = load(base, folder, is_trainable=trainable, allow_other_base=allow_other_base)
-    if config is not None:
+        config = run.config
+        at = None if checkpoint is None else checkpoint_of(run, checkpoint)
+        if at is not None and not run.adapter.is_dir():  # its training has not come to an end
+            model, tokenizer = build_model(config, assign_ids([*config.data.tasks], {}), labels_of(config))
+            model.eval()
+        else:
+            base, tokenizer = load_base(config.base, labels_of(config))
+            model = load(base, run.trained_adapter, is_trainable=trainable, allow_other_base=allow_other_base)
+        if at is not None:
+            put_weights(model, at)
         load_features(config, run.path, model, tokenizer)
     return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu")), tokenizer, config
 

@@ -48,6 +48,7 @@ def evaluate(
     allow_other_base: bool = False,
     floors: Mapping[str, float] | None = None,
     what_if: int | None = None,
+    checkpoint: int | None = None,
 ) -> Report:
     """Score a trained mixture on held-out records.
 
@@ -64,6 +65,7 @@ def evaluate(
         floors: what `check_thresholds` will be asked afterwards; refused here where that could not be judged.
         what_if: also score the first so many records of each task with every expert alone, with every expert left out,
             and with even weights; see `counterfactuals`.
+        checkpoint: score a run as it was after this step.
 
     Raises:
         ConfigError: unknown tasks or modes, floors that are no shares, or a folder that may not be written, before any
@@ -82,15 +84,20 @@ def evaluate(
         check_out(out, run.path if run else path, mark=REPORT_FILE)
     elif run is not None:
         check_writable(run.evaluations)
-    adapter = read_config(run.trained_adapter if run else path)
-    task_set = tasks_of(config, known_ids=adapter.task_ids or {})
+    begun = checkpoint is not None and run is not None and not run.adapter.is_dir()
+    known = {} if begun else read_config(run.trained_adapter if run else path).task_ids
+    task_set = tasks_of(config, known_ids=known or {})
     chosen = [task_set[name] for name in (task_set.ids if tasks is None else tasks)]
     check_floors(floors or {}, {task.name: task.metric for task in chosen})
     if modes is not None:
         check_modes(modes)
     with at_work():
-        model, tokenizer, _ = load_trained(run.path if run else path, allow_other_base=allow_other_base)
+        model, tokenizer, _ = load_trained(
+            run.path if run else path, allow_other_base=allow_other_base, checkpoint=checkpoint
+        )
         report = score(config, model, tokenizer, chosen, modes, what_if)
+    if checkpoint is not None:
+        report.facts["checkpoint"] = f"step {checkpoint}"
     report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)
     if report.folder is not None:
         with write_folder(report.folder) as folder:

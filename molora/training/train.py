@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from molora.training.evaluate import evaluate_run
 from molora.training.loggers import MetricsCsv, Terminal
 from molora.training.objective import Companion
 from molora.training.optimise import check_device, optimise, short_window, total_steps
+from molora.training.resume import find_run, say_where
 from molora.training.rollback import with_rollback
 from molora.training.teach_router import teach_router
 from molora.training.trackers import build_trackers, check_loggers
@@ -40,22 +41,6 @@ from molora.training.trackers import build_trackers, check_loggers
 log = logging.getLogger(__name__)
 
 Conclude = Callable[[Run, PeftModel], None]
-
-# A resumed run may be lengthened, watched differently or moved; everything else decides the weights.
-FREE_ON_RESUME = (
-    "output",
-    "eval",
-    "data.workers",
-    "train.max_steps",
-    "train.epochs",
-    "train.val_every",
-    "train.save_every",
-    "train.keep_checkpoints",
-    "train.log_every",
-    "train.loggers",
-    "train.accelerator",
-    "train.on_nonfinite",
-)
 
 
 def train(
@@ -85,9 +70,9 @@ def train(
     check_output(Path(config.output))
     tasks = tasks_of(config)
     config = with_labels(config, tasks)
-    run = find_run(config, resume)
     prepare_process(config.seed)
     with at_work():
+        run = find_run(config, resume)
         model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
         check_base(config, model, tokenizer)
         return fit(config, model, tokenizer, tasks, run)
@@ -122,6 +107,7 @@ def fit(
     if (short := short_window(settings, batches)) is not None:
         log.warning(short)
     validation = _validation(config, data)
+    say_where(run, steps)
     first = is_first_process()  # Lightning has not set up the others yet
     if run is None and first:
         run = start_run(config)
@@ -211,35 +197,6 @@ def check_validation(config: RunConfig, held_out: Sized) -> None:
             "train.val_every is set, but no task has held-out records to validate on.",
             hint="give a task eval data, or set train.val_every to null.",
         )
-
-
-def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) -> Run | None:
-    """The run to go on with, or None for a new one; ConfigError where the recipe has changed since."""
-    if resume is None or resume is False:
-        return None
-    run = Run.find(Path(config.output) / config.name if resume is True else resume)
-    changed = differences(run.config.model_dump(mode="json"), config.model_dump(mode="json"))
-    if list(run.config.data.tasks) != list(config.data.tasks):  # ids and the data's order follow the recipe's
-        changed.append("data.tasks")
-    changed = [path for path in changed if not path.startswith(FREE_ON_RESUME)]
-    if changed:
-        raise ConfigError(
-            f"{run.path} was started with other settings: {', '.join(changed)}.",
-            hint="resume with the recipe it was started with (its config.yaml), or start a new run without --resume.",
-        )
-    return run
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Dotted paths at which two plain mappings differ."""
-    found: list[str] = []
-    for key in dict.fromkeys([*old, *new]):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}")
-    return found
 
 
 def with_labels(config: RunConfig, tasks: TaskSet) -> RunConfig:

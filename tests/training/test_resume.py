@@ -227,3 +227,19 @@ def test_resuming_a_finished_run_changes_nothing(base: Path, full: Run) -> None:
     train(recipe_for(base, full.path.parents[1], **SETTINGS), resume=True)
     after = adapter_weights(full.adapter)
     assert all(bool((before[name] == after[name]).all()) for name in before)
+
+
+def test_a_resumed_run_says_from_where_and_what_changed(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = train(recipe_for(base, tmp_path, max_steps=2))
+    capsys.readouterr()
+    longer = recipe_for(base, tmp_path, max_steps=4, keep_checkpoints=1)
+    train(longer, resume=True)
+    told = capsys.readouterr().err.splitlines()
+    assert told[0] == "changed since the run began: train.max_steps 2 -> 4, train.keep_checkpoints 2 -> 1"
+    assert f"going on with {run.path} from step 2 of 4" in told
+    train(longer, resume=True)
+    told = capsys.readouterr().err.splitlines()
+    assert told[1].startswith(f"{run.path} is finished (4 of 4 steps): it is only scored again;")
+    assert not [line for line in told if "changed" in line]
