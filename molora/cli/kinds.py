@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import Annotated
 
 import typer
+from typer import Argument
 
-from molora.cli.options import Name, group
+from molora.cli.options import group
 from molora.cli.presets import markdown
 
 command = group("kinds", "List or show what an expert can be, by its paper and by what it trains.")
+
+
+def _names() -> list[str]:
+    from molora.config.choices import KINDS
+
+    return list(KINDS)
+
+
+Name = Annotated[str, Argument(metavar="NAME", autocompletion=_names)]
 
 
 @command.command("list")

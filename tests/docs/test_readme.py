@@ -59,7 +59,7 @@ def exists(*verb: str) -> bool:
 def test_the_commands_exist(name: str) -> None:
     for verb in sorted(set(re.findall(r"(?:^|`|/)molora ([a-z-]+)", ALL[name], flags=re.MULTILINE))):
         assert exists(verb), verb
-    for group, verb in set(re.findall(r"molora (recipes|presets|runs|kinds) ([a-z]+)", ALL[name])):
+    for group, verb in set(re.findall(r"molora (recipes|presets|runs|kinds|library) ([a-z]+)", ALL[name])):
         assert exists(group, verb), verb
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     for target in re.findall(r"^make ([a-z-]+)$", ALL[name], flags=re.MULTILINE):
