@@ -18,6 +18,7 @@ from molora.errors import ConfigError
 from molora.training.callbacks import DivergenceGuard, Reports, Validation
 from molora.training.checkpoint import FolderIO, RandomState
 from molora.training.ctrl_c import stays_ctrl_c
+from molora.training.live_routing import EVERY, LiveRouting
 from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
 from molora.training.objective import Companion
@@ -91,6 +92,8 @@ def optimise(
     own: list[Callback] = [RandomState(), guard]
     if validation is not None and settings.val_every is not None:
         own.append(Validation(validation, settings.val_every, settings.patience))
+    if LiveRouting.watches(model):
+        own.append(LiveRouting(EVERY * settings.log_every))
     own.append(Reports())
     sharded = settings.strategy == "fsdp2"
     strategy = ShardedBaseStrategy(_processes(settings)) if sharded else settings.strategy
