@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import sys
+from typing import Annotated
 
 import typer
+from typer import Argument
 
-from molora.cli.options import Name, group
+from molora.cli.options import group
 from molora.cli.presets import markdown
 
 command = group("kinds", "List or show what an expert can be, by its paper and by what it trains.")
@@ -40,8 +42,14 @@ def show_table() -> None:
     typer.echo(table())
 
 
+def _names() -> list[str]:
+    from molora.config.choices import KINDS
+
+    return list(KINDS)
+
+
 @command.command()
-def show(name: Name) -> None:
+def show(name: Annotated[str, Argument(metavar="NAME", autocompletion=_names)]) -> None:
     """Print what a kind is, its paper, when to use it, and its settings with their defaults, for a recipe."""
     import yaml
 
