@@ -41,6 +41,10 @@ class RoutingRecord:
 
     sums: dict[tuple[str, str | None], GateSums] = field(default_factory=dict)  # (gate, task name or None)
     experts: tuple[str, ...] = ()
+    by_row: bool = False  # also keep what `take_rows` gives
+    _rows: list[tuple[Tensor, Tensor]] = field(
+        default_factory=list
+    )  # (row, expert) weights and (row,) tokens
 
     @torch.no_grad()
     def add(self, task_map: TaskMap, records: list[tuple[str, Any]]) -> None:
@@ -53,6 +57,10 @@ class RoutingRecord:
             weights, selected, entropy = (_by_token(part, record.lead) for part in parts)
             everything = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
             keep = everything if record.mask is None else record.mask
+            if self.by_row:
+                kept = keep.to(weights.dtype).unflatten(0, (record.lead[0], -1))
+                rows = weights.unflatten(0, (record.lead[0], -1)) * kept.unsqueeze(-1)
+                self._rows.append((rows.sum(1).double().cpu(), kept.sum(1).double().cpu()))
             ids = None if record.task_ids is None else record.task_ids.to(weights.device)
             for task_id in [None] if ids is None else ids.unique().tolist():
                 if task_id == BASE_ONLY:
@@ -77,6 +85,18 @@ class RoutingRecord:
             self.sums[gate, task].add(new)
         else:
             self.sums[gate, task] = new
+
+    def take_rows(self, size: int) -> list[dict[str, float]]:
+        """Each row's mean weight of every expert, over its tokens and all gates since the last call; beams are one row."""
+        weight = torch.zeros(size, len(self.experts), dtype=torch.float64)
+        tokens = torch.zeros(size, dtype=torch.float64)
+        for rows, counts in self._rows:
+            if len(rows) % size == 0:
+                weight[:, : rows.shape[1]] += rows.unflatten(0, (size, -1)).sum(1)
+                tokens += counts.unflatten(0, (size, -1)).sum(1)
+        self._rows = []
+        means = (weight / tokens.clamp(min=1).unsqueeze(1)).tolist()
+        return [dict(zip(self.experts, row, strict=True)) for row in means]
 
     @property
     def tokens(self) -> int:

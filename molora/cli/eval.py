@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
 from molora.cli.options import AsJson, OtherBase, Overrides, RunFolder
 from molora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from molora.evaluation.report import Report
+
+SHOWN = 3  # right and wrong answers of a task
+SHORT, FEW = 100, 30  # characters of a line, and lines, that are shown unasked
 
 
 def command(
@@ -32,6 +38,18 @@ def command(
             help="Also score so many records of each task with each expert alone and left out.",
         ),
     ] = None,
+    predictions: Annotated[
+        bool,
+        Option("--predictions", help="Write every answer, and the experts it used, as predictions.jsonl."),
+    ] = False,
+    examples: Annotated[
+        int | None,
+        Option(
+            min=0,
+            metavar="N",
+            help="Show N right and N wrong answers of a task; default 3 where they are short.",
+        ),
+    ] = None,
     as_json: AsJson = False,
     allow_other_base: OtherBase = False,
 ) -> None:
@@ -44,6 +62,7 @@ def command(
     if len(floors) < len(given):
         raise ConfigError("--fail-under gives a task two thresholds.", hint="give each task one.")
 
+    from molora.evaluation.predictions import PREDICTIONS_FILE
     from molora.evaluation.report import check_thresholds
     from molora.report.tables import console, print_report
     from molora.training.evaluate import evaluate
@@ -59,14 +78,34 @@ def command(
         floors=floors,
         what_if=what_if,
         checkpoint=checkpoint,
+        predictions=predictions,
     )
     if as_json:
         console().print(report.to_json(), markup=False, end="", soft_wrap=True)
     else:
         print_report(report)
+        _show_examples(report, examples)
         if report.folder is not None:
             console().print(f"report: {report.folder / 'report.html'}", markup=False, soft_wrap=True)
+            if predictions:
+                console().print(
+                    f"predictions: {report.folder / PREDICTIONS_FILE}", markup=False, soft_wrap=True
+                )
     check_thresholds(report, floors)
+
+
+def _show_examples(report: Report, most: int | None) -> None:
+    """Some right and wrong answers of each task; by default only where they fit a line and are few."""
+    from molora.evaluation.predictions import examples
+    from molora.report.tables import console, example_lines
+
+    chosen = examples(report.predictions, SHOWN if most is None else most)
+    lines = [line for kept in chosen.values() for line in example_lines(kept)]
+    if most is None and (len(lines) > FEW or max(map(len, lines), default=0) > SHORT):
+        return
+    to = console()
+    for line in lines:
+        to.print(line, markup=False, soft_wrap=True)
 
 
 def _floor(text: str) -> tuple[str, float]:

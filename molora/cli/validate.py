@@ -19,12 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from molora.config import DataConfig, RunConfig
-    from molora.data.module import SplitSummary
     from molora.data.preview import Preview
     from molora.data.tasks import TaskSet
 
 RECORDS = 3
-MEASURED = 1000  # records of a split whose lengths are checked
 _READS = "the loss reads what is bold, not what is dim"
 
 
@@ -32,6 +30,12 @@ def command(
     recipe: RecipeFile,
     overrides: Overrides = None,
     schema_only: Annotated[bool, Option("--schema-only", help="Stop after checking the YAML.")] = False,
+    run: Annotated[
+        Path | None, Option(help="Check a recipe for add-expert together with the run it is for.")
+    ] = None,
+    time: Annotated[
+        bool, Option("--time", help="Load the base, run a few steps, and say how long training takes.")
+    ] = False,
 ) -> None:
     """Check a recipe, its data and its base without training.
 
@@ -43,7 +47,10 @@ def command(
 
     console = Console(soft_wrap=True, highlight=False)
     config: RunConfig | None = None
-    if is_grow(recipe):  # it has no base of its own: its schema and its task are checked
+    if is_grow(recipe) and run is not None:
+        config = _grown(recipe, overrides or [], run)
+        data = config.data
+    elif is_grow(recipe):  # it has no base of its own: its schema and its task are checked
         grow = load_grow(recipe, overrides or [])
         data = DataConfig(tasks={grow.task.name: grow.task.as_task()})
     else:
@@ -53,10 +60,23 @@ def command(
     for line in data_reach(data) if config is None else reach(config):
         console.print(f"  outside the working folder: {line}", markup=False)
     if not schema_only:
-        _check_data(console, data, config)
+        _check_data(console, data, config, time)
 
 
-def _check_data(console: Console, data: DataConfig, config: RunConfig | None) -> None:
+def _grown(recipe: Path, overrides: list[str], run: Path) -> RunConfig:
+    """The recipe of the run that add-expert would make."""
+    from molora.config import load_grow
+    from molora.continual.grow import grown_config
+    from molora.store.adapter import read_config
+    from molora.store.runs import Run
+
+    parent = Run.find(run)
+    grow = load_grow(recipe, overrides, run=parent.config)
+    return grown_config(parent.config, grow, read_config(parent.trained_adapter), parent.path)
+
+
+def _check_data(console: Console, data: DataConfig, config: RunConfig | None, time: bool) -> None:
+    from molora.data.audit import audit
     from molora.data.tasks import TaskSet
 
     tasks = TaskSet.from_config(data, task_type=config.base.task_type if config else None)
@@ -68,18 +88,24 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None) ->
         check_held_out(config, tasks)
     sizes = ", ".join(f"{task.name} {len(task.train)}+{len(task.eval)}" for task in tasks)
     console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}", markup=False)
+    for task in tasks:
+        for line in audit(task).lines():
+            console.print(f"  {task.name}: {line}", markup=False)
     if config is None:
-        console.print("3 base        skipped: it comes from the run that the expert is added to")
+        console.print(
+            "3 base        skipped: it comes from the run that the expert is added to; --run names it"
+        )
         _show_texts(console, tasks)
     else:
-        _check_model(console, config, tasks)
+        _check_model(console, config, tasks, time)
 
 
-def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
+def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool) -> None:
     from molora.models.base import load_tokenizer
     from molora.models.base_check import check_base, check_lengths
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
+    from molora.training.forecast import first_encoded, length_lines, memory_line, time_line
     from molora.training.optimise import check_device, short_window
     from molora.training.trackers import check_loggers
     from molora.training.train import check_output, check_validation
@@ -110,26 +136,23 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet) -> None:
     check_loggers(config.train)
     check_output(Path(config.output))
     check_validation(config, [task for task in tasks if len(task.eval)])
-    check_lengths(config, model, _encoded(config, tasks, tokenizer))
+    examples, summary = first_encoded(config, tasks, tokenizer)
+    check_lengths(config, model, summary)
+    lengths, *cut = length_lines(config, model, examples, summary)
+    console.print(f"5 lengths     {lengths}", markup=False)
+    for line in cut:
+        console.print(f"  {line}", markup=False)
     tuner: Any = model.base_model
     reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)
     router = f"; the router reads {reads}" if reads is not None else ""
-    console.print(f"5 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
+    console.print(f"6 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     _show_parameters(console, model)
+    console.print(f"8 memory      {memory_line(config, model, examples, tokenizer)}", markup=False)
     batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
     if (short := short_window(config.train, batches)) is not None:
-        console.print(f"7 steps       {short}", markup=False)
-
-
-def _encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> list[SplitSummary]:
-    from molora.data.module import encode_all
-
-    return [
-        encode_all(task, split, [*islice(records, MEASURED)], tokenizer, config.data.max_length)[1]
-        for task in tasks
-        for split, records in (("train", task.train), ("eval", task.eval))
-        if len(records)
-    ]
+        console.print(f"9 steps       {short}", markup=False)
+    if time:
+        console.print(f"  {time_line(first, tasks)}", markup=False)
 
 
 def _show_texts(console: Console, tasks: TaskSet) -> None:
@@ -164,11 +187,9 @@ def _record(task: str, item: Preview) -> Text:
 
 
 def _line(task: str, prompt: str, target: str) -> Text:
-    return Text.assemble(f"  {task}: ", (_visible(prompt), "dim"), " → ", (_visible(target), "bold"))
+    from molora.report.tables import visible
 
-
-def _visible(text: str) -> str:
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\n", "⏎"))
+    return Text.assemble(f"  {task}: ", (visible(prompt), "dim"), " → ", (visible(target), "bold"))
 
 
 def _show_parameters(console: Console, model: PeftModel) -> None:
@@ -176,4 +197,4 @@ def _show_parameters(console: Console, model: PeftModel) -> None:
 
     roles = parameters_by_role(model)
     counts = ", ".join(f"{role} {sum(p.numel() for p in group):,}" for role, group in roles.items() if group)
-    console.print(f"6 parameters  trainable: {counts}")
+    console.print(f"7 parameters  trainable: {counts}")

@@ -11,7 +11,7 @@ from pydantic import Field, field_validator
 
 from molora.config.adapter import RouterSection
 from molora.config.continual import STRATEGIES, StrategyConfig
-from molora.config.data import KIND_OF_TASK_TYPE, TaskConfig
+from molora.config.data import KIND_KEYS, KIND_OF_TASK_TYPE, TaskConfig
 from molora.config.load import Recipe, load_section, read_text
 from molora.config.loss_rules import AuxLosses
 from molora.config.run import RunConfig
@@ -99,9 +99,17 @@ def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig |
         ConfigError: everything wrong with it, as `load_recipe` does.
     """
     if run is None:
-        return load_section(GrowConfig, source, overrides)
+        return load_section(GrowConfig, source, overrides, _kind_by_keys)
     inherited = run.model_dump(mode="json")
     return load_section(GrowConfig, source, overrides, lambda data: _inherit(data, inherited))
+
+
+def _kind_by_keys(data: dict[str, Any]) -> dict[str, Any]:
+    """The kind of a task that leaves it to the run, by the settings that only a classification has."""
+    task = data.get("task")
+    if isinstance(task, dict) and "kind" not in task and {*task} & {*KIND_KEYS["classification"]}:
+        return {**data, "task": {**task, "kind": "classification"}}
+    return data
 
 
 def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -82,9 +82,11 @@ class MoLoraDataModule(L.LightningDataModule):
                 examples, counts = encode_all(task, split, records, self.tokenizer, self.config.max_length)
                 self._encoded[task.name, split] = examples
                 summary.append(counts)
-                whole = task.task_type == "SEQ_CLS"
-                lost = "texts lose their end" if whole else "prompts lose their beginning"
-                _warn(counts, self.config.max_length, lost)
+                if split == "eval" and (shared := _shared_files(self.config, task.name)):
+                    text = "task %r: %s is trained on and held out: its score will be too good."
+                    log.warning(text, task.name, ", ".join(shared))
+                for line in cut_warnings(counts, self.config.max_length, task.task_type == "SEQ_CLS"):
+                    log.warning(line)
         self._summary = summary
 
     def train_dataloader(self) -> ResumableLoader:
@@ -172,12 +174,22 @@ def encode_all(
     return kept, counts
 
 
-def _warn(counts: SplitSummary, max_length: int, lost: str) -> None:
+def _shared_files(config: DataConfig, name: str) -> list[str]:
+    """Files that a task of the recipe names for both splits; none of one that was built in Python."""
+    task = config.tasks.get(name)
+    if task is None:
+        return []
+    train, held_out = ([side] if isinstance(side, str) else side for side in (task.train, task.eval))
+    return sorted({*train} & {*held_out}) if isinstance(train, list) and isinstance(held_out, list) else []
+
+
+def cut_warnings(counts: SplitSummary, max_length: int, whole_text: bool) -> Iterator[str]:
+    """What people should know of records that were cut or left out; `whole_text`: a classifier's, cut at the end."""
     where = f"task {counts.task!r}, {counts.split}"
+    lost = "texts lose their end" if whole_text else "prompts lose their beginning"
     for number, what in ((counts.cut_prompts, lost), (counts.cut_targets, "targets lose their end")):
         if number >= CUT_WARNING * counts.records and number:
-            share = 100 * number / counts.records
-            log.warning("%s: %d %s (%.1f %%) at max_length %d", where, number, what, share, max_length)
+            yield f"{where}: {number} {what} ({100 * number / counts.records:.1f} %) at max_length {max_length}"
     if counts.unlabelled:
-        text = "%s: %d records (%.1f %%) have nothing to learn and are left out"
-        log.warning(text, where, counts.unlabelled, 100 * counts.unlabelled / counts.records)
+        share = 100 * counts.unlabelled / counts.records
+        yield f"{where}: {counts.unlabelled} records ({share:.1f} %) have nothing to learn and are left out"

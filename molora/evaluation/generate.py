@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,9 +20,11 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
+    after_batch: Callable[[Sequence[int]], None] | None = None,
 ) -> list[str]:
     """The generated text of each prompt (token ids), special tokens removed, in the order given.
 
+    after_batch: called with the places of the prompts that have just been answered together.
     Nothing is sampled. Prompts are left-padded; which prompts share a batch depends on their lengths only.
     """
     pad = pad_token(tokenizer)
@@ -42,6 +44,8 @@ def generate_answers(
         new = output if starts_fresh else output[:, input_ids.shape[1] :]
         for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             answers[i] = text
+        if after_batch is not None:
+            after_batch(chosen)
         advance(len(chosen), "records")
     return answers
 

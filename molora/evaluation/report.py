@@ -18,6 +18,7 @@ from molora.errors import AdapterError, ConfigError, ThresholdError
 from molora.evaluation.counterfactual import Counterfactuals
 from molora.evaluation.metrics import perplexity
 from molora.evaluation.naming import Naming
+from molora.evaluation.predictions import Prediction
 from molora.evaluation.routing import STATISTICS, RoutingSummary
 from molora.evaluation.similarity import Similarity
 
@@ -49,7 +50,8 @@ class Report:
     before: the scores before an expert was added, else empty. facts: named observations, not scores. naming: what the
     task router takes prompts for. similarity: how alike the experts are.
     counterfactuals: scores with experts changed, where asked for.
-    notes: sentences for people, for instance why a mode was skipped. folder: where it was written, if it was; not kept.
+    notes: sentences for people, for instance why a mode was skipped. folder: where it was written, if it was; predictions:
+    every record's answer; neither is kept.
     """
 
     scores: list[Score] = field(default_factory=list)
@@ -62,6 +64,7 @@ class Report:
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
+    predictions: list[Prediction] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def tasks(self) -> list[str]:
@@ -82,8 +85,8 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-ready. Perplexity, dead experts, specialisation are derived: written for readers, ignored when read."""
-        plain = dataclasses.asdict(dataclasses.replace(self, folder=None))
-        del plain["folder"]
+        plain = dataclasses.asdict(dataclasses.replace(self, folder=None, predictions=[]))
+        del plain["folder"], plain["predictions"]
         for row in plain["scores"] + plain["before"]:
             if row["metric"] in LOWER_IS_BETTER:
                 row["perplexity"] = perplexity(row["value"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,9 @@ from molora.progress import advance
 Answer = Tensor | str | tuple[float, int]
 """To one record: a classifier's logits (class,), a text, or nats and number of the target's tokens."""
 
+AfterBatch = Callable[[Sequence[int]], None] | None
+"""Called with the places of records that have just been answered together, in the order of the batch."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -42,10 +45,10 @@ class Limits:
 
 
 def score_task(
-    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits
+    model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits, after_batch: AfterBatch = None
 ) -> tuple[float, list[Result]]:
     """The task's metric over its held-out records, and what came of each; see `HeldOut`."""
-    held_out = HeldOut(model, tokenizer, task, limits)
+    held_out = HeldOut(model, tokenizer, task, limits, after_batch)
     answers = held_out.ask(range(len(task.eval)))
     results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
     return mean(METRICS[task.metric], results), results
@@ -57,13 +60,21 @@ class HeldOut:
     The model answers as it is set up: ask inside the context of a mode, in eval mode, without gradients.
     """
 
-    def __init__(self, model: Any, tokenizer: PreTrainedTokenizerBase, task: Task, limits: Limits) -> None:
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: PreTrainedTokenizerBase,
+        task: Task,
+        limits: Limits,
+        after_batch: AfterBatch = None,
+    ) -> None:
         if not len(task.eval):
             raise DataError(
                 f"task {task.name!r} has no held-out records to score.",
                 hint="give it `eval` (files), `eval_split` or `eval_size`.",
             )
         self.model, self.tokenizer, self.task, self.limits = model, tokenizer, task, limits
+        self.after_batch = after_batch
         self.examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
 
     def ask(self, records: Sequence[int]) -> dict[int, Answer]:
@@ -77,6 +88,7 @@ class HeldOut:
             batch_size=self.limits.batch_size,
             max_new_tokens=self.limits.max_new_tokens,
             num_beams=self.limits.num_beams,
+            after_batch=self.after_batch and (lambda places: self._answered([records[i] for i in places])),
         )
         return dict(zip(records, texts, strict=True))
 
@@ -89,12 +101,18 @@ class HeldOut:
             batch = inputs_of([self.examples[i] for i in chosen], self.model, self.tokenizer)
             if self.task.task_type == "SEQ_CLS":
                 yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
+                self._answered(chosen)
                 advance(len(chosen), "records")
                 continue
             labels = batch["labels"] if encoder_decoder else batch.pop("labels")
             nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
             yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+            self._answered(chosen)
             advance(len(chosen), "records")
+
+    def _answered(self, records: Sequence[int]) -> None:
+        if self.after_batch is not None:
+            self.after_batch(records)
 
     def result(self, record: int, answer: Answer, classes: Sequence[int] | None = None) -> Result:
         """What comes of an answer; `classes`: those that a classifier chooses from, default the task's own."""

@@ -14,6 +14,7 @@ from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.counterfactual import Counterfactuals, rows
 from molora.evaluation.findings import advice, warnings
 from molora.evaluation.modes import MODE_TITLES
+from molora.evaluation.predictions import Prediction
 from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
 from molora.evaluation.routing import Matrix, RoutingSummary
 
@@ -29,6 +30,9 @@ def console(file: TextIO | None = None) -> Console:
 def print_report(report: Report, *, to: Console | None = None) -> None:
     """Everything a report holds that fits a screen: scores, differences, routing, advice, facts, notes."""
     to = to or console()
+    if not report.scores:
+        to.print("nothing was scored: no task has held-out records; `eval: 0.1` in a task holds out a tenth.")
+        return
     for table in report_tables(report):
         to.print(table)
     if report.routing:
@@ -135,6 +139,23 @@ def routing_lines(routing: RoutingSummary) -> list[str]:
     found, apart = advice(routing.dead_experts(), mode=routing.mode), routing.specialisation()
     lines = [] if apart is None else [f"Experts specialise by task: {apart:.2f} of 1."]
     return [*lines, found or "No dead experts."]
+
+
+def example_lines(found: Iterable[Prediction]) -> list[str]:
+    """`pig, gate alone, right: pig(abc)= → bcaay`, and of a wrong answer what it should have been."""
+    lines = []
+    for p in found:
+        said = "no label" if p.prediction is None else visible(p.prediction)
+        worth = f"right: {visible(p.prompt)} → {said}"
+        if not p.right:
+            worth = f"wrong: {visible(p.prompt)} → {said}, not {visible(p.answer)}"
+        lines.append(f"{p.task}, {MODE_TITLES.get(p.mode, p.mode)}, {worth}")
+    return lines
+
+
+def visible(text: str) -> str:
+    """A text on one line, its control characters written out."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\n", "⏎"))
 
 
 def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:

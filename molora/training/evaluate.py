@@ -20,6 +20,7 @@ from molora.errors import ConfigError
 from molora.evaluation.counterfactual import counterfactuals
 from molora.evaluation.modes import check_modes
 from molora.evaluation.naming import naming
+from molora.evaluation.predictions import PREDICTIONS_FILE, to_jsonl
 from molora.evaluation.report import LOWER_IS_BETTER, Report, check_floors
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.runner import evaluate_tasks
@@ -49,6 +50,7 @@ def evaluate(
     floors: Mapping[str, float] | None = None,
     what_if: int | None = None,
     checkpoint: int | None = None,
+    predictions: bool = False,
 ) -> Report:
     """Score a trained mixture on held-out records.
 
@@ -66,6 +68,8 @@ def evaluate(
         what_if: also score the first so many records of each task with every expert alone, with every expert left out,
             and with even weights; see `counterfactuals`.
         checkpoint: score a run as it was after this step.
+        predictions: write every record's answer and the experts it used to predictions.jsonl in the report's folder. The
+            report's `predictions` hold the answers in any case.
 
     Raises:
         ConfigError: unknown tasks or modes, floors that are no shares, or a folder that may not be written, before any
@@ -80,6 +84,8 @@ def evaluate(
             f"{path} is an adapter folder, which holds no data to score.", hint="name a recipe with --recipe."
         )
     config = load_recipe(source, overrides)
+    if predictions and out is None and run is None:
+        raise ConfigError("predictions need a folder to be written to.", hint="give --out FOLDER.")
     if out is not None:
         check_out(out, run.path if run else path, mark=REPORT_FILE)
     elif run is not None:
@@ -95,13 +101,15 @@ def evaluate(
         model, tokenizer, _ = load_trained(
             run.path if run else path, allow_other_base=allow_other_base, checkpoint=checkpoint
         )
-        report = score(config, model, tokenizer, chosen, modes, what_if)
+        report = score(config, model, tokenizer, chosen, modes, what_if, experts=predictions)
     if checkpoint is not None:
         report.facts["checkpoint"] = f"step {checkpoint}"
     report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)
     if report.folder is not None:
         with write_folder(report.folder) as folder:
             write_report(report, folder, config)
+            if predictions:
+                write_file(folder / PREDICTIONS_FILE, to_jsonl(report.predictions).encode())
     return report
 
 
@@ -125,12 +133,13 @@ def score(
     tasks: Sequence[Task],
     modes: Sequence[str] | None = None,
     what_if: int | None = None,
+    experts: bool = False,
 ) -> Report:
-    """Score these tasks under a recipe's `eval` section; `what_if` as of `evaluate`."""
+    """Score these tasks under a recipe's `eval` section; `what_if` as of `evaluate`, `experts` as of `evaluate_tasks`."""
     report = Report()
     if tasks:
         modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
-        report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits)
+        report = evaluate_tasks(model, tokenizer, tasks, modes=modes, limits=limits, experts=experts)
         if names_tasks(model):
             report.naming = naming(model, tokenizer, tasks, limits)
             report.facts |= report.naming.facts()

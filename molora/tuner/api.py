@@ -105,9 +105,12 @@ def set_feature_source(model: nn.Module, source: FeatureSource | None) -> None:
 
 
 @contextmanager
-def record_routing(model: nn.Module) -> Iterator[RoutingRecord]:
-    """Count what gates decide in every forward of this thread or asyncio task inside, without padding or activations."""
-    record = RoutingRecord()
+def record_routing(model: nn.Module, *, by_row: bool = False) -> Iterator[RoutingRecord]:
+    """Count what gates decide in every forward of this thread or asyncio task inside, without padding or activations.
+
+    by_row: `record.take_rows(batch_size)` then says after a batch which experts each of its rows used.
+    """
+    record = RoutingRecord(by_row=by_row)
     with find_context(model).record(record):
         yield record
 

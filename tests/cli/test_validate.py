@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from molora.training.train import train
 from tests.cli.conftest import ROOT, Cli, fresh
 from tests.training.runs import recipe_for, write_base
 
@@ -31,12 +33,13 @@ def test_the_quickstart_passes_every_check(cli: Cli) -> None:
     lines = result.out.splitlines()
     numbered = [line for line in lines if line[0].isdecimal()]
     assert [line.split()[:2] for line in numbered] == [
-        ["1", "schema"], ["2", "data"], ["3", "tokenizer"], ["4", "records"], ["5", "targets"], ["6", "parameters"]
+        ["1", "schema"], ["2", "data"], ["3", "tokenizer"], ["4", "records"], ["5", "lengths"], ["6", "targets"],
+        ["7", "parameters"], ["8", "memory"],
     ]  # fmt: skip
-    assert "42 layers; the router reads after block 2 of 6, in a pass of its own" in numbered[4]
+    assert "42 layers; the router reads after block 2 of 6, in a pass of its own" in numbered[5]
     once = cli("validate", QUICKSTART, "adapter.router={kind: gaussian, passes: 1}").out
     assert "28 layers; the router reads after block 2 of 6, in the model's own forward" in once
-    records = [line for line in lines if line.startswith("  ")]
+    records = [line for line in lines if " → " in line]
     assert [line.split(":")[0].strip() for line in records] == [
         t for t in ("pig", "mirror", "zigzag", "back") for _ in "123"
     ]
@@ -72,12 +75,14 @@ def test_cut_records_are_counted(cli: Cli, recipe: Path) -> None:
     result = cli("validate", str(recipe), "data.max_length=16")
     assert result.code == 0
     assert " cut: " in result.out
+    warned = "task 'reverse', train: 13 prompts lose their beginning (100.0 %) at max_length 16"
+    assert warned in result.out  # as training warns
 
 
 def test_a_target_that_matches_nothing_is_refused_with_candidates(cli: Cli, recipe: Path) -> None:
     result = cli("validate", str(recipe), "adapter.target_modules=[q_porj]")
     assert result.code == 2
-    assert "5 targets" not in result.out
+    assert "6 targets" not in result.out
     assert "q_porj" in result.err
     assert "q_proj" in result.err
 
@@ -103,3 +108,68 @@ def test_nothing_is_written(cli: Cli, recipe: Path, monkeypatch: pytest.MonkeyPa
     before = sorted(recipe.parent.rglob("*"))
     assert cli("validate", str(recipe)).code == 0
     assert sorted(recipe.parent.rglob("*")) == before
+
+
+DAYS = [
+    ("a sunny day", "joy"),
+    ("a wet day", "sad"),
+    ("a sunny  Day", "joy"),
+    ("a sunny day", "sad"),
+    ("fog", "sad"),
+]
+
+
+def labelled(file: Path) -> str:
+    """A task of five records; two are one, and one contradicts them."""
+    lines = [json.dumps({"text": text, "label": label}) for text, label in DAYS]
+    file.write_text("\n".join(lines), encoding="utf-8")
+    return str(file)
+
+
+def test_what_is_odd_about_records_is_said(cli: Cli, recipe: Path, tmp_path: Path) -> None:
+    file = labelled(tmp_path / "mood.jsonl")
+    task = f"{{source: jsonl, kind: classification, train: {file}, eval: {file}}}"
+    result = cli("validate", str(recipe), f"data.tasks.mood={task}")
+    assert result.code == 0
+    said = [line.strip() for line in result.out.splitlines() if line.startswith("  mood:")]
+    assert said[:5] == [
+        "mood: 1 of 5 training records are there twice",
+        "mood: training prompts with more than one answer: 1",
+        "mood: 5 of 5 held-out prompts (100 %) are trained on: scores will be too good",
+        "mood: labels: joy 2, sad 3",
+        "mood: always saying 'sad' would be right for 60.0 % of what is held out",
+    ]
+    nothing = cli(
+        "validate", str(recipe), f"data.tasks.mood={{source: jsonl, kind: classification, train: {file}}}"
+    )
+    assert "mood: no held-out records, so it will not be scored: `eval: 0.1` holds out a tenth" in nothing.out
+
+
+@pytest.mark.slow
+def test_time_is_measured_in_real_steps(cli: Cli, recipe: Path) -> None:
+    out = cli("validate", str(recipe), "--time").out
+    assert re.search(r"\d+\.\d\d s a step here, the median of 3: \d+:\d\d:\d\d for 8 steps", out)
+    assert not (recipe.parent / "runs").exists()
+
+
+def test_a_growth_leaves_its_kind_to_the_run(cli: Cli, tmp_path: Path) -> None:
+    file = labelled(tmp_path / "mood.jsonl")
+    growth = tmp_path / "growth.yaml"
+    growth.write_text(
+        f'task: {{name: mood, source: jsonl, text: "{{text}}", train: {file}}}\n', encoding="utf-8"
+    )
+    result = cli("validate", str(growth))
+    assert result.code == 0
+    assert "  mood: labels: joy 2, sad 3" in result.out.splitlines()
+
+
+@pytest.mark.slow
+def test_a_growth_is_checked_with_its_run(cli: Cli, base: Path, tmp_path: Path) -> None:
+    run = train(recipe_for(base, tmp_path, max_steps=1))
+    growth = tmp_path / "growth.yaml"
+    task = "{name: loud, source: synthetic, generator: loud, train_size: 20, eval_size: 4}"
+    growth.write_text(f"task: {task}\ntrain: {{max_steps: 2}}\n", encoding="utf-8")
+    result = cli("validate", str(growth), "--run", str(run.path))
+    assert result.code == 0 and "3 tasks" in result.out and "8 memory" in result.out
+    growth.write_text(f"task: {task.replace('name: loud', 'name: copy')}\n", encoding="utf-8")
+    assert cli("validate", str(growth), "--run", str(run.path)).code == 2

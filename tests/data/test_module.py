@@ -124,3 +124,14 @@ def test_real_files_are_read_whole(tokenizer, tmp_path):
     assert {row.task for row in data.summary()} == set(tasks)
     assert all(row.records == min(300, len(taskset[row.task].train)) for row in data.summary())
     assert all(row.longest <= 256 and row.unlabelled == 0 for row in data.summary())
+
+
+def test_a_file_that_is_trained_on_and_held_out_is_named(tokenizer, tmp_path, caplog):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.jsonl").write_text('{"prompt": "x", "target": "y"}\n', encoding="utf-8")
+    a, b = (str(tmp_path / f"{name}.jsonl") for name in "ab")
+    for held_out, said in ((a, True), ([b, a], True), (b, False), (None, False)):
+        given = DataConfig(tasks={"t": {"source": "jsonl", "train": a, "eval": held_out}})
+        caplog.clear()
+        MoLoraDataModule(given, TaskSet.from_config(given), tokenizer, 1).setup("fit")
+        assert ("is trained on and held out" in caplog.text) == said
