@@ -51,14 +51,8 @@ def show_table() -> None:
     typer.echo(table())
 
 
-def _names() -> list[str]:
-    from molora.config.choices import KINDS
-
-    return list(KINDS)
-
-
 @command.command()
-def show(name: Annotated[str, Argument(metavar="NAME", autocompletion=_names)]) -> None:
+def show(name: Name) -> None:
     """Print what a kind is, its paper, when to use it, and its settings with their defaults, for a recipe."""
     import yaml
 

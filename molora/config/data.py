@@ -21,9 +21,9 @@ SOURCE_KEYS = frozenset(key for needed, optional in SOURCES.values() for key in 
 
 # What a task of each kind is scored by, the default first, and the templates only that kind reads.
 METRICS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("exact_match", "accuracy", "loss"),
-    "seq2seq": ("exact_match", "accuracy", "loss"),
-    "classification": ("accuracy", "loss"),
+    "causal_lm": ("exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"),
+    "seq2seq": ("exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"),
+    "classification": ("accuracy", "macro_f1", "loss"),
 }
 KIND_KEYS: dict[str, tuple[str, ...]] = {
     "causal_lm": ("prompt", "target", "messages", "chat_template"),
@@ -79,8 +79,10 @@ class TaskConfig(Section):
     """The field with its label; `label` where left out."""
     labels: list[str] | None = None
     """The labels in their order; null: those found in the training records."""
-    metric: Literal["exact_match", "accuracy", "loss"] | None = None
-    """What the task is scored by; the first that fits its kind."""
+    metric: (
+        Literal["exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"] | None
+    ) = None
+    """What the task is scored by; the first that fits its kind. `rouge_l`, `bleu` and `chrf` need the extra `metrics`."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """How often its records are drawn beside other tasks'."""
 

@@ -17,7 +17,7 @@ from molora.continual.subspace import overlap
 from molora.data.clusters import inference
 from molora.data.prompts import encode
 from molora.data.tasks import Task
-from molora.evaluation.metrics import METRICS, mean
+from molora.evaluation.metrics import overall
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import Answer, HeldOut, Limits, inputs_of, score_task
 from molora.models.task_router import named_prompts, names_tasks
@@ -53,7 +53,7 @@ class Answers(HeldOut):
                     known |= self.ask(missing)
         answered = enumerate(zip(routes, classes, strict=True))
         results = [self.result(i, self._known[route][i], among) for i, (route, among) in answered]
-        return mean(METRICS[self.task.metric], results)
+        return overall(self.task.metric, results)
 
 
 def probe_logits(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from itertools import chain
 from typing import Any
 
@@ -20,6 +21,11 @@ from molora.errors import ConfigError
 log = logging.getLogger(__name__)
 
 MOST_LABELS = 200
+_NEEDS = {
+    "rouge_l": "rouge_score",
+    "bleu": "sacrebleu",
+    "chrf": "sacrebleu",
+}  # packages of the extra `metrics`
 _TASK_TYPE_OF_KIND = {kind: task_type for task_type, kind in KIND_OF_TASK_TYPE.items()}
 
 
@@ -70,6 +76,11 @@ class Task:
             )
         if self.kind == "classification" and len(self.labels) < 2:
             raise ConfigError(f"{where}: a classification needs at least two labels.")
+        if find_spec(_NEEDS.get(str(self.metric), "molora")) is None:
+            raise ConfigError(
+                f"{where}: the metric {self.metric} needs the package {_NEEDS[str(self.metric)]}.",
+                hint="pip install 'molora[metrics]'",
+            )
         for template in self.templates:
             parse_template(template)
 

@@ -11,7 +11,7 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.tasks import Task
-from molora.evaluation.metrics import METRICS, mean
+from molora.evaluation.metrics import overall
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import HeldOut, Limits
 from molora.forward.mount import MountPoint
@@ -110,7 +110,7 @@ def _score(held_out: HeldOut, records: Sequence[int], context: AbstractContextMa
     with context:
         answers = held_out.ask(records)
     results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
-    return mean(METRICS[held_out.task.metric], results)
+    return overall(held_out.task.metric, results)
 
 
 def rows(found: Counterfactuals) -> Mapping[str, Mapping[str, float]]:

@@ -1,4 +1,4 @@
-"""Metrics: what each held-out record's result is worth. A score is the mean of that, and it is taken here alone."""
+"""Metrics: what each held-out record's result is worth, and what all of them are: `overall` is the one place for that."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from molora.data.prompts import IGNORED
+from molora.evaluation import texts
 from molora.registry import Registry
 
 
@@ -29,7 +30,15 @@ class Result:
     count: int = 1
 
 
-Metric = Callable[[Result], float]
+@dataclass(frozen=True)
+class Metric:
+    """`each`: what one result is worth, 1 the most. `together`: of all results, where that is not the mean of each."""
+
+    each: Callable[[Result], float]
+    together: Callable[[Sequence[Result]], float] | None = None
+
+    def __call__(self, result: Result) -> float:
+        return self.each(result)
 
 
 def exact_match(result: Result) -> float:
@@ -48,11 +57,33 @@ def loss(result: Result) -> float:
 
 
 METRICS: Registry[Metric] = Registry("metric")
-for _metric in (exact_match, accuracy, loss):
-    METRICS.add(_metric.__name__, _metric)
+for _name, _metric in {
+    "exact_match": Metric(exact_match),
+    "accuracy": Metric(accuracy),
+    "loss": Metric(loss),
+    "macro_f1": Metric(accuracy, texts.macro_f1),
+    "token_f1": Metric(lambda result: texts.token_f1(*_texts(result))),
+    "rouge_l": Metric(lambda result: texts.rouge_l(*_texts(result))),
+    "bleu": Metric(
+        lambda result: texts.bleu([_texts(result)], alone=True), lambda rs: texts.bleu([*map(_texts, rs)])
+    ),
+    "chrf": Metric(lambda result: texts.chrf([_texts(result)]), lambda rs: texts.chrf([*map(_texts, rs)])),
+}.items():
+    METRICS.add(_name, _metric)
 
 
-def mean(metric: Metric, results: Iterable[Result]) -> float:
+def _texts(result: Result) -> tuple[str, str]:
+    """Answer and target."""
+    return str(result.prediction), str(result.target)
+
+
+def overall(name: str, results: Iterable[Result]) -> float:
+    """The score of a metric over all results. Raises ValueError where nothing was counted."""
+    results, metric = list(results), METRICS[name]
+    return mean(metric, results) if metric.together is None or not results else metric.together(results)
+
+
+def mean(metric: Callable[[Result], float], results: Iterable[Result]) -> float:
     """A metric over all results: every record, or every target token, weighs the same.
 
     Raises ValueError where nothing was counted: a score over nothing means nothing.

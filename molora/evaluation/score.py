@@ -18,7 +18,7 @@ from molora.data.render import render
 from molora.data.tasks import Task
 from molora.errors import DataError
 from molora.evaluation.generate import generate_answers
-from molora.evaluation.metrics import METRICS, Result, match_label, mean, token_nll
+from molora.evaluation.metrics import Result, match_label, overall, token_nll
 from molora.progress import advance
 
 Answer = Tensor | str | tuple[float, int]
@@ -51,7 +51,7 @@ def score_task(
     held_out = HeldOut(model, tokenizer, task, limits, after_batch)
     answers = held_out.ask(range(len(task.eval)))
     results = [held_out.result(record, answer) for record, answer in sorted(answers.items())]
-    return mean(METRICS[task.metric], results), results
+    return overall(task.metric, results), results
 
 
 class HeldOut:
@@ -127,7 +127,7 @@ class HeldOut:
             return Result(record, nll=answer[0], count=answer[1])
         target, before = self._target(record)
         text = answer.strip()
-        if task.metric == "accuracy" and task.labels:
+        if task.metric in ("accuracy", "macro_f1") and task.labels:
             said = text.removeprefix(before).strip()
             return Result(record, match_label(said, task.labels), target.removeprefix(before).strip())
         return Result(record, text, target)

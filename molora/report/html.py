@@ -88,7 +88,7 @@ def _scores(report: Report) -> str:
     for task in (row[0] for row in cells):
         score = first[task]
         low, high = wilson(score.value, score.count)
-        known = score.metric not in LOWER_IS_BETTER and not math.isnan(low)
+        known = score.metric in ("exact_match", "accuracy") and not math.isnan(low)
         notes.append(f"{100 * low:.1f} to {100 * high:.1f} %" if known else "")
     mode = MODE_TITLES.get(report.modes[0], report.modes[0]) if report.modes else ""
     shown = table(

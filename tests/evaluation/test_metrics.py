@@ -13,6 +13,7 @@ from molora.evaluation.metrics import (
     loss,
     match_label,
     mean,
+    overall,
     perplexity,
     token_nll,
 )
@@ -84,3 +85,55 @@ def test_perplexity():
     assert perplexity(0.0) == 1.0
     assert perplexity(math.log(7)) == pytest.approx(7)
     assert perplexity(1e6) == math.inf
+
+
+def pairs(*both):
+    return [Result(i, said, wanted) for i, (said, wanted) in enumerate(both)]
+
+
+def test_token_f1_counts_shared_words_as_squad_does():
+    # "cat sat down" and "cat sat on mat": 2 shared of 3 and 4
+    assert overall("token_f1", pairs(("The cat sat down!", "a cat sat on the mat"))) == pytest.approx(4 / 7)
+    assert overall("token_f1", pairs(("yes", "Yes."), ("", "the"), ("x", ""))) == pytest.approx(2 / 3)
+
+
+def test_rouge_l_is_that_of_the_package_and_of_the_longest_common_subsequence():
+    # "police kill the gunman" against "police killed the gunman": the stems agree
+    assert overall("rouge_l", pairs(("police kill the gunman", "police killed the gunman"))) == pytest.approx(
+        1.0
+    )
+    # 3 of 4 words in order on both sides
+    assert overall("rouge_l", pairs(("police kill the man", "police killed the gunman"))) == pytest.approx(
+        0.75
+    )
+
+
+def test_bleu_and_chrf_are_of_the_corpus_by_sacrebleu():
+    import sacrebleu
+
+    both = [("the cat sat on the mat", "the cat sat on a mat"), ("hello there world", "hello world")]
+    said, wanted = [one for one, _ in both], [[two for _, two in both]]
+    assert overall("bleu", pairs(*both)) == pytest.approx(sacrebleu.corpus_bleu(said, wanted).score / 100)
+    assert overall("chrf", pairs(*both)) == pytest.approx(sacrebleu.corpus_chrf(said, wanted).score / 100)
+    assert overall("bleu", pairs(("same words here now", "same words here now"))) == pytest.approx(1.0)
+    assert METRICS["bleu"](Result(0, "hello world", "hello world")) == pytest.approx(1.0), "short, by itself"
+
+
+def test_macro_f1_weighs_classes_alike():
+    sklearn = pytest.importorskip("sklearn.metrics")
+    said, wanted = ["a", "a", "b", "a", "c"], ["a", "a", "b", "b", "b"]
+    expected = sklearn.f1_score(wanted, said, average="macro")
+    assert overall("macro_f1", pairs(*zip(said, wanted, strict=True))) == pytest.approx(expected)
+    # two classes; b is never named: 2 * 2 / (2 + 2) and 0
+    assert overall("macro_f1", pairs(("a", "a"), ("a", "a"), (None, "b"))) == pytest.approx(0.5)
+
+
+def test_a_metric_without_its_package_is_refused_before_training(monkeypatch):
+    from molora import ConfigError
+    from molora.data import tasks
+
+    monkeypatch.setattr(tasks, "find_spec", lambda name: None if name == "sacrebleu" else name)
+    with pytest.raises(ConfigError, match=r"metric bleu needs the package sacrebleu") as error:
+        tasks.Task("a", 0, [], [], metric="bleu")
+    assert "molora[metrics]" in str(error.value)
+    assert tasks.Task("a", 0, [], [], metric="token_f1").metric == "token_f1"
