@@ -53,8 +53,8 @@ class RoutingRecord:
             self.experts = task_map.experts
         for gate, record in records:
             here = [task_map.experts.index(name) for name in record.task_map.experts]
-            parts = _full(record.routing, here, len(task_map.experts))
-            weights, selected, entropy = (_by_token(part, record.lead) for part in parts)
+            parts = full_weights(record.routing, here, len(task_map.experts))
+            weights, selected, entropy = (by_token(part, record.lead) for part in parts)
             everything = torch.ones(len(weights), dtype=torch.bool, device=weights.device)
             keep = everything if record.mask is None else record.mask
             if self.by_row:
@@ -168,12 +168,13 @@ def _pad(values: Tensor, size: int) -> Tensor:
     return torch.nn.functional.pad(values, (0, size - len(values)))
 
 
-def _by_token(rows: Tensor, lead: Sequence[int]) -> Tensor:
+def by_token(rows: Tensor, lead: Sequence[int]) -> Tensor:
+    """What a gate gave for all tokens, samples or none of them, (tokens, ...): one row for each token."""
     spread_rows = spread(rows, lead)
     return spread_rows.expand(math.prod(lead), *rows.shape[1:]) if len(spread_rows) == 1 else spread_rows
 
 
-def _full(routing: Any, here: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+def full_weights(routing: Any, here: Sequence[int], num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     """Weights and slot shares over all experts, (tokens, expert), and entropy (tokens,).
 
     Args:

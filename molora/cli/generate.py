@@ -41,7 +41,7 @@ def command(
     seed: Seed = 0,
     batch_size: Annotated[int, Option(min=1, help="Prompts answered at once.")] = 16,
     experts_used: Annotated[
-        bool, Option("--experts-used", help="Add each expert's mean weight; one prompt at a time.")
+        bool, Option("--experts-used", help="Add the mean weight of each expert.")
     ] = False,
     allow_other_base: OtherBase = False,
 ) -> None:
@@ -66,8 +66,7 @@ def command(
         speaker.choose(task=task, experts=expert, base=base)
         search = Search(max_new_tokens, temperature, top_p)
         seeded(seed)
-        one_by_one = (speaker.say(text, search) for text in prompts)
-        answers = one_by_one if experts_used else speaker.answers(prompts, search, batch_size=batch_size)
+        answers = speaker.answers(prompts, search, batch_size=batch_size)
         for text, answer in zip(prompts, answers, strict=True):
             line: dict[str, Any] = {"prompt": text, "answer": answer.text, "task": answer.task}
             if answer.certainty is not None:

@@ -22,8 +22,8 @@ from molora.version import __version__
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
-    "compare", "init", "generate", "chat", "report", "runs", "recipes", "presets", "schema", "fuse", "kinds",
-    "library", "push", "pull",
+    "compare", "init", "generate", "chat", "tokens", "report", "runs", "recipes", "presets", "schema",
+    "fuse", "kinds", "library", "push", "pull",
 )  # fmt: skip
 
 

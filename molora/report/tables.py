@@ -17,6 +17,7 @@ from molora.evaluation.modes import MODE_TITLES
 from molora.evaluation.predictions import Prediction
 from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
 from molora.evaluation.routing import Matrix, RoutingSummary
+from molora.evaluation.tokens import TokenView
 
 PIPE_WIDTH = 1000  # rich assumes 80 columns in a pipe and would cut wide tables
 
@@ -66,6 +67,17 @@ def report_tables(report: Report) -> list[Table]:
     if report.counterfactuals:
         tables.append(what_if_table(report.counterfactuals))
     return tables
+
+
+def token_table(view: TokenView, layers: Sequence[str]) -> Table:
+    """A token in each row, a layer in each column: the expert with the largest weight, and that weight."""
+    table = _table(
+        "Largest weight by token and layer", ["token", *(f"layer {layer}" for layer in layers)], []
+    )
+    for i, token in enumerate(view.tokens):
+        tops = (view.top(layer, i) for layer in layers)
+        table.add_row(_plain(repr(token)), *(_plain(f"{name} {weight:.2f}") for name, weight in tops))
+    return table
 
 
 def what_if_table(found: Counterfactuals) -> Table:

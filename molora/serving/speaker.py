@@ -19,6 +19,7 @@ from molora.data.templates import fill_template, parse_template
 from molora.errors import ConfigError
 from molora.evaluation.generate import greedy, without_own_config
 from molora.evaluation.routing import summarise
+from molora.evaluation.tokens import TokenView, token_view
 from molora.models.task_router import named_prompts, names_tasks
 from molora.tuner.api import record_routing, routing
 
@@ -48,7 +49,7 @@ class Search:
 class Answer:
     """`task`: what the prompt was taken for, by the adapter's router or by choice, with the router's `certainty`.
 
-    `experts`: mean weight of each over the gates and tokens of prompt and answer; empty where nobody looked.
+    `experts`: mean weight of each over the gates and tokens of prompt and answer; empty where the base alone answered.
     """
 
     text: str
@@ -140,15 +141,34 @@ class Speaker:
         experts = {} if record is None else summarise("", {"": (record.tokens, record.table())}).by_task[""]
         return Answer(text, *named, experts)
 
+    def look(self, prompt: str, search: Search | None) -> TokenView:
+        """The experts of each token of a prompt, and of its answer where it is to be looked for; decoder-only models.
+
+        Raises:
+            ConfigError: the base reads and writes with different parts.
+        """
+        if getattr(self.model.config, "is_encoder_decoder", False):
+            raise ConfigError("the tokens of an encoder-decoder are of two texts; molora tokens shows one.")
+        ids = self.tokens(prompt)
+        said: list[int] = []
+        if search is not None:
+            said = self.tokenizer(self._generate([ids], search)[0], add_special_tokens=False)["input_ids"]
+        with self._chosen():
+            return token_view(self.model, self.tokenizer, ids, said)
+
     def answers(self, prompts: Sequence[str], search: Search, *, batch_size: int = 16) -> Iterator[Answer]:
         """An answer to each prompt, in their order; prompts of like lengths are answered together."""
         rows = [self.tokens(prompt) for prompt in prompts]
         named = self._named(rows, batch_size)
-        texts: dict[int, str] = {}
-        for chosen in batches_by_length([len(row) for row in rows], batch_size):
-            texts.update(zip(chosen, self._generate([rows[i] for i in chosen], search), strict=True))
-        for i in range(len(rows)):
-            yield Answer(texts[i], *named[i])
+        found: dict[int, Answer] = {}
+        recording = nullcontext() if self.base else record_routing(self.model, by_row=True)
+        with recording as record:
+            for chosen in batches_by_length([len(row) for row in rows], batch_size):
+                texts = self._generate([rows[i] for i in chosen], search)
+                experts = [{}] * len(chosen) if record is None else record.take_rows(len(chosen))
+                for i, text, weights in zip(chosen, texts, experts, strict=True):
+                    found[i] = Answer(text, *named[i], weights)
+        yield from (found[i] for i in range(len(rows)))
 
     def _named(
         self, rows: Sequence[list[int]], batch_size: int = 16

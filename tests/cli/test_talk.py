@@ -62,3 +62,20 @@ def test_a_conversation_with_commands(saved: Path, cli: Cli, monkeypatch: pytest
     ]
     assert "no task 'nobody'" in result.err and "forget the conversation" in result.out
     assert "never read" not in result.out
+
+
+def test_the_tokens_of_a_prompt_and_its_answer(saved: Path, cli: Cli, tmp_path: Path) -> None:  # noqa: F811
+    whole = cli("tokens", saved, "--prompt", "spell(ab)=", "--max-new-tokens", "2", "--json")
+    found = json.loads(whole.out)
+    assert "".join(found["tokens"]).startswith("<bos>spell(ab)=") and found["experts"] == [
+        "expert_0",
+        "expert_1",
+    ]
+    assert all(
+        row == [0.0, 1.0] for layer in found["weights"].values() for row in layer
+    )  # the router named it
+    page = tmp_path / "tokens.html"
+    shown = cli("tokens", saved, "--prompt", "spell(ab)=", "--no-answer", "--task", "shout", "--out", page)
+    assert shown.code == 0 and "expert_0 1.00" in shown.out and "expert_1" not in shown.out
+    assert "&#x27;p&#x27;" in page.read_text() and "expert_0 1.00" in page.read_text()
+    assert cli("tokens", saved, "--prompt", "x", "--out", page).code == 2  # nothing is overwritten
