@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -48,6 +48,25 @@ def dora_reference(base, banks):
         for name, parameter in parts[-1].items():
             parameter.data.copy_(bank.stacks[name].whole[0])
     return model, parts
+
+
+def adalora_model(base, banks, **settings):
+    config = AdaLoraConfig(
+        init_r=4, lora_alpha=8, target_modules=TARGETS, **{"total_step": 9, "target_r": 2, **settings}
+    )
+    model = get_peft_model(base, config).double()
+    layers, parts = [m for m in model.modules() if hasattr(m, "lora_E")], []
+    for layer, bank in zip(layers, banks, strict=True):
+        layer.ranknum["default"].data.fill_(4 - 1e-5)  # PEFT adds it again
+        layer.ranknum["default"].requires_grad_(False)
+        parts.append({name: getattr(layer, f"lora_{name}")["default"] for name in "AEB"})
+        for name, parameter in parts[-1].items():
+            parameter.data.copy_(bank.stacks[name].whole[0].view(parameter.shape))
+    return model, parts
+
+
+def adalora_reference(base, banks):
+    return adalora_model(base, banks, orth_reg_weight=0.0)
 
 
 def vera_reference(base, banks):
@@ -100,6 +119,7 @@ REFERENCES = {
     "lora_fa": (lora_reference, {"B"}),
     "vera": (vera_reference, {"d", "b"}),
     "dora": (dora_reference, {"A", "B", "m"}),
+    "adalora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -163,7 +183,7 @@ def test_I3_one_expert_is_pefts_in_values_and_gradients(kind):
             stack = bank.stacks[name]
             ours = stack.trainable.grad[0]
             as_saved = ours if stack.axes is None else ours.T
-            assert_close(as_saved, theirs[name].grad, atol=1e-10, rtol=1e-9)
+            assert_close(as_saved.view(theirs[name].shape), theirs[name].grad, atol=1e-10, rtol=1e-9)
 
 
 @kinds

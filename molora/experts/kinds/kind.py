@@ -107,6 +107,7 @@ class Kind:
         False  # whether its experts multiply the base's output; it knows the base then
     )
     base: Base | None = None
+    orthonormal: ClassVar[bool] = False  # whether A and B are sets of vectors that should be orthonormal
     imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters
 
     averages: ClassVar[str | None] = (
@@ -149,6 +150,22 @@ class Kind:
         `rows` as of `factors`; `scalings` of the same experts.
         """
         raise NotImplementedError
+
+    def after_step(self, banks: Mapping[str, Any], step: int | None, total: int | None) -> None:
+        """Look at weights and gradients of an adapter after an optimiser's step; see `molora.after_step`.
+
+        Args:
+            banks: of all layers, by their names.
+            step: its number, from 1; None: one more than the last.
+            total: how many there will be; None: not known.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What it has to remember between steps, as plain data; nothing, for most kinds."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
 
     def rows_of(self, expert: Expert) -> dict[str, Tensor]:
         """The rows of an expert with these factors; only where `imports` gives no reason against it."""
