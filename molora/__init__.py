@@ -42,6 +42,7 @@ _HOMES = {
     "tuner.layer": ("MoLoraLayer",),
     "tuner.model": ("MoLoraModel",),
     "tuner.parts": ("init_std_report",),
+    "tuner.after_step": ("after_step",),
     "tuner.scale": ("rescale_adapter_scale",),
     "tuner.presets": ("list_presets", "preset"),
 }

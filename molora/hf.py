@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from molora.errors import ConfigError
+from molora.tuner.after_step import after_step, looks_at_steps
 from molora.tuner.api import aux_in_loss, aux_loss
 
 _IDS = "routing_task_ids"
@@ -46,6 +47,19 @@ class MoLoraTrainerMixin:
             return found
         aux = self._aux_share(aux_loss(model), num_items_in_batch)
         return (found[0] + aux, *found[1:]) if return_outputs else found + aux
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        """The Trainer's schedule; from here on, experts look at each step of the optimiser (`molora.after_step`)."""
+        trainer: Any = self
+        made = super().create_scheduler(num_training_steps, optimizer=optimizer)  # type: ignore[misc]
+
+        def look(*_: Any) -> None:
+            after_step(trainer.model, trainer.state.global_step + 1, num_training_steps)
+
+        if looks_at_steps(trainer.model):
+            given = trainer.optimizer if optimizer is None else optimizer
+            getattr(given, "optimizer", given).register_step_post_hook(look)  # accelerate's is around torch's
+        return made
 
     def _say_lost_ids(self, model: Any, inputs: dict[str, Any]) -> None:
         trainer: Any = self

@@ -253,6 +253,15 @@ def orthogonal(new: Tensor, old: Tensor, norm: str = "l1") -> Tensor:
     return overlap.abs().sum() if norm == "l1" else overlap.square().sum()
 
 
+def orthonormal(vectors: Tensor) -> Tensor:
+    """How far the rows of `vectors` (rank, d) are from orthonormal: ‖V Vᵀ - I‖, a Frobenius norm that is not squared.
+
+    Reference: AdaLoRA, arXiv:2303.10512, whose authors run this form and print the squared one.
+    """
+    gram = vectors @ vectors.t()
+    return torch.linalg.matrix_norm(gram - torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
+
+
 def _variation(values: Tensor) -> Tensor:
     """Squared coefficient of variation over experts, 0 where there is nothing to vary."""
     mean = values.mean()

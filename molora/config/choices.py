@@ -86,6 +86,8 @@ KINDS: Registry[Any] = Registry("kind of expert")
 KINDS.add("lora", Lazy("experts.kinds.lora:Lora"))
 KINDS.add("lora_fa", Lazy("experts.kinds.lora_fa:LoraFA"))
 KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
+KINDS.add("dora", Lazy("experts.kinds.dora:Dora"))
+KINDS.add("adalora", Lazy("experts.kinds.adalora:AdaLora"))
 KINDS.add("core", Lazy("experts.kinds.core:Core"))
 
 # What a task's core may be: subclasses of experts.cores.TaskCores, imported when they are used.

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator
 
+from molora.config.choices import KINDS
 from molora.config.gate import UNNORMALISED, GateSettings
 from molora.config.losses import AUX_LOSSES
 from molora.config.mixture import Mixture
@@ -95,6 +96,12 @@ def _expert_problems(mixture: Mixture) -> Iterator[Problem]:
         what = "combine: factors" if mixture.combine == "factors" else "ffn_targets"
         text = f"compares the outputs of experts on single linears; with {what} there are none."
         yield ("contrastive",), text
+    if "orthonormal" in losses and mixture.kind in KINDS and not KINDS[mixture.kind].orthonormal:
+        known = ", ".join(name for name in KINDS if KINDS[name].orthonormal)
+        text = (
+            f"keeps singular vectors orthonormal, and kind: {mixture.kind} has none. Allowed kinds: {known}."
+        )
+        yield ("orthonormal",), text
     if not mixture.share_A:
         return
     if "orthogonal" in losses:

@@ -63,6 +63,7 @@ _SPECS = {
     "contrastive": LossSpec(settings={**MASK, "temperature": 0.1}, of_gate=False),
     "l1": LossSpec(),
     "expert_similarity": LossSpec(settings={"factor": ("A", "B", "both")}, of_gate=False),
+    "orthonormal": LossSpec(settings={}, of_gate=False),
     "orthogonal": LossSpec(settings={"norm": ("l1", "squared")}, of_gate=False),
 }
 for _name, _spec in _SPECS.items():

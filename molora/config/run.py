@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from molora.config.adapter import AdapterConfig, RouterSection
+from molora.config.choices import KINDS
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.gate_rules import UNNORMALISED
@@ -213,6 +214,11 @@ class RunConfig(Section):
             yield ("adapter", "share_A"), text
         if self.adapter.kind != "lora" and kind in ("inf_lora", "o_lora", "slao"):
             text = f"strategy {kind} writes or compares the factors of experts, which only kind: lora trains freely."
+            yield ("adapter", "kind"), text
+        if kind in ("ella", "n_lora") and KINDS[self.adapter.kind].scales_output:
+            text = (
+                f"strategy {kind} weighs what factors add, which is not all of a {self.adapter.kind} expert."
+            )
             yield ("adapter", "kind"), text
         if self.features is not None:
             yield ("features",), "does not go with tasks one after another."

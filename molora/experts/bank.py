@@ -21,17 +21,16 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from molora.experts.cores import TaskCores
 from molora.experts.kernel import expand, shrink
-from molora.experts.kinds.kind import Expert, ExpertRows, Kind, StackSpec
+from molora.experts.kinds.kind import Expert, ExpertRows, Kind, StackSpec, padded
 from molora.experts.kinds.lora import Lora
+from molora.experts.output_scale import built, factors_of, mixed, rescaled
 from molora.experts.stack import Stack, Stacked
 
-__all__ = ["Expert", "ExpertBank", "ExpertRows", "Operands", "mean_delta"]
+__all__ = ["Expert", "ExpertBank", "ExpertRows", "Operands"]
 
 
 class Operands(NamedTuple):
@@ -41,6 +40,7 @@ class Operands(NamedTuple):
     B: list[Tensor]  # stacks (rank, d_out), in the order of h's columns
     expansion: Tensor  # (expert, rank): the scalings of each expert on its own columns
     copies: int  # how often the product of x and A stands in h: once, or for each expert that shares A
+    deviation: Tensor | None = None  # (expert, d_out): how far each expert's output scale is from 1
 
 
 class ExpertBank(Stacked):
@@ -100,7 +100,7 @@ class ExpertBank(Stacked):
             rows, blocks = members[0].rows[name].unsqueeze(0), ((0,), ()) if held[0] else ((), (0,))
         else:
             held = [i in self.frozen or not spec.trained for i in range(len(members))]
-            rows = torch.stack([_padded(m.rows[name], spec.axes, max(self.ranks) - m.rank) for m in members])
+            rows = torch.stack([padded(m.rows[name], spec.axes, max(self.ranks) - m.rank) for m in members])
         if name in self._by_name:
             self._by_name[name].assign(rows, blocks, held)
             return
@@ -144,7 +144,7 @@ class ExpertBank(Stacked):
 
     def effective(self, member: ExpertRows) -> Expert:
         """The factors of an expert with these parameters."""
-        A, B = self.kind.factors(_alone(member))
+        A, B, _ = built(self.kind, member.alone(), [member.scaling])
         return Expert(A[0], B[0].t(), member.scaling)
 
     def experts(self) -> list[Expert]:
@@ -159,14 +159,28 @@ class ExpertBank(Stacked):
         return [e._replace(A=core.to(e.A.dtype) @ e.A) for e in self.experts()]
 
     def delta(self, weights: Sequence[float] | Tensor, shares: Tensor | None = None) -> Tensor:
-        """Weight update (d_out, d_in) of a static mixture, at a task (1, task) where it has cores; float32 or better."""
+        """Weight update (d_out, d_in) of a static mixture, at a task (1, task) where it has cores; float32 or better.
+
+        That of the factors, and what output scales make of the base's weight.
+        """
         total = None
         for weight, expert in zip(weights, self.at_task(shares), strict=True):
             compute = torch.promote_types(expert.A.dtype, torch.float32)
             part = weight * expert._replace(A=expert.A.to(compute), B=expert.B.to(compute)).delta()
             total = part if total is None else total + part
         assert total is not None
-        return total
+        deviation = self.deviation(weights)
+        if deviation is None or self.kind.base is None:
+            return total
+        return total + deviation.to(total).unsqueeze(1) * self.kind.base.weight().to(total)
+
+    def deviation(self, weights: Sequence[float] | Tensor) -> Tensor | None:
+        """How far a static mixture's output scale is from 1, (d_out,); None: a kind that leaves the base's output alone."""
+        if not self.kind.scales_output:
+            return None
+        one = [built(self.kind, row.alone(), [row.scaling]).deviation for row in self.rows()]
+        each = torch.cat([part for part in one if part is not None])
+        return mixed(torch.as_tensor(weights, dtype=each.dtype, device=each.device)[None], each)[0]
 
     # -- computing -------------------------------------------------------------------------------------
 
@@ -190,17 +204,21 @@ class ExpertBank(Stacked):
         """
         operands = self.operands(experts, x)
         h = self.shrunk(x, operands, shares)
+        if operands.deviation is not None:
+            assert self.kind.base is not None
+            y = rescaled(y, mixed(weights, operands.deviation), self.kind.base.bias)
         return expand(y, h, weights, operands.expansion, operands.B)
 
     def operands(self, experts: tuple[int, ...] | None, x: Tensor) -> Operands:
         """What the kernel multiplies for all experts, or only for those of `experts`."""
-        parts = [*self._blocks()] if experts is None else [_alone(self.row(i)) for i in experts]
-        factors = [self.kind.factors(part) for part in parts]
+        parts = [*self._blocks()] if experts is None else [self.row(i).alone() for i in experts]
+        order = self.frozen + self.trainable if experts is None else experts
+        factors, deviation = factors_of(self.kind, parts, order, self.scalings, whole=experts is None)
         shared = self.kind.shares_A
         A = [A.flatten(0, 1) for A, _ in (factors[:1] if shared else factors)]
         B = [B.flatten(0, 1) for _, B in factors]
         copies = 1 if not shared else self.num_experts if experts is None else len(experts)
-        return Operands(A, B, self.expansion(experts, x), copies)
+        return Operands(A, B, self.expansion(experts, x), copies, deviation)
 
     def shared_h(self, x: Tensor, copies: int = 1, shares: Tensor | None = None) -> Tensor:
         """h (tokens, copies * rank) where all experts share A; `shares` as of `forward`."""
@@ -274,22 +292,3 @@ class ExpertBank(Stacked):
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"
-
-
-def _alone(member: ExpertRows) -> dict[str, Tensor]:
-    """Rows of every stack, of this expert only."""
-    return {name: row.unsqueeze(0) for name, row in member.rows.items()}
-
-
-def _padded(row: Tensor, axes: str, missing: int) -> Tensor:
-    """A row with zeros for `missing` more of its rank."""
-    names = axes.split()
-    if not missing or "rank" not in names:
-        return row
-    return F.pad(row, [0, 0] * (len(names) - 1 - names.index("rank")) + [0, missing])
-
-
-def mean_delta(experts: Sequence[Expert]) -> Tensor:
-    """Mean weight update (d_out, d_in) of several experts, in float32."""
-    stacked = torch.stack([e._replace(A=e.A.float(), B=e.B.float()).delta() for e in experts])
-    return reduce(stacked, "expert d_out d_in -> d_out d_in", "mean")

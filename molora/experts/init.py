@@ -6,7 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+from einops import reduce
 from torch import Tensor, nn
+
+from molora.experts.kinds.kind import Expert
 
 INIT_KINDS = ("kaiming", "gaussian", "rescaled", "orthogonal", "svd_segments")
 
@@ -74,3 +77,9 @@ def svd_segments(
         A, B, short = root.unsqueeze(1) * Vh[part], U[:, part] * root, rank - len(root)
         factors.append((nn.functional.pad(A, (0, 0, 0, short)), nn.functional.pad(B, (0, short))))
     return factors
+
+
+def mean_delta(experts: Sequence[Expert]) -> Tensor:
+    """Mean weight update (d_out, d_in) of several experts, in float32."""
+    stacked = torch.stack([e._replace(A=e.A.float(), B=e.B.float()).delta() for e in experts])
+    return reduce(stacked, "expert d_out d_in -> d_out d_in", "mean")

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from molora.experts.bank import ExpertBank
+from molora.experts.output_scale import built
 
 
 class Picks(NamedTuple):
@@ -86,10 +87,20 @@ def picked(bank: ExpertBank, experts: Tensor, rank: int | None = None) -> tuple[
     Only what is named is copied, and only when it is multiplied. `rank`: the largest of these experts; what lies beyond is
     padding.
     """
-    stacks, kind = bank.named_stacks(), bank.kind
+    A, B, _ = picked_scaled(bank, experts, rank)
+    return A, B
+
+
+def picked_scaled(
+    bank: ExpertBank, experts: Tensor, rank: int | None = None
+) -> tuple[Picked | None, Picked, Tensor | None]:
+    """`picked`, and how far the output scales of each row's experts are from 1, (row, slot, d_out), where they have any."""
+    stacks, kind, deviation = bank.named_stacks(), bank.kind, None
     if kind.keeps_factors:
         places = stacks["B"].places(experts)  # as in A, where each expert has one of its own
         A, B = (Picked(stacks[name].blocks, places) for name in "AB")
+    elif kind.scales_output:
+        A, B, deviation = _one_by_one(bank, experts)
     else:
         flat = experts.flatten()
         rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows[flat] for n, s in stacks.items()}
@@ -97,14 +108,36 @@ def picked(bank: ExpertBank, experts: Tensor, rank: int | None = None) -> tuple[
         A, B = (Picked([factor], places) for factor in kind.factors(rows))
     if rank is not None and rank < max(bank.ranks) and not kind.shares_A:
         A, B = (Picked([block[:, :rank] for block in p.blocks], p.places) for p in (A, B))
-    return (None if kind.shares_A else A), B
+    return (None if kind.shares_A else A), B, deviation
 
 
-def ordered(bank: ExpertBank) -> tuple[Tensor | None, Tensor]:
-    """A (expert, rank, d_in) and B (expert, rank, d_out) of all experts, in their order; no A where all share one."""
+def _one_by_one(bank: ExpertBank, experts: Tensor) -> tuple[Picked, Picked, Tensor]:
+    """Each expert that some row names is built once, by itself: no other one can change its bits."""
+    named = (
+        range(bank.num_experts) if torch.compiler.is_compiling() else sorted(set(experts.flatten().tolist()))
+    )
+    stacks = bank.named_stacks()
+    found = [
+        built(bank.kind, {name: stack.rows[[e]] for name, stack in stacks.items()}, [bank.scalings[e]])
+        for e in named
+    ]
+    place = torch.zeros(bank.num_experts, dtype=torch.long, device=experts.device)
+    place[[*named]] = torch.arange(len(found), device=experts.device)
+    places = place[experts]
+    A, B = (Picked([torch.cat([getattr(part, name) for part in found])], places) for name in "AB")
+    deviation = torch.cat([part.deviation for part in found if part.deviation is not None])
+    return A, B, deviation[places]
+
+
+def ordered(bank: ExpertBank) -> tuple[Tensor | None, Tensor, Tensor | None]:
+    """A (expert, rank, d_in) and B (expert, rank, d_out) of all experts, in their order; no A where all share one.
+
+    Third: how far their output scales are from 1, (expert, d_out), where they have any.
+    """
     stacks, kind = bank.named_stacks(), bank.kind
-    A, B = kind.factors({n: s.blocks[0] if kind.stacks[n].shared else s.rows for n, s in stacks.items()})
-    return (None if kind.shares_A else A), B
+    rows = {n: s.blocks[0] if kind.stacks[n].shared else s.rows for n, s in stacks.items()}
+    A, B, deviation = built(kind, rows, bank.scalings)
+    return (None if kind.shares_A else A), B, deviation
 
 
 def scale_of(bank: ExpertBank, picks: Picks, rank: int) -> Tensor:

@@ -58,6 +58,8 @@ def aux_losses_of(
 
 
 def _of_experts(name: str, banks: Sequence[ExpertBank], settings: Mapping[str, Any]) -> list[Tensor]:
+    if name == "orthonormal":
+        return [_orthonormal(bank) for bank in banks if bank.trainable]
     if name == "orthogonal":
         return [_overlap(bank, settings["norm"]) for bank in banks]
     return [_alike(bank, settings["factor"]) for bank in banks]
@@ -68,6 +70,14 @@ def _overlap(bank: ExpertBank, norm: str) -> Tensor:
     if stack.frozen is None or stack.trainable is None:
         return stack.blocks[0].new_zeros((), dtype=torch.float32)
     return losses.orthogonal(stack.trainable.flatten(0, 1).float(), stack.frozen.flatten(0, 1).float(), norm)
+
+
+def _orthonormal(bank: ExpertBank) -> Tensor:
+    """Mean over the vectors of all learning experts."""
+    rows = [bank.row(e).rows for e in bank.trainable]
+    sets = [row[name] for row in rows for name in "AB"]
+    exact = [v.to(torch.promote_types(v.dtype, torch.float32)) for v in sets]
+    return torch.stack([losses.orthonormal(vectors) for vectors in exact]).mean()
 
 
 def _alike(bank: ExpertBank, factor: str) -> Tensor:

@@ -12,9 +12,11 @@ from molora.calls.call import Part
 from molora.calls.decide import decided
 from molora.calls.task_ids import spread
 from molora.experts.kernel import expand, joined, linear_dtype, scores, shrink, weigh
+from molora.experts.output_scale import mixed
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN, GroupOperands, Plan
 from molora.forward.reading import Reading
+from molora.forward.scaled import Scaled
 from molora.gates.rows import GateRows
 
 
@@ -48,6 +50,9 @@ def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -
     parts: dict[str, Part] = {}
     for (key, B), slot, own in zip(operands.B.items(), plan.slots, columns, strict=True):
         parts[key] = DensePart(own, weights[slot] if joint is None else None, operands.expansions[key], B)
+    for member, slot in zip(plan.members, plan.slots, strict=True) if operands.deviations else ():
+        if (deviation := operands.deviations.get(member.key)) is not None:
+            parts[member.key] = Scaled.of(parts[member.key], member.bank, mixed(weights[slot], deviation))
     return parts
 
 
@@ -95,6 +100,7 @@ def _new_operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> Gro
         {key: part.B for key, part in zip(keys, parts, strict=True)},
         dict(zip(keys, expansions, strict=True)),
         None if torch.is_grad_enabled() else _joint_expansion(expansions, plan.slots),
+        {k: part.deviation for k, part in zip(keys, parts, strict=True) if part.deviation is not None},
     )
 
 

@@ -127,7 +127,7 @@ def _by_token(reading: Reading, y: Tensor, slots: Slots) -> Tensor:
     bank, x, picks = reading.mount.bank, reading.mount.bank.dropout(reading.x), slots.picks
     groups = by_token.Groups.of(picks.experts, bank.num_experts)
     read = groups if reading.mount.leaves else groups.of_one_copy(slots.count)
-    A, B = ordered(bank)
+    A, B, _ = ordered(bank)
     h = bank.shared_h(x)[read.token] if A is None else by_token.shrink(x, [A], read)
     return by_token.expand(y, h, scale_of(bank, picks, B.shape[1])[groups.pair, 0], B, groups)
 

@@ -95,6 +95,7 @@ class GroupOperands:
     joint: (
         torch.Tensor | None
     )  # without gradients: (expert, rank) from the weights of all gates to all columns
+    deviations: dict[str, torch.Tensor] = field(default_factory=dict)  # by site: of output scales from 1
 
 
 @dataclass

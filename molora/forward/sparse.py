@@ -14,56 +14,15 @@ from molora.calls.call import Part
 from molora.calls.task_ids import base_only, check_samples, spread
 from molora.calls.task_map import BASE_ONLY
 from molora.experts import by_sample, by_token, kernel
-from molora.experts.picks import Picked, Picks, ordered, picked, scale_of
+from molora.experts.output_scale import mixed
+from molora.experts.picks import Picks, ordered, picked, picked_scaled, scale_of
 from molora.forward.dense import dense_parts
 from molora.forward.dispatch import Way, dispatched, pays_by_token, rows_of
 from molora.forward.group_routing import routing_of
 from molora.forward.mount import PLAIN, Mount
 from molora.forward.reading import Reading
-
-
-@dataclass
-class BySample:
-    """One layer's h (sample, seq, rank) of each sample's experts; see `by_sample.expand`."""
-
-    h: Tensor
-    scale: Tensor  # (sample, rank)
-    B: Picked
-    rows: Tensor | None  # (sample,) which samples they are; None: all
-    weights: Tensor | None = None  # (tokens, expert) or (1, expert), where somebody looks
-
-    def add(self, y: Tensor) -> Tensor:
-        """Add the mixture to the base's output."""
-        return by_sample.expand(y, self.h, self.scale, self.B, self.rows)
-
-
-@dataclass
-class ByToken:
-    """One layer's h (pair, rank) of each token and expert; see `by_token.expand`."""
-
-    h: Tensor
-    scale: Tensor  # (pair, rank) or (pair, 1)
-    B: Tensor
-    groups: by_token.Groups
-    weights: Tensor | None = None  # as of BySample
-
-    def add(self, y: Tensor) -> Tensor:
-        """Add the mixture to the base's output."""
-        return by_token.expand(y, self.h, self.scale, self.B, self.groups)
-
-
-@dataclass
-class Ready:
-    """A `BySample` whose weights are in B (sample, rank, d_out) already: a step of a decoding."""
-
-    h: Tensor
-    B: Tensor
-    rows: Tensor | None
-    weights: Tensor | None = None
-
-    def add(self, y: Tensor) -> Tensor:
-        """Add the mixture to the base's output."""
-        return by_sample.add(y, self.h, self.B, self.rows)
+from molora.forward.scaled import Scaled
+from molora.forward.sparse_parts import BySample, ByToken, Ready
 
 
 @dataclass
@@ -169,9 +128,12 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, Part]:
     plan, rows = reading.plan, next(iter(found.picks.values())).experts.shape[0]
     x = plan.members[0].bank.dropout(reading.x)
     x = _samples(reading, x, rows, found.rows)
-    own, B = {}, {}
+    own, B, deviations = {}, {}, {}
     for member, slot in zip(plan.members, plan.slots, strict=True):
-        A, B[member.key] = picked(member.bank, found.picks[slot].experts, rank_in_use(reading, member))
+        picks, rank = found.picks[slot], rank_in_use(reading, member)
+        A, B[member.key], deviation = picked_scaled(member.bank, picks.experts, rank)
+        if deviation is not None:
+            deviations[member.key] = _mixed(picks, deviation, found)
         if A is not None:
             own[member.key] = A
     h = {}
@@ -186,8 +148,18 @@ def _by_sample(reading: Reading, found: Chosen) -> dict[str, Part]:
             one = bank.shared_h(x, picks.experts.shape[1], reading.shares())
             h[key] = one.reshape(x.shape[0], -1, one.shape[-1])
         scale = scale_of(bank, picks, B[key].rank).flatten(1)
-        parts[key] = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
+        part = BySample(h[key], scale, B[key], found.rows, found.weights[slot])
+        parts[key] = Scaled.of(part, bank, deviations[key]) if key in deviations else part
     return parts
+
+
+def _mixed(picks: Picks, deviation: Tensor, found: Chosen) -> Tensor:
+    """Deviation of the output scale of each sample, (sample, d_out); 0 of those that are left out."""
+    each = (picks.weights.to(deviation.dtype).unsqueeze(-1) * deviation).sum(dim=1)
+    if found.rows is None:
+        return each
+    samples = len(next(iter(found.weights.values())))
+    return each.new_zeros(samples, each.shape[1]).index_copy(0, found.rows, each)
 
 
 def rank_in_use(reading: Reading, member: Mount) -> int:
@@ -213,7 +185,7 @@ def by_token_parts(reading: Reading, way: Way) -> dict[str, Part]:
         picks = found.picks[slot]
         groups = by_token.Groups.of(picks.experts, members[0].bank.num_experts)
         factors = {member.key: ordered(member.bank) for member in members}
-        own = {key: A for key, (A, _) in factors.items() if A is not None}
+        own = {key: A for key, (A, _, _) in factors.items() if A is not None}
         h = {}
         if own:
             columns = by_token.shrink(x, list(own.values()), groups)
@@ -223,8 +195,19 @@ def by_token_parts(reading: Reading, way: Way) -> dict[str, Part]:
             if key not in h:
                 h[key] = bank.shared_h(x, shares=reading.shares())[groups.token]
             scale = scale_of(bank, picks, factors[key][1].shape[1]).flatten(0, 1)[groups.pair]
-            parts[key] = ByToken(h[key], scale, factors[key][1], groups, found.weights[slot])
+            weights, deviation = found.weights[slot], factors[key][2]
+            part = ByToken(h[key], scale, factors[key][1], groups, weights)
+            parts[key] = (
+                part if deviation is None else Scaled.of(part, bank, _of_columns(reading, weights, deviation))
+            )
     return parts
+
+
+def _of_columns(reading: Reading, weights: Tensor, deviation: Tensor) -> Tensor:
+    """Deviation of the output scale of each token, (token, d_out), from weights over the experts in use."""
+    if reading.experts is not None and weights.shape[1] == len(reading.experts):
+        deviation = deviation[[*reading.experts]]
+    return mixed(weights, deviation)
 
 
 def _pays(reading: Reading, found: Chosen) -> bool:
@@ -242,12 +225,7 @@ def _follows(reading: Reading) -> tuple[object, ...] | None:
     call, tasks, plan = reading.call, reading.tasks, reading.plan
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or reading.x.shape[-2:-1] != (1,):
         return None
-    if (
-        call.recording
-        or call.experts is not None
-        or call.without
-        or any(m.bank.kind.shares_A for m in plan.members)
-    ):
+    if call.recording or call.experts is not None or call.without or any(map(_builds, plan.members)):
         return None
     if tasks is not None and (tasks.listed is None or tasks.several is not None):
         return None
@@ -257,6 +235,11 @@ def _follows(reading: Reading) -> tuple[object, ...] | None:
     if call.continued is None or not all(leader.pools for leader in leaders):
         return None
     return reading.experts, listed, call.continued
+
+
+def _builds(member: Mount) -> bool:
+    """Whether its factors are more than A and B of each expert."""
+    return member.bank.kind.shares_A or member.bank.kind.scales_output
 
 
 class Kept(NamedTuple):

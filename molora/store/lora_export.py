@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
+from molora.config.choices import KINDS
 from molora.disk.atomic import check_target, write_file, write_folder
 from molora.disk.card import WEIGHTS_FILE
 from molora.errors import ConfigError
@@ -27,6 +28,7 @@ from molora.forward.mount import PLAIN, Mount
 from molora.store.adapter import active_adapter, peft_model
 from molora.store.export_check import check_loadable
 from molora.store.lora_folder import PREFIX, short_names
+from molora.tuner.base_weight import BaseWeight
 from molora.tuner.config import MoLoraConfig
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.merge import static_shares, static_weights
@@ -43,6 +45,7 @@ class _Part:
     scaling: float
     alpha: float
     root: bool = False  # scaling = alpha/√rank instead of alpha/rank
+    magnitude: Tensor | None = None  # (d_out,) where it is a DoRA
 
     @property
     def rank(self) -> int:
@@ -57,7 +60,8 @@ class _Part:
     def folded(self, rank: int) -> _Part:
         """Scaling 1 (alpha = rank), the scaling multiplied into B, padded with zeros to `rank`."""
         pad = rank - self.rank
-        return _Part(F.pad(self.A, (0, 0, 0, pad)), F.pad(self.B * self.scaling, (0, pad)), 1.0, rank)
+        A, B = F.pad(self.A, (0, 0, 0, pad)), F.pad(self.B * self.scaling, (0, pad))
+        return _Part(A, B, 1.0, rank, magnitude=self.magnitude)
 
 
 def export_lora(
@@ -73,7 +77,8 @@ def export_lora(
     """Write a folder that stock PEFT loads with `PeftModel.from_pretrained`, without molora.
 
     One expert keeps its factors, rank, alpha and scaling rule. Several are one LoRA of the sum of their
-    ranks, the weights multiplied into B: exact, not an average. Plain LoRAs (`plain_targets`) and heads
+    ranks, the weights multiplied into B: exact, not an average. Experts of kind dora become a LoRA with
+    `use_dora`, a mixture of them too. Plain LoRAs (`plain_targets`) and heads
     (`modules_to_save`) are included. Modules whose update is zero are left out.
 
     Args:
@@ -98,9 +103,11 @@ def export_lora(
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     config: Any = wrapped.peft_config[adapter]
     with torch.no_grad():
-        mounts = [layer.mounts[adapter] for layer in layers]
-        parts = {mount.key: _part(config, mount, task, chosen) for mount in mounts}
-        parts = {key: part for key, part in parts.items() if part.B.any()} or parts
+        at = [(layer, layer.mounts[adapter]) for layer in layers]
+        parts = {mount.key: _part(config, layer, mount, task, chosen) for layer, mount in at}
+        parts = {
+            key: part for key, part in parts.items() if part.B.any() or part.magnitude is not None
+        } or parts
         # A head that wraps the encoder is molora's own: the LoRA belongs to the encoder.
         wrapper = getattr(wrapped.get_base_model(), "wraps", None)
         targets = [name.removeprefix(f"{wrapper}.") for name in short_names(wrapped, parts)]
@@ -120,6 +127,8 @@ def export_lora(
     tensors = _heads(wrapped, adapter)
     for key, part in parts.items():
         tensors[f"{key}.lora_A.weight"], tensors[f"{key}.lora_B.weight"] = part.A, part.B
+        if part.magnitude is not None:
+            tensors[f"{key}.lora_magnitude_vector"] = part.magnitude
     # Views share storage with their stack, which safetensors refuses to write.
     own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     check_loadable(lora, wrapped.get_base_model(), own)
@@ -130,10 +139,40 @@ def export_lora(
     return Path(out)
 
 
-def _part(config: MoLoraConfig, mount: Mount, task: str | None, chosen: Mapping[str, float] | None) -> _Part:
-    """What one module contributes: a single expert as it is, several concatenated along the rank."""
-    bank = mount.bank
+def _part(
+    config: MoLoraConfig,
+    layer: MoLoraLayer,
+    mount: Mount,
+    task: str | None,
+    chosen: Mapping[str, float] | None,
+) -> _Part:
+    """What one module contributes; beside experts that scale the output, everything is a DoRA."""
     weights = static_weights(mount, task, chosen)
+    part = _low_rank(config, mount, task, weights)
+    if not KINDS[config.kind].scales_output:
+        return part
+    deviation = mount.bank.deviation(weights[0])
+    if deviation is None:  # an ordinary LoRA beside them
+        deviation = part.B.new_zeros(len(part.B))
+    return _as_dora(
+        part, 1 + deviation.to(part.B), BaseWeight(layer.get_base_layer(), mount.key, config.kind)
+    )
+
+
+def _as_dora(part: _Part, scale: Tensor, base: BaseWeight) -> _Part:
+    """`scale ∘ W + s B A` as DoRA writes it, `m ∘ (W + s B' A) / ‖W + s B' A‖` with `B' = B / scale`."""
+    if not scale.all():
+        raise ConfigError(
+            "this mixture takes an output of the base away entirely, which no DoRA does; merge it instead."
+        )
+    B = part.B / scale.unsqueeze(1)
+    weight = base.weight().to(B)
+    return replace(part, B=B, magnitude=scale * (weight + part.scaling * B @ part.A).norm(dim=1))
+
+
+def _low_rank(config: MoLoraConfig, mount: Mount, task: str | None, weights: Tensor) -> _Part:
+    """The factors of one module: a single expert's as they are, several concatenated along the rank."""
+    bank = mount.bank
     names = [PLAIN] if mount.plain else experts_at(config, mount.key)
     experts = bank.at_task(static_shares(mount, task))
     if mount.factors and (weights != 0).any() and sorted(weights.flatten().tolist())[-2:] != [0.0, 1.0]:
@@ -172,6 +211,7 @@ def _lora_config(
         r=r,
         lora_alpha=_number(alpha),
         use_rslora=root,
+        use_dora=any(part.magnitude is not None for part in parts.values()),
         rank_pattern={key: part.rank for key, part in parts.items() if part.rank != r},
         alpha_pattern={key: _number(part.alpha) for key, part in parts.items() if part.alpha != alpha},
         target_modules=targets,

@@ -31,6 +31,7 @@ from molora.training.meter import Meter
 from molora.training.objective import Companion, Supervised, forward, held_out_loss
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
 from molora.training.sharded import average_gradients, shard_base
+from molora.tuner.after_step import after_step, kind_states, looks_at_steps, restore_kinds
 
 
 class MoLoraModule(L.LightningModule):
@@ -52,6 +53,7 @@ class MoLoraModule(L.LightningModule):
         self._sharded = False
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
+        self._watched_steps: int | None = None  # how many there will be, where experts look at each
         self._learns = False  # whether any gradient has been seen
 
     def forward(self, **inputs: Any) -> Any:
@@ -105,12 +107,15 @@ class MoLoraModule(L.LightningModule):
         fused = self.settings.precision != "16-mixed"
         optimizer = build_optimizer(self.model, self.settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
+        self._watched_steps = total if looks_at_steps(self.model) else None
         scheduler = build_scheduler(optimizer, self.settings, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step, and what the companion does after it: before any callback looks at the weights or saves them."""
+        """The step, and what experts and the companion do after it: before any callback looks at the weights or saves them."""
         super().optimizer_step(*args, **kwargs)
+        if self._watched_steps is not None:
+            after_step(self.model, self.global_step + 1, self._watched_steps)
         if self.companion is not None:
             self.companion.after_step(self.model)
 
@@ -165,10 +170,13 @@ class MoLoraModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next means are of: they shall not depend on where a run was interrupted."""
         checkpoint["meter"] = of_every_process(self.meter.state_dict())
+        if states := kind_states(self.model):
+            checkpoint["kinds"] = states
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Undo `on_save_checkpoint`; earlier versions kept nothing."""
         self._metered = checkpoint.get("meter", [])
+        restore_kinds(self.model, checkpoint.get("kinds", {}))
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See `report_means`."""

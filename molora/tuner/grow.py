@@ -17,8 +17,8 @@ from molora.config.normalise import normalise
 from molora.config.roster import added, removed
 from molora.config.roster import frozen as with_frozen
 from molora.errors import ConfigError
-from molora.experts.bank import Expert, ExpertBank, ExpertRows, mean_delta
-from molora.experts.init import low_rank
+from molora.experts.bank import Expert, ExpertBank, ExpertRows
+from molora.experts.init import low_rank, mean_delta
 from molora.forward.mount import Mount, MountPoint
 from molora.gates.gate import Gate
 from molora.gates.starts import std_of
@@ -57,7 +57,7 @@ def add_expert(
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
     config = own(model, context, adapter)
-    _check_growable(model, config, adapter, spec, by_factors=init == "mean" or factors is not None)
+    _check_growable(model, config, adapter, spec, mean=init == "mean", imported=factors is not None)
     source = _source(config, init)
     if source is not None:
         spec = config.expert_specs.get(source)
@@ -185,13 +185,20 @@ def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
 
 
 def _check_growable(
-    model: nn.Module, config: MoLoraConfig, adapter: str, spec: ExpertSpec | None, *, by_factors: bool = False
+    model: nn.Module,
+    config: MoLoraConfig,
+    adapter: str,
+    spec: ExpertSpec | None,
+    *,
+    mean: bool = False,
+    imported: bool = False,
 ) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
     for mount in _mounts(model, adapter):
-        reason = mount.bank.kind.imports
-        if by_factors and reason is not None:
+        kind = mount.bank.kind
+        reason = kind.imports or (kind.averages if mean else None)
+        if (mean or imported) and reason is not None:
             text = f"an expert of this mixture cannot start from a weight update: {reason}."
             raise ConfigError(text, hint="use init='new' or 'copy:<expert>'.")
         if mount.gate is not None and mount.gate.custom is not None:

@@ -16,6 +16,7 @@ from molora.experts.factor_mix import mixed_delta
 from molora.forward.feed_forward import refuse_beside_others
 from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
+from molora.forward.scaled import refuse_scaled_beside_others
 from molora.tuner.arrival import check_arrived
 from molora.tuner.loan import holder_of
 from molora.tuner.merge import ExpertWeights, static_shares, static_weights
@@ -142,6 +143,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         for adapter in check_adapters_to_merge(self, adapter_names):
             if adapter not in self.mounts:
                 continue
+            refuse_scaled_beside_others([self.mounts[name] for name in (*self.merged_adapters, adapter)])
             if self.quantization_backend is not None and not self.quantization_backend.supports_merge:
                 raise ConfigError(
                     f"cannot merge into {self.quantization_backend.backend_name} weights; load the base unquantised."
@@ -207,6 +209,7 @@ class Linear(nn.Module, MoLoraLayer):
         mounts = self._active_mounts()
         if len(mounts) > 1:
             refuse_beside_others(mounts)
+            refuse_scaled_beside_others(mounts)
         call = self.context.call
         for mount in mounts:
             _refuse_offloaded(mount, x)

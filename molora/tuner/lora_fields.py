@@ -15,7 +15,7 @@ _BY_PEFT = "PEFT's LoraConfig has it; a LoRA trained so can become an expert whe
 INSTEAD: dict[str, str] = {
     "init_lora_weights": "use init='kaiming', 'gaussian', 'orthogonal', 'rescaled' or 'svd_segments'.",
     "lora_bias": "experts have no bias of their own; leave it out.",
-    "use_dora": "an expert is of one of our kinds, which `molora kinds list` names; PEFT's LoraConfig has DoRA.",
+    "use_dora": "use kind='dora': each expert has magnitudes of its own (`molora kinds list` names all kinds).",
     "target_parameters": "experts go on modules, not on parameters: target linear layers, or adapt fused experts with PEFT's"
     " LoraConfig(target_parameters=...) in a model of its own.",
     "alora_invocation_tokens": "which experts act is the gate's part: use tasks, or gate.scope='task'.",

@@ -22,6 +22,7 @@ from molora.experts.kinds.lora import Lora
 from molora.forward.mount import MountPoint
 from molora.gates.gate import Gate, GatePlace
 from molora.tuner import placement
+from molora.tuner.base_weight import BaseWeight
 from molora.tuner.placement import by_layer, experts_at, frozen_at, task_blocks
 from molora.tuner.targets import pattern_value
 
@@ -106,6 +107,8 @@ def new_experts(
 
 def new_bank(config: SavedMixture, kind: Kind, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
     """Fresh experts of a kind for one layer, or its one ordinary LoRA (`plain`)."""
+    if kind.scales_output and not plain:
+        kind = kind.at(BaseWeight(base, key, config.kind))
     if plain:
         lora = Lora()
         experts = new_experts(config, lora, ["plain"], key, base)

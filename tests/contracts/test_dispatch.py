@@ -15,7 +15,7 @@ import molora
 from molora import ConfigError, GateConfig, MoLoraConfig, RoutingError
 from molora.config.choices import KINDS
 from molora.forward.dispatch import WAYS, ways_in_use
-from molora.forward.sparse import Ready
+from molora.forward.sparse_parts import Ready
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import (
     ARCHITECTURES,

@@ -7,7 +7,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model
+from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from torch.testing import assert_close
@@ -37,6 +37,36 @@ def lora_reference(base, banks):
     return model, [
         {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight} for layer in layers
     ]
+
+
+def dora_reference(base, banks):
+    model = get_peft_model(base, LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS, use_dora=True))
+    layers, parts = [m for m in model.modules() if hasattr(m, "lora_A")], []
+    for layer, bank in zip(layers, banks, strict=True):
+        parts.append({"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight})
+        parts[-1]["m"] = layer.lora_magnitude_vector["default"].weight
+        for name, parameter in parts[-1].items():
+            parameter.data.copy_(bank.stacks[name].whole[0])
+    return model, parts
+
+
+def adalora_model(base, banks, **settings):
+    config = AdaLoraConfig(
+        init_r=4, lora_alpha=8, target_modules=TARGETS, **{"total_step": 9, "target_r": 2, **settings}
+    )
+    model = get_peft_model(base, config).double()
+    layers, parts = [m for m in model.modules() if hasattr(m, "lora_E")], []
+    for layer, bank in zip(layers, banks, strict=True):
+        layer.ranknum["default"].data.fill_(4 - 1e-5)  # PEFT adds it again
+        layer.ranknum["default"].requires_grad_(False)
+        parts.append({name: getattr(layer, f"lora_{name}")["default"] for name in "AEB"})
+        for name, parameter in parts[-1].items():
+            parameter.data.copy_(bank.stacks[name].whole[0].view(parameter.shape))
+    return model, parts
+
+
+def adalora_reference(base, banks):
+    return adalora_model(base, banks, orth_reg_weight=0.0)
 
 
 def vera_reference(base, banks):
@@ -88,6 +118,8 @@ REFERENCES = {
     "lora": (lora_reference, {"A", "B"}),
     "lora_fa": (lora_reference, {"B"}),
     "vera": (vera_reference, {"d", "b"}),
+    "dora": (dora_reference, {"A", "B", "m"}),
+    "adalora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -151,7 +183,7 @@ def test_I3_one_expert_is_pefts_in_values_and_gradients(kind):
             stack = bank.stacks[name]
             ours = stack.trainable.grad[0]
             as_saved = ours if stack.axes is None else ours.T
-            assert_close(as_saved, theirs[name].grad, atol=1e-10, rtol=1e-9)
+            assert_close(as_saved.view(theirs[name].shape), theirs[name].grad, atol=1e-10, rtol=1e-9)
 
 
 @kinds
@@ -218,6 +250,10 @@ def test_by_factors_and_over_whole_feed_forwards(kind):
         {"ffn_targets": ["gate_proj", "up_proj", "down_proj"], "gate": GateConfig(top_k=2)},
     ):
         gate = settings.pop("gate")
+        if kind == "dora":
+            with pytest.raises(ConfigError, match=r"(combine|ffn_targets): .*dora"):
+                MoLoraConfig(kind=kind, gate=gate, **settings)
+            continue
         ids = {"routing_task_ids": ["alpha"] * 3} if gate.scope == "task" else {}
         tasks = {"tasks": {"alpha": ["expert_0", "expert_1"]}} if ids else {}
         model = model_of(kind, gate, dtype=torch.float64, **settings, **tasks)
@@ -262,7 +298,7 @@ def test_an_expert_from_the_mean_update_where_the_kind_can_hold_one(kind):
     model = model_of(kind, r=16)
     before = logits(model)
     means = [sum(e.delta() for e in bank.experts()) / 3 for bank in banks(model)]
-    if KINDS[kind].imports is not None:
+    if KINDS[kind].imports or KINDS[kind].averages:
         with pytest.raises(ConfigError, match="cannot start from a weight update: "):
             model.add_expert("mean", init="mean")
         assert torch.equal(logits(model), before) and len(model.expert_names) == 3
@@ -418,3 +454,88 @@ def test_settings_of_a_kind_are_checked():
     )
     bank = banks(model_of("vera", trained=False, kind_settings={"d_initial": 0.5}))[0]
     assert torch.equal(bank.stacks["d"].rows, torch.full((3, 4), 0.5)) and not bank.stacks["b"].rows.any()
+
+
+# -- magnitudes of the whole weight -------------------------------------------------------------------
+
+
+def test_a_mixture_of_dora_is_the_sum_of_decomposed_weights():
+    model = model_of("dora", "constant-linear", dtype=torch.float64)
+    bank, layer = banks(model)[0], next(m for m in model.modules() if isinstance(m, MoLoraLayer))
+    weight, x = layer.get_base_weight(), torch.randn(5, 16, dtype=torch.float64)
+    gate = model.base_model.model.model.layers[0].self_attn.q_proj.mounts["default"].gate
+    weights = torch.softmax(gate.rows.weight.flatten(), 0)
+    expected = torch.zeros(5, len(weight), dtype=torch.float64)
+    for w, (rows, _, scaling) in zip(weights, bank.rows(), strict=True):
+        direction = weight + scaling * rows["B"].T @ rows["A"]
+        expected += w * x @ (rows["m"] / direction.norm(dim=1) * direction.T)
+    assert_close(layer(x), expected, atol=1e-9, rtol=1e-9)
+
+
+def test_a_static_mixture_of_dora_is_exported_as_one_dora_beside_ordinary_loras(tmp_path):
+    model = model_of("dora", "task-table", dtype=torch.float64, plain_targets=["down_proj"])
+    expected = logits(model, "task-table", routing_task_ids=["beta"] * 3)
+    for fold in (False, True):
+        molora.export_lora(model, tmp_path / str(fold), task="beta", fold_scaling=fold)
+        base = base_model("llama", dtype=torch.float64)
+        loaded = PeftModel.from_pretrained(base, tmp_path / str(fold), autocast_adapter_dtype=False)
+        assert loaded.peft_config["default"].use_dora
+        assert_close(loaded(**batch_for("llama")).logits, expected, atol=1e-9, rtol=1e-9)
+
+
+def test_dora_on_conv1d_with_biases_merges_exactly_and_survives_half_precision():
+    model = molora_model("gpt2", "task-table", trained=False, kind="dora", dtype=torch.float64)
+    fill(model)
+    model.eval()
+    expected = model(**batch_for("gpt2"), **routed("task-table")).logits
+    alone = [
+        model(**{k: v[i : i + 1] for k, v in batch_for("gpt2").items()}, routing_task_ids=[t]).logits
+        for i, t in enumerate(routed("task-table")["routing_task_ids"])
+    ]
+    assert_close(torch.cat(alone), expected, atol=1e-9, rtol=1e-9)
+    first = routed("task-table")["routing_task_ids"][0]
+    merged = model.merge_and_unload(task=first)
+    assert_close(merged(**batch_for("gpt2")).logits[0], expected[0], atol=1e-9, rtol=1e-9)
+    base = base_model("gpt2", dtype=torch.bfloat16)
+    plain = base(**batch_for("gpt2")).logits
+    for autocast in (True, False):  # experts in float32, and in the base's dtype
+        half = get_peft_model(
+            copy.deepcopy(base), config_for("gpt2", kind="dora"), autocast_adapter_dtype=autocast
+        )
+        assert torch.equal(half.eval()(**batch_for("gpt2")).logits, plain)
+
+
+class Packed(nn.Linear):
+    """A layer whose weight is whole numbers, which nobody can read."""
+
+    def __init__(self, linear):
+        super().__init__(linear.in_features, linear.out_features, bias=False)
+        del self.weight
+        self.weight = nn.Parameter(linear.weight.mul(100).to(torch.int8), requires_grad=False)
+
+
+def test_dora_names_the_layer_whose_weight_it_cannot_read():
+    base = base_model("llama")
+    attention = base.model.layers[0].self_attn
+    attention.q_proj = Packed(attention.q_proj)
+    with pytest.raises(ConfigError, match=r"kind: dora .*layers\.0\.self_attn\.q_proj \(Packed\)"):
+        get_peft_model(base, config_for("llama", kind="dora"))
+
+
+def test_dora_stands_alone_where_several_adapters_are_active():
+    model = model_of("dora", num_experts=1, gate=GateConfig(top_k=1), tasks=None)
+    model.add_adapter("other", MoLoraConfig(num_experts=1, target_modules=TARGETS))
+    model.base_model.set_adapter(["default", "other"])
+    with pytest.raises(ConfigError, match="kind dora scale the base's output"):
+        model(**batch_for("llama"))
+    with pytest.raises(ConfigError, match="kind dora scale the base's output"):
+        model.merge_adapter(["default", "other"])
+
+
+def test_dora_follows_its_scaling():
+    model = model_of("dora", "task-group", dtype=torch.float64)
+    with molora.rescale_adapter_scale(model, 0.5):
+        expected = logits(model, "task-group")
+        merged = copy.deepcopy(model).merge_and_unload(task="alpha")
+        assert_close(merged(**batch_for("llama")).logits[0], expected[0], atol=1e-9, rtol=1e-9)
+    assert not torch.allclose(logits(model, "task-group"), expected)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
+from torch.nn import functional as F
 
 from molora.config.section import Problem
 from molora.experts.stack import Stack
@@ -35,6 +36,10 @@ class ExpertRows(NamedTuple):
     rank: int
     scaling: float
 
+    def alone(self) -> dict[str, Tensor]:
+        """Rows of every stack, (1, ...), of this expert only."""
+        return {name: row.unsqueeze(0) for name, row in self.rows.items()}
+
 
 class About(NamedTuple):
     """What `molora kinds` and the documentation say of a kind."""
@@ -62,6 +67,28 @@ class StackSpec:
     role: str = "A"
 
 
+class Base(Protocol):
+    """A layer's frozen base, as a kind of expert may see it."""
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether its values are not here yet."""
+        ...
+
+    @property
+    def bias(self) -> Tensor | None:
+        """(d_out,)."""
+        ...
+
+    def weight(self) -> Tensor:
+        """(d_out, d_in), in floating point."""
+        ...
+
+    def stamp(self) -> Any:
+        """Changes with the weight."""
+        ...
+
+
 class Kind:
     """One kind of expert, for all layers of an adapter.
 
@@ -76,7 +103,16 @@ class Kind:
     keeps_factors: ClassVar[bool] = False  # whether its stacks A and B are the factors
     one_A: ClassVar[bool] = False  # whether all experts of a layer read x through one A
     starts_by_init: ClassVar[bool] = True  # whether A starts as the config's `init` says
+    scales_output: ClassVar[bool] = (
+        False  # whether its experts multiply the base's output; it knows the base then
+    )
+    base: Base | None = None
+    orthonormal: ClassVar[bool] = False  # whether A and B are sets of vectors that should be orthonormal
     imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters
+
+    averages: ClassVar[str | None] = (
+        None  # why the mean of updates cannot, where `imports` has nothing against it
+    )
 
     def __init__(self, share_A: bool = False, **settings: int | float) -> None:
         self.shares_A = share_A or self.one_A
@@ -101,6 +137,35 @@ class Kind:
         returns views, or builds factors, which are small beside activations, with their gradients.
         """
         raise NotImplementedError
+
+    def at(self, base: Base) -> Self:
+        """This kind at one layer, where it `scales_output`."""
+        found = type(self)(self.shares_A, **self.chosen)
+        found.base = base
+        return found
+
+    def output_scale(self, rows: Mapping[str, Tensor], scalings: Sequence[float]) -> Tensor:
+        """What each expert multiplies the layer's output by, (expert, d_out), where it `scales_output`.
+
+        `rows` as of `factors`; `scalings` of the same experts.
+        """
+        raise NotImplementedError
+
+    def after_step(self, banks: Mapping[str, Any], step: int | None, total: int | None) -> None:
+        """Look at weights and gradients of an adapter after an optimiser's step; see `molora.after_step`.
+
+        Args:
+            banks: of all layers, by their names.
+            step: its number, from 1; None: one more than the last.
+            total: how many there will be; None: not known.
+        """
+
+    def state(self) -> dict[str, Any]:
+        """What it has to remember between steps, as plain data; nothing, for most kinds."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from `state`."""
 
     def rows_of(self, expert: Expert) -> dict[str, Tensor]:
         """The rows of an expert with these factors; only where `imports` gives no reason against it."""
@@ -128,3 +193,11 @@ class Kind:
                     ("aux_losses", name),
                     "compares the factors of experts, which only kind: lora trains freely.",
                 )
+
+
+def padded(row: Tensor, axes: str, missing: int) -> Tensor:
+    """A row with zeros for `missing` more of its rank."""
+    names = axes.split()
+    if not missing or "rank" not in names:
+        return row
+    return F.pad(row, [0, 0] * (len(names) - 1 - names.index("rank")) + [0, missing])

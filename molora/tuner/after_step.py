@@ -1,0 +1,57 @@
+"""What kinds of experts do after a step of the optimiser (AdaLoRA's budget): the one place that training calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from molora.experts.kinds.kind import Kind
+from molora.forward.mount import Mount, MountPoint
+
+
+def after_step(model: nn.Module, step: int | None = None, total_steps: int | None = None) -> None:
+    """Let the active adapters' experts look at weights and gradients, between `optimizer.step()` and `zero_grad()`.
+
+    molora's own training calls it, and so does a Trainer with `molora.hf.MoLoraTrainerMixin`. A loop of your own has to where
+    `molora kinds show NAME` says that the kind has a budget; for the others it does nothing.
+
+    Args:
+        model: with its gradients still there.
+        step: the number of the step just made, from 1; None: one more than the last.
+        total_steps: how many there will be; None: as the kind's settings say.
+
+    Raises:
+        ConfigError: the kind needs to know how many steps there are.
+    """
+    for kind, mounts in _kinds(model, active=True).values():
+        kind.after_step({mount.key: mount.bank for mount in mounts}, step, total_steps)
+
+
+def looks_at_steps(model: nn.Module) -> bool:
+    """Whether `after_step` does anything here."""
+    return any(type(kind).after_step is not Kind.after_step for kind, _ in _kinds(model).values())
+
+
+def kind_states(model: nn.Module) -> dict[str, Any]:
+    """By adapter, what its kind of experts has to remember beside its tensors to go on training; plain data."""
+    found = {adapter: kind.state() for adapter, (kind, _) in _kinds(model).items()}
+    return {adapter: state for adapter, state in found.items() if state}
+
+
+def restore_kinds(model: nn.Module, states: Mapping[str, Any]) -> None:
+    """Go on from `kind_states`."""
+    for adapter, (kind, _) in _kinds(model).items():
+        if adapter in states:
+            kind.restore(states[adapter])
+
+
+def _kinds(model: nn.Module, *, active: bool = False) -> dict[str, tuple[Kind, list[Mount]]]:
+    """By adapter, its kind and the mounts of its experts."""
+    found: dict[str, tuple[Kind, list[Mount]]] = {}
+    for point in (module for module in model.modules() if isinstance(module, MountPoint)):
+        for adapter, mount in point.mounts.items():
+            if not mount.plain and (not active or adapter in point.active_adapters):
+                found.setdefault(adapter, (mount.bank.kind, []))[1].append(mount)
+    return found
