@@ -26,8 +26,8 @@ METRICS: dict[str, tuple[str, ...]] = {
     "classification": ("accuracy", "macro_f1", "loss"),
 }
 KIND_KEYS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("prompt", "target", "messages", "chat_template"),
-    "seq2seq": ("prompt", "target"),
+    "causal_lm": ("prompt", "target", "rejected", "messages", "chat_template"),
+    "seq2seq": ("prompt", "target", "rejected"),
     "classification": ("text", "label", "labels"),
 }
 KIND_OF_TASK_TYPE = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
@@ -69,6 +69,8 @@ class TaskConfig(Section):
     """What the model is given, a template over a record's fields: `'{question}\\n'`; `{prompt}` where left out."""
     target: str | None = None
     """What it is to answer, the only part in the loss; `{target}` where left out."""
+    rejected: str | None = None
+    """Of preferences (train.objective: dpo): a worse answer than `target`, which then is `{chosen}` where left out."""
     messages: str | None = None
     """The field that holds a conversation, instead of `prompt` and `target`."""
     chat_template: bool = False
@@ -103,7 +105,8 @@ class TaskConfig(Section):
         if kind == "classification":
             defaults |= {"text": "{text}", "label": "label"}
         elif kind in ("causal_lm", "seq2seq") and data.get("messages") is None:
-            defaults |= {"prompt": "{prompt}", "target": "{target}"}
+            target = "{target}" if data.get("rejected") is None else "{chosen}"
+            defaults |= {"prompt": "{prompt}", "target": target}
         return {**data, **{key: value for key, value in defaults.items() if data.get(key) is None}}
 
     @model_validator(mode="after")

@@ -120,5 +120,6 @@ def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     if isinstance(own, dict):
         length = own.get("max_steps") is not None or own.get("epochs") is not None
         no_length = {"max_steps": None, "epochs": None} if length else {}  # it comes from one of them
-        whole["train"] = run["train"] | no_length | own
+        inherited = {key: value for key, value in run["train"].items() if key != "objective"}
+        whole["train"] = inherited | no_length | own
     return whole

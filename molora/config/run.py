@@ -222,6 +222,9 @@ class RunConfig(Section):
             yield ("adapter", "kind"), text
         if self.features is not None:
             yield ("features",), "does not go with tasks one after another."
+        if strategy.spec.one_expert and self.train.objective.kind == "dpo":
+            text = f"measures from the model as it was before, which strategy {kind} trains on; use one with an expert per task."
+            yield ("train", "objective"), f"dpo {text}"
         own = strategy.spec.router and RouterSection(kind=strategy.spec.router)
         if self.adapter.router is not None and continual.router not in (None, own):
             yield ("continual", "router"), "adapter.router is given too; write only one."

@@ -8,6 +8,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
+from molora.config.objective import ObjectiveConfig
 from molora.config.section import (
     NonNegative,
     Positive,
@@ -58,6 +59,8 @@ class TrainConfig(Section):
     """How the learning rate falls after the warm-up."""
     warmup: int | float = 0.05
     """Steps in which the learning rate rises: a share of all below 1, or a whole number."""
+    objective: ObjectiveConfig = Field(default_factory=ObjectiveConfig)
+    """What is minimised."""
     clip: Positive | None = 1.0
     """Largest norm of the gradient; null: any."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"

@@ -48,6 +48,13 @@ def collate(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
     }
 
 
+def collate_pairs(examples: Sequence[Example], pad_id: int) -> dict[str, Tensor]:
+    """A batch of pairs: the preferred answers' rows, then the rejected ones' in the same order; keys as of `collate`."""
+    rejected = [example.rejected for example in examples]
+    assert all(rejected), "a task without rejected answers"
+    return collate([*examples, *(example for example in rejected if example is not None)], pad_id)
+
+
 def padded(rows: Sequence[Sequence[int]], value: int, side: str = "right") -> Tensor:
     """Rows of different lengths as one tensor (batch, longest), filled up with `value` on one side."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,7 @@ class MoLoraDataModule(L.LightningDataModule):
         seed: int = 0,
         *,
         eval_batch_size: int | None = None,
+        collate: Callable[..., dict[str, Any]] = collate,
     ) -> None:
         super().__init__()
         self.config = config
@@ -66,6 +67,7 @@ class MoLoraDataModule(L.LightningDataModule):
         self.batch_size = batch_size
         self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed
+        self.collate = collate
         self.left_out: set[tuple[int, int]] = set()  # batches to learn nothing from, see ResumableLoader
         self._encoded: dict[tuple[str, str], list[Example]] = {}
         self._summary: list[SplitSummary] = []
@@ -132,7 +134,7 @@ class MoLoraDataModule(L.LightningDataModule):
         return [names[index] for index in self.train_dataloader().batches(epoch)[number]]
 
     def _collate(self) -> Collate:
-        return partial(collate, pad_id=pad_token(self.tokenizer))
+        return partial(self.collate, pad_id=pad_token(self.tokenizer))
 
 
 def encode_all(

@@ -28,6 +28,7 @@ class Example:
     `prompt_length` tokens are the prompt, which is all the model is given to generate from.
     labels: one per input token (-100 on the prompt); the decoder's tokens of a seq2seq model; or one class index.
     cut_prompt, cut_target: how many tokens of each were cut off by `max_length`.
+    rejected: the same prompt with the answer that is worse, of a preference.
     """
 
     input_ids: Sequence[int]
@@ -36,6 +37,7 @@ class Example:
     task_id: int
     cut_prompt: int = 0
     cut_target: int = 0
+    rejected: Example | None = None
 
     @property
     def prompt(self) -> Sequence[int]:
@@ -53,7 +55,8 @@ class Example:
     def compact(self) -> Example:
         """The same example in four bytes per token, to keep many of them in memory."""
         labels = self.labels if isinstance(self.labels, int) else array("i", self.labels)
-        return replace(self, input_ids=array("i", self.input_ids), labels=labels)
+        rejected = None if self.rejected is None else self.rejected.compact()
+        return replace(self, input_ids=array("i", self.input_ids), labels=labels, rejected=rejected)
 
 
 def encode(
@@ -72,17 +75,38 @@ def encode(
         return _encode_classified(task, record, tokenizer, max_length)
     if task.task_type == "SEQ_2_SEQ_LM":
         return _encode_seq2seq(task, record, tokenizer, max_length)
+    prompt, *answers = _causal_tokens(task, record, tokenizer)
+    most = max(1, max_length - min(1, len(prompt)))
+    # One prompt for both answers of a preference: the longer one decides what is cut of it.
+    longest = min(most, max(map(len, answers)))
+    prompt, cut_prompt = _cut_start(prompt, max_length - longest, tokenizer)
+    made = [
+        Example(
+            prompt + answer[:most],
+            [IGNORED] * len(prompt) + answer[:most],
+            len(prompt),
+            task.id,
+            cut_prompt,
+            max(0, len(answer) - most),
+        )
+        for answer in answers
+    ]
+    return made[0] if len(made) == 1 else replace(made[0], rejected=made[1])
+
+
+def _causal_tokens(
+    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+) -> list[list[int]]:
+    """Prompt, target and, of a preference, the rejected answer."""
+    texts = [] if task.rejected is None else [fill_template(task.rejected, record)]
     if task.chat_template:
-        prompt, target = _chat_tokens(task, record, tokenizer)
-    else:
-        prompt_text, target_text = render(task, record)
-        prompt = prompt_tokens(tokenizer, prompt_text)
-        target = [*_tokens(tokenizer, target_text), _end_token(tokenizer)]
-    cut_target = max(0, len(target) - max(1, max_length - min(1, len(prompt))))
-    target = target[: len(target) - cut_target]
-    prompt, cut_prompt = _cut_start(prompt, max_length - len(target), tokenizer)
-    labels = [IGNORED] * len(prompt) + target
-    return Example(prompt + target, labels, len(prompt), task.id, cut_prompt, cut_target)
+        turns = _turns(task, record)
+        prompt, target = _chat_tokens(turns, record, tokenizer)
+        others = [[*turns[:-1], {"role": "assistant", "content": text}] for text in texts]
+        return [prompt, target, *(_chat_tokens(other, record, tokenizer)[1] for other in others)]
+    prompt_text, target_text = render(task, record)
+    answers = [[*_tokens(tokenizer, text), _end_token(tokenizer)] for text in (target_text, *texts)]
+    return [prompt_tokens(tokenizer, prompt_text), *answers]
 
 
 def _encode_classified(
@@ -103,11 +127,18 @@ def _encode_seq2seq(
 ) -> Example:
     prompt, target = render(task, record)
     ids, cut_prompt = _cut_start(tokenizer(prompt, verbose=False)["input_ids"], max_length, tokenizer)
-    labels = list(tokenizer(text_target=target, verbose=False)["input_ids"])
-    end = _end_token(tokenizer)
-    if not labels or labels[-1] != end:
-        labels.append(end)
-    return Example(ids, labels[:max_length], len(ids), task.id, cut_prompt, max(0, len(labels) - max_length))
+
+    def answered(text: str) -> Example:
+        labels = list(tokenizer(text_target=text, verbose=False)["input_ids"])
+        end = _end_token(tokenizer)
+        if not labels or labels[-1] != end:
+            labels.append(end)
+        cut_target = max(0, len(labels) - max_length)
+        return Example(ids, labels[:max_length], len(ids), task.id, cut_prompt, cut_target)
+
+    if task.rejected is None:
+        return answered(target)
+    return replace(answered(target), rejected=answered(fill_template(task.rejected, record)))
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -168,19 +199,22 @@ def _end_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.eos_token_id)
 
 
+def _turns(task: Task, record: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The conversation that a record is, or that its prompt and target make."""
+    if task.messages is not None:
+        return conversation(task.messages, record)
+    prompt, target = render(task, record)
+    return [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
+
+
 def _chat_tokens(
-    task: Task, record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
+    turns: list[dict[str, str]], record: Mapping[str, Any], tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[int], list[int]]:
     """Prompt and target tokens of a conversation in the tokenizer's own chat format.
 
     The target is what the format writes for the last answer, up to its end-of-sequence token (appended where
     the format writes none). The format brings its own special tokens, so none are added.
     """
-    if task.messages is not None:
-        turns = conversation(task.messages, record)
-    else:
-        prompt, target = render(task, record)
-        turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": target}]
     before, whole = _chat_texts(turns, tokenizer, where_of(record))
     end = _end_token(tokenizer)
     target_ids = _tokens(tokenizer, whole[len(before) :])

@@ -33,7 +33,8 @@ _TASK_TYPE_OF_KIND = {kind: task_type for task_type, kind in KIND_OF_TASK_TYPE.i
 class Task:
     """One task. `train` and `eval` hold records (mappings of fields); `eval` may be empty.
 
-    kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`;
+    kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`; `rejected` is
+    an answer that is worse than the target;
     classification renders `text`, and `label` names the field with one of `labels` (or its index).
     task_type: the type of the base; on a language model, a classification learns to write the label's name.
     classes: the class of each label in a head shared by all tasks; empty: the label's own index.
@@ -47,6 +48,7 @@ class Task:
     metric: str = ""
     prompt: str = "{prompt}"
     target: str = "{target}"
+    rejected: str | None = None
     messages: str | None = None
     chat_template: bool = False
     text: str = "{text}"
@@ -89,7 +91,8 @@ class Task:
         """The templates this task renders."""
         if self.kind == "classification":
             return (self.text,)
-        return () if self.messages is not None else (self.prompt, self.target)
+        written = () if self.messages is not None else (self.prompt, self.target)
+        return written if self.rejected is None else (*written, self.rejected)
 
     @property
     def fields(self) -> list[str]:
@@ -108,7 +111,18 @@ def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str
     train, held_out = records_of(config, "train"), records_of(config, "eval")
     if train is None:
         raise ConfigError(f"data.tasks.{name}: names no training records.")
-    same = {"kind", "messages", "chat_template", "weight", "prompt", "target", "text", "label", "metric"}
+    same = {
+        "kind",
+        "messages",
+        "chat_template",
+        "weight",
+        "prompt",
+        "target",
+        "rejected",
+        "text",
+        "label",
+        "metric",
+    }
     return Task(
         name=name,
         id=task_id,

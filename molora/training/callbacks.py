@@ -19,7 +19,6 @@ from molora.errors import DivergedError, InterruptedRun
 from molora.progress import Phase, give_back_terminal, phase
 from molora.training.checkpoint import Checkpoints, StepCallback
 from molora.training.module import MoLoraModule
-from molora.training.objective import held_out_loss
 
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
@@ -160,7 +159,7 @@ class Validation(StepCallback):
             for batch in self.batches:
                 batch = trainer.strategy.batch_to_device(batch)
                 with trainer.precision_plugin.forward_context():
-                    loss, count = held_out_loss(module.model, batch)
+                    loss, count = module.objective.held_out(module.model, batch)
                 summed = torch.where(count > 0, loss.double() * count, 0.0)  # the mean over nothing is NaN
                 totals += torch.stack([summed, count.double()]).cpu()
                 shown.advance()

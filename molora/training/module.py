@@ -24,11 +24,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from molora.config import TrainConfig
+from molora.config.objective import OBJECTIVES
 from molora.data.loader import ResumableLoader
 from molora.errors import ConfigError
 from molora.training.checkpoint import of_every_process
 from molora.training.meter import Meter
-from molora.training.objective import Companion, Supervised, forward, held_out_loss
+from molora.training.objective import Companion, Objective, forward
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
 from molora.training.sharded import average_gradients, shard_base
 from molora.tuner.after_step import after_step, kind_states, looks_at_steps, restore_kinds
@@ -45,7 +46,7 @@ class MoLoraModule(L.LightningModule):
         super().__init__()
         self.model = model
         self.companion = companion
-        self.objective = Supervised(companion)
+        self.objective: Objective = OBJECTIVES[settings.objective.kind](companion, settings.objective)
         self.settings = settings
         self.meter = Meter()
         self._logged_step = 0
@@ -91,7 +92,7 @@ class MoLoraModule(L.LightningModule):
 
     def validation_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         """Task loss of a held-out batch, logged as `val_loss`."""
-        loss, count = held_out_loss(self.model, batch)
+        loss, count = self.objective.held_out(self.model, batch)
         self.log("val_loss", loss, batch_size=int(count), prog_bar=True, sync_dist=True)
         return loss
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from molora.config.objective import ObjectiveConfig
+from molora.data.collate import collate
+from molora.data.tasks import Task
 from molora.tuner.api import aux_in_loss, aux_loss, aux_losses
 
 
@@ -19,22 +22,37 @@ class Companion(Protocol):
     def after_step(self, model: Any) -> None: ...
 
 
-class Supervised:
-    """The task's own loss, auxiliary losses weighted and counted once, and what a companion adds.
+class Objective:
+    """The loss of a batch, auxiliary losses weighted and counted once, and what a companion adds.
 
-    Batches are dicts of model inputs with `labels` as the base takes them. Everything is a mean over the batch.
+    Subclasses say what the task's own loss is; `molora.config.objective` has them by name. Everything is a mean over the
+    batch.
     """
 
-    def __init__(self, companion: Companion | None = None) -> None:
+    collate = staticmethod(collate)  # examples -> batch
+
+    def __init__(self, companion: Companion | None = None, settings: ObjectiveConfig | None = None) -> None:
         self.companion = companion
+
+    @staticmethod
+    def check_tasks(tasks: Sequence[Task]) -> None:
+        """Raise ConfigError for tasks that this cannot learn from, before anything is read."""
+
+    def task_loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The task's own loss (a scalar with its graph), and more metrics by name (scalars)."""
+        raise NotImplementedError
+
+    def held_out(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The task's own mean loss of a held-out batch, and of how many it is the mean. Call it in eval mode."""
+        raise NotImplementedError
 
     def loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a batch (a scalar with its graph), and metrics by name (scalars).
 
-        Metrics are `loss`, that of the task alone, `aux/<name>` unweighted, and `continual/<name>` of the companion.
+        Metrics are `loss`, that of the task alone, its own, `aux/<name>` unweighted, and `continual/<name>` of the companion.
         """
-        task = forward(model, **batch).loss
-        metrics = {"loss": task} | {f"aux/{name}": value for name, value in aux_losses(model).items()}
+        task, own = self.task_loss(model, batch)
+        metrics = {"loss": task} | own | {f"aux/{name}": value for name, value in aux_losses(model).items()}
         total = task + aux_loss(model)
         if self.companion is not None:
             terms = self.companion.loss(model)
@@ -43,12 +61,19 @@ class Supervised:
         return total, metrics
 
 
+class Supervised(Objective):
+    """The targets' own loss. Batches are dicts of model inputs with `labels` as the base takes them."""
+
+    def task_loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """As the base computes it."""
+        return forward(model, **batch).loss, {}
+
+    def held_out(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The mean loss per target."""
+        return forward(model, **batch).loss, (batch["labels"] != -100).sum()
+
+
 def forward(model: Any, **inputs: Any) -> Any:
     """The model's own output; `out.loss` without auxiliary losses."""
     with aux_in_loss(model, False):
         return model(**inputs)
-
-
-def held_out_loss(model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean task loss of a batch, and the number of targets it is the mean of. Call it in eval mode."""
-    return forward(model, **batch).loss, (batch["labels"] != -100).sum()

@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.config.load import Recipe, recipe_text
+from molora.config.objective import OBJECTIVES
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import check_target, write_file, write_json
@@ -94,8 +95,7 @@ def fit(
     `companion`: see MoLoraModule.
     """
     settings = config.train
-    data = MoLoraDataModule(config.data, tasks, tokenizer, settings.batch_size, config.seed)
-    data.setup("fit")
+    data = _encoded(config, tasks, tokenizer)
     check_lengths(config, model, data.summary())
     clusters = None
     if run is None:
@@ -158,6 +158,16 @@ def fit(
                 plot_loss(run.path / "metrics.csv", run.path / "loss.png", LOSSES)
                 evaluate_run(run, model, tokenizer, tasks)
     return run
+
+
+def _encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> MoLoraDataModule:
+    """The tasks' records, read and encoded, in the batches that the objective takes."""
+    objective = OBJECTIVES[config.train.objective.kind]
+    objective.check_tasks([*tasks])
+    collate, size = objective.collate, config.train.batch_size
+    data = MoLoraDataModule(config.data, tasks, tokenizer, size, config.seed, collate=collate)
+    data.setup("fit")
+    return data
 
 
 def start_run(config: RunConfig) -> Run:

@@ -11,7 +11,9 @@ from molora.config import RunConfig, dump_recipe, load_grow, load_recipe
 from molora.errors import ConfigError
 from tests.config.recipes import RECIPES, SMALL, refusal, small
 
-TRAINING_RECIPES = sorted(path for path in RECIPES.rglob("*.yaml") if path.stem != "add_expert")
+TRAINING_RECIPES = sorted(
+    path for path in RECIPES.rglob("*.yaml") if path.stem not in ("add_expert", "preferences")
+)
 
 
 @pytest.fixture

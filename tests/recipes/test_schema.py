@@ -30,6 +30,7 @@ def test_none_is_missing() -> None:
         "continual_quickstart",
         "feed_forward",
         "instruction_clusters",
+        "preferences",
         "quickstart",
         "soft_mixture",
         "task_embedding",

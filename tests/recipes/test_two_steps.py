@@ -23,7 +23,9 @@ from molora.training.train import train
 from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
 
 ROOT = Path(__file__).parents[2]
-TRAINING = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.stem != "add_expert")
+TRAINING = sorted(
+    p for p in (ROOT / "recipes").rglob("*.yaml") if p.stem not in ("add_expert", "preferences")
+)
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
 TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
 
@@ -175,6 +177,18 @@ def test_two_steps_of_a_new_expert(tmp_path: Path) -> None:
     assert all(map(isfinite, losses))
     assert "continual/orthogonal" in (run.path / "metrics.csv").read_text(encoding="utf-8").splitlines()[0]
     assert run.config.adapter.experts == [*old.config.adapter.experts, recipe["expert"]["name"]]
+    report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
+    assert report["facts"]["old tasks bit-equal with task ids given"] is True
+
+
+def test_two_steps_of_preferences(tmp_path: Path) -> None:
+    old = train(small(ROOT / "recipes" / "quickstart.yaml", tmp_path))
+    overrides = ["task.train_size=8", "task.eval_size=2", "train.max_steps=2", "train.log_every=1"]
+    run = add_expert(old, ROOT / "recipes" / "preferences.yaml", overrides)
+    rows = metrics(run.path / "metrics.csv")
+    assert all(
+        isfinite(float(row[key])) for row in rows if row["loss"] for key in ("loss", "rewards/margins")
+    )
     report = json.loads((run.path / "report.json").read_text(encoding="utf-8"))
     assert report["facts"]["old tasks bit-equal with task ids given"] is True
 

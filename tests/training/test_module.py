@@ -13,7 +13,6 @@ import molora
 from molora.config import StageConfig, TrainConfig
 from molora.errors import AdapterError, ConfigError
 from molora.training.module import MoLoraModule
-from molora.training.objective import held_out_loss
 from tests.zoo import batch_for, molora_model
 
 Batch = dict[str, Tensor]
@@ -127,7 +126,7 @@ def test_auxiliary_losses_are_in_the_training_loss_once_and_never_in_the_evaluat
     assert torch.allclose(trained, plain(**batch).loss)  # the forward alone leaves them out
     assert molora.aux_losses(mixed)["balance"] >= 1
     module.eval()
-    loss, count = held_out_loss(module.model, batch)
+    loss, count = module.objective.held_out(module.model, batch)
     assert torch.allclose(loss, plain(**batch).loss)
     assert count == batch["labels"].numel()
 
