@@ -48,7 +48,13 @@ def command(
                 "a head that matches texts of labels is molora's own: a merged model could not be loaded without it.",
                 hint="export the experts as LoRAs of the encoder, or train with base.head: own.",
             )
-        plain = model.merge_and_unload(task=task, expert_weights=weights or None)
+        try:
+            plain = model.merge_and_unload(task=task, expert_weights=weights or None)
+        except ConfigError as error:
+            if task is not None or weights:
+                raise
+            hint = "say what is merged: --expert NAME=WEIGHT (may be repeated), or under a task gate --task NAME."
+            raise ConfigError(error.message, hint=hint) from error
         size = sum(tensor.nbytes for tensor in plain.state_dict().values())
         with write_folder(out, size=size) as folder:
             plain.save_pretrained(folder)

@@ -129,10 +129,17 @@ def _join(texts: list[str]) -> str:
     return f"must be {' or '.join(wanted)}{found}{given if found else '.'}"
 
 
+def _within(model: type[BaseModel], name: Any) -> list[str]:
+    """`train.lr` for `lr`: the sections that have a setting of this name."""
+    return [f"{section}.{name}" for section in model.model_fields if name in settings_at(model, (section,))]
+
+
 def _describe(model: type[BaseModel], path: Path, item: Any) -> str:
     kind, given, ctx = item["type"], item["input"], item.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"not a setting.{options(path[-1], settings_at(model, path[:-1]), 'Settings here')}"
+        elsewhere = _within(model, path[-1]) if len(path) == 1 else []
+        meant = f" Did you mean {' or '.join(elsewhere)}?" if elsewhere else ""
+        return f"not a setting.{meant}{options(path[-1], settings_at(model, path[:-1]), 'Settings here')}"
     if kind == "missing":
         return "is missing, and has no default."
     if kind == "literal_error":

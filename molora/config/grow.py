@@ -19,6 +19,7 @@ from molora.config.section import ExpertName, Section, TaskName, refuse
 from molora.config.strict_yaml import parse
 from molora.config.suggest import options
 from molora.config.train import TrainConfig
+from molora.errors import ConfigError
 
 
 class NewTask(TaskConfig):
@@ -98,10 +99,21 @@ def load_grow(source: Recipe, overrides: Sequence[str] = (), *, run: RunConfig |
     Raises:
         ConfigError: everything wrong with it, as `load_recipe` does.
     """
+    _refuse_recipe(source)
     if run is None:
         return load_section(GrowConfig, source, overrides, _kind_by_keys)
     inherited = run.model_dump(mode="json")
     return load_section(GrowConfig, source, overrides, lambda data: _inherit(data, inherited))
+
+
+def _refuse_recipe(source: Recipe) -> None:
+    if isinstance(source, (str, os.PathLike)) and Path(source).is_file() and not is_grow(source):
+        data = parse(read_text(Path(source)), str(source)).data
+        if isinstance(data, dict) and "data" in data and "task" not in data:
+            raise ConfigError(
+                f"{source} starts a run; it adds no expert to one.",
+                hint=f"molora train {source}; a recipe for add-expert has a `task` (molora recipes show add_expert).",
+            )
 
 
 def _kind_by_keys(data: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,8 @@ def read_text(path: FilePath) -> str:
     if not path.is_file():
         what = "is a folder, not a recipe file" if path.is_dir() else "no such recipe file"
         hint = "`molora recipes list` shows the recipes that come with molora"
+        if (path / "latest").exists() or (path / "config.yaml").is_file():
+            hint = f"a run's recipe is in it: {path / ('latest' if (path / 'latest').exists() else '') / 'config.yaml'}"
         raise ConfigError(f"{path}: {what}.", hint=hint)
     if path.stat().st_size > MAX_BYTES:
         raise ConfigError(f"{path} is larger than {MAX_BYTES:,} bytes, which no recipe is.")

@@ -236,6 +236,12 @@ def read_csv(path: str | Path, on_error: OnError = stop) -> Iterator[Record]:
         place = f"{path}:{first}"
         if header is None:
             header = row
+            other = next((sign for sign in ";\t|" if len(row) == 1 and sign in row[0]), None)
+            if other is not None:
+                named = {";": "semicolons", "\t": "tabs", "|": "bars"}[other]
+                raise DataError(
+                    f"{place}: values are separated by {named}.", hint="save the file with commas"
+                )
             if len(set(row)) < len(row) or "" in row or not row:
                 named = ", ".join(row) or "nothing"
                 raise DataError(f"{place}: the header must name every column once, it reads {named!r}.")

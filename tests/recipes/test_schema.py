@@ -30,6 +30,8 @@ def test_none_is_missing() -> None:
         "continual_quickstart",
         "feed_forward",
         "instruction_clusters",
+        "own_classifier",
+        "own_data",
         "preferences",
         "quickstart",
         "soft_mixture",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from math import isfinite
 from pathlib import Path
@@ -27,6 +28,7 @@ TRAINING = sorted(
     p for p in (ROOT / "recipes").rglob("*.yaml") if p.stem not in ("add_expert", "preferences")
 )
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+FIELD = re.compile(r"\{(\w+)\}")
 TURNS = [{"role": "user", "content": "why?"}, {"role": "assistant", "content": "so."}]
 
 
@@ -62,6 +64,7 @@ def write_loras(folder: Path, names: dict[str, str]) -> dict[str, str]:
 BASES: dict[str, Callable[[Path], Path]] = {
     "Qwen/Qwen2.5-0.5B-Instruct": write_qwen2,
     "google-bert/bert-base-uncased": write_encoder,
+    "sentence-transformers/all-MiniLM-L6-v2": write_encoder,
 }
 
 
@@ -69,9 +72,14 @@ def records_of(task: dict[str, Any]) -> list[dict[str, Any]]:
     """Records with the columns that a task of a data set of the hub reads."""
     if "labels" in task:
         return [{"text": f"text {i}", "label": i % len(task["labels"])} for i in range(6)]
+    if task.get("kind") == "classification":
+        fields = [*FIELD.findall(task.get("text", "{text}"))]
+        label = task.get("label", "label")
+        return [{**dict.fromkeys(fields, f"text {i}"), label: f"label {i % 2}"} for i in range(6)]
     if "messages" in task:
         return [{task["messages"]: TURNS} for _ in range(6)]
-    return [{"question": f"{i} + 1?", "answer": str(i + 1)} for i in range(6)]
+    fields = [*FIELD.findall(f"{task['prompt']}{task['target']}")]
+    return [{field: f"{field} {i}" for field in fields} for i in range(6)]
 
 
 def without_download(task: dict[str, Any], file: Path) -> dict[str, Any]:
