@@ -7,10 +7,7 @@ import string
 from collections import Counter
 from collections.abc import Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from molora.evaluation.metrics import Result
+from typing import Any
 
 Pair = tuple[str, str]  # answer, target
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -47,14 +44,14 @@ def chrf(pairs: Sequence[Pair]) -> float:
     return float(_sacrebleu("CHRF").corpus_score(answers, [targets]).score) / 100
 
 
-def macro_f1(results: Sequence[Result]) -> float:
-    """Mean F1 over the classes that are a target or were named; naming none is a miss of the target's class."""
+def macro_f1(pairs: Sequence[tuple[Any, Any]]) -> float:
+    """Mean F1 over the classes that are a target or were named; naming none (None) is a miss of the target's class."""
     right, named, there = Counter[Any](), Counter[Any](), Counter[Any]()
-    for result in results:
-        there[result.target] += 1
-        if result.prediction is not None:
-            named[result.prediction] += 1
-            right[result.target] += result.prediction == result.target
+    for said, wanted in pairs:
+        there[wanted] += 1
+        if said is not None:
+            named[said] += 1
+            right[wanted] += said == wanted
     scores = [2 * right[c] / (named[c] + there[c]) for c in named.keys() | there.keys()]
     return sum(scores) / len(scores)
 
