@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,10 +14,8 @@ from molora.data.tasks import Task
 from molora.evaluation.metrics import overall
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import HeldOut, Limits
-from molora.forward.mount import MountPoint
 from molora.progress import phase
 from molora.tuner.api import routing
-from molora.tuner.scale import set_scalings
 
 AS_IT_IS, EVEN, BASE = "as it is", "even weights", "no expert"
 
@@ -27,8 +25,8 @@ class Counterfactuals:
     """Scores of each task under each change; a loss is lower where it is better.
 
     mode: who decided where nothing was changed. records: how many of a task were scored at most.
-    alone, without: task -> expert -> score with that expert alone, and with what it adds left out, the others'
-    weights as they are. changed: task -> `as it is`, `even weights`, `no expert` -> score.
+    alone, without: task -> expert -> score with that expert alone, and without it, as if it had never been added.
+    changed: task -> `as it is`, `even weights`, `no expert` -> score.
     """
 
     mode: str
@@ -82,28 +80,10 @@ def counterfactuals(
             shown.now(f"{task.name}, each expert left out")
             without[task.name] = {}
             for expert in experts:
-                with left_out(model, expert):
+                with routing(model, without=[expert]):
                     without[task.name][expert] = score(as_usual())
     metrics = {task.name: task.metric for task in tasks}
     return Counterfactuals(mode, records, metrics, changed, alone, without)
-
-
-@contextmanager
-def left_out(model: Any, expert: str) -> Iterator[None]:
-    """An expert of the active adapter adds nothing inside; gates decide as before, nothing is renormalised."""
-    adapter = str(model.active_adapter)
-    points = [module for module in model.modules() if isinstance(module, MountPoint)]
-    mounts = [point.mounts[adapter] for point in points if adapter in point.mounts]
-    found = [mount for mount in mounts if not mount.plain and expert in mount.task_map.experts]
-    before = [mount.bank.scalings for mount in found]
-    try:
-        for mount, scalings in zip(found, before, strict=True):
-            names = mount.task_map.experts
-            set_scalings(mount, [0.0 if n == expert else s for n, s in zip(names, scalings, strict=True)])
-        yield
-    finally:
-        for mount, scalings in zip(found, before, strict=True):
-            set_scalings(mount, [*scalings])
 
 
 def _score(held_out: HeldOut, records: Sequence[int], context: AbstractContextManager[Any]) -> float:
