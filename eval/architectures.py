@@ -64,7 +64,9 @@ def _reads_labels(name: str) -> bool:
 
 
 def _row(batch: dict[str, Tensor], i: int) -> dict[str, Tensor]:
-    return {key: value[i : i + 1] for key, value in batch.items()}
+    samples = len(batch["input_ids"]) if "input_ids" in batch else len(next(iter(batch.values())))
+    rows = {key: len(value) // samples for key, value in batch.items()}  # an image may be several
+    return {key: value[i * rows[key] : (i + 1) * rows[key]] for key, value in batch.items()}
 
 
 def _kept(batch: dict[str, Tensor], values: Tensor, i: int) -> Tensor:

@@ -227,7 +227,19 @@ BASES: dict[str, Base] = {
         {"image_token_index": 5, "vision_feature_select_strategy": "full", "vision_feature_layer": -1},
         batch="image+text",
     ),
+    "qwen2_5_vl": Base("vision-language", "Qwen2_5_VLForConditionalGeneration", batch="patches+text"),
 }
+
+
+_QWEN_TEXT = {
+    "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4},
+}  # fmt: skip
+_QWEN_VISION = {
+    "depth": 2, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4, "out_hidden_size": 16,
+    "window_size": 16, "fullatt_block_indexes": [1],
+}  # fmt: skip
 
 
 def config_of(name: str) -> Any:
@@ -248,6 +260,11 @@ def config_of(name: str) -> Any:
     if kind == "llava":
         vision = transformers.CLIPVisionConfig(**_fit(transformers.CLIPVisionConfig(), {}))
         return transformers.LlavaConfig(vision_config=vision, text_config=_tiny("llama"), **changes)
+    if kind == "qwen2_5_vl":
+        return transformers.Qwen2_5_VLConfig(
+            text_config=_QWEN_TEXT, vision_config=_QWEN_VISION, image_token_id=5, video_token_id=4,
+            vision_start_token_id=3, vision_end_token_id=2,
+        )  # fmt: skip
     return _tiny(kind, changes)
 
 
@@ -300,6 +317,8 @@ def batch_of(
         return {"input_values": values, "attention_mask": sound, "labels": labels}
     if base.batch == "speech":
         return {"input_features": torch.randn(samples, 8, 20, generator=g), "labels": ids}
+    if base.batch == "patches+text":
+        return _with_patches(ids, mask, g)
     if base.batch == "image+text":
         patches = (16 // 4) ** 2 + 1
         images = torch.full((samples, patches), 5)
@@ -318,3 +337,18 @@ def batch_of(
     if base.generates or base.kind == "causal":
         return {**inputs, "labels": ids.masked_fill(mask == 0, -100)}
     return {**inputs, "labels": labels}
+
+
+def _with_patches(ids: Tensor, mask: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    """An image of 4 x 4 patches before each text, patches of all samples below each other, as Qwen's processor makes them."""
+    samples = len(ids)
+    image = torch.full((samples, 4), 5)  # 2 x 2 patches are one token
+    ids, mask = torch.cat([image, ids], 1), torch.cat([torch.ones_like(image), mask], 1)
+    return {
+        "input_ids": ids,
+        "attention_mask": mask,
+        "pixel_values": torch.randn(samples * 16, 3 * 2 * 4 * 4, generator=generator),
+        "image_grid_thw": torch.tensor([[1, 4, 4]] * samples),
+        "mm_token_type_ids": (ids == 5).int(),
+        "labels": ids.masked_fill(mask == 0, -100),
+    }

@@ -119,6 +119,33 @@ def test_B3_a_tower_that_is_named_is_refused_ids_that_cannot_follow_images():
     assert torch.isfinite(model(**batch, routing_task_ids="alpha").loss)
 
 
+def test_B3_samples_with_different_numbers_and_sizes_of_images_follow_their_ids():
+    """Qwen's way: patches of all images of a batch below each other."""
+    model = adapted(model_of("qwen2_5_vl"))
+    assert not any("visual" in name for name, _ in model.named_parameters() if "molora_" in name)
+    grids = [[(1, 4, 4), (1, 2, 4)], [(1, 4, 8)], []]  # of each sample's images
+    tokens = [[t * h * w // 4 for t, h, w in images] for images in grids]
+    widest = max(map(sum, tokens)) + 6
+    ids, mask = torch.full((3, widest), 9), torch.zeros(3, widest, dtype=torch.long)
+    for i, images in enumerate(tokens):
+        text = [token for count in images for token in (3, *[5] * count, 2)] + [10 + i, 11, 12]
+        ids[i, -len(text[:widest]) :] = torch.tensor(text[:widest])
+        mask[i, -len(text[:widest]) :] = 1
+    patches = [torch.randn(sum(t * h * w for t, h, w in images), 96) for images in grids]
+    batch = {
+        "input_ids": ids, "attention_mask": mask, "mm_token_type_ids": (ids == 5).int(),
+        "pixel_values": torch.cat(patches), "image_grid_thw": torch.tensor([g for images in grids for g in images]),
+    }  # fmt: skip
+    with torch.no_grad():
+        together = model(**batch, routing_task_ids=TASKS).logits
+        for i in range(2):
+            own = {key: batch[key][i : i + 1] for key in ("input_ids", "attention_mask", "mm_token_type_ids")}
+            own |= {"pixel_values": patches[i], "image_grid_thw": torch.tensor(grids[i])}
+            alone = model(**own, routing_task_ids=[TASKS[i]]).logits
+            kept = mask[i].bool()
+            assert_close(together[i][kept], alone[0][kept], atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("name", ["mamba", "falcon_mamba", "jamba"])
 def test_B4_weights_that_are_read_without_a_forward_have_no_experts(name):
     with pytest.warns(UserWarning, match=r"dt_proj.*uses their weights without calling"):
