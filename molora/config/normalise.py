@@ -170,8 +170,10 @@ def _kept(config: SavedMixture) -> None:
         if task not in config.tasks or name not in names:
             raise ConfigError(f"added_for: {task!r} is no task, or {name!r} no expert.")
     config.expert_specs = {name: _spec(name, given) for name, given in config.expert_specs.items()}
-    if (config.share_A or KINDS[config.kind].one_A) and config.expert_specs:
-        raise ConfigError("experts with one A have one rank and scaling; expert_specs gives some their own.")
+    kind = KINDS[config.kind]
+    if (config.share_A or kind.one_A or kind.one_rank) and config.expert_specs:
+        what = f"of kind {config.kind}" if kind.one_rank else "with one A"
+        raise ConfigError(f"experts {what} have one rank and scaling; expert_specs gives some their own.")
     if config.gate_blocks is None:
         config.gate_blocks = [list(names)]
     if sorted(name for block in config.gate_blocks for name in block) != sorted(names):

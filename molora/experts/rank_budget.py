@@ -70,7 +70,7 @@ class RankBudget:
         Args:
             layers: by layer.
             step: the number of this step, from 1; None: one more than the last.
-            total: how many there will be; None: `total_step`.
+            total: how many there will be, where `total_step` does not say.
 
         Raises:
             ConfigError: nobody said how many steps there are, or too few for `tinit` and `tfinal`.
@@ -78,7 +78,7 @@ class RankBudget:
         self.step = self.step + 1 if step is None else step
         if self.step == 1:  # a training that begins knows nothing of an earlier one
             self.means, self.kept = {}, {}
-        total = self._checked(total or self.total_step)
+        total = self._checked(self.total_step or total or 0)
         last = total - self.tfinal
         if self.step > last:
             for key, triplets in layers.items():

@@ -17,7 +17,7 @@ from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.experts.cores import TaskCores
 from molora.experts.init import expected_std, init_A, svd_segments
-from molora.experts.kinds.kind import Kind
+from molora.experts.kinds.kind import Kind, Place
 from molora.experts.kinds.lora import Lora
 from molora.forward.mount import MountPoint
 from molora.gates.gate import Gate, GatePlace
@@ -107,8 +107,8 @@ def new_experts(
 
 def new_bank(config: SavedMixture, kind: Kind, key: str, base: nn.Module, *, plain: bool) -> ExpertBank:
     """Fresh experts of a kind for one layer, or its one ordinary LoRA (`plain`)."""
-    if kind.scales_output and not plain:
-        kind = kind.at(BaseWeight(base, key, config.kind))
+    if kind.by_layer and not plain:
+        kind = _at_layer(config, kind, key, base)
     if plain:
         lora = Lora()
         experts = new_experts(config, lora, ["plain"], key, base)
@@ -119,6 +119,14 @@ def new_bank(config: SavedMixture, kind: Kind, key: str, base: nn.Module, *, pla
         shape = "full" if config.task_cores is True else config.task_cores
         cores = CORES[shape].identity(experts[0].rank, *task_blocks(config))
     return ExpertBank(experts, frozen_at(config, key), config.lora_dropout, kind=kind, cores=cores)
+
+
+def _at_layer(config: SavedMixture, kind: Kind, key: str, base: nn.Module) -> Kind:
+    d_in, d_out = _get_in_out_features(base)
+    assert d_in is not None and d_out is not None  # only linear layers come here
+    rank = max(rank_of(config, name, key) for name in experts_at(config, key))
+    weight = BaseWeight(base, key, config.kind) if kind.scales_output else None
+    return kind.at(Place(d_in, d_out, rank), weight)
 
 
 def new_gate(config: SavedMixture, key: str, d_in: int) -> Gate:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 import json
 
 import pytest
 import torch
 from peft import AdaLoraConfig, LoraConfig, PeftModel, VeraConfig, get_peft_model
-from safetensors.torch import load_file
+from peft.utils.save_and_load import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.testing import assert_close
 
@@ -17,6 +20,7 @@ from molora import GateConfig, MoLoraConfig
 from molora.config.choices import KINDS
 from molora.config.load import load_recipe
 from molora.errors import AdapterError, ConfigError
+from molora.experts.kinds.tensor_train import dims_of
 from molora.training.optimizer import parameters_by_role
 from molora.tuner.layer import MoLoraLayer
 from tests.config.recipes import small
@@ -99,6 +103,30 @@ class WrittenCore(Written):
         return self.B @ self.C @ self.A
 
 
+class WrittenTrain(Written):
+    """The trains of LoRETTA, one number of the product after the other."""
+
+    def delta(self):
+        (d_out, d_in), rank = self.base.weight.shape, 4
+        A = self.product(self.A, dims_of(d_in * rank)).view(d_in, rank)
+        B = self.product(self.B, dims_of(d_out * rank)).view(d_out, rank)
+        return B @ A.T
+
+    @staticmethod
+    def product(flat, dims, inner=5):
+        ranks, start, cores = [1, *[inner] * (len(dims) - 1), 1], 0, []
+        for left, dim, right in zip(ranks, dims, ranks[1:], strict=False):
+            cores.append(flat[start : start + left * dim * right].view(left, dim, right))
+            start += left * dim * right
+        assert start == len(flat)
+        numbers = []
+        for index in itertools.product(*map(range, dims)):
+            numbers.append(
+                functools.reduce(torch.matmul, [c[:, i] for c, i in zip(cores, index, strict=True)])
+            )
+        return torch.cat(numbers)
+
+
 def written_reference(layer_class, stacks):
     def make(base, banks):
         layers = []
@@ -121,6 +149,7 @@ REFERENCES = {
     "dora": (dora_reference, {"A", "B", "m"}),
     "adalora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
+    "tensor_train": (written_reference(WrittenTrain, "AB"), {"A", "B"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)
 
@@ -344,6 +373,13 @@ def test_I9_loading_is_bit_equal(kind, how, tmp_path):
     else:
         loaded = PeftModel.from_pretrained(loaded, tmp_path, low_cpu_mem_usage=how == "meta")
     assert torch.equal(loaded.eval()(**batch_for("llama")).logits, expected)
+
+
+@kinds
+def test_a_checkpoint_takes_its_tensors_as_they_are(kind, tmp_path):
+    weights = get_peft_model_state_dict(model_of(kind), save_embedding_layers=False)
+    save_file({name: tensor.contiguous() for name, tensor in weights.items()}, tmp_path / "file")
+    assert load_file(tmp_path / "file").keys() == weights.keys()
 
 
 @kinds

@@ -3,7 +3,8 @@
     ΔW = s · P Λ Q,  Λ diagonal and 0 at first, P and Q from N(0, 0.02²)
 
 `r` is the rank at the start. All experts of all layers share one budget, which falls to `target_r` for each of them
-(experts/rank_budget.py). `aux_losses: {orthonormal: 0.5}` is the published penalty that keeps P and Q close to orthonormal.
+(experts/rank_budget.py) within `total_step` steps, or those of the training where that is 0. `aux_losses: {orthonormal: 0.5}`
+is the published penalty that keeps P and Q close to orthonormal.
 The scaling stays α / r as values go, as in PEFT, whose r is larger by 1e-5.
 
 Reference: AdaLoRA, arXiv:2303.10512.

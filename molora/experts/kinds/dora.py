@@ -32,6 +32,7 @@ class Dora(Lora):
         "more accuracy at small ranks, for a slower step and more memory; experts start from the base's own directions",
     )
     keeps_factors = False
+    by_layer = True
     scales_output = True
     averages = "the mean of experts of kind dora scales the base's output too, which two factors cannot say"
 

@@ -67,6 +67,14 @@ class StackSpec:
     role: str = "A"
 
 
+class Place(NamedTuple):
+    """The shape of the factors at one layer."""
+
+    d_in: int
+    d_out: int
+    rank: int  # of the first expert there
+
+
 class Base(Protocol):
     """A layer's frozen base, as a kind of expert may see it."""
 
@@ -103,10 +111,11 @@ class Kind:
     keeps_factors: ClassVar[bool] = False  # whether its stacks A and B are the factors
     one_A: ClassVar[bool] = False  # whether all experts of a layer read x through one A
     starts_by_init: ClassVar[bool] = True  # whether A starts as the config's `init` says
-    scales_output: ClassVar[bool] = (
-        False  # whether its experts multiply the base's output; it knows the base then
-    )
-    base: Base | None = None
+    scales_output: ClassVar[bool] = False  # whether its experts multiply the base's output
+    one_rank: ClassVar[bool] = False  # whether all experts of a layer have one rank
+    by_layer: ClassVar[bool] = False  # whether each layer has an object of it, which knows the layer
+    place: Place | None = None  # then
+    base: Base | None = None  # where it `scales_output`
     orthonormal: ClassVar[bool] = False  # whether A and B are sets of vectors that should be orthonormal
     imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters
 
@@ -138,10 +147,10 @@ class Kind:
         """
         raise NotImplementedError
 
-    def at(self, base: Base) -> Self:
-        """This kind at one layer, where it `scales_output`."""
+    def at(self, place: Place, base: Base | None) -> Self:
+        """This kind at one layer, where it is `by_layer`; `base` where it `scales_output`."""
         found = type(self)(self.shares_A, **self.chosen)
-        found.base = base
+        found.place, found.base = place, base
         return found
 
     def output_scale(self, rows: Mapping[str, Tensor], scalings: Sequence[float]) -> Tensor:

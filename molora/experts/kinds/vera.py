@@ -86,7 +86,7 @@ class Drawn(Stack):
 
     @property
     def whole(self) -> Tensor:
-        return self.projection.digest
+        return self.projection.digest.clone()  # files refuse tensors that share memory
 
     def fill(self, value: Tensor, *, replace: bool = False) -> None:
         """Compare digests; AdapterError where they differ."""
