@@ -6,14 +6,13 @@ are read.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import islice
 
 from molora.data.prompts import Example
-from molora.data.render import render
+from molora.data.render import label_index, render
 from molora.data.tasks import Task
 
 MOST = 100_000
@@ -36,12 +35,8 @@ class Audit:
 
     @property
     def majority(self) -> tuple[str, float] | None:
-        """The most frequent label of the training records, and the held-out accuracy of always saying it."""
-        total = sum(self.held_out.values())
-        if not total or not self.labels:
-            return None
-        label = max(self.labels, key=lambda name: self.labels[name])
-        return label, self.held_out.get(label, 0) / total
+        """See `majority_of`."""
+        return majority_of(self.labels, self.held_out)
 
     def lines(self) -> Iterator[str]:
         """What people should know of it, a sentence each; nothing where all is well."""
@@ -67,25 +62,39 @@ class Audit:
             yield f"always saying {label!r} would be right for {100 * right:.1f} % of what is held out"
 
 
+def majority_of(labels: Mapping[str, int], held_out: Mapping[str, int]) -> tuple[str, float] | None:
+    """The most frequent label of the training records, and the held-out accuracy of always saying it.
+
+    None where nothing is labelled or held out.
+    """
+    total = sum(held_out.values())
+    if not total or not labels:
+        return None
+    label = max(labels, key=lambda name: labels[name])
+    return label, held_out.get(label, 0) / total
+
+
+def label_counts(task: Task, split: str) -> dict[str, int]:
+    """How many records of a classification's split have each of its labels."""
+    counts = dict.fromkeys(task.labels, 0)
+    for record in islice(task.train if split == "train" else task.eval, MOST):
+        counts[task.labels[label_index(task, record)]] += 1
+    return counts
+
+
 def audit(task: Task) -> Audit:
     """Read a task's records and count; raises DataError as `render` at the first faulty record."""
     trained: dict[bytes, set[bytes]] = {}
     doubles = leaks = 0
     classify = task.kind == "classification"
-    labels = {"train": Counter(dict.fromkeys(task.labels, 0)), "eval": Counter(dict.fromkeys(task.labels, 0))}
     for record in islice(task.train, MOST):
         prompt, target = render(task, record)
         key, answer = _digest(prompt), _digest(target)
         answers = trained.setdefault(key, set())
         doubles += answer in answers
         answers.add(answer)
-        if classify:
-            labels["train"][target] += 1
     for record in islice(task.eval, MOST):
-        prompt, target = render(task, record)
-        leaks += _digest(prompt) in trained
-        if classify:
-            labels["eval"][target] += 1
+        leaks += _digest(render(task, record)[0]) in trained
     return Audit(
         task=task.name,
         train=min(len(task.train), MOST),
@@ -93,8 +102,8 @@ def audit(task: Task) -> Audit:
         doubles=doubles,
         contradictions=sum(len(answers) > 1 for answers in trained.values()),
         leaks=leaks,
-        labels=dict(labels["train"]) if classify else {},
-        held_out=dict(labels["eval"]) if classify else {},
+        labels=label_counts(task, "train") if classify else {},
+        held_out=label_counts(task, "eval") if classify else {},
     )
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import sys
 from abc import abstractmethod
 from array import array
 from bisect import bisect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from operator import itemgetter
@@ -193,7 +195,8 @@ def _parquet(task: TaskConfig, split: Split) -> TableRecords:
         if not file.is_file():
             raise DataError(f"{file}: there is no such file.")
     name = ", ".join(map(str, files))
-    table = _load(name, lambda: datasets.Dataset.from_parquet([str(file) for file in files]))
+    with _without_bars():
+        table = _load(name, lambda: datasets.Dataset.from_parquet([str(file) for file in files]))
     return TableRecords(table, name, _size(task, split))
 
 
@@ -203,7 +206,8 @@ def _hub(task: TaskConfig, split: Split) -> TableRecords:
     wanted = _split_name(task, split)
     name = f"{task.dataset} ({wanted})"
     load = partial(datasets.load_dataset, task.dataset, task.subset, split=wanted, revision=task.revision)
-    with only_cached_if_offline() as offline:
+    quiet = nullcontext() if sys.stderr.isatty() else _without_bars()  # a download takes its time
+    with quiet, only_cached_if_offline() as offline:
         try:
             table = _load(name, load)
         except DataError as error:
@@ -223,7 +227,8 @@ def _folder(task: TaskConfig, split: Split) -> TableRecords:
     if not path.is_dir():
         raise DataError(f"{path}: there is no such folder.")
     saved = (path / "dataset_dict.json").is_file() or (path / "state.json").is_file()
-    loaded = _load(name, partial(datasets.load_from_disk if saved else datasets.load_dataset, str(path)))
+    with _without_bars():
+        loaded = _load(name, partial(datasets.load_from_disk if saved else datasets.load_dataset, str(path)))
     if isinstance(loaded, datasets.DatasetDict):
         if wanted not in loaded:
             listed = ", ".join(map(str, loaded))
@@ -256,6 +261,21 @@ def _files(task: TaskConfig, split: Split) -> list[Path]:
     given = task.train if split == "train" or isinstance(task.eval, float) else task.eval
     names = [given] if isinstance(given, str) else given or []
     return [Path(name).expanduser() for name in names]
+
+
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """`datasets` draws a bar for every file that it looks at, into pipes too."""
+    from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
 
 
 def _load(name: str, load: Callable[[], T]) -> T:

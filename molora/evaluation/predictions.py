@@ -23,7 +23,7 @@ class Prediction:
     """One record's answer in one mode.
 
     record: its place among the task's held-out records. answer: what it should have been; prediction: what was said, None
-    where that names no label, or where the metric is the loss of the answer. right: None where the metric is a loss. score:
+    where that names no label, or where the metric is the loss of the answer. right: all of it; None for a loss. score:
     the metric's value for this record alone, over `count` things (tokens of the answer for a loss, else 1). experts: mean
     gate weight over the record's tokens and all gates, None where it was not recorded.
     """
@@ -52,7 +52,7 @@ def predictions(
         found.append(
             Prediction(
                 task.name, mode, result.record, prompt, answer, _said(task, result),
-                None if loss else score == 1.0, score, result.count,
+                None if loss else score > 1 - 1e-9, score, result.count,
                 None if experts is None else experts.get(result.record),
             )
         )  # fmt: skip

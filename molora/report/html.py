@@ -17,7 +17,7 @@ from molora.evaluation.similarity import Similarity
 from molora.report.html_parts import NUMBERED_UP_TO, folded, heat, paragraph, picture, section, table
 from molora.report.plots import heatmap_png, small_multiples_png
 from molora.report.style import STYLE
-from molora.report.tables import routing_lines, routing_title, score_cells
+from molora.report.tables import routing_lines, routing_title, score_cells, shown_scores
 
 Part = tuple[str, str, str]  # anchor, heading, what is in it
 GENERATOR = "<meta name='generator' content='molora'>"
@@ -82,7 +82,7 @@ def _parts(report: Report, curves: str, config: str) -> Iterator[Part]:
 
 
 def _scores(report: Report) -> str:
-    head, cells = score_cells(report.scores)
+    head, cells = score_cells(shown_scores(report))
     first = {score.task: score for score in reversed(report.scores)}
     notes = []
     for task in (row[0] for row in cells):

@@ -61,7 +61,7 @@ def report_tables(report: Report) -> list[Table]:
     if report.before:
         tables = [difference_table(differences(report.before, report.scores))]
     else:
-        tables = [score_table(report.scores)]
+        tables = [score_table(shown_scores(report))]
     if (routing := report.routing) and routing.by_task:
         tables.append(matrix_table(routing.task_expert(), routing_title(routing), corner="task"))
     if report.counterfactuals:
@@ -88,6 +88,15 @@ def what_if_table(found: Counterfactuals) -> Table:
         cells = (Score(t, "", found.metrics[t], row[change], 0).text() for t, row in shown.items())
         table.add_row(_plain(change), *cells)
     return table
+
+
+def shown_scores(report: Report) -> list[Score]:
+    """All scores, but those with the task's id given where no router names tasks and an id changes nothing."""
+    by_mode: dict[str, dict[str, float]] = {}
+    for score in report.scores:
+        by_mode.setdefault(score.mode, {})[score.task] = score.value
+    same = "gate" in by_mode and by_mode["gate"] == by_mode.get("task") and report.naming is None
+    return [score for score in report.scores if not (same and score.mode == "task")]
 
 
 def score_table(scores: Sequence[Score], title: str = "Held-out scores") -> Table:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
 from molora.config.load import Recipe, recipe_text
+from molora.data.audit import label_counts, majority_of
 from molora.data.clusters import inference
 from molora.data.tasks import Task, TaskSet
 from molora.disk.atomic import check_writable, write_file, write_folder
@@ -151,8 +153,26 @@ def score(
                     report.counterfactuals = counterfactuals(
                         model, tokenizer, tasks, mode=mode, limits=limits, records=what_if
                     )
+    report.notes += [note for task in tasks if (note := against_majority(report, task)) is not None]
     report.environment = describe_environment()
     return report
+
+
+def against_majority(report: Report, task: Task) -> str | None:
+    """What to say of a classification whose accuracy is no better than one answer to everything (at 5 %, one-sided)."""
+    score = next((s for s in report.scores if s.task == task.name and s.mode != "base"), None)
+    if task.kind != "classification" or score is None or score.metric != "accuracy":
+        return None
+    always = majority_of(label_counts(task, "train"), label_counts(task, "eval"))
+    if always is None:
+        return None
+    label, share = always
+    if score.value > share + 1.645 * math.sqrt(share * (1 - share) / score.count):
+        return None
+    remedy = "more steps, a larger train.lr"
+    if task.task_type == "SEQ_CLS" and not task.classes:
+        remedy = "base.head: match (no head to learn), a larger train.head_lr, more steps"
+    return f"{task.name}: {score.text()} is no better than always saying {label!r} ({100 * share:.1f} %); try {remedy}."
 
 
 def write_report(report: Report, folder: Path, config: RunConfig) -> None:

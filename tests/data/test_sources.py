@@ -105,3 +105,13 @@ def test_a_hub_name_that_cannot_be_reached_says_so(monkeypatch):
     monkeypatch.setattr(hub, "_unreachable", lambda _: None)
     with pytest.raises(DataError, match=r"some/set \(train\): cannot be read: ConnectionError: no route"):
         list(records_of(TaskConfig(source="hub", dataset="some/set"), "train"))
+
+
+def test_reading_a_table_draws_no_bars(tmp_path, capfd):
+    datasets.Dataset.from_dict({"prompt": ["a"], "target": ["b"]}).to_parquet(tmp_path / "a.parquet")
+    datasets.utils.enable_progress_bars()
+    capfd.readouterr()
+    config = TaskConfig(source="parquet", train=str(tmp_path / "a.parquet"))
+    assert len(records_of(config, "train")) == 1
+    assert capfd.readouterr() == ("", "")
+    assert not datasets.utils.are_progress_bars_disabled()

@@ -2,9 +2,10 @@
 
 import io
 
-from molora.evaluation.report import Score
+from molora.evaluation.naming import Naming
+from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import Matrix
-from molora.report.tables import console, matrix_table, print_report, score_table
+from molora.report.tables import console, matrix_table, print_report, score_table, shown_scores
 
 
 def printed(thing):
@@ -45,3 +46,20 @@ def test_a_grown_report_shows_changes_facts_advice_and_notes(report):
     assert "Experts specialise by task: 0.40 of 1." in text
     assert "old_tasks_bit_equal: yes" in text
     assert "a <note>" in text
+
+
+def test_the_task_id_has_a_column_only_where_it_can_matter() -> None:
+    def made(by_id: float, naming: Naming | None = None) -> list[str]:
+        values = {"gate": 0.5, "task": by_id, "base": 0.1}
+        report = Report(
+            scores=[Score("a", mode, "accuracy", v, 10) for mode, v in values.items()], naming=naming
+        )
+        return [score.mode for score in shown_scores(report)]
+
+    assert made(0.5) == ["gate", "base"]
+    assert made(0.6) == ["gate", "task", "base"]
+    assert made(0.5, Naming({"a": {"a": 10}})) == [
+        "gate",
+        "task",
+        "base",
+    ]  # a router that was right: worth seeing
