@@ -90,7 +90,7 @@ def add_expert(
         def conclude(done: Run, grown: PeftModel) -> None:
             plot_loss(done.path / "metrics.csv", done.path / "loss.png", LOSSES)
             report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
-            report.before = before
+            report.before, report.added = before, [new.name]
             same = all(map(torch.equal, probed(grown), logits))
             report.facts |= {"parent": f"{parent.path.parent.name}/{parent.path.name}", UNCHANGED: same}
             write_report(report, done.path, config)

@@ -25,18 +25,21 @@ def headline(report: Report) -> str:
     count = len(
         {score.task for score in report.scores if score.mode == first and score.metric not in LOWER_IS_BETTER}
     )
-    if report.before:
-        return _grown(report, first)
+    if report.before and (grown := _grown(report, first)):
+        return grown
     base = by_mode.get("base")
     beside = f"; the base alone {base:.1f} %" if base is not None and first != "base" else ""
     return f"{by_mode[first]:.1f} % on average over {_tasks(count)} ({_title(first)}){beside}."
 
 
-def _grown(report: Report, mode: str) -> str:
-    old = {score.task for score in report.before if score.mode == mode}
-    before = _mean([s for s in report.before if s.mode == mode])
+def _grown(report: Report, mode: str) -> str | None:
+    """Old tasks before and after, and the new one; None where the old ones have no shares in this mode."""
+    old = {score.task for score in report.before if score.mode == mode and score.task not in report.added}
+    before = _mean([s for s in report.before if s.mode == mode and s.task in old])
     after = _mean([s for s in report.scores if s.mode == mode and s.task in old])
     new = _mean([s for s in report.scores if s.mode == mode and s.task not in old])
+    if before is None or after is None:
+        return None
     told = "" if new is None else f"; the new task reaches {new:.1f} %"
     return f"The {_tasks(len(old))} from before went from {before:.1f} to {after:.1f} % on average ({_title(mode)}){told}."
 

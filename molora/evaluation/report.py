@@ -47,8 +47,8 @@ class Score:
 class Report:
     """Scores per task and mode, what the gates did, and whatever else is needed to read them later.
 
-    before: the scores before an expert was added, else empty. facts: named observations, not scores. naming: what the
-    task router takes prompts for. similarity: how alike the experts are.
+    before: the scores before an expert was added, else empty; added: the tasks it was added for. facts: named
+    observations, not scores. naming: what the task router takes prompts for. similarity: how alike the experts are.
     counterfactuals: scores with experts changed, where asked for.
     notes: sentences for people, for instance why a mode was skipped. folder: where it was written, if it was; predictions:
     every record's answer; neither is kept.
@@ -63,6 +63,7 @@ class Report:
     facts: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
+    added: list[str] = field(default_factory=list)
     folder: Path | None = field(default=None, compare=False)
     predictions: list[Prediction] = field(default_factory=list, compare=False, repr=False)
 
@@ -111,6 +112,7 @@ class Report:
             report = cls(
                 scores=[_score(row) for row in data["scores"]],
                 before=[_score(row) for row in data["before"]],
+                added=data.get("added", []),
                 routing=RoutingSummary(**routing) if routing else None,
                 naming=Naming(**naming) if naming else None,
                 similarity=Similarity(**alike) if alike else None,

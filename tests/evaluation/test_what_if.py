@@ -115,6 +115,13 @@ def test_growth_is_told_in_the_headline():
     assert headline(grown) == (
         "The 1 task from before went from 80.0 to 75.0 % on average (gate alone); the new task reaches 75.0 %."
     )
+    grown.before.append(Score("y", "gate", "exact_match", 0.0, 10))  # what the new task had before
+    grown.added = ["y"]
+    assert headline(grown).startswith("The 1 task from before went from 80.0 to 75.0 %")
+    grown.before = [Score("x", "task", "exact_match", 0.8, 10)]
+    assert headline(grown).startswith("75.0 % on average over 2 tasks"), (
+        "nothing to compare with in this mode"
+    )
     assert headline(Report()) == "Nothing was scored: no task has held-out records."
 
 
