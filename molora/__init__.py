@@ -24,6 +24,7 @@ _HOMES = {
     "forward.dispatch": ("dispatch",),
     "fusion.fuse": ("fuse",),
     "fusion.methods": ("register_fusion",),
+    "fusion.search": ("find_weights",),
     "gates.scores": ("register_score",),
     "models.load": ("load",),
     "models.task_router": ("fit_router", "route"),
