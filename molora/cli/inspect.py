@@ -17,6 +17,7 @@ from molora.cli.options import AsJson, OtherBase, RunFolder
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from molora.evaluation.report import Report
     from molora.evaluation.routing import RoutingSummary
 
 
@@ -60,7 +61,7 @@ def command(
     if report is None or report.routing is None:
         say("routing: not recorded here; `molora eval RUN` records it.")
         return
-    _print_routing(report.routing, to)
+    _print_routing(report, report.routing, to)
     pictures = out or folder
     assert pictures is not None
     if out is None and not os.access(pictures, os.W_OK):
@@ -128,7 +129,8 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
         say(f"A's spread differs from its initialisation, in layers: {changed} (trained experts do)")
 
 
-def _print_routing(routing: RoutingSummary, to: Console) -> None:
+def _print_routing(report: Report, routing: RoutingSummary, to: Console) -> None:
+    from molora.evaluation.findings import warnings
     from molora.report.tables import matrix_table, routing_lines, routing_title
 
     title = routing_title(routing)
@@ -136,5 +138,6 @@ def _print_routing(routing: RoutingSummary, to: Console) -> None:
     to.print(matrix_table(routing.layer_expert(), title.replace("task x", "layer x"), corner="layer"))
     shares = ", ".join(f"{name} {share:.3f}" for name, share in routing.shares().items())
     to.print(f"share of what the gates chose: {shares}", markup=False)
-    for line in routing_lines(routing):
+    told = routing_lines(routing)
+    for line in told + [f"warning: {line}" for line in warnings(report) if line not in told]:
         to.print(line, markup=False)

@@ -114,3 +114,10 @@ def test_naming_is_measured_in_both_modes(tmp_path):
     modes = found["shapes"]["quick"]
     assert set(modes) == {"rounds", *naming.MODES}
     assert all(set(modes[m]["cases"]) == {*naming.GIVEN, *naming.GIVEN.values()} for m in naming.MODES)
+
+
+def test_recording_is_measured_in_both_modes(tmp_path):
+    found = quick("recording", tmp_path / "a.json", seconds=300)
+    (modes,) = found["shapes"].values()
+    assert set(modes) == {"rounds", "evaluation", "training"}
+    assert modes["training"]["counted"] < max(modes["training"]["recorded / plain"]["median"], 1.001)
