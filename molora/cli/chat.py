@@ -127,6 +127,7 @@ def _obey(speaker: Speaker, line: str, turns: list[Turn]) -> bool:
 def _who(answer: Answer) -> str:
     """One line below an answer."""
     task = "" if answer.task is None else f"task {answer.task}"
+    task = f"looks like {task}" if task and answer.by == "gate" else task
     task += "" if answer.certainty is None else f" ({100 * answer.certainty:.0f} %)"
     largest = sorted(answer.experts.items(), key=lambda item: -item[1])[:4]
     experts = ", ".join(f"{name} {weight:.2f}" for name, weight in largest if weight >= 0.005)

@@ -82,7 +82,8 @@ def _table(rows: list[Comparison]) -> object:
 
     from molora.evaluation.modes import MODE_TITLES
 
-    table = Table("task", "mode", box=box.SIMPLE_HEAD)
+    about = "Mean score of a record. macro_f1, bleu and chrf of all records together are in the reports."
+    table = Table("task", "mode", box=box.SIMPLE_HEAD, caption=about, caption_justify="left")
     for name in ("records", "before", "after", "change (95 %)", "gained", "lost", "p"):
         table.add_column(name, justify="right")
     for row in rows:

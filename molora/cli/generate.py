@@ -68,7 +68,12 @@ def command(
         seeded(seed)
         answers = speaker.answers(prompts, search, batch_size=batch_size)
         for text, answer in zip(prompts, answers, strict=True):
-            line: dict[str, Any] = {"prompt": text, "answer": answer.text, "task": answer.task}
+            line: dict[str, Any] = {
+                "prompt": text,
+                "answer": answer.text,
+                "task": answer.task,
+                "decided_by": answer.by,
+            }
             if answer.certainty is not None:
                 line["certainty"] = round(answer.certainty, 4)
             if experts_used:

@@ -138,6 +138,6 @@ def _print_routing(report: Report, routing: RoutingSummary, to: Console) -> None
     to.print(matrix_table(routing.layer_expert(), title.replace("task x", "layer x"), corner="layer"))
     shares = ", ".join(f"{name} {share:.3f}" for name, share in routing.shares().items())
     to.print(f"share of what the gates chose: {shares}", markup=False)
-    told = routing_lines(routing)
+    told = routing_lines(routing, grown=bool(report.before))
     for line in told + [f"warning: {line}" for line in warnings(report) if line not in told]:
         to.print(line, markup=False)

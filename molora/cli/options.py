@@ -65,6 +65,12 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
     return [*given, *(line for line in text.splitlines() if line.strip())]
 
 
+def check_parent(out: Path) -> None:
+    """Raise ConfigError where the folder that a file is to be written into is not there."""
+    if not out.absolute().parent.is_dir():
+        raise ConfigError(f"--out {out}: {out.parent} is not a folder.", hint="make it first")
+
+
 def group(name: str, about: str) -> typer.Typer:
     """A verb that has verbs of its own."""
     return typer.Typer(name=name, help=about, no_args_is_help=True, add_completion=False)

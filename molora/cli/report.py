@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
+from molora.cli.options import check_parent
 from molora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ def command(
         out.exists() and GENERATOR not in out.read_text(encoding="utf-8", errors="replace")[:400]
     ):
         raise ConfigError(f"{out} exists and is no report of molora's.", hint="name another file with --out")
+    check_parent(out)
     from molora.config.load import recipe_text
     from molora.disk.atomic import write_file
     from molora.report.html import render
@@ -46,9 +48,9 @@ def command(
     if len(inside) < len(found):
         raise ConfigError("a run is named twice.", hint="name each one once")
     if len(found) == 1:
-        name, run, report = found[0]
+        name, _, report = found[0]
         curves, config = inside[name]
-        page = render(report, title=f"molora: {run.config.name}", curves=curves, config=config)
+        page = render(report, title=f"molora: {name}", curves=curves, config=config)
     else:
         reports = {name: report for name, _, report in found}
         page = render_several(reports, title=f"molora: {len(found)} runs", inside=inside)
@@ -72,4 +74,5 @@ def _read(path: Path) -> tuple[str, Run, Report]:
     except AdapterError as error:
         raise AdapterError(f"{files[0]}: {error}") from error
     name = f"{run.path.parent.name}/{run.path.name}"
-    return name + (f"/evaluations/{path.name}" if of_evaluation else ""), run, report
+    place = files[0].parent
+    return name if place == run.path else f"{name}/evaluations/{place.name}", run, report

@@ -10,7 +10,7 @@ import typer
 from typer import Option
 
 from molora.cli.generate import Chat, Length, Task
-from molora.cli.options import AsJson, OtherBase, RunFolder
+from molora.cli.options import AsJson, OtherBase, RunFolder, check_parent
 from molora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -38,6 +38,8 @@ def command(
     """
     if out is not None and out.exists():
         raise ConfigError(f"{out} exists.", hint="name another file with --out")
+    if out is not None:
+        check_parent(out)
     from molora.disk.atomic import write_file
     from molora.models.build import load_trained
     from molora.report.tokens import tokens_page

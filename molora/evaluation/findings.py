@@ -53,7 +53,7 @@ def _of_routing(report: Report) -> Iterator[str]:
     routing = report.routing
     if routing is None:
         return
-    dead = advice(routing.dead_experts(), mode=routing.mode)
+    dead = advice(routing.dead_experts(), mode=routing.mode, grown=bool(report.before))
     if dead:
         yield dead
     ruled = ruled_gates(routing.gates)
@@ -88,13 +88,15 @@ def _of_gate(report: Report) -> Iterator[str]:
         )
 
 
-def advice(dead: Sequence[str], *, mode: str) -> str | None:
-    """One sentence on what to do about dead experts, or None when there are none."""
+def advice(dead: Sequence[str], *, mode: str, grown: bool = False) -> str | None:
+    """One sentence on what to do about dead experts, or None when there are none; grown: an expert was just added."""
     if not dead:
         return None
     names = ", ".join(dead)
     if mode == "task":
         return f"No evaluated task uses: {names}. Map a task to it, or `remove_expert` to save the memory."
+    if grown:
+        return f"Hardly used: {names}. An expert that was just added needs more steps, or a higher train.lr."
     remedy = "Raise adapter.aux_losses.balance, add adapter.gate.noise, or train with fewer experts."
     return f"Hardly used: {names}. {remedy}"
 

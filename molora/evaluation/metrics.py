@@ -21,6 +21,7 @@ class Result:
     record: its place among the task's held-out records. prediction: an answer, the label it names (None: no label),
     or a class; target: what it should have been. nll: negative log-likelihood of the target in nats, where the
     metric is the loss. count: how many things the metric's value is a sum over: the target's tokens, or one record.
+    text: what was written, where the prediction is the label that it names.
     """
 
     record: int
@@ -28,6 +29,7 @@ class Result:
     target: str | int | None = None
     nll: float = math.nan
     count: int = 1
+    text: str | None = None
 
 
 @dataclass(frozen=True)

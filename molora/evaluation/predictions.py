@@ -38,6 +38,7 @@ class Prediction:
     score: float
     count: int = 1
     experts: dict[str, float] | None = None
+    text: str | None = None  # what was written, where the prediction is the label that it names
 
 
 def predictions(
@@ -53,7 +54,7 @@ def predictions(
             Prediction(
                 task.name, mode, result.record, prompt, answer, _said(task, result),
                 None if loss else score > 1 - 1e-9, score, result.count,
-                None if experts is None else experts.get(result.record),
+                None if experts is None else experts.get(result.record), result.text,
             )
         )  # fmt: skip
     return found
@@ -85,7 +86,9 @@ def from_jsonl(path: Path) -> list[Prediction]:
             plain: dict[str, Any] = dict(line)
             plain["score"] = math.nan if plain["score"] is None else float(plain["score"])
             found.append(Prediction(**plain))
-    except (DataError, KeyError, TypeError, ValueError) as error:
+    except KeyError as error:
+        raise AdapterError(f"{path} is not a file of predictions: a record lacks {error}.") from error
+    except (DataError, TypeError, ValueError) as error:
         raise AdapterError(f"{path} is not a file of predictions: {error}") from error
     return found
 

@@ -121,7 +121,11 @@ class Report:
                 notes=data["notes"],
                 environment=data["environment"],
             )
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except KeyError as error:
+            raise AdapterError(
+                f"not a molora report: it lacks {error}", hint="`molora eval RUN` makes one"
+            ) from error
+        except (ValueError, TypeError, AttributeError, RecursionError) as error:
             raise AdapterError(f"not a molora report: {type(error).__name__}: {error}") from error
         report._check_types()
         return report

@@ -129,7 +129,8 @@ class HeldOut:
         text = answer.strip()
         if task.metric in ("accuracy", "macro_f1") and task.labels:
             said = text.removeprefix(before).strip()
-            return Result(record, match_label(said, task.labels), target.removeprefix(before).strip())
+            wanted = target.removeprefix(before).strip()
+            return Result(record, match_label(said, task.labels), wanted, text=said)
         return Result(record, text, target)
 
     def _target(self, record: int) -> tuple[str, str]:

@@ -11,6 +11,7 @@ token went, keeps its importance; and each keeps its `min_rank` best triplets, s
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,9 @@ class Triplets:
         values = self.parameters["E"]
         columns = torch.arange(values.shape[1], device=values.device)
         return columns < torch.tensor(self.ranks, device=values.device).unsqueeze(1)
+
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -78,6 +82,12 @@ class RankBudget:
         self.step = self.step + 1 if step is None else step
         if self.step == 1:  # a training that begins knows nothing of an earlier one
             self.means, self.kept = {}, {}
+            if self.total_step and total is not None and total < self.total_step - self.tfinal:
+                log.warning(
+                    "kind adalora: training ends at step %d, and the budget reaches target_r = %d at step %d: experts keep more. "
+                    "Lower kind_settings.total_step, or leave it out.",
+                    total, self.target_r, self.total_step - self.tfinal,
+                )  # fmt: skip
         total = self._checked(self.total_step or total or 0)
         last = total - self.tfinal
         if self.step > last:

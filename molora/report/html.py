@@ -60,7 +60,7 @@ def _parts(report: Report, curves: str, config: str) -> Iterator[Part]:
     if report.before:
         yield "before", "Before and after", _differences(report)
     if report.routing:
-        yield "routing", "Who does what", _routing(report.routing)
+        yield "routing", "Who does what", _routing(report.routing, grown=bool(report.before))
     if report.counterfactuals:
         yield "whatif", "What if", _changed(report.counterfactuals)
     if report.similarity:
@@ -109,10 +109,10 @@ def _differences(report: Report) -> str:
     return table(["task", "mode", "before", "after", "change"], lines, names=2)
 
 
-def _routing(routing: RoutingSummary) -> str:
+def _routing(routing: RoutingSummary, *, grown: bool) -> str:
     title = routing_title(routing)
     inside = [_heat(routing.task_expert(), "task", title)] if routing.by_task else []
-    inside += [paragraph(line) for line in (*routing_lines(routing), *_measures(routing))]
+    inside += [paragraph(line) for line in (*routing_lines(routing, grown=grown), *_measures(routing))]
     by_layer = {task: routing.of_task(task) for task in routing.by_task if routing.layers}
     if len(by_layer) > 1:
         inside.append(_multiples(by_layer))

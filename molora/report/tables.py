@@ -37,10 +37,10 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
     for table in report_tables(report):
         to.print(table)
     if report.routing:
-        for line in routing_lines(report.routing):
+        for line in routing_lines(report.routing, grown=bool(report.before)):
             to.print(line, markup=False)
     for line in warnings(report):
-        if report.routing is None or line not in routing_lines(report.routing):
+        if report.routing is None or line not in routing_lines(report.routing, grown=bool(report.before)):
             to.print(f"warning: {line}", markup=False)
     for name, value in report.facts.items():
         to.print(f"{name}: {_fact(value)}", markup=False)
@@ -155,9 +155,10 @@ def routing_title(routing: RoutingSummary) -> str:
     return f"Mean gate weight, task x expert ({MODE_TITLES.get(routing.mode, routing.mode)})"
 
 
-def routing_lines(routing: RoutingSummary) -> list[str]:
+def routing_lines(routing: RoutingSummary, *, grown: bool = False) -> list[str]:
     """Sentences below the table of weights: how far experts specialise, and which are hardly used."""
-    found, apart = advice(routing.dead_experts(), mode=routing.mode), routing.specialisation()
+    found = advice(routing.dead_experts(), mode=routing.mode, grown=grown)
+    apart = routing.specialisation()
     lines = [] if apart is None else [f"Experts specialise by task: {apart:.2f} of 1."]
     return [*lines, found or "No dead experts."]
 

@@ -21,7 +21,7 @@ from molora.evaluation.generate import greedy, without_own_config
 from molora.evaluation.routing import summarise
 from molora.evaluation.tokens import TokenView, token_view
 from molora.models.task_router import named_prompts, names_tasks
-from molora.tuner.api import record_routing, routing
+from molora.tuner.api import find_context, record_routing, routing
 
 Turn = dict[str, str]
 PLAIN = "{prompt}"
@@ -49,10 +49,14 @@ class Search:
 class Answer:
     """`task`: what the prompt was taken for, by the adapter's router or by choice, with the router's `certainty`.
 
+    `by`: who decided which experts answer: `choice`, the `router` (under a task gate, and where experts are hidden from some
+    tasks), the `gate` alone, which may see it otherwise than the router, or the `base` without experts.
+
     `experts`: mean weight of each over the gates and tokens of prompt and answer; empty where the base alone answered.
     """
 
     text: str
+    by: str
     task: str | None = None
     certainty: float | None = None
     experts: Mapping[str, float] = field(default_factory=dict)
@@ -139,7 +143,7 @@ class Speaker:
         with recording as record:
             (text,) = self._generate([ids], search, streamer)
         experts = {} if record is None else summarise("", {"": (record.tokens, record.table())}).by_task[""]
-        return Answer(text, *named, experts)
+        return Answer(text, self.by, *named, experts)
 
     def look(self, prompt: str, search: Search | None) -> TokenView:
         """The experts of each token of a prompt, and of its answer where it is to be looked for; decoder-only models.
@@ -167,8 +171,19 @@ class Speaker:
                 texts = self._generate([rows[i] for i in chosen], search)
                 experts = [{}] * len(chosen) if record is None else record.take_rows(len(chosen))
                 for i, text, weights in zip(chosen, texts, experts, strict=True):
-                    found[i] = Answer(text, *named[i], weights)
+                    found[i] = Answer(text, self.by, *named[i], weights)
         yield from (found[i] for i in range(len(rows)))
+
+    @property
+    def by(self) -> str:
+        """Who decides which experts answer, see `Answer`."""
+        if self.base:
+            return "base"
+        if self.task is not None or self.experts is not None:
+            return "choice"
+        found = find_context(self.model).adapters[str(self.model.active_adapter)]
+        follows = found.config.gate.scope == "task" or bool(found.task_map.isolated)
+        return "router" if follows and names_tasks(self.model) else "gate"
 
     def _named(
         self, rows: Sequence[list[int]], batch_size: int = 16
@@ -187,6 +202,9 @@ class Speaker:
         ids = padded(rows, pad, side="left").to(self.model.device)
         mask = padded([[1] * len(row) for row in rows], 0, side="left").to(self.model.device)
         config = search.config(self.model, self.tokenizer)
+        positions = getattr(self.model.config, "max_position_embeddings", None)
+        if positions is not None and not getattr(self.model.config, "is_encoder_decoder", False):
+            config.max_new_tokens = max(1, min(search.max_new_tokens, positions - ids.shape[1]))
         with inference(self.model), self._chosen(), without_own_config(self.model, config):
             output = self.model.generate(
                 input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer

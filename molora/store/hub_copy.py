@@ -10,6 +10,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from molora.disk.adapter_files import check_files
 from molora.disk.atomic import write_folder
@@ -82,6 +83,7 @@ def pull(repo: str, out: str | os.PathLike[str], *, revision: str | None = None)
 def _explained(repo: str) -> Iterator[None]:
     """What huggingface_hub raises as a ConfigError that says what to do."""
     with only_cached_if_offline() as offline:
+        _check_name(repo)
         if offline is not None:
             raise ConfigError(
                 f"{repo}: {offline.partition(';')[0]}.",
@@ -91,12 +93,18 @@ def _explained(repo: str) -> Iterator[None]:
             yield
         except MoLoraError:
             raise
-        except HFValidationError as error:
-            raise ConfigError(
-                f"{repo!r} is no repository name: {error}", hint="such as me/spelling-lora"
-            ) from error
         except OSError as error:  # all of huggingface_hub's own are
             raise ConfigError(
                 f"{repo}: {str(error).strip().splitlines()[0]}",
                 hint="check the name, and that you are logged in (hf auth login) and may write there.",
             ) from error
+
+
+def _check_name(repo: str) -> None:
+    """ConfigError for what no repository can be called, before anybody is asked."""
+    try:
+        validate_repo_id(repo)
+    except HFValidationError as error:
+        raise ConfigError(
+            f"{repo!r} is no repository name: {error}", hint="such as me/spelling-lora"
+        ) from error

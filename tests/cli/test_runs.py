@@ -107,7 +107,7 @@ def test_the_report_of_one_run_and_of_two(
     )
     assert cli("report", str(runs[0])).out == "report.html\n"
     one = Path("report.html").read_text()
-    assert "molora: small" in one and "Loss over training steps" in one
+    assert f"molora: small/{runs[0].name}" in one and "Loss over training steps" in one
     assert cli("report", *map(str, runs), "--out", "report.html").code == 0  # its own page may be replaced
     both = Path("report.html").read_text()
     assert all(f"small/{run.name}" in both for run in runs) and "Side by side" in both
@@ -115,5 +115,6 @@ def test_the_report_of_one_run_and_of_two(
     refused = cli("report", str(runs[0]), "--out", "mine.html")
     assert refused.code == 2 and "is no report of molora's" in refused.err
     assert cli("report", str(runs[0]), str(runs[0])).code == 2
+    assert cli("report", str(runs[0]), "--out", "nowhere/x.html").code == 2
     missing = cli("report", str(place / "small" / "20990101-000000"))
     assert missing.code == 4 and "has no report" in missing.err

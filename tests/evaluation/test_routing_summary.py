@@ -63,6 +63,7 @@ def test_summary_finds_its_dead_expert_and_says_what_to_do():
     assert "aux_losses.balance" in advice(["b"], mode="gate")
     assert "remove_expert" in advice(["b"], mode="task")
     assert advice([], mode="gate") is None
+    assert "more steps" in advice(["b"], mode="gate", grown=True)
 
 
 def test_tasks_recorded_alone_make_one_summary_in_which_tokens_weigh_the_same():

@@ -54,7 +54,7 @@ def test_an_answer_is_what_generate_gives_and_says_who_gave_it(model, tokenizer,
     answer = speaker.say(
         "spell(tree)=", SEARCH, TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     )
-    assert (answer.text, answer.task) == (expected, "spell") and answer.certainty > 0.9
+    assert (answer.text, answer.task, answer.by) == (expected, "spell", "router") and answer.certainty > 0.9
     assert answer.experts == {"expert_0": 0.0, "expert_1": 1.0}
     assert capsys.readouterr().out == f"{expected}\n"
 
@@ -81,12 +81,38 @@ def test_what_is_chosen_decides(model, tokenizer):
         "expert_1": 0.5,
     }
     assert answers["base"].experts == {} and answers["base"].task is None
+    assert [answers[name].by for name in ("task", "experts", "base")] == ["choice", "choice", "base"]
     with pytest.raises(ConfigError, match=r"no task 'shuot'. Did you mean 'shout'\?"):
         speaker.choose(task="shuot")
     with pytest.raises(ConfigError, match="no expert 'e'"):
         speaker.choose(experts=["e"])
     with pytest.raises(ConfigError, match="exclude each other"):
         speaker.choose(task="shout", base=True)
+
+
+def test_the_gate_decides_where_no_expert_is_hidden(tokenizer):
+    base = AutoModelForCausalLM.from_pretrained(tiny_path())
+    config = MoLoraConfig(
+        num_experts=2,
+        r=2,
+        target_modules=["q_proj"],
+        tasks=["shout", "spell"],
+        router="gaussian",
+        task_type="CAUSAL_LM",
+    )
+    model = get_peft_model(base, config).eval()
+    molora.fit_router(model, tokenizer, {t: [f"{t}({w})=" for w in WORDS] for t in ("shout", "spell")})
+    answer = Speaker(model, tokenizer).say("spell(tree)=", SEARCH)
+    assert (answer.task, answer.by) == ("spell", "gate")
+
+
+def test_an_answer_never_goes_beyond_the_bases_positions(model, tokenizer):
+    positions = model.config.max_position_embeddings
+    speaker = Speaker(model, tokenizer, max_length=positions)
+    speaker.choose(base=True)
+    prompt = "x" * (positions - 4)
+    answer = speaker.say(prompt, Search(max_new_tokens=50)).text
+    assert len(tokenizer(answer, add_special_tokens=False)["input_ids"]) <= 4
 
 
 def test_many_answers_are_those_of_one_at_a_time_in_their_order(model, tokenizer):
