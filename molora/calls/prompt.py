@@ -48,7 +48,7 @@ def with_inputs(
     if "sequence" not in scopes and not wanted and not call.unnamed:
         return call
     check_not_packed(inputs)
-    if request.prompt_mask is None:
+    if request.prompt_mask is None and request.prompt_length is None:  # generate() drops a mask of ones alone
         say_unmasked(inputs)
     cache = cache_of(inputs)
     if past_length(cache) > 0:

@@ -109,6 +109,7 @@ def test_prompts_are_named_in_the_passes_that_are_timed(passes):
     assert len(runs) == naming.STEPS
 
 
+@pytest.mark.slow
 def test_naming_is_measured_in_both_modes(tmp_path):
     found = quick("naming", tmp_path / "a.json", seconds=300)
     modes = found["shapes"]["quick"]
@@ -116,6 +117,7 @@ def test_naming_is_measured_in_both_modes(tmp_path):
     assert all(set(modes[m]["cases"]) == {*naming.GIVEN, *naming.GIVEN.values()} for m in naming.MODES)
 
 
+@pytest.mark.slow
 def test_recording_is_measured_in_both_modes(tmp_path):
     found = quick("recording", tmp_path / "a.json", seconds=300)
     (modes,) = found["shapes"].values()

@@ -114,7 +114,18 @@ def test_A4_every_verb_that_loads_an_adapter_has_the_option():
         command = verbs.get_command(context, name)
         if any("--allow-other-base" in option.opts for option in command.params):
             having.add(name)
-    assert having == {"add-expert", "eval", "export", "fuse", "inspect", "merge", "route"}
+    assert having == {
+        "add-expert",
+        "chat",
+        "eval",
+        "export",
+        "fuse",
+        "generate",
+        "inspect",
+        "merge",
+        "route",
+        "tokens",
+    }
 
 
 def test_A4_what_was_saved_before_counts_as_before(tmp_path):

@@ -388,6 +388,7 @@ def test_training_never_names():
         model(**batch(), labels=batch()["input_ids"])
 
 
+@pytest.mark.slow
 def test_naming_breaks_a_compiled_graph_and_changes_nothing():
     model, inputs = fitted("llama"), batch(("gamma", "alpha"))
     try:
