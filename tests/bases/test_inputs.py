@@ -125,7 +125,9 @@ def test_B5_a_batch_without_a_mask_is_told_of_where_a_gate_pools_a_sequence():
         model(**batch, attention_mask=torch.tensor([[1, 1, 1], [1, 1, 0]]))
         model(input_ids=batch["input_ids"][:1])
         same = torch.tensor([[5, 6, 7], [5, 6, 8]])  # generate() hands on no mask of ones alone
-        model.generate(input_ids=same, attention_mask=torch.ones_like(same), max_new_tokens=2, pad_token_id=0)
+        model.base_model.generate(
+            input_ids=same, attention_mask=torch.ones_like(same), max_new_tokens=2, pad_token_id=0
+        )
         adapted(model_of("llama"), "token")(**batch)
 
 
