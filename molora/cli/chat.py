@@ -38,23 +38,15 @@ def command(
 
     Example: molora chat runs/quickstart
     """
-    from molora.models.build import load_trained
-    from molora.serving.speaker import Search, Speaker, how_trained, seeded
+    from molora.serving.speaker import Search, open_speaker, seeded
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
-        model, tokenizer, config = load_trained(run, allow_other_base=allow_other_base)
-        in_chat, template = how_trained(config, task)
-        speaker = Speaker(
-            model, tokenizer,
-            chat=in_chat if chat is None else chat, template=template,
-            max_length=512 if config is None else config.data.max_length,
-        )  # fmt: skip
+        speaker = open_speaker(run, task=task, chat=chat, allow_other_base=allow_other_base)
         speaker.choose(task=task, experts=expert, base=base)
         seeded(seed)
-        typer.echo(
-            f"tasks: {', '.join(model.tasks) or 'none'}; experts: {', '.join(model.expert_names)}; /help lists commands"
-        )
+        tasks, experts = ", ".join(speaker.model.tasks) or "none", ", ".join(speaker.model.expert_names)
+        typer.echo(f"tasks: {tasks}; experts: {experts}; /help lists commands")
         if not speaker.chat:
             typer.echo(f"prompts are written as {speaker.template!r}, each by itself")
         _talk(speaker, Search(max_new_tokens, temperature, top_p))

@@ -51,18 +51,11 @@ def command(
     """
     prompts = read_prompts(prompt, file)
 
-    from molora.models.build import load_trained
-    from molora.serving.speaker import Search, Speaker, how_trained, seeded
+    from molora.serving.speaker import Search, open_speaker, seeded
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
-        model, tokenizer, config = load_trained(run, allow_other_base=allow_other_base)
-        in_chat, template = how_trained(config, task)
-        speaker = Speaker(
-            model, tokenizer,
-            chat=in_chat if chat is None else chat, template=template,
-            max_length=512 if config is None else config.data.max_length,
-        )  # fmt: skip
+        speaker = open_speaker(run, task=task, chat=chat, allow_other_base=allow_other_base)
         speaker.choose(task=task, experts=expert, base=base)
         search = Search(max_new_tokens, temperature, top_p)
         seeded(seed)

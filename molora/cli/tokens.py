@@ -41,15 +41,12 @@ def command(
     if out is not None:
         check_parent(out)
     from molora.disk.atomic import write_file
-    from molora.models.build import load_trained
     from molora.report.tokens import tokens_page
-    from molora.serving.speaker import Search, Speaker, how_trained
+    from molora.serving.speaker import Search, open_speaker
     from molora.training.environment import quiet_libraries
 
     with quiet_libraries():
-        model, tokenizer, config = load_trained(run, allow_other_base=allow_other_base)
-        in_chat, template = how_trained(config, task)
-        speaker = Speaker(model, tokenizer, chat=in_chat if chat is None else chat, template=template)
+        speaker = open_speaker(run, task=task, chat=chat, allow_other_base=allow_other_base)
         speaker.choose(task=task)
         view = speaker.look(prompt, Search(max_new_tokens) if answer else None)
     if out is not None:

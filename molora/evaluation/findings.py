@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from molora.evaluation.measures import ruled_gates
 from molora.evaluation.modes import MODE_TITLES
@@ -56,15 +57,21 @@ def _of_routing(report: Report) -> Iterator[str]:
     dead = advice(routing.dead_experts(), mode=routing.mode, grown=bool(report.before))
     if dead:
         yield dead
-    ruled = ruled_gates(routing.gates)
-    gates = {row["gate"] for row in routing.gates}
-    if routing.mode == "gate" and len(routing.by_task) > 1 and len(ruled) >= COLLAPSED_FROM * len(gates):
-        expert, count = Counter(ruled.values()).most_common(1)[0]
-        yield (
-            f"Collapse: in {len(ruled)} of {len(gates)} gates one expert is first for at least 90 % of the tokens of all "
-            f"tasks, {expert} in {count} of them. Raise adapter.aux_losses.balance, give adapter.aux_losses.task_label where "
-            "tasks are known, or lower train.gate_lr."
-        )
+    if routing.mode == "gate" and len(routing.by_task) > 1 and (found := collapse(routing.gates)):
+        yield f"Collapse: {found}"
+
+
+def collapse(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    """What to say of gate x expert statistics over several tasks in which one expert rules most gates; else None."""
+    ruled, gates = ruled_gates(rows), {row["gate"] for row in rows}
+    if not ruled or len(ruled) < COLLAPSED_FROM * len(gates):
+        return None
+    expert, count = Counter(ruled.values()).most_common(1)[0]
+    return (
+        f"in {len(ruled)} of {len(gates)} gates one expert is first for at least 90 % of the tokens of all tasks, {expert} in "
+        f"{count} of them. Raise adapter.aux_losses.balance, give adapter.aux_losses.task_label where tasks are known, or lower "
+        "train.gate_lr."
+    )
 
 
 def _of_experts(report: Report) -> Iterator[str]:

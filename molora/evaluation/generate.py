@@ -29,25 +29,37 @@ def generate_answers(
     """
     pad = pad_token(tokenizer)
     config = greedy(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=pad)
-    starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
     answers = [""] * len(prompts)
     for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        rows = [prompts[i] for i in chosen]
-        input_ids = padded(rows, pad, side="left")
-        mask = padded([[1] * len(row) for row in rows], 0, side="left")
-        with without_own_config(model, config):
-            output = model.generate(
-                input_ids=input_ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                generation_config=config,
-            )
-        new = output if starts_fresh else output[:, input_ids.shape[1] :]
-        for i, text in zip(chosen, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+        texts = answer_together(model, tokenizer, [prompts[i] for i in chosen], config)
+        for i, text in zip(chosen, texts, strict=True):
             answers[i] = text
         if after_batch is not None:
             after_batch(chosen)
         advance(len(chosen), "records")
     return answers
+
+
+def answer_together(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Sequence[int]],
+    config: GenerationConfig,
+    streamer: Any = None,
+) -> list[str]:
+    """The generated texts of one batch of prompts (token ids), left-padded, by this config alone."""
+    input_ids = padded(rows, pad_token(tokenizer), side="left")
+    mask = padded([[1] * len(row) for row in rows], 0, side="left")
+    with without_own_config(model, config):
+        output = model.generate(
+            input_ids=input_ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            generation_config=config,
+            streamer=streamer,
+        )
+    starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
+    new = output if starts_fresh else output[:, input_ids.shape[1] :]
+    return [str(text) for text in tokenizer.batch_decode(new, skip_special_tokens=True)]
 
 
 _STARTS = ("bos_token_id", "decoder_start_token_id", "forced_bos_token_id")

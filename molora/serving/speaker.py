@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,13 +14,14 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, TextStreamer
 from molora.config import RunConfig
 from molora.config.suggest import options
 from molora.data.clusters import inference
-from molora.data.collate import batches_by_length, pad_token, padded
+from molora.data.collate import batches_by_length, pad_token
 from molora.data.prompts import chat_prompt, prompt_within
 from molora.data.templates import fill_template, parse_template
 from molora.errors import ConfigError
-from molora.evaluation.generate import greedy, without_own_config
+from molora.evaluation.generate import answer_together, greedy
 from molora.evaluation.routing import summarise
 from molora.evaluation.tokens import TokenView, token_view
+from molora.models.build import load_trained
 from molora.models.task_router import named_prompts, names_tasks
 from molora.tuner.api import find_context, record_routing, routing
 
@@ -198,20 +200,12 @@ class Speaker:
     def _generate(
         self, rows: Sequence[list[int]], search: Search, streamer: TextStreamer | None = None
     ) -> list[str]:
-        pad = pad_token(self.tokenizer)
-        ids = padded(rows, pad, side="left").to(self.model.device)
-        mask = padded([[1] * len(row) for row in rows], 0, side="left").to(self.model.device)
         config = search.config(self.model, self.tokenizer)
         positions = getattr(self.model.config, "max_position_embeddings", None)
         if positions is not None and not getattr(self.model.config, "is_encoder_decoder", False):
-            config.max_new_tokens = max(1, min(search.max_new_tokens, positions - ids.shape[1]))
-        with inference(self.model), self._chosen(), without_own_config(self.model, config):
-            output = self.model.generate(
-                input_ids=ids, attention_mask=mask, generation_config=config, streamer=streamer
-            )
-        starts_fresh = bool(getattr(self.model.config, "is_encoder_decoder", False))
-        new = output if starts_fresh else output[:, ids.shape[1] :]
-        return [str(text) for text in self.tokenizer.batch_decode(new, skip_special_tokens=True)]
+            config.max_new_tokens = max(1, min(search.max_new_tokens, positions - max(map(len, rows))))
+        with inference(self.model), self._chosen():
+            return answer_together(self.model, self.tokenizer, rows, config, streamer)
 
     @contextmanager
     def _chosen(self) -> Iterator[None]:
@@ -226,6 +220,19 @@ class Speaker:
                 yield
         else:
             yield
+
+
+def open_speaker(
+    run: str | Path, *, task: str | None = None, chat: bool | None = None, allow_other_base: bool = False
+) -> Speaker:
+    """The mixture of a run or an adapter folder, which reads prompts as the run (or its task) was trained, unless `chat` says."""
+    model, tokenizer, config = load_trained(run, allow_other_base=allow_other_base)
+    in_chat, template = how_trained(config, task)
+    return Speaker(
+        model, tokenizer,
+        chat=in_chat if chat is None else chat, template=template,
+        max_length=512 if config is None else config.data.max_length,
+    )  # fmt: skip
 
 
 def how_trained(config: RunConfig | None, task: str | None = None) -> tuple[bool, str]:

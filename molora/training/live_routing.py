@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from contextlib import ExitStack
 from typing import Any
 
@@ -11,8 +10,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from molora.calls.statistics import RoutingRecord
-from molora.evaluation.findings import COLLAPSED_FROM
-from molora.evaluation.measures import ruled_gates
+from molora.evaluation.findings import collapse
 from molora.evaluation.routing import expert_shares
 from molora.training.module import MoLoraModule
 from molora.tuner.api import record_routing
@@ -74,15 +72,9 @@ class LiveRouting(Callback):
     def _watch(self, step: int, record: RoutingRecord, rows: list[dict[str, Any]]) -> None:
         """Say once that one expert is first for nearly everything, in a batch in which more was to be told apart."""
         tasks = {task for _, task in record.sums if task is not None}
-        ruled, gates = ruled_gates(rows), {row["gate"] for row in rows}
-        collapsed = bool(gates) and len(ruled) >= COLLAPSED_FROM * len(gates)
-        self._collapsed = self._collapsed + 1 if collapsed and len(tasks) > 1 else 0
+        found = collapse(rows)
+        self._collapsed = self._collapsed + 1 if found is not None and len(tasks) > 1 else 0
         if self._collapsed < _TIMES or self._said:
             return
         self._said = True
-        expert, count = Counter(ruled.values()).most_common(1)[0]
-        log.warning(
-            "step %d: in %d of %d gates one expert is first for at least 90 %% of the tokens of all tasks, %s in %d of them: the "
-            "gate collapses. Raise adapter.aux_losses.balance, give adapter.aux_losses.task_label, or lower train.gate_lr.",
-            step, len(ruled), len(gates), expert, count,
-        )  # fmt: skip
+        log.warning("step %d: the gates collapse: %s", step, found)

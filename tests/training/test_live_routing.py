@@ -7,8 +7,9 @@ import logging
 
 import pytest
 
+from molora.evaluation import findings
 from molora.store.runs import Run
-from molora.training import live_routing, optimise
+from molora.training import optimise
 from molora.training.live_routing import LiveRouting
 from molora.training.train import train
 from tests.training.runs import assert_same_weights, recipe_for, write_base
@@ -44,7 +45,7 @@ def test_shares_and_entropy_are_metrics_and_change_nothing(base, tmp_path, monke
 
 
 def test_a_collapse_is_told_once_with_its_remedy(base, tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr(live_routing, "ruled_gates", lambda rows: {row["gate"]: "expert_1" for row in rows})
+    monkeypatch.setattr(findings, "ruled_gates", lambda rows: {row["gate"]: "expert_1" for row in rows})
     monkeypatch.setattr(optimise, "EVERY", 1)
     with caplog.at_level(logging.WARNING, logger="molora.training.live_routing"):
         train(recipe_for(base, tmp_path, max_steps=4, log_every=1))
