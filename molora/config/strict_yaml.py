@@ -93,7 +93,9 @@ def parse(text: str, where: str = "text") -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{where}{line}  not valid YAML: {error.problem or error.context}.") from None
+        problem = str(error.problem or error.context)
+        tab = "indent with spaces: YAML takes no tabs there." if "\\t" in problem else None
+        raise ConfigError(f"{where}{line}  not valid YAML: {problem}.", hint=tab) from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}  not valid YAML: {error}.") from None
     except RecursionError:

@@ -165,7 +165,8 @@ def router_of(model: Any, adapter: str) -> TaskRouter:
     if router is None:
         raise ConfigError(
             f"adapter {adapter!r} has no task router.",
-            hint="build it with MoLoraConfig(router=RouterConfig()), or call molora.fit_router(..., router='gaussian').",
+            hint="set adapter.router: gaussian in the recipe; in Python MoLoraConfig(router=RouterConfig()), or "
+            "molora.fit_router(..., router='gaussian') for an adapter that is trained.",
         )
     return router
 
