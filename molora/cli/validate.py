@@ -124,13 +124,13 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
         markup=False,
     )
     _show_records(console, config, tasks, tokenizer)
-    first, ids = config, tasks.ids
+    first, ids, labels = config, tasks.ids, labels_of_tasks(config.base, tasks)
     if config.continual is not None:
         from molora.continual.turn import turn_recipe
 
         first, ids = turn_recipe(config, tasks.ids)
     with quiet_libraries():
-        model = build_skeleton(first, ids, labels_of_tasks(config.base, tasks))
+        model = build_skeleton(first, ids, labels)
     check_base(config, model, tokenizer)
     check_device(config.train)
     check_loggers(config.train)
@@ -147,7 +147,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     router = f"; the router reads {reads}" if reads is not None else ""
     console.print(f"6 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     _show_parameters(console, model)
-    console.print(f"8 memory      {memory_line(config, model, examples, tokenizer)}", markup=False)
+    console.print(f"8 memory      {memory_line(config, model, labels, examples, tokenizer)}", markup=False)
     batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
     if (short := short_window(config.train, batches)) is not None:
         console.print(f"9 steps       {short}", markup=False)

@@ -11,8 +11,11 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers.base import get_keys_to_not_convert
+from transformers.quantizers.quantizers_utils import should_convert_module
 
 # transformers' usual attention, but for its look at the mask: it cannot see in a fake one that it is plain.
 _ATTENTION = "molora_sdpa_unmasked"
@@ -83,6 +86,28 @@ def estimate(
     del graph  # until here it kept the graph
     activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return Memory(weights=sum(tensor.nbytes for tensor in own), learning=3 * learns, kept=activations)
+
+
+def taken_off(base: PreTrainedModel, quantization: str, dtype: torch.dtype) -> int:
+    """Bytes that quantising a base saves, laid out as bitsandbytes does it; what backward keeps stays the same.
+
+    Args:
+        base: as `base_skeleton` returns it: which linears are left as they are is read off the bare model.
+        quantization: nf4 (a byte for two weights, a float32 for each block of 64, a table of 16) or int8 (a byte for
+            each weight, a float32 for each row).
+        dtype: of the weights that are not quantised.
+    """
+    whole, saved = get_keys_to_not_convert(base), 0
+    for name, module in base.named_modules():
+        if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, whole):
+            weight: Tensor = module.weight  # type: ignore[assignment]
+            count = weight.numel()
+            rows = weight.shape[0 if isinstance(module, nn.Linear) else 1]
+            stored = (
+                -(-count // 2) + 4 * (-(-count // 64) + 16) if quantization == "nf4" else count + 4 * rows
+            )
+            saved += count * dtype.itemsize - stored
+    return saved
 
 
 def _make_fake(module: nn.Module, base_dtype: torch.dtype) -> None:

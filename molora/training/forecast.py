@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from itertools import chain, islice
 
@@ -16,9 +17,10 @@ from molora.data.collate import collate, pad_token
 from molora.data.module import SplitSummary, cut_warnings, encode_all
 from molora.data.prompts import Example
 from molora.data.tasks import TaskSet
+from molora.models.base import Labels, base_skeleton
 from molora.models.base_check import positions_of
 from molora.models.build import build_model, labels_of_tasks
-from molora.models.memory import estimate
+from molora.models.memory import estimate, taken_off
 from molora.training.environment import at_work
 from molora.training.objective import Supervised
 from molora.training.timing import MEASURED, time_steps
@@ -64,11 +66,13 @@ def length_lines(
 
 
 def memory_line(
-    config: RunConfig, model: PeftModel, examples: Examples, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    model: PeftModel,
+    labels: Labels,
+    examples: Examples,
+    tokenizer: PreTrainedTokenizerBase,
 ) -> str:
     """What training takes with a batch of the longest records; `model` (without weights) is of no use afterwards."""
-    if config.base.quantization != "none":
-        return "not counted for a quantised base"
     by_length = sorted(chain.from_iterable(examples.values()), key=lambda example: len(example.input_ids))
     batch = collate(by_length[-config.train.batch_size :], pad_token(tokenizer))
     try:
@@ -79,6 +83,10 @@ def memory_line(
             base_dtype=getattr(torch, config.base.dtype),
             autocast=_AUTOCAST.get(config.train.precision),
         )
+        if config.base.quantization != "none":
+            bare = base_skeleton(config.base, labels)
+            off = taken_off(bare, config.base.quantization, getattr(torch, config.base.dtype))
+            found = replace(found, weights=found.weights - off)
     except Exception as error:  # noqa: BLE001  (an architecture may look at values, which fake tensors lack)
         return f"cannot be counted for this base: {type(error).__name__}"
     size = " x ".join(map(str, batch["input_ids"].shape))

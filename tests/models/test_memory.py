@@ -10,8 +10,10 @@ import torch
 
 from molora.config import load_recipe
 from molora.data.module import MoLoraDataModule
+from molora.models.base import base_skeleton
 from molora.models.build import build_model, build_skeleton, labels_of_tasks, tasks_of
-from molora.models.memory import _ATTENTION, estimate
+from molora.models.memory import _ATTENTION, estimate, taken_off
+from molora.training.forecast import first_encoded, memory_line
 from molora.training.objective import Supervised
 from tests.training.runs import recipe_for, write_base, write_encoder
 from tests.training.test_train import classification
@@ -66,3 +68,27 @@ def test_fake_bytes_are_real_bytes(tmp_path: Path, case: str) -> None:
     assert found.learning == sum(t.nbytes for t in moments) + sum(
         p.grad.nbytes for p in learns if p.grad is not None
     )
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_bytes_of_a_quantised_base_are_those_it_has(tmp_path: Path, quantization: str) -> None:
+    pytest.importorskip("bitsandbytes")
+    recipe = recipe_for(write_base(tmp_path / "base"), tmp_path)
+    recipe["base"] = {"model": str(tmp_path / "base"), "quantization": quantization}
+    config = load_recipe(recipe)
+    tasks = tasks_of(config)
+    model, tokenizer = build_model(config, tasks.ids)
+    examples, _ = first_encoded(config, tasks, tokenizer)
+    said = memory_line(config, build_skeleton(config, tasks.ids), None, examples, tokenizer)
+
+    real = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    for parameter in model.parameters():
+        state: Any = getattr(parameter, "quant_state", None)
+        scales = getattr(parameter, "SCB", None)
+        real += 0 if state is None else state.absmax.nbytes + state.code.nbytes
+        real += 0 if scales is None else scales.nbytes
+    bare = base_skeleton(config.base)
+    whole = sum(tensor.nbytes for tensor in (*bare.parameters(), *bare.buffers()))
+    adapter = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    assert real == whole + adapter - taken_off(bare, quantization, torch.float32)
+    assert f"weights {real / 1e6:.1f} MB" in said
