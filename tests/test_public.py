@@ -24,6 +24,7 @@ def test_an_unknown_name_is_an_attribute_error():
         molora.nonsense  # noqa: B018
 
 
+@pytest.mark.slow
 def test_a_look_for_peft_before_it_is_loaded_does_not_lose_the_method():
     """transformers asks whether peft is there when it loads a model."""
     code = (

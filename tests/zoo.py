@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+import pytest
 import torch
 from peft import get_peft_model
 from torch import Tensor, nn
@@ -90,13 +91,24 @@ GATES_ON: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+def beyond(cases: Iterable[str], *fast: str) -> list[Any]:
+    """All of the cases, those that are not named marked as slow."""
+    return [pytest.param(case, marks=() if case in fast else pytest.mark.slow) for case in cases]
+
+
 def pairs(
     names: Sequence[str],
     on: dict[str, tuple[str, ...]] = GATES_ON,
     architectures: Sequence[str] = ARCHITECTURES,
-) -> list[tuple[str, str]]:
-    """(architecture, name) for each of the names that the architecture has."""
-    return [(a, name) for a in architectures for name in names if name in on[a]]
+    fast: Sequence[str] = ARCHITECTURES,
+) -> list[Any]:
+    """(architecture, name) for each of the names that the architecture has; slow for those that are not `fast`."""
+    return [
+        (a, name) if a in fast else pytest.param(a, name, marks=pytest.mark.slow)
+        for a in architectures
+        for name in names
+        if name in on[a]
+    ]
 
 
 def base_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:

@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from molora.cli.main import main
+from tests.pictures import blank_pictures
+
+__all__ = ["blank_pictures"]
 
 ROOT = Path(__file__).parents[2]
 

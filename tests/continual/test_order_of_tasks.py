@@ -8,12 +8,17 @@ import molora
 from molora.config import load_recipe
 from molora.models.build import load_trained
 from tests.continual.test_sequence import NAMES, matrix, recipe
+from tests.zoo import beyond
 
 # One for each way to hand tasks out: shared experts, one each under each kind of gate, old records again, all at once.
 KINDS = ("sequential", "color", "o_lora", "o_lora under a learned gate", "gated", "replay", "joint")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+# Nothing shared, tasks together, and a strategy with an expert and a gate row for each.
+FAST = ("color", "joint", "o_lora under a learned gate")
+
+
+@pytest.mark.parametrize("kind", beyond(KINDS, *FAST))
 def test_tasks_are_learned_in_their_order(kind, tmp_path):
     kind, _, learned = kind.partition(" ")
     order = [NAMES[2], NAMES[0]]

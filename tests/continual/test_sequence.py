@@ -119,7 +119,7 @@ KINDS = ("color", "slao", "gated", "replay", "inf_lora", "o_lora")
 
 
 # Each crash once; eval/soak.py kills more of them, at any moment.
-FAST = {("color", "before a row"), ("slao", "in the second task")}
+FAST = {("slao", "in the second task")}
 
 
 @pytest.mark.parametrize(
@@ -192,9 +192,9 @@ KEPT, LOST = [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]
     [
         ("joint", [[1, 1, 1]]),
         ("sequential", LOST),
-        ("independent", KEPT),
-        ("n_lora", LOST),
-        ("ella", None),
+        pytest.param("independent", KEPT, marks=pytest.mark.slow),
+        pytest.param("n_lora", LOST, marks=pytest.mark.slow),
+        pytest.param("ella", None, marks=pytest.mark.slow),
         ("gated", KEPT),
     ],
 )

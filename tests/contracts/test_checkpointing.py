@@ -53,7 +53,11 @@ REENTRANT = ("top2-block", "constant-global", "sequence-last", "sequence-mean", 
 
 @pytest.mark.parametrize(
     ("architecture", "gate", "use_reentrant"),
-    [(*pair, False) for pair in pairs(GATES)] + [(*pair, True) for pair in pairs(REENTRANT)],
+    [(*pair, False) for pair in pairs(GATES)]
+    + [
+        pytest.param(a, gate, True, marks=() if a == "llama" else pytest.mark.slow)
+        for a, gate in pairs(REENTRANT)
+    ],
 )
 def test_I14_same_loss_aux_and_gradients(architecture, gate, use_reentrant):
     learned = gate in LEARNED and not use_reentrant

@@ -12,6 +12,7 @@ import molora
 from molora import ConfigError, GateConfig
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import (
+    ARCHITECTURES,
     CAUSAL,
     FEED_FORWARD,
     MIXTURES,
@@ -39,8 +40,10 @@ OTHERWISE = (
 SUM_TO_ONE = tuple(name for name in MIXTURES if not name.startswith(OTHERWISE))
 
 
-def pairs_of(names):
-    return pytest.mark.parametrize(("architecture", "name"), pairs(names, MIXTURES_ON))
+def pairs_of(names, *fast):
+    return pytest.mark.parametrize(
+        ("architecture", "name"), pairs(names, MIXTURES_ON, fast=fast or ARCHITECTURES)
+    )
 
 
 def layers(model):
@@ -84,7 +87,7 @@ def test_I1_zero_B_leaves_the_base(architecture, name):
             assert torch.equal(actual, expected)
 
 
-@pairs_of(SUM_TO_ONE)
+@pairs_of(SUM_TO_ONE, "llama", "gpt2")
 def test_I2_equal_experts_make_the_gate_irrelevant(architecture, name):
     model, batch = mixture(architecture, name, dtype=torch.float64), batch_for(architecture)
     for layer in layers(model):
@@ -95,7 +98,7 @@ def test_I2_equal_experts_make_the_gate_irrelevant(architecture, name):
         assert_close(before, model(**batch).logits, atol=1e-9, rtol=1e-9)
 
 
-@pairs_of(MIXTURES)
+@pairs_of(MIXTURES, "llama", "gpt2")
 def test_I3_one_expert_forced_is_that_expert_merged(architecture, name):
     model, batch = mixture(architecture, name, dtype=torch.float64), batch_for(architecture)
     task = "alpha" if name.startswith("cores") else None  # whose core stands before the expert
@@ -105,7 +108,7 @@ def test_I3_one_expert_forced_is_that_expert_merged(architecture, name):
     assert_close(merged(**batch).logits, forced, atol=1e-9, rtol=1e-9)
 
 
-@pairs_of([name for name in MIXTURES if not name.startswith("by-")])
+@pairs_of([name for name in MIXTURES if not name.startswith("by-")], "llama", "bert")
 def test_I4_permuting_experts_with_their_rows_changes_nothing(architecture, name):
     model, batch = mixture(architecture, name, dtype=torch.float64), batch_for(architecture)
     expected, order = model(**batch, **given(name)).logits, [2, 0, 1]
@@ -160,7 +163,7 @@ def test_I7_a_row_alone_is_the_row_in_a_batch(architecture, name):
         assert_close(logits, expected, atol=2e-5, rtol=1e-4)
 
 
-@pairs_of(MIXTURES)
+@pairs_of(MIXTURES, "llama", "t5")
 def test_I8_train_mode_is_eval_and_a_cache_changes_nothing(architecture, name):
     model, batch = mixture(architecture, name), batch_for(architecture)
     expected = model(**batch, **given(name)).logits
@@ -174,7 +177,7 @@ def test_I8_train_mode_is_eval_and_a_cache_changes_nothing(architecture, name):
     assert torch.equal(cached, model.generate(**prompt, use_cache=False, **options))
 
 
-@pairs_of(MIXTURES)
+@pairs_of(MIXTURES, "llama", "t5")
 def test_I9_saved_and_loaded_is_bit_equal(architecture, name, tmp_path):
     model, batch = mixture(architecture, name), batch_for(architecture)
     model.train()(**batch, **given(name)).loss.backward()  # moves what moves in training alone
@@ -185,7 +188,7 @@ def test_I9_saved_and_loaded_is_bit_equal(architecture, name, tmp_path):
     assert again.peft_config["default"].to_dict()["gate"] == model.peft_config["default"].to_dict()["gate"]
 
 
-@pairs_of(MIXTURES)
+@pairs_of(MIXTURES, "llama", "bert")
 def test_I10_growing_keeps_task_routed_logits_bit_equal(architecture, name):
     model, batch = mixture(architecture, name), batch_for(architecture)
     features = given(name).get("routing_features")

@@ -143,7 +143,7 @@ LIMITED = {
 }  # fmt: skip
 
 
-@fixed(40)
+@fixed(20)
 @given(adapters())
 @example(LONELY)
 @example(SPLIT)

@@ -25,6 +25,7 @@ def test_recipes_named_exist() -> None:
     assert named and all((ROOT / name).is_file() for name in named)
 
 
+@pytest.mark.slow
 def test_the_python_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,11 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from molora.fusion.methods import FUSIONS, default_weight, settings_of
 
 TEXT = (Path(__file__).parents[2] / "docs" / "fusion.md").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_the_python_runs(tmp_path: Path) -> None:
     code = "\n".join(re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL))
     done = subprocess.run(

@@ -23,6 +23,7 @@ def tried() -> list[Result]:
     return results()
 
 
+@pytest.mark.slow
 def test_A7_the_table_is_what_was_tried(tried: list[Result]) -> None:
     assert f"\n{table(tried)}\n" in TEXT
 

@@ -58,7 +58,9 @@ def no_file_above(size: int) -> Iterator[None]:
 
 
 # The lock and the environment; the recipe; the weights; the optimiser's state; the report and its pictures.
-@pytest.mark.parametrize("size", [10, 900, 3_000, 14_000, 45_000])
+@pytest.mark.parametrize(
+    "size", [900, 14_000, *(pytest.param(size, marks=pytest.mark.slow) for size in (10, 3_000, 45_000))]
+)
 def test_a_full_disk_is_named_and_the_run_goes_on_later(
     cli: Cli, recipe: Path, full: Run, tmp_path: Path, size: int
 ) -> None:
@@ -116,7 +118,8 @@ def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_the_end_is_scored_leaves_a_run_that_goes_on(
     cli: Cli, recipe: Path, full: Run, tmp_path: Path, number: int
 ) -> None:

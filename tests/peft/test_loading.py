@@ -95,6 +95,7 @@ def test_A6_weights_saved_in_half_precision_are_known_again(tmp_path):
         assert by_load_adapter(tmp_path, dtype=dtype)(**batch_for("llama")).logits.isfinite().all()
 
 
+@pytest.mark.slow
 def test_A6_what_is_saved_by_peft_transformers_and_us_says_what_to_import(saved):
     folder, _ = saved
     model = AutoModelForCausalLM.from_pretrained(folder / "base")

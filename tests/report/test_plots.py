@@ -80,6 +80,7 @@ def test_bars_of_losses_only_are_refused(report, tmp_path):
         plot_scores(report, tmp_path / "scores.png")
 
 
+@pytest.mark.slow
 def test_drawing_leaves_pyplot_alone(tmp_path):
     code = (
         "import sys; from pathlib import Path; from molora.report.plots import plot_heatmap;"

@@ -33,6 +33,7 @@ def only_run(output: Path) -> Run:
     return Run(folders[0])
 
 
+@pytest.mark.slow
 def test_two_processes_train_one_run(base: Path, tmp_path: Path) -> None:
     finish(start(recipe(base, tmp_path)))
     run = only_run(tmp_path)

@@ -57,7 +57,7 @@ def without(
         return train(recipe_for(base, output, **{**SETTINGS, **more}))
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("accumulate", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_the_run_ends_as_if_the_batch_had_been_left_out(
     base: Path, tmp_path: Path, spoilt: set[tuple[int, int]], monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, accumulate: int,

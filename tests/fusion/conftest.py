@@ -1,0 +1,5 @@
+"""Nobody looks at the pictures of the runs made here."""
+
+from tests.pictures import blank_pictures
+
+__all__ = ["blank_pictures"]
