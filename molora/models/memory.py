@@ -100,7 +100,7 @@ def taken_off(base: PreTrainedModel, quantization: str, dtype: torch.dtype) -> i
     whole, saved = get_keys_to_not_convert(base), 0
     for name, module in base.named_modules():
         if type(module) in (nn.Linear, Conv1D) and should_convert_module(name, whole):
-            weight: Tensor = module.weight  # type: ignore[assignment]
+            weight: Tensor = module.weight
             count = weight.numel()
             rows = weight.shape[0 if isinstance(module, nn.Linear) else 1]
             stored = (
