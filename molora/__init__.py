@@ -20,6 +20,7 @@ _HOMES = {
     "continual.registry": ("register_strategy",),
     "continual.sequence": ("train_sequence",),
     "errors": ("AdapterError", "ConfigError", "DataError", "DivergedError", "MoLoraError", "RoutingError"),
+    "federated.simulate": ("federate",),
     "forward.auxiliary": ("register_loss",),
     "forward.dispatch": ("dispatch",),
     "fusion.fuse": ("fuse",),

@@ -34,6 +34,7 @@ ORDER = (
     {"serving"},
     {"hf.py"},
     {"continual"},
+    {"federated"},
     {"cli"},
     {ROOT},
 )
@@ -49,7 +50,8 @@ ALLOWED: dict[str, set[str]] = {
     ),
     **dict.fromkeys(("experts", "gates", "calls", "losses.py", "forward", "hf.py"), NUMERIC),
     **dict.fromkeys(
-        ("disk", "tuner", "store", "models", "fusion", "evaluation", "continual", "serving"), MODEL
+        ("disk", "tuner", "store", "models", "fusion", "evaluation", "continual", "federated", "serving"),
+        MODEL,
     ),
     "data": MODEL | {"lightning", "datasets"},
     "report": {"matplotlib"},

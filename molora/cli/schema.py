@@ -19,7 +19,7 @@ class Kind(StrEnum):
 
 def command(
     kind: Annotated[
-        Kind, Argument(help="What `train` and `continual` read, or what `add-expert` does.")
+        Kind, Argument(help="What `train`, `continual` and `federate` read, or what `add-expert` does.")
     ] = Kind.recipe,
 ) -> None:
     """Print the JSON schema that editors complete and check recipes by.

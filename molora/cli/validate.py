@@ -91,6 +91,12 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None, ti
     for task in tasks:
         for line in audit(task).lines():
             console.print(f"  {task.name}: {line}", markup=False)
+    if config is not None and config.federated is not None:
+        from molora.federated.partition import split
+
+        parts = split(tasks, config.federated, config.seed)
+        held = sorted(sum(len(task.train) for task in part) for part in parts)
+        console.print(f"  {len(parts)} clients with {held[0]} to {held[-1]} training records each")
     if config is None:
         console.print(
             "3 base        skipped: it comes from the run that the expert is added to; --run names it"
@@ -129,6 +135,10 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
         from molora.continual.turn import turn_recipe
 
         first, ids = turn_recipe(config, tasks.ids)
+    if config.federated is not None:
+        steps = config.federated.rounds * config.federated.asked * config.federated.local_steps
+        train = config.train.model_copy(update={"max_steps": steps, "epochs": None})
+        first = config.model_copy(update={"train": train})
     with quiet_libraries():
         model = build_skeleton(first, ids, labels)
     check_base(config, model, tokenizer)

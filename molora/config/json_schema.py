@@ -8,6 +8,7 @@ from typing import Any
 from molora.config.adapter import AdapterConfig
 from molora.config.choices import GATE_CHOICES, GATE_KINDS, KINDS, ROUTERS
 from molora.config.continual import STRATEGIES
+from molora.config.federated import AGGREGATORS
 from molora.config.gate import GateSettings
 from molora.config.grow import GrowConfig
 from molora.config.losses import AUX_LOSSES
@@ -20,7 +21,7 @@ Schema = dict[str, Any]
 
 
 def schema(kind: str = "recipe") -> Schema:
-    """The schema of what `train` and `continual` read ("recipe"), or of what `add-expert` does ("growth").
+    """The schema of what `train`, `continual` and `federate` read ("recipe"), or of what `add-expert` does ("growth").
 
     It knows names, types, bounds and choices, shorthands included. What goes with what is `molora validate`'s to say.
     """
@@ -46,6 +47,7 @@ def schema(kind: str = "recipe") -> Schema:
             }
     _set_enum(parts, "RouterSection", "kind", ROUTERS)
     _set_enum(parts, "StrategyConfig", "kind", STRATEGIES)
+    _set_enum(parts, "FederatedConfig", "aggregate", AGGREGATORS)
     _losses(made)
     for name, key in (
         ("GateSection", "kind"),

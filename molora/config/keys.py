@@ -16,7 +16,7 @@ from molora.config.run import RunConfig
 from molora.config.section import Section
 from molora.config.setting import meaning
 
-# Of the recipes of `train`, `continual` and `add-expert`: where a section is written -> its class.
+# Of the recipes of `train`, `continual`, `federate` and `add-expert`: where a section is written -> its class.
 _ROOTS: dict[str, type[Section]] = {"": RunConfig, "add-expert": GrowConfig}
 _SHOWN_ELSEWHERE = (TaskConfig,)  # as a section of its own: one that inherits its keys shows what it adds
 

@@ -12,6 +12,7 @@ from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.choices import KINDS
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
+from molora.config.federated import FederatedConfig, federated_problems
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.section import (
     ExpertCount,
@@ -94,7 +95,10 @@ class FeaturesConfig(Section):
 
 
 class RunConfig(Section):
-    """A recipe of `molora train` or `molora continual`, with every default filled in, as a run's `config.yaml` keeps it."""
+    """A recipe of `molora train`, `molora continual` or `molora federate`.
+
+    A run's `config.yaml` keeps it with every default filled in.
+    """
 
     name: RunName
     """Names the run's folder: `<output>/<name>/<time>`."""
@@ -114,6 +118,8 @@ class RunConfig(Section):
     """How it is scored."""
     continual: ContinualConfig | None = None
     """Train the tasks one after another (`molora continual`)."""
+    federated: FederatedConfig | None = None
+    """Train in rounds of clients that keep their records (`molora federate`)."""
     output: str = Field(default="runs", min_length=1)
     """The folder of runs."""
 
@@ -157,14 +163,19 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         of_sequence = () if self.continual is None else self._sequence_problems(self.continual)
+        of_rounds = () if self.federated is None else self._round_problems(self.federated)
         of_rest = (
             self._task_problems(),
             self._kind_problems(),
             self._feature_problems(),
             self._mode_problems(),
         )
-        refuse(chain(of_sequence, *of_rest, self._start_problems()))
+        refuse(chain(of_sequence, of_rounds, *of_rest, self._start_problems()))
         return self
+
+    def _round_problems(self, federated: FederatedConfig) -> Iterator[Problem]:
+        others = {"continual": self.continual is not None, "features": self.features is not None}
+        return federated_problems(federated, self.adapter, self.train, **others)
 
     def _sequence_problems(self, continual: ContinualConfig) -> Iterator[Problem]:
         if self.adapter.from_loras is not None:

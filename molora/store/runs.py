@@ -28,6 +28,7 @@ ENVIRONMENT_FILE = "env.json"
 FORMAT = 1  # of a run folder; see env.json
 LATEST = "latest"
 LOCK_FILE = ".lock"
+_VERBS = {"continual": "continual", "federate": "federated"}  # by the section of a recipe that only they read
 _held: set[Path] = set()  # locks held by this process: the kernel only locks out other processes
 
 
@@ -97,7 +98,9 @@ class Run:
     def trained_adapter(self) -> Path:
         """The trained adapter; AdapterError where there is none yet."""
         if not self.adapter.is_dir():
-            verb = "train" if self.config.continual is None else "continual"
+            verb = next(
+                (verb for verb, key in _VERBS.items() if getattr(self.config, key) is not None), "train"
+            )
             raise AdapterError(
                 f"{self.path} has no adapter yet: its training has not finished.",
                 hint=f"molora {verb} RECIPE --resume",

@@ -26,6 +26,7 @@ FREE_ON_RESUME = (
     "train.loggers",
     "train.accelerator",
     "train.on_nonfinite",
+    "federated.rounds",
 )
 
 

@@ -66,6 +66,11 @@ def train(
             "the recipe trains on tasks one after another.",
             hint="molora continual RECIPE (in Python: molora.train_sequence), or take out its `continual` section.",
         )
+    if config.federated is not None:
+        raise ConfigError(
+            "the recipe trains in federated rounds.",
+            hint="molora federate RECIPE (in Python: molora.federate), or take out its `federated` section.",
+        )
     check_device(config.train)
     check_loggers(config.train)
     check_output(Path(config.output))
@@ -95,7 +100,7 @@ def fit(
     `companion`: see MoLoraModule.
     """
     settings = config.train
-    data = _encoded(config, tasks, tokenizer)
+    data = encoded(config, tasks, tokenizer)
     check_lengths(config, model, data.summary())
     clusters = None
     if run is None:
@@ -160,7 +165,7 @@ def fit(
     return run
 
 
-def _encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> MoLoraDataModule:
+def encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase) -> MoLoraDataModule:
     """The tasks' records, read and encoded, in the batches that the objective takes."""
     objective = OBJECTIVES[config.train.objective.kind]
     objective.check_tasks([*tasks])

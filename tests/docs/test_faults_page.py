@@ -16,7 +16,7 @@ def test_every_row_names_tests_that_exist() -> None:
     assert [int(number) for number, _ in rows] == [*range(1, 36)]
     for number, cell in rows:
         named = re.findall(r"`(tests/\S+\.py)::(\w+)`", cell)
-        assert named or number == "34", number
+        assert named, number
         for file, test in named:
             defined = {
                 node.name

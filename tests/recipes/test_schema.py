@@ -28,6 +28,7 @@ def test_none_is_missing() -> None:
         "continual_learned_gate",
         "continual_moral",
         "continual_quickstart",
+        "federated",
         "feed_forward",
         "instruction_clusters",
         "kind_adalora",
@@ -56,7 +57,7 @@ def test_it_is_valid(path: Path) -> None:
 def test_the_first_line_is_its_command(path: Path) -> None:
     first, second, *_ = path.read_text(encoding="utf-8").splitlines()
     relative = path.relative_to(ROOT)
-    verb = "continual" if path.stem.startswith("continual") else "train"
+    verb = {"continual": "continual", "federated": "federate"}.get(path.stem.split("_")[0], "train")
     expected = f"# molora {verb} {relative}"
     if is_grow(path):
         expected = f"# molora add-expert runs/quickstart --recipe {relative}"

@@ -19,6 +19,7 @@ from molora.config import RunConfig, load_recipe
 from molora.config.strict_yaml import parse
 from molora.continual.grow import add_expert
 from molora.continual.sequence import train_sequence
+from molora.federated.simulate import federate
 from molora.store.runs import Run
 from molora.training.train import train
 from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
@@ -119,6 +120,9 @@ def small(path: Path, tmp_path: Path) -> dict[str, Any]:
         "log_every": 1,
         "stages": stages,
     }
+    if "federated" in recipe:
+        short["max_steps"] = None
+        recipe["federated"] |= {"clients": 2, "fraction": 1.0, "rounds": 2, "local_steps": 1}
     if "features" in recipe:
         recipe["features"]["encoder"] = str(write_encoder(tmp_path / "encoder"))
     if "from_loras" in recipe["adapter"]:
@@ -146,7 +150,7 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
         check_sequence(train_sequence(recipe), list(config.data.tasks))
         return
     assert config.data.tasks.keys() == original.data.tasks.keys()
-    run = train(recipe)
+    run = train(recipe) if config.federated is None else federate(recipe)
 
     losses = [float(row["loss"]) for row in metrics(run.path / "metrics.csv") if row["loss"]]
     assert len(losses) == 2
