@@ -105,7 +105,13 @@ class Round:
 
         Raises:
             AdapterError: too few once more than `max_repeats` times.
+            ConfigError: the round is over already.
         """
+        target = adapter_of(self.folder, self.number)
+        if target.exists():
+            raise ConfigError(
+                f"round {self.number} is over: {target} is there.", hint="make a new Round for the next."
+            )
         decisions, taken = self._judge(updates)
         closed = len(taken) >= self.min_clients
         made = Aggregated({})
@@ -115,7 +121,6 @@ class Round:
         before = repeats(self.folder, self.number)
         self._write_log(decisions, before + 1, closed, made.lost)
         if closed:
-            target = adapter_of(self.folder, self.number)
             write_adapter(self.start.folder, made.tensors, target)
             return Outcome(tuple(decisions), target, made.lost)
         if before >= self.max_repeats:

@@ -115,29 +115,25 @@ class _Simulation:
 
     def play(self) -> Path:
         """Every round that is left; returns the last one's adapter."""
-        done, total = rounds_done(self.server), self.settings.rounds
-        if done:
-            last = max(done)
-            more = (
-                f"goes on with round {last + 1}" if last < total else "is finished, it is only scored again"
-            )
-            say(f"{self.path} {more} (of {total}; federated.rounds lengthens it)")
-        else:
+        done, total = max(rounds_done(self.server), default=-1), self.settings.rounds
+        if done < 0:
             save(self.model, adapter_of(self.server, 0))
-            last = 0
-        metrics = MetricsCsv(self.path / "metrics.csv", last * self.settings.local_steps)
-        with phase("rounds", total, "rounds", done=last) as shown:
-            while last < total:
-                loss = self._round(last + 1, shown)
-                if loss is not None:
-                    last += 1
-                    metrics.log_metrics({"loss": loss}, last * self.settings.local_steps)
+        else:
+            going = (
+                f"goes on with round {done + 1}" if done < total else "is finished, it is only scored again"
+            )
+            say(f"{self.path} {going} (of {total}; federated.rounds lengthens it)")
+        done = max(done, 0)
+        metrics = MetricsCsv(self.path / "metrics.csv", done * self.settings.local_steps)
+        with phase("rounds", total, "rounds", done=done) as shown:
+            while done < total:
+                if self._round(done + 1, metrics, shown):
+                    done += 1
                     shown.advance()
-                    shown.tell(f"loss {loss:.4g}")
-        return adapter_of(self.server, last)
+        return adapter_of(self.server, done)
 
-    def _round(self, number: int, shown: Phase) -> float | None:
-        """The mean of the clients' losses in a round, or None where it has to be repeated."""
+    def _round(self, number: int, metrics: MetricsCsv, shown: Phase) -> bool:
+        """Ask the clients of a round; whether it closed, else it has to be repeated."""
         key = f"{self.seed}/{number}/{repeats(self.server, number)}"
         asked = sorted(random.Random(key).sample([*self.clients], self.settings.asked))
         settings = self.settings.model_dump(include={"aggregate", "min_clients", "max_repeats"})
@@ -148,18 +144,20 @@ class _Simulation:
             shown.now(f"{number} of {self.settings.rounds}, {name}")
             loss = self._client(name, due, random.Random(f"{key}/{name}").getrandbits(32))
             losses |= {} if loss is None else {name: loss}
+        if losses:  # before the round is over: a row too many is dropped on resuming, a missing one is not made up for
+            loss = fmean(losses.values(), weights=[self._records(name) for name in losses])
+            metrics.log_metrics({"loss": loss}, number * self.settings.local_steps)
+            shown.tell(f"loss {loss:.4g}")
         outcome = due.collect([(name, self.inbox / name) for name in losses])
         for decision in outcome.decisions:
             if not decision.accepted:
                 say(f"round {number}: {decision.client} left out, {decision.fault}: {decision.reason}")
         shutil.rmtree(self.inbox, ignore_errors=True)
-        if outcome.adapter is None:
-            return None
         if outcome.lost > _WORTH_SAYING:
             say(f"round {number}: folding to the rank cut off {outcome.lost:.1%} of the update's norm")
         for old in rounds_done(self.server)[: -self.kept]:
             remove_folder(adapter_of(self.server, old))
-        return sum(d.share * losses[d.client] for d in outcome.decisions if d.accepted)
+        return outcome.adapter is not None
 
     def _client(self, name: str, due: Round, seed: int) -> float | None:
         """Train a client's copy and send it; its mean loss, or None where it diverged and sends nothing."""
@@ -173,6 +171,10 @@ class _Simulation:
         except DivergedError as error:
             say(f"{name} sends nothing: {error.message}")
             return None
-        records = sum(len(data.examples(task.name, "train")) for task in data.tasks)
-        send(self.model, self.inbox / name, due.start.folder, client=name, round=due.number, records=records)
+        folder, start = self.inbox / name, due.start.folder
+        send(self.model, folder, start, client=name, round=due.number, records=self._records(name))
         return fmean(value for _, value in read_metrics(metrics.path)["loss"])
+
+    def _records(self, name: str) -> int:
+        data = self.clients[name]
+        return sum(len(data.examples(task.name, "train")) for task in data.tasks)

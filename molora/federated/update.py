@@ -39,6 +39,10 @@ _NOTES = {
 _RANKS = {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "scaling", "use_rslora"}
 
 
+# What values of a wrong form in a config can end in, wherever they are first used: one client must not end a round.
+_OF_CRAFTED = (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError, ZeroDivisionError)
+
+
 class Unusable(Exception):
     """An update that cannot be used: the fault in a word or two, and the reason in a sentence."""
 
@@ -78,9 +82,10 @@ def read_update(client: str, folder: Path, start: Start, aggregate: str) -> Upda
     Raises:
         Unusable: with the first thing that is wrong with it.
     """
-    if not (folder / RECORD_FILE).exists():
-        raise Unusable("missing", f"nothing has come: {folder} has no {RECORD_FILE}.")
+    spec = AGGREGATORS[aggregate]
     try:
+        if not (folder / RECORD_FILE).exists():
+            raise Unusable("missing", f"nothing has come: {folder} has no {RECORD_FILE}.")
         record = read_record(folder)
         _check_record(record, client, start)
         if not (folder / ADAPTER / MANIFEST).is_file() or adapter_hash(folder / ADAPTER) != record["adapter"]:
@@ -88,11 +93,12 @@ def read_update(client: str, folder: Path, start: Start, aggregate: str) -> Upda
         config = read_config(folder / ADAPTER)
         _check_config(config, start.config, aggregate)
         tensors = _tensors(folder / ADAPTER, config)
+        _check_tensors(tensors, start.tensors, any_rank=spec.any_rank, keeps_A=spec.keeps_A)
+        return Update(client, record["records"], _rescaled(tensors, config, start.config))
     except (MoLoraError, OSError) as error:
         raise Unusable("damaged", str(error).splitlines()[0]) from error
-    spec = AGGREGATORS[aggregate]
-    _check_tensors(tensors, start.tensors, any_rank=spec.any_rank, keeps_A=spec.keeps_A)
-    return Update(client, record["records"], _rescaled(tensors, config, start.config))
+    except _OF_CRAFTED as error:
+        raise Unusable("damaged", f"its adapter_config.json cannot be read: {error}.") from error
 
 
 def _check_record(record: dict[str, Any], client: str, start: Start) -> None:

@@ -129,6 +129,14 @@ def stolen(world: World, name: str) -> Path:
     return Path(shutil.copytree(world.send("b", 2, GOOD["b"]), world.inbox / name))
 
 
+def reconfigured(folder: Path, **settings: Any) -> Path:
+    """A client whose config says something else, all hashes right."""
+    file = folder / "adapter" / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
+    write_manifest(folder / "adapter")
+    return renew(folder)
+
+
 def incomplete(world: World, name: str) -> Path:
     folder = world.send(name, 3)
     (folder / "update.json").unlink()  # it comes last
@@ -153,6 +161,8 @@ FAULTS: dict[str, tuple[str, Callable[[World, str], Path]]] = {
     "changed record": ("damaged: ", flipped_record),
     "no records": ("damaged: 0 training records", lambda w, n: renew(w.send(n, 3), records=0)),
     "a number that is no number": ("damaged: ", lambda w, n: renew(w.send(n, 3), records=True)),
+    "crafted fingerprint": ("damaged: ", lambda w, n: reconfigured(w.send(n, 3), base_fingerprint={"values": [1]})),
+    "crafted rank": ("damaged: ", lambda w, n: reconfigured(w.send(n, 3), r={"q_proj": "many"})),
     "somebody else": ("wrong client: it says that 'b' wrote it", stolen),
 }  # fmt: skip
 
@@ -202,6 +212,16 @@ def test_too_few_updates_repeat_the_round_and_in_the_end_say_what_to_do(world: W
     assert world.due().number == 2
 
 
+def test_a_round_closes_once(world: World) -> None:
+    due = world.due()
+    first = world.collect(due).adapter
+    assert first is not None
+    before = (first / WEIGHTS).read_bytes()
+    with pytest.raises(ConfigError, match="round 1 is over"):
+        due.collect([])
+    assert (first / WEIGHTS).read_bytes() == before
+
+
 def test_flora_takes_other_ranks_and_scalings_as_they_mean(world: World) -> None:
     """One client of another rank and alpha: the mean is that of the updates, folded to the server's rank."""
     due = world.due(aggregate="flora", clients=["c"], min_clients=1)
@@ -212,6 +232,14 @@ def test_flora_takes_other_ranks_and_scalings_as_they_mean(world: World) -> None
     ids = torch.tensor([[1, 5, 9, 2, 7]])
     with torch.no_grad():
         torch.testing.assert_close(served(ids).logits, other.eval()(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_crafted_list_of_ranks_ends_no_round(world: World) -> None:
+    """Under flora ranks may differ, so what a config says of them is used."""
+    due = world.due(aggregate="flora")
+    outcome = world.collect(due, ("c", reconfigured(world.send("c", 3), r=[2])))
+    assert [d.fault for d in outcome.decisions if not d.accepted] == ["damaged"]
+    assert outcome.adapter is not None
 
 
 def test_ffa_drops_who_trained_A_and_needs_a_kind_that_does_not(world: World, tmp_path: Path) -> None:
