@@ -114,6 +114,7 @@ simulate.federate(json.loads(sys.argv[1]))
     assert_same_weights(full.adapter, molora.federate(recipe(base, tmp_path), resume=True).adapter)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_lengthened_and_other_settings_are_refused(
     base: Path, full: Run, tmp_path: Path
 ) -> None:
