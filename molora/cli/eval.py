@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -50,6 +51,20 @@ def command(
             help="Show N right and N wrong answers of a task; default 3 where they are short.",
         ),
     ] = None,
+    lm_eval: Annotated[
+        str | None,
+        Option(
+            "--lm-eval",
+            metavar="NAMES",
+            help="Score these tasks of lm-evaluation-harness instead, as `arc_easy,piqa` (extra lm-eval).",
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        Path | None, Option("--lm-eval-tasks", metavar="DIR", help="Tasks of your own, in its YAML.")
+    ] = None,
+    limit: Annotated[
+        int | None, Option(min=1, metavar="N", help="Of --lm-eval: only the first N documents of a task.")
+    ] = None,
     as_json: AsJson = False,
     allow_other_base: OtherBase = False,
 ) -> None:
@@ -57,6 +72,16 @@ def command(
 
     Example: molora eval runs/quickstart --task pig --fail-under 0.9
     """
+    if lm_eval is not None:
+        others = {
+            "--mode": mode, "--recipe": recipe, "--checkpoint": checkpoint, "--out": out, "--what-if": what_if,
+            "--fail-under": fail_under, "--predictions": predictions, "--examples": examples, "a.b=c": overrides,
+        }  # fmt: skip
+        _refuse_beside_lm_eval(others)
+        _with_lm_eval(run, lm_eval, task, lm_eval_tasks, limit, as_json, allow_other_base)
+        return
+    if lm_eval_tasks is not None or limit is not None:
+        raise ConfigError("--lm-eval-tasks and --limit belong to --lm-eval.", hint="--lm-eval arc_easy, say.")
     given = [_floor(text) for text in fail_under or ()]
     floors = dict(given)
     if len(floors) < len(given):
@@ -92,6 +117,50 @@ def command(
                     f"predictions: {report.folder / PREDICTIONS_FILE}", markup=False, soft_wrap=True
                 )
     check_thresholds(report, floors)
+
+
+def _refuse_beside_lm_eval(options: Mapping[str, object]) -> None:
+    given = [name for name, value in options.items() if value]
+    if given:
+        raise ConfigError(
+            f"--lm-eval scores other data than the run's own: {', '.join(given)} has no meaning beside it.",
+            hint="--task NAME says whose experts answer; --limit, --lm-eval-tasks and --json go with it.",
+        )
+
+
+def _with_lm_eval(
+    run: Path,
+    names: str,
+    routes: list[str] | None,
+    include_path: Path | None,
+    limit: int | None,
+    as_json: bool,
+    allow_other_base: bool,
+) -> None:
+    wanted = [name.strip() for name in names.split(",") if name.strip()]
+    if not wanted:
+        raise ConfigError("--lm-eval names no task.", hint="such as --lm-eval arc_easy,piqa")
+
+    import json
+    from dataclasses import asdict
+
+    from molora.report.tables import console, harness_table
+    from molora.training.lm_eval import evaluate_with_lm_eval
+
+    scores, file = evaluate_with_lm_eval(
+        run,
+        wanted,
+        routes=routes or (),
+        include_path=include_path,
+        limit=limit,
+        allow_other_base=allow_other_base,
+    )
+    if as_json:
+        text = json.dumps([asdict(score) for score in scores], indent=1)
+        console().print(text, markup=False, soft_wrap=True)
+        return
+    console().print(harness_table(scores))
+    console().print(f"scores: {file}", markup=False, soft_wrap=True)
 
 
 def _show_examples(report: Report, most: int | None) -> None:

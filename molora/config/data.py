@@ -20,14 +20,18 @@ SOURCES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 SOURCE_KEYS = frozenset(key for needed, optional in SOURCES.values() for key in (*needed, *optional))
 
 # What a task of each kind is scored by, the default first, and the templates only that kind reads.
+LIKELIHOODS = ("likelihood", "likelihood_norm")
+_WRITTEN = (
+    "exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss", *LIKELIHOODS,
+)  # fmt: skip
 METRICS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"),
-    "seq2seq": ("exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"),
-    "classification": ("accuracy", "macro_f1", "loss"),
+    "causal_lm": _WRITTEN,
+    "seq2seq": _WRITTEN,
+    "classification": ("accuracy", "macro_f1", "loss", *LIKELIHOODS),
 }
 KIND_KEYS: dict[str, tuple[str, ...]] = {
-    "causal_lm": ("prompt", "target", "rejected", "messages", "chat_template"),
-    "seq2seq": ("prompt", "target", "rejected"),
+    "causal_lm": ("prompt", "target", "rejected", "choices", "messages", "chat_template"),
+    "seq2seq": ("prompt", "target", "rejected", "choices"),
     "classification": ("text", "label", "labels"),
 }
 KIND_OF_TASK_TYPE = {"CAUSAL_LM": "causal_lm", "SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
@@ -71,6 +75,8 @@ class TaskConfig(Section):
     """What it is to answer, the only part in the loss; `{target}` where left out."""
     rejected: str | None = None
     """Of preferences (train.objective: dpo): a worse answer than `target`, which then is `{chosen}` where left out."""
+    choices: str | None = None
+    """Of multiple choice: the field that lists the answers, of which `target` is the right one."""
     messages: str | None = None
     """The field that holds a conversation, instead of `prompt` and `target`."""
     chat_template: bool = False
@@ -82,9 +88,15 @@ class TaskConfig(Section):
     labels: list[str] | None = None
     """The labels in their order; null: those found in the training records."""
     metric: (
-        Literal["exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss"] | None
-    ) = None
-    """What the task is scored by; the first that fits its kind. `rouge_l`, `bleu` and `chrf` need the extra `metrics`."""
+        Literal[
+            "exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss", "likelihood",
+            "likelihood_norm",
+        ]
+        | None
+    ) = None  # fmt: skip
+    """What the task is scored by; the first that fits its kind, or `likelihood` with `choices`: the share of records whose
+    right answer (or label) the model finds the likeliest, with `_norm` by the mean over its tokens. `rouge_l`, `bleu` and
+    `chrf` need the extra `metrics`."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """How often its records are drawn beside other tasks'."""
 
@@ -97,7 +109,7 @@ class TaskConfig(Section):
         source, kind = data.get("source"), data.get("kind", "causal_lm")
         defaults: dict[str, Any] = {}
         if isinstance(kind, str) and kind in METRICS:
-            defaults["metric"] = METRICS[kind][0]
+            defaults["metric"] = METRICS[kind][0] if data.get("choices") is None else LIKELIHOODS[0]
         if source == "synthetic":
             defaults |= {"train_size": 2000, "eval_size": 200}
         if source in ("hub", "folder"):
@@ -140,6 +152,15 @@ class TaskConfig(Section):
         if self.metric not in metrics:
             text = f"{self.metric!r} does not fit kind {self.kind!r}. Allowed: {', '.join(metrics)}."
             yield ("metric",), text
+        written = self.kind != "classification"
+        if written and self.metric in LIKELIHOODS and self.choices is None:
+            text = "is missing: the field that lists the answers, which metric {} chooses from."
+            yield ("choices",), text.format(self.metric)
+        if self.choices is not None and self.messages is not None:
+            yield (
+                ("choices",),
+                "is not read when `messages` gives the conversation; write a prompt and a target.",
+            )
         for key in ("prompt", "target"):
             if self.messages is not None and key in given:
                 yield (key,), "is not read when `messages` gives the conversation; write only one of them."

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import lightning as L
 
 from molora.config import DataConfig
+from molora.config.data import LIKELIHOODS
 from molora.data.collate import collate, pad_token
 from molora.data.loader import Collate, ResumableLoader, ordered_loader
 from molora.data.prompts import Example, encode
+from molora.data.render import answers_of
 from molora.data.tasks import Task, TaskSet
 from molora.errors import DataError
 from molora.progress import phase
@@ -148,10 +150,12 @@ def encode_all(
 
     Raises DataError at the first faulty record, or when no record is left.
     """
-    every = []
+    every, chosen = [], split == "eval" and task.metric in LIKELIHOODS
     with phase(f"reading {task.name}", len(records), "records", minor=True) as shown:
         for i, record in enumerate(records):
             every.append(encode(task, record, tokenizer, max_length).compact())
+            if chosen:
+                answers_of(task, record)
             if i % 100 == 0:
                 shown.reach(i)
     kept = [example for example in every if example.learns]

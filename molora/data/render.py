@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from molora.config.suggest import did_you_mean
 from molora.data.records import where_of
-from molora.data.templates import field_of, fill_template
+from molora.data.templates import field_of, fill_template, single_field
 from molora.errors import DataError
 
 
@@ -22,6 +22,8 @@ class Written(Protocol):
     def prompt(self) -> str: ...
     @property
     def target(self) -> str: ...
+    @property
+    def choices(self) -> str | None: ...
     @property
     def messages(self) -> str | None: ...
     @property
@@ -43,6 +45,36 @@ def render(task: Written, record: Mapping[str, Any]) -> tuple[str, str]:
         turns = conversation(task.messages, record)
         return "\n".join(f"{turn['role']}: {turn['content']}" for turn in turns[:-1]), turns[-1]["content"]
     return fill_template(task.prompt, record), fill_template(task.target, record)
+
+
+def answers_of(task: Written, record: Mapping[str, Any]) -> tuple[list[str], str, int]:
+    """The answers to choose from: each as it stands in the record, the field that takes it, and the place of the right one.
+
+    Raises DataError where the record lists no two answers, lists one twice, or the right one is not among them.
+    """
+    if task.kind == "classification":
+        return [*task.labels], task.label, label_index(task, record)
+    field, texts = single_field(task.target), _listed(str(task.choices), record)
+    written = [fill_template(task.target, {**record, field: text}) for text in texts]
+    wanted = fill_template(task.target, record)
+    if wanted not in written:
+        raise DataError(
+            f"{where_of(record)}: the answer {wanted!r} is not one of those that {task.choices!r} lists.",
+            hint=f"it lists: {', '.join(map(repr, texts[:10]))}",
+        )
+    return texts, field, written.index(wanted)
+
+
+def _listed(field: str, record: Mapping[str, Any]) -> list[str]:
+    texts = field_of(record, field)
+    if not isinstance(texts, list) or len(texts) < 2 or not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"{where_of(record)}: the field {field!r} must list two texts or more.",
+            hint='such as {"question": "...", "choices": ["yes", "no"], "answer": "no"}',
+        )
+    if len(set(texts)) < len(texts):
+        raise DataError(f"{where_of(record)}: the field {field!r} lists an answer twice.")
+    return texts
 
 
 def label_index(task: Written, record: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from functools import partial
 from typing import TypeVar
 
 from molora.config import TaskConfig
-from molora.data.render import Written, render
+from molora.data.render import Written, answers_of, render
 from molora.data.sources import ChosenRecords, LazyRecords, Split, records_of
 from molora.errors import DataError
 
@@ -48,6 +48,8 @@ def _usable(task: Written, split: Split, records: LazyRecords, faults: Faults) -
     for i, record in enumerate(records):
         try:
             render(task, record)
+            if split == "eval" and task.choices is not None:
+                answers_of(task, record)
         except DataError as error:
             faults(error)
         else:

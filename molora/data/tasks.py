@@ -10,12 +10,12 @@ from itertools import chain
 from typing import Any
 
 from molora.config import DataConfig, TaskConfig
-from molora.config.data import KIND_OF_TASK_TYPE, METRICS
+from molora.config.data import KIND_OF_TASK_TYPE, LIKELIHOODS, METRICS
 from molora.config.names import check_name
 from molora.config.suggest import did_you_mean
 from molora.data.skipping import without_faulty
 from molora.data.sources import LazyRecords, TableRecords, records_of
-from molora.data.templates import parse_template
+from molora.data.templates import parse_template, single_field
 from molora.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ class Task:
     """One task. `train` and `eval` hold records (mappings of fields); `eval` may be empty.
 
     kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`; `rejected` is
-    an answer that is worse than the target;
+    an answer that is worse than the target, and the field `choices` lists the answers of multiple choice;
     classification renders `text`, and `label` names the field with one of `labels` (or its index).
     task_type: the type of the base; on a language model, a classification learns to write the label's name.
     classes: the class of each label in a head shared by all tasks; empty: the label's own index.
@@ -49,6 +49,7 @@ class Task:
     prompt: str = "{prompt}"
     target: str = "{target}"
     rejected: str | None = None
+    choices: str | None = None
     messages: str | None = None
     chat_template: bool = False
     text: str = "{text}"
@@ -83,8 +84,15 @@ class Task:
                 f"{where}: the metric {self.metric} needs the package {_NEEDS[str(self.metric)]}.",
                 hint="pip install 'molora[metrics]'",
             )
+        if self.metric in LIKELIHOODS and self.task_type == "SEQ_CLS":
+            raise ConfigError(
+                f"{where}: the metric {self.metric} needs a language model; a classification head scores its labels itself.",
+                hint="use accuracy or macro_f1.",
+            )
         for template in self.templates:
             parse_template(template)
+        if self.choices is not None:
+            single_field(self.target)
 
     @property
     def templates(self) -> tuple[str, ...]:
@@ -98,7 +106,7 @@ class Task:
     def fields(self) -> list[str]:
         """The fields of a record that this task reads."""
         found = {name for template in self.templates for _, name in parse_template(template)}
-        found.add(self.label if self.kind == "classification" else self.messages)
+        found |= {self.label} if self.kind == "classification" else {self.messages, self.choices}
         return sorted(name for name in found if name is not None)
 
 
@@ -119,6 +127,7 @@ def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str
         "prompt",
         "target",
         "rejected",
+        "choices",
         "text",
         "label",
         "metric",

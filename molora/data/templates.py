@@ -66,3 +66,14 @@ def field_of(record: Mapping[str, Any], field: str) -> Any:
             hint=f"its fields: {', '.join(map(str, record)) or 'none'}",
         )
     return record[field]
+
+
+def single_field(template: str) -> str:
+    """The one field of a template; ConfigError where it has not one."""
+    fields = [name for _, name in parse_template(template) if name is not None]
+    if len(fields) != 1:
+        raise ConfigError(
+            f"the target {template!r} has {len(fields)} fields; of `choices`, each takes the place of the one that it has.",
+            hint="write the answer's field, as '{answer}'.",
+        )
+    return fields[0]

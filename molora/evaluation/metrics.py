@@ -63,6 +63,8 @@ for _name, _metric in {
     "exact_match": Metric(exact_match),
     "accuracy": Metric(accuracy),
     "loss": Metric(loss),
+    "likelihood": Metric(accuracy),
+    "likelihood_norm": Metric(accuracy),
     "macro_f1": Metric(accuracy, lambda rs: texts.macro_f1([(r.prediction, r.target) for r in rs])),
     "token_f1": Metric(lambda result: texts.token_f1(*_texts(result))),
     "rouge_l": Metric(lambda result: texts.rouge_l(*_texts(result))),

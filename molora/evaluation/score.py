@@ -12,6 +12,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
+from molora.config.data import LIKELIHOODS
+from molora.data.choices import Choices, choices_of
 from molora.data.collate import batches_by_length, collate, pad_token
 from molora.data.prompts import IGNORED, Example, encode
 from molora.data.render import render
@@ -21,8 +23,11 @@ from molora.evaluation.generate import generate_answers
 from molora.evaluation.metrics import Result, match_label, overall, token_nll
 from molora.progress import advance
 
-Answer = Tensor | str | tuple[float, int]
-"""To one record: a classifier's logits (class,), a text, or nats and number of the target's tokens."""
+Likelihood = tuple[float, int]
+"""Nats and number of the tokens of an answer that was given."""
+
+Answer = Tensor | str | Likelihood | list[Likelihood]
+"""To one record: a classifier's logits (class,), a text, the target's likelihood, or that of each of its choices."""
 
 AfterBatch = Callable[[Sequence[int]], None] | None
 """Called with the places of records that have just been answered together, in the order of the batch."""
@@ -76,11 +81,18 @@ class HeldOut:
         self.model, self.tokenizer, self.task, self.limits = model, tokenizer, task, limits
         self.after_batch = after_batch
         self.examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
+        self.choices: list[Choices] = []
+        if task.metric in LIKELIHOODS:
+            self.choices = [choices_of(task, record, tokenizer, limits.max_length) for record in task.eval]
 
     def ask(self, records: Sequence[int]) -> dict[int, Answer]:
         """The model's answer to each of these records."""
-        if self.task.task_type == "SEQ_CLS" or self.task.metric == "loss":
-            return dict(self._forward(records))
+        if self.task.task_type == "SEQ_CLS":
+            return dict(self._classes(records))
+        if self.task.metric == "loss":
+            return dict(self._targets(records))
+        if self.choices:
+            return dict(self._choices(records))
         texts = generate_answers(
             self.model,
             self.tokenizer,
@@ -92,23 +104,44 @@ class HeldOut:
         )
         return dict(zip(records, texts, strict=True))
 
-    def _forward(self, records: Sequence[int]) -> Iterator[tuple[int, Answer]]:
-        """Answers that a forward pass gives: logits of a classifier, or the loss on the target."""
-        encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+    def _classes(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """A classifier's logits."""
         lengths = [len(self.examples[i].input_ids) for i in records]
         for part in batches_by_length(lengths, self.limits.batch_size):
             chosen = [records[i] for i in part]
             batch = inputs_of([self.examples[i] for i in chosen], self.model, self.tokenizer)
-            if self.task.task_type == "SEQ_CLS":
-                yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
-                self._answered(chosen)
-                advance(len(chosen), "records")
-                continue
-            labels = batch["labels"] if encoder_decoder else batch.pop("labels")
-            nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
-            yield from zip(chosen, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+            yield from zip(chosen, self.model(**batch).logits.float().cpu(), strict=True)
             self._answered(chosen)
             advance(len(chosen), "records")
+
+    def _targets(self, records: Sequence[int]) -> Iterator[tuple[int, Likelihood]]:
+        """What the model gives to the target of each record."""
+        for place, found in self._likelihoods([self.examples[i] for i in records], records):
+            yield records[place], found
+            advance(1, "records")
+
+    def _choices(self, records: Sequence[int]) -> Iterator[tuple[int, list[Likelihood]]]:
+        """What the model gives to each of the answers that a record lets it choose from."""
+        for start in range(0, len(records), self.limits.batch_size):
+            chosen = records[start : start + self.limits.batch_size]
+            whose = [i for i in chosen for _ in self.choices[i].examples]
+            found = dict(self._likelihoods([e for i in chosen for e in self.choices[i].examples], whose))
+            in_order = iter(sorted(found.items()))
+            for i in chosen:
+                yield i, [next(in_order)[1] for _ in self.choices[i].examples]
+            advance(len(chosen), "records")
+
+    def _likelihoods(
+        self, examples: Sequence[Example], records: Sequence[int]
+    ) -> Iterator[tuple[int, Likelihood]]:
+        """By place in `examples`, of which each belongs to one of `records`."""
+        encoder_decoder = bool(getattr(self.model.config, "is_encoder_decoder", False))
+        for part in batches_by_length([len(e.input_ids) for e in examples], self.limits.batch_size):
+            batch = inputs_of([examples[i] for i in part], self.model, self.tokenizer)
+            labels = batch["labels"] if encoder_decoder else batch.pop("labels")
+            nll, tokens = token_nll(self.model(**batch).logits, labels, shift=not encoder_decoder)
+            yield from zip(part, zip(nll.tolist(), tokens.tolist(), strict=True), strict=True)
+            self._answered([records[i] for i in part])
 
     def _answered(self, records: Sequence[int]) -> None:
         if self.after_batch is not None:
@@ -123,8 +156,11 @@ class HeldOut:
             logits = torch.full_like(answer, float("-inf"), dtype=torch.float32)
             logits[chosen] = answer[chosen].float()
             return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
-        if not isinstance(answer, str):
+        if isinstance(answer, tuple):
             return Result(record, nll=answer[0], count=answer[1])
+        if isinstance(answer, list):
+            texts, right = self.choices[record].texts, self.choices[record].right
+            return Result(record, texts[likeliest(answer, task.metric)], texts[right])
         target, before = self._target(record)
         text = answer.strip()
         if task.metric in ("accuracy", "macro_f1") and task.labels:
@@ -148,6 +184,16 @@ class HeldOut:
             if written and trained.endswith(written)
             else (trained, "")
         )
+
+
+def likeliest(answers: Sequence[Likelihood], metric: str) -> int:
+    """The place of the answer with the largest likelihood, or with `likelihood_norm` the largest per token; the first of several.
+
+    Every answer counts with the token that ends it, which the model learned with it: so that `1` is no better a start than
+    `10` is. lm-evaluation-harness leaves that token out, and divides by characters.
+    """
+    nats = [nll / count if metric == "likelihood_norm" else nll for nll, count in answers]
+    return nats.index(min(nats))
 
 
 def inputs_of(

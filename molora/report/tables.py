@@ -13,6 +13,7 @@ from rich.table import Table
 from molora.evaluation.continual import AccuracyMatrix
 from molora.evaluation.counterfactual import Counterfactuals, rows
 from molora.evaluation.findings import advice, warnings
+from molora.evaluation.harness import HarnessScore, titled
 from molora.evaluation.modes import MODE_TITLES
 from molora.evaluation.predictions import Prediction
 from molora.evaluation.report import LOWER_IS_BETTER, Difference, Report, Score, differences
@@ -178,6 +179,17 @@ def example_lines(found: Iterable[Prediction]) -> list[str]:
 def visible(text: str) -> str:
     """A text on one line, its control characters written out."""
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text.replace("\n", "⏎"))
+
+
+def harness_table(scores: Sequence[HarnessScore]) -> Table:
+    """Scores of lm-evaluation-harness with their standard errors, a column for each who decided."""
+    modes = dict.fromkeys(score.mode for score in scores)
+    found = {(score.task, score.metric, score.mode): score for score in scores}
+    table = _table("lm-evaluation-harness", ["task", "metric"], map(titled, modes))
+    for task, metric in dict.fromkeys((score.task, score.metric) for score in scores):
+        cells = (found.get((task, metric, mode)) for mode in modes)
+        table.add_row(task, metric, *("" if cell is None else cell.text() for cell in cells))
+    return table
 
 
 def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:

@@ -106,7 +106,7 @@ def evaluate(
         report = score(config, model, tokenizer, chosen, modes, what_if, experts=predictions)
     if checkpoint is not None:
         report.facts["checkpoint"] = f"step {checkpoint}"
-    report.folder = Path(out) if out is not None else None if run is None else _new_folder(run)
+    report.folder = Path(out) if out is not None else None if run is None else new_evaluation(run)
     if report.folder is not None:
         with write_folder(report.folder) as folder:
             write_report(report, folder, config)
@@ -213,8 +213,8 @@ def draw_routing(routing: RoutingSummary, folder: Path) -> list[Path]:
     ]
 
 
-def _new_folder(run: Run) -> Path:
-    """The next number, made at once, so that another process that evaluates the run takes another."""
+def new_evaluation(run: Run) -> Path:
+    """A run's folder for one more evaluation: the next number, made at once, so that another process takes another."""
     while True:
         taken = [
             int(entry.name)

@@ -10,9 +10,12 @@ import pytest
 import torch
 
 import molora
+from molora.cli.main import main
 from molora.errors import RoutingError
 from molora.store.lora_export import export_lora
+from molora.training.lm_eval import evaluate_with_lm_eval
 from tests.outside.bases import GATES, base, mixture, tokenizer
+from tests.training.runs import recipe_for, write_base
 
 pytest.importorskip("lm_eval", reason="needs lm-eval: pip install molora[lm-eval]")
 pytestmark = pytest.mark.slow
@@ -175,3 +178,72 @@ def test_one_task_of_a_task_routed_adapter_in_a_model_that_is_handed_over(tmp_pa
         found = evaluated(tmp_path, pretrained=model, tokenizer=tokenizer())
     assert close(found, log_likelihoods(model, routing_task_ids=["beta"]))
     assert GATES["task"].scope == "task"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run, and two tasks of the harness beside it."""
+    folder = tmp_path_factory.mktemp("run")
+    made = molora.train(recipe_for(write_base(folder / "base"), folder / "runs", max_steps=20))
+    data = folder / "questions.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in QUESTIONS))
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "choice.yaml").write_text(CHOICE % json.dumps(str(data)))
+    (folder / "tasks" / "write.yaml").write_text(WRITE % json.dumps(str(data)))
+    return made.path
+
+
+def test_the_verb_scores_a_run_by_whoever_decides_and_the_base(run: Path) -> None:
+    tasks = run.parents[2] / "tasks"
+    names = ["molora_choice", "molora_write"]
+    scores, file = evaluate_with_lm_eval(run, names, routes=["copy"], include_path=tasks)
+    assert {(s.task, s.metric, s.mode) for s in scores} == {
+        (name, metric, mode)
+        for name, metric in zip(names, ("acc", "exact_match"), strict=True)
+        for mode in ("task copy", "base")
+    }
+    assert all(score.count == len(QUESTIONS) for score in scores)
+    model, tokens = molora.load(run)
+    for mode, routed in (("task copy", {"routing_task_ids": ["copy"]}), ("base", {"routing_task_ids": [-1]})):
+        right = 0
+        for row in QUESTIONS:
+            nats = []
+            for choice in row["choices"]:
+                ids = tokens(row["question"], add_special_tokens=False).input_ids
+                whole = tokens(row["question"] + choice, add_special_tokens=False).input_ids
+                with torch.no_grad():
+                    found = model(input_ids=torch.tensor([whole[:-1]]), **routed).logits.log_softmax(-1)[0]
+                nats.append(sum(found[i, whole[i + 1]].item() for i in range(len(ids) - 1, len(whole) - 1)))
+            right += nats.index(max(nats)) == row["answer"]
+        score = next(s for s in scores if s.task == "molora_choice" and s.mode == mode)
+        assert score.value == pytest.approx(right / len(QUESTIONS))
+    assert json.loads(file.read_text(encoding="utf-8"))["scores"][0]["task"] == "molora_choice"
+
+
+def test_the_verb_on_the_command_line(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tasks = str(run.parents[2] / "tasks")
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", str(run), "--lm-eval", "molora_choice", "--lm-eval-tasks", tasks, "--limit", "2"])
+    shown = capsys.readouterr()
+    assert stop.value.code == 0, shown.err
+    assert all(
+        text in shown.out for text in ("molora_choice", "acc", "gate alone", "base only", "lm_eval.json")
+    )
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--lm-eval", "molora_chioce"], "Did you mean 'molora_choice'"),
+        (["--lm-eval", "molora_choice", "--task", "cpy"], "Did you mean 'copy'"),
+        (["--lm-eval", "molora_choice", "--predictions"], "--predictions has no meaning beside it"),
+        (["--lm-eval", " , "], "names no task"),
+    ],
+)
+def test_what_the_verb_refuses(
+    run: Path, capsys: pytest.CaptureFixture[str], words: list[str], said: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["eval", str(run), *words, "--lm-eval-tasks", str(run.parents[2] / "tasks")])
+    assert stop.value.code == 2
+    assert said in " ".join(capsys.readouterr().err.split())
