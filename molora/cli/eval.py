@@ -14,6 +14,47 @@ from molora.errors import ConfigError
 if TYPE_CHECKING:
     from molora.evaluation.report import Report
 
+WhatIf = Annotated[
+    int | None,
+    Option(
+        min=1,
+        metavar="RECORDS",
+        help="Also score so many records of each task with each expert alone and left out.",
+    ),
+]
+Shapley = Annotated[
+    bool,
+    Option(
+        "--shapley", help="With --what-if: how much of each score every expert accounts for; up to 8 experts."
+    ),
+]
+Predictions = Annotated[
+    bool,
+    Option("--predictions", help="Write every answer, and the experts it used, as predictions.jsonl."),
+]
+Examples = Annotated[
+    int | None,
+    Option(
+        min=0,
+        metavar="N",
+        help="Show N right and N wrong answers of a task; default 3 where they are short.",
+    ),
+]
+LmEval = Annotated[
+    str | None,
+    Option(
+        "--lm-eval",
+        metavar="NAMES",
+        help="Score these tasks of lm-evaluation-harness instead, as `arc_easy,piqa` (extra lm-eval).",
+    ),
+]
+LmEvalTasks = Annotated[
+    Path | None, Option("--lm-eval-tasks", metavar="DIR", help="Tasks of your own, in its YAML.")
+]
+Limit = Annotated[
+    int | None, Option(min=1, metavar="N", help="Of --lm-eval: only the first N documents of a task.")
+]
+
 SHOWN = 3  # right and wrong answers of a task
 SHORT, FEW = 100, 30  # characters of a line, and lines, that are shown unasked
 
@@ -31,40 +72,13 @@ def command(
     fail_under: Annotated[
         list[str] | None, Option(metavar="[TASK=]VALUE", help="Exit 6 below this score, 0 to 1.")
     ] = None,
-    what_if: Annotated[
-        int | None,
-        Option(
-            min=1,
-            metavar="RECORDS",
-            help="Also score so many records of each task with each expert alone and left out.",
-        ),
-    ] = None,
-    predictions: Annotated[
-        bool,
-        Option("--predictions", help="Write every answer, and the experts it used, as predictions.jsonl."),
-    ] = False,
-    examples: Annotated[
-        int | None,
-        Option(
-            min=0,
-            metavar="N",
-            help="Show N right and N wrong answers of a task; default 3 where they are short.",
-        ),
-    ] = None,
-    lm_eval: Annotated[
-        str | None,
-        Option(
-            "--lm-eval",
-            metavar="NAMES",
-            help="Score these tasks of lm-evaluation-harness instead, as `arc_easy,piqa` (extra lm-eval).",
-        ),
-    ] = None,
-    lm_eval_tasks: Annotated[
-        Path | None, Option("--lm-eval-tasks", metavar="DIR", help="Tasks of your own, in its YAML.")
-    ] = None,
-    limit: Annotated[
-        int | None, Option(min=1, metavar="N", help="Of --lm-eval: only the first N documents of a task.")
-    ] = None,
+    what_if: WhatIf = None,
+    shapley: Shapley = False,
+    predictions: Predictions = False,
+    examples: Examples = None,
+    lm_eval: LmEval = None,
+    lm_eval_tasks: LmEvalTasks = None,
+    limit: Limit = None,
     as_json: AsJson = False,
     allow_other_base: OtherBase = False,
 ) -> None:
@@ -75,6 +89,7 @@ def command(
     if lm_eval is not None:
         others = {
             "--mode": mode, "--recipe": recipe, "--checkpoint": checkpoint, "--out": out, "--what-if": what_if,
+            "--shapley": shapley,
             "--fail-under": fail_under, "--predictions": predictions, "--examples": examples, "a.b=c": overrides,
         }  # fmt: skip
         _refuse_beside_lm_eval(others)
@@ -82,6 +97,8 @@ def command(
         return
     if lm_eval_tasks is not None or limit is not None:
         raise ConfigError("--lm-eval-tasks and --limit belong to --lm-eval.", hint="--lm-eval arc_easy, say.")
+    if shapley and what_if is None:
+        raise ConfigError("--shapley belongs to --what-if.", hint="--what-if 50 --shapley, say.")
     given = [_floor(text) for text in fail_under or ()]
     floors = dict(given)
     if len(floors) < len(given):
@@ -102,6 +119,7 @@ def command(
         allow_other_base=allow_other_base,
         floors=floors,
         what_if=what_if,
+        shapley=shapley,
         checkpoint=checkpoint,
         predictions=predictions,
     )

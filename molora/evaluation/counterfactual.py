@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from molora.data.tasks import Task
+from molora.errors import ConfigError
+from molora.evaluation.attribution import MOST, coalitions, shapley
 from molora.evaluation.metrics import overall
 from molora.evaluation.modes import in_mode
 from molora.evaluation.score import HeldOut, Limits
@@ -27,6 +29,7 @@ class Counterfactuals:
     mode: who decided where nothing was changed. records: how many of a task were scored at most.
     alone, without: task -> expert -> score with that expert alone, and without it, as if it had never been added.
     changed: task -> `as it is`, `even weights`, `no expert` -> score.
+    shapley: task -> expert -> how much of the score it accounts for, empty where that was not asked for.
     """
 
     mode: str
@@ -35,6 +38,7 @@ class Counterfactuals:
     changed: dict[str, dict[str, float]]
     alone: dict[str, dict[str, float]]
     without: dict[str, dict[str, float]]
+    shapley: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def gain(self) -> float | None:
         """How much better the gate is than even weights, averaged over the tasks whose metric is a share."""
@@ -50,21 +54,32 @@ def counterfactuals(
     mode: str,
     limits: Limits | None = None,
     records: int = 50,
+    attribute: bool = False,
 ) -> Counterfactuals:
     """Score the first `records` held-out records of each task under every change: 3 + 2 · experts scores for a task.
 
     Args:
         mode: `gate` or `task`, see `runner.evaluate_tasks`.
+        attribute: also with every subset of the experts, 2^experts scores more, for their Shapley values.
+
+    Raises ConfigError where there are too many experts to attribute.
     """
     limits = limits or Limits()
     experts: tuple[str, ...] = tuple(model.expert_names)
+    if attribute and len(experts) > MOST:
+        raise ConfigError(
+            f"Shapley values need a score of every subset of the experts: at most {MOST} experts, not {len(experts)}.",
+            hint="leave --shapley out: --what-if alone scores each expert alone and left out.",
+        )
+    subsets = [*coalitions(experts)][1:-1] if attribute else []
     changed, alone, without = (
         dict[str, dict[str, float]](),
         dict[str, dict[str, float]](),
         dict[str, dict[str, float]](),
     )
     each = [min(records, len(task.eval)) for task in tasks]
-    with phase("what if", sum(each) * (3 + 2 * len(experts)), "records") as shown:
+    shares = dict[str, dict[str, float]]()
+    with phase("what if", sum(each) * (3 + 2 * len(experts) + len(subsets)), "records") as shown:
         for task, count in zip(tasks, each, strict=True):
             held_out = HeldOut(model, tokenizer, task, limits)
             score = partial(_score, held_out, range(count))
@@ -82,8 +97,18 @@ def counterfactuals(
             for expert in experts:
                 with routing(model, without=[expert]):
                     without[task.name][expert] = score(as_usual())
+            if attribute:
+                shown.now(f"{task.name}, every subset of the experts")
+                value = {
+                    frozenset[str](): changed[task.name][BASE],
+                    frozenset(experts): changed[task.name][AS_IT_IS],
+                }
+                for subset in subsets:
+                    with routing(model, without=[name for name in experts if name not in subset]):
+                        value[subset] = score(as_usual())
+                shares[task.name] = shapley(value, experts)
     metrics = {task.name: task.metric for task in tasks}
-    return Counterfactuals(mode, records, metrics, changed, alone, without)
+    return Counterfactuals(mode, records, metrics, changed, alone, without, shares)
 
 
 def _score(held_out: HeldOut, records: Sequence[int], context: AbstractContextManager[Any]) -> float:

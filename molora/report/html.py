@@ -172,6 +172,13 @@ def _changed(found: Counterfactuals) -> str:
         if kept:
             matrix = Matrix(list(kept), columns, [[row[name] for name in columns] for row in kept.values()])
             inside.append(heat(matrix, corner="task", caption=f"{what}, {about}", percent=percent, top=False))
+    for kept, what, scale in ((shares, "points", 100), (losses, "nats per token", 1)):
+        parts = {task: found.shapley[task] for task in kept if task in found.shapley}
+        if parts:
+            names = list(next(iter(parts.values())))
+            values = [[scale * row[name] for name in names] for row in parts.values()]
+            what = f"Each expert's part of the score (Shapley values, in {what}), {about}"
+            inside.append(_heat(Matrix(list(parts), names, values), "task", what))
     gain = found.gain()
     if gain is not None:
         inside.append(paragraph(f"The gate is worth {100 * gain:+.1f} points over even weights, on average."))

@@ -67,6 +67,8 @@ def report_tables(report: Report) -> list[Table]:
         tables.append(matrix_table(routing.task_expert(), routing_title(routing), corner="task"))
     if report.counterfactuals:
         tables.append(what_if_table(report.counterfactuals))
+        if report.counterfactuals.shapley:
+            tables.append(shapley_table(report.counterfactuals))
     return tables
 
 
@@ -88,6 +90,17 @@ def what_if_table(found: Counterfactuals) -> Table:
     for change in dict.fromkeys(name for row in shown.values() for name in row):
         cells = (Score(t, "", found.metrics[t], row[change], 0).text() for t, row in shown.items())
         table.add_row(_plain(change), *cells)
+    return table
+
+
+def shapley_table(found: Counterfactuals) -> Table:
+    """An expert in each row, a task in each column: its part of the score, in points or nats."""
+    table = _table("Each expert's part of the score (Shapley)", ["expert"], map(_plain, found.shapley))
+    for expert in dict.fromkeys(name for row in found.shapley.values() for name in row):
+        parts = ((found.metrics[task] in LOWER_IS_BETTER, row[expert]) for task, row in found.shapley.items())
+        table.add_row(
+            _plain(expert), *(f"{part:+.4f}" if nats else f"{100 * part:+.1f}" for nats, part in parts)
+        )
     return table
 
 

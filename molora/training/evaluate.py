@@ -51,6 +51,7 @@ def evaluate(
     allow_other_base: bool = False,
     floors: Mapping[str, float] | None = None,
     what_if: int | None = None,
+    shapley: bool = False,
     checkpoint: int | None = None,
     predictions: bool = False,
 ) -> Report:
@@ -69,6 +70,7 @@ def evaluate(
         floors: what `check_thresholds` will be asked afterwards; refused here where that could not be judged.
         what_if: also score the first so many records of each task with every expert alone, with every expert left out,
             and with even weights; see `counterfactuals`.
+        shapley: of the same records, how much of each score every expert accounts for; up to 8 experts.
         checkpoint: score a run as it was after this step.
         predictions: write every record's answer and the experts it used to predictions.jsonl in the report's folder. The
             report's `predictions` hold the answers in any case.
@@ -103,7 +105,7 @@ def evaluate(
         model, tokenizer, _ = load_trained(
             run.path if run else path, allow_other_base=allow_other_base, checkpoint=checkpoint
         )
-        report = score(config, model, tokenizer, chosen, modes, what_if, experts=predictions)
+        report = score(config, model, tokenizer, chosen, modes, what_if, shapley, experts=predictions)
     if checkpoint is not None:
         report.facts["checkpoint"] = f"step {checkpoint}"
     report.folder = Path(out) if out is not None else None if run is None else new_evaluation(run)
@@ -135,9 +137,12 @@ def score(
     tasks: Sequence[Task],
     modes: Sequence[str] | None = None,
     what_if: int | None = None,
+    shapley: bool = False,
+    *,
     experts: bool = False,
 ) -> Report:
-    """Score these tasks under a recipe's `eval` section; `what_if` as of `evaluate`, `experts` as of `evaluate_tasks`."""
+    """Score these tasks under a recipe's `eval` section; `what_if` and `shapley` as of `evaluate`, `experts` as of
+    `evaluate_tasks`."""
     report = Report()
     if tasks:
         modes, limits = config.eval.modes if modes is None else modes, Limits.of(config)
@@ -151,7 +156,7 @@ def score(
                 mode = report.routing.mode
                 with inference(model):
                     report.counterfactuals = counterfactuals(
-                        model, tokenizer, tasks, mode=mode, limits=limits, records=what_if
+                        model, tokenizer, tasks, mode=mode, limits=limits, records=what_if, attribute=shapley
                     )
     report.notes += [note for task in tasks if (note := against_majority(report, task)) is not None]
     report.environment = describe_environment()

@@ -67,10 +67,10 @@ def evaluate_with_lm_eval(
         scores: list[HarnessScore] = []
         size = 1 if _pools(model) else config.eval.batch_size
         with inference(model):
-            for mode, route in [*modes, ("base", None)]:
-                with in_mode(model, route, mode):
+            for mode, whose in [*modes, ("base", None)]:
+                with in_mode(model, whose, mode):
                     results = _run(model, tokenizer, names, manager, size, config.data.max_length, limit)
-                scores += scores_of(results, mode if route is None else f"{mode} {route}")
+                scores += scores_of(results, mode if whose is None else f"{mode} {whose}")
     folder = new_evaluation(found)
     with write_folder(folder) as made:
         text = json.dumps({"scores": [asdict(score) for score in scores], "limit": limit}, indent=1)
