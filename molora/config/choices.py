@@ -89,6 +89,7 @@ KINDS.add("vera", Lazy("experts.kinds.vera:Vera"))
 KINDS.add("dora", Lazy("experts.kinds.dora:Dora"))
 KINDS.add("adalora", Lazy("experts.kinds.adalora:AdaLora"))
 KINDS.add("core", Lazy("experts.kinds.core:Core"))
+KINDS.add("sparse", Lazy("experts.kinds.sparse:Sparse"))
 KINDS.add("tensor_train", Lazy("experts.kinds.tensor_train:TensorTrain"))
 
 # What a task's core may be: subclasses of experts.cores.TaskCores, imported when they are used.

@@ -48,7 +48,7 @@ class Mixture:
     init_std: Positive = setting(0.02, "σ of gaussian and rescaled.")
     init_gain: Positive = setting(1.0, "factor on A's initial standard deviation.")
     kind: str = setting("lora", "what an expert's own parameters are: a registered kind.")
-    kind_settings: dict[str, int | float] = setting(dict, "settings of the kind.")
+    kind_settings: dict[str, int | float | str] = setting(dict, "settings of the kind.")
     rank_pattern: dict[str, Width] = setting(dict, "`{pattern: rank}` exceptions from r, as in PEFT.")
     alpha_pattern: dict[str, Positive] = setting(
         dict, "`{pattern: alpha}` exceptions from lora_alpha, as in PEFT."

@@ -115,14 +115,24 @@ def _kind(mixture: Mixture) -> Iterator[Problem]:
     if kind == "lora" and not given:  # nothing to refuse, and no need of torch
         return
     found = KINDS[kind]
+    known = {name: value for name, value in given.items() if name in found.settings}
+    if known == given and all(_is_like(value, found.settings[name]) for name, value in given.items()):
+        yield from found.problems(values_of(mixture))
+        return
     for name, value in given.items():
         if name not in found.settings:
             text = f"not a setting of kind {kind!r}.{options(name, found.settings, 'Its settings')}"
             yield ("kind_settings", name), text
-        elif isinstance(value, bool) or not isinstance(value, (int, type(found.settings[name]))):
-            wanted = "a whole number" if isinstance(found.settings[name], int) else "a number"
+        elif not _is_like(value, found.settings[name]):
+            wanted = {int: "a whole number", float: "a number", str: "a name"}[type(found.settings[name])]
             yield ("kind_settings", name), f"must be {wanted}, not {value!r}."
-    yield from found.problems(values_of(mixture))
+
+
+def _is_like(value: Any, default: int | float | str) -> bool:
+    """Whether a setting can have this value: one of its default's type, and a whole number for any number."""
+    if isinstance(value, bool):
+        return False
+    return isinstance(value, type(default)) or (isinstance(value, int) and isinstance(default, float))
 
 
 def _always_on(always_on: Mapping[str, Any], names: Sequence[str]) -> Iterator[Problem]:

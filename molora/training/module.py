@@ -55,6 +55,7 @@ class MoLoraModule(L.LightningModule):
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
         self._watched_steps: int | None = None  # how many there will be, where experts look at each
+        self._batch: dict[str, Tensor] = {}
         self._learns = False  # whether any gradient has been seen
 
     def forward(self, **inputs: Any) -> Any:
@@ -63,6 +64,7 @@ class MoLoraModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor | None:
         """The objective's loss of one batch (a scalar); None, which Lightning passes over, where the loader leaves it out."""
+        self._batch = batch
         if self._left_out():
             return None
         if (
@@ -116,9 +118,14 @@ class MoLoraModule(L.LightningModule):
         """The step, and what experts and the companion do after it: before any callback looks at the weights or saves them."""
         super().optimizer_step(*args, **kwargs)
         if self._watched_steps is not None:
-            after_step(self.model, self.global_step + 1, self._watched_steps)
+            after_step(self.model, self.global_step + 1, self._watched_steps, self._loss_again)
         if self.companion is not None:
             self.companion.after_step(self.model)
+
+    def _loss_again(self) -> Tensor:
+        """The objective's loss of the last batch, at the weights as they are now."""
+        with self.trainer.precision_plugin.forward_context():
+            return self.objective.loss(self.model, self._batch)[0]
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         """Note the learning rates; drop the gradients of what the current stage does not train.

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from molora.experts.kinds.kind import Kind
 from molora.forward.mount import Mount, MountPoint
 
 
-def after_step(model: nn.Module, step: int | None = None, total_steps: int | None = None) -> None:
+def after_step(
+    model: nn.Module,
+    step: int | None = None,
+    total_steps: int | None = None,
+    loss: Callable[[], Tensor] | None = None,
+) -> None:
     """Let the active adapters' experts look at weights and gradients, between `optimizer.step()` and `zero_grad()`.
 
-    molora's own training calls it, and so does a Trainer with `molora.hf.MoLoraTrainerMixin`. A loop of your own has to where
-    `molora kinds show NAME` says that the kind has a budget; for the others it does nothing.
+    molora's own training calls it, and so does a Trainer with `molora.hf.MoLoraTrainerMixin`. A loop of your own has to for
+    the kinds `adalora` and `sparse`; for the others it does nothing.
 
     Args:
         model: with its gradients still there.
         step: the number of the step just made, from 1; None: one more than the last.
         total_steps: how many there will be; None: as the kind's settings say.
+        loss: computes the loss of the last batch again, which `sparse` with `scores: grasp` asks for.
 
     Raises:
-        ConfigError: the kind needs to know how many steps there are.
+        ConfigError: the kind needs to know how many steps there are, or the loss.
     """
     for kind, mounts in _kinds(model, active=True).values():
-        kind.after_step({mount.key: mount.bank for mount in mounts}, step, total_steps)
+        kind.after_step({mount.key: mount.bank for mount in mounts}, step, total_steps, loss)
 
 
 def looks_at_steps(model: nn.Module) -> bool:

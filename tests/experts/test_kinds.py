@@ -149,6 +149,7 @@ REFERENCES = {
     "dora": (dora_reference, {"A", "B", "m"}),
     "adalora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
+    "sparse": (lora_reference, {"A", "B"}),
     "tensor_train": (written_reference(WrittenTrain, "AB"), {"A", "B"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

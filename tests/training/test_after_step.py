@@ -34,7 +34,7 @@ def test_a_recipe_ends_within_its_budget_and_a_resumed_run_is_the_same(base: Pat
     experts = sum(len(tensor) for name, tensor in found.items() if name.endswith(".E"))
     assert values(found) == experts < sum(t.numel() for name, t in found.items() if name.endswith(".E"))
 
-    def crash(model: Any, step: int, total: int) -> None:
+    def crash(model: Any, step: int, total: int, loss: Any) -> None:
         if step == 4:
             raise KeyError("a crash")
         molora.after_step(model, step, total)
@@ -53,3 +53,13 @@ def test_the_trainer_with_the_mixin_keeps_to_the_budget(tmp_path: Path) -> None:
     ).train()
     banks = [mount for mount in model.state_dict() if mount.endswith(".E")]
     assert values(model.state_dict()) == sum(len(model.state_dict()[name]) for name in banks)
+
+
+def test_a_recipe_draws_masks_by_the_loss_of_its_last_batch(base: Path, tmp_path: Path) -> None:
+    recipe = recipe_for(base, tmp_path, max_steps=4)
+    settings = {"keep": 0.25, "scores": "grasp", "after": 3}
+    recipe["adapter"] |= {"kind": "sparse", "kind_settings": settings}
+    found = adapter_weights(train(recipe).adapter)
+    for name, tensor in found.items():
+        if name.endswith((".A", ".B")):
+            assert tensor.count_nonzero() == round(0.25 * tensor[0].numel()) * len(tensor), name

@@ -38,7 +38,7 @@ class AdaLora(Kind):
     starts_by_init = False
     orthonormal = True
 
-    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+    def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         super().__init__(share_A, **settings)
         chosen: Any = self.chosen
         self._budget = RankBudget(**chosen)
@@ -70,7 +70,13 @@ class AdaLora(Kind):
             name: torch.nn.functional.pad(row, pads[name]).to(expert.A.dtype) for name, row in rows.items()
         }
 
-    def after_step(self, banks: Mapping[str, Any], step: int | None, total: int | None) -> None:
+    def after_step(
+        self,
+        banks: Mapping[str, Any],
+        step: int | None,
+        total: int | None,
+        loss: Callable[[], Tensor] | None = None,
+    ) -> None:
         layers = {}
         for key, bank in banks.items():
             parameters = {name: stack.trainable for name, stack in bank.named_stacks().items()}

@@ -36,7 +36,7 @@ class Dora(Lora):
     scales_output = True
     averages = "the mean of experts of kind dora scales the base's output too, which two factors cannot say"
 
-    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+    def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         super().__init__(share_A, **settings)
         self._squares: dict[Any, Tensor] = {}
 

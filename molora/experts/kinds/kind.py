@@ -106,7 +106,7 @@ class Kind:
     """
 
     about: ClassVar[About]
-    settings: ClassVar[Mapping[str, int | float]] = {}  # its own settings with their defaults
+    settings: ClassVar[Mapping[str, int | float | str]] = {}  # its own settings with their defaults
     scaling: ClassVar[float | None] = None  # of its experts, where the config names no rule and no number
     keeps_factors: ClassVar[bool] = False  # whether its stacks A and B are the factors
     one_A: ClassVar[bool] = False  # whether all experts of a layer read x through one A
@@ -123,9 +123,9 @@ class Kind:
         None  # why the mean of updates cannot, where `imports` has nothing against it
     )
 
-    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+    def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         self.shares_A = share_A or self.one_A
-        self.chosen = {**self.settings, **settings}
+        self.chosen: dict[str, Any] = {**self.settings, **settings}
         self.stacks = self.specs()
 
     def specs(self) -> dict[str, StackSpec]:
@@ -160,13 +160,20 @@ class Kind:
         """
         raise NotImplementedError
 
-    def after_step(self, banks: Mapping[str, Any], step: int | None, total: int | None) -> None:
+    def after_step(
+        self,
+        banks: Mapping[str, Any],
+        step: int | None,
+        total: int | None,
+        loss: Callable[[], Tensor] | None = None,
+    ) -> None:
         """Look at weights and gradients of an adapter after an optimiser's step; see `molora.after_step`.
 
         Args:
             banks: of all layers, by their names.
             step: its number, from 1; None: one more than the last.
             total: how many there will be; None: not known.
+            loss: computes the loss of the step's last batch again; None: the caller cannot.
         """
 
     def state(self) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class Vera(Kind):
         "VeRA has two vectors for each expert between random projections, which hold no factors of others"
     )
 
-    def __init__(self, share_A: bool = False, **settings: int | float) -> None:
+    def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         super().__init__(share_A, **settings)
         self._projections: dict[tuple[str, int, int, int], Projection] = {}
 
