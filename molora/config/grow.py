@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from molora.config.adapter import RouterSection
 from molora.config.continual import STRATEGIES, StrategyConfig
@@ -76,6 +76,13 @@ class GrowConfig(Section):
             refuse([(("weight",), "does nothing: an expert is added on one task alone.")])
         return value
 
+    @model_validator(mode="after")
+    def _check_growth(self) -> Self:
+        if self.train.rank_growth is not None and self.strategy.kind != "inc_lora":
+            text = f"strategy {self.strategy.kind} compares factors of one size; use inc_lora."
+            refuse([(("train", "rank_growth"), text)])
+        return self
+
     @field_validator("strategy")
     @classmethod
     def _check_strategy(cls, value: StrategyConfig) -> StrategyConfig:
@@ -132,6 +139,8 @@ def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     if isinstance(own, dict):
         length = own.get("max_steps") is not None or own.get("epochs") is not None
         no_length = {"max_steps": None, "epochs": None} if length else {}  # it comes from one of them
-        inherited = {key: value for key, value in run["train"].items() if key != "objective"}
+        inherited = {
+            key: value for key, value in run["train"].items() if key not in ("objective", "rank_growth")
+        }
         whole["train"] = inherited | no_length | own
     return whole

@@ -14,6 +14,7 @@ from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
 from molora.config.federated import FederatedConfig, federated_problems
 from molora.config.gate_rules import UNNORMALISED
+from molora.config.growth_rules import growth_problems
 from molora.config.section import (
     ExpertCount,
     PositiveInt,
@@ -170,7 +171,9 @@ class RunConfig(Section):
             self._feature_problems(),
             self._mode_problems(),
         )
-        refuse(chain(of_sequence, of_rounds, *of_rest, self._start_problems()))
+        alone = self.continual is None and self.federated is None
+        growth = growth_problems(self.train.rank_growth, self.adapter, alone=alone)
+        refuse(chain(of_sequence, of_rounds, *of_rest, self._start_problems(), growth))
         return self
 
     def _round_problems(self, federated: FederatedConfig) -> Iterator[Problem]:

@@ -15,6 +15,7 @@ from molora.config.section import (
     PositiveInt,
     Problem,
     Section,
+    Width,
     refuse,
     without_default,
 )
@@ -30,6 +31,17 @@ class StageConfig(Section):
     """Optimiser steps of this stage; the last one has none."""
     train: list[Part] = Field(min_length=1)
     """What learns in it: experts, gates, heads."""
+
+
+class RankGrowthConfig(Section):
+    """Ranks that grow while experts learn: what the experts add stays what it was at each growth, and so does the optimiser."""
+
+    every: PositiveInt
+    """Optimiser steps from one growth to the next."""
+    by: PositiveInt = 4
+    """How many ranks each expert that learns gets at a time."""
+    max: Width
+    """The rank at which an expert stops to grow."""
 
 
 class TrainConfig(Section):
@@ -69,6 +81,8 @@ class TrainConfig(Section):
     """Compute activations twice instead of keeping them."""
     stages: list[StageConfig] = Field(default_factory=list)
     """Parts of training in which only some parameters learn."""
+    rank_growth: RankGrowthConfig | None = None
+    """Ranks that grow while experts learn, from `adapter.r` on."""
     val_every: PositiveInt | None = None
     """Steps from one validation loss to the next; null: none."""
     patience: PositiveInt | None = None
@@ -122,6 +136,8 @@ class TrainConfig(Section):
             yield ("warmup",), f"{self.warmup} is neither a fraction below 1 nor a whole number of steps."
         if self.on_nonfinite == "rollback" and self.devices not in (1, [0]):
             yield ("on_nonfinite",), "'rollback' goes with one device; use stop, and --resume."
+        if self.rank_growth is not None and self.devices not in (1, [0]):
+            yield ("rank_growth",), "goes with one device, whose gradients nobody has to be told of anew."
         if self.loggers is not None and len(set(self.loggers)) < len(self.loggers):
             yield ("loggers",), "names a logger twice."
         if self.patience is not None and self.val_every is None:

@@ -117,7 +117,7 @@ def write_card(config: Any, folder: Path) -> None:
         f"On `{base}`" + (f": {describe_base(config.base_fingerprint)}." if config.base_fingerprint else "."),
         f"Gate: scope `{gate.scope}`, select `{gate.select}`"
         + (f" (k = {gate.top_k})" if gate.select == "top_k" else "")
-        + f", shared per `{gate.share}`. Rank {config.r}, alpha {config.lora_alpha}.",
+        + f", shared per `{gate.share}`. Rank {config.r}, alpha {config.lora_alpha}{_own_ranks(config)}.",
         "",
         "| expert | status | tasks |",
         "|---|---|---|",
@@ -126,3 +126,9 @@ def write_card(config: Any, folder: Path) -> None:
         *_loading(config),
     ]
     write_file(folder / "README.md", "\n".join(lines).encode())
+
+
+def _own_ranks(config: Any) -> str:
+    """What to say of experts whose ranks are not the adapter's: imported ones, and those that grew."""
+    own = [f"{name} {spec.r}" for name, spec in config.expert_specs.items() if spec.r != config.r]
+    return f"; ranks of their own: {', '.join(own)}" if own else ""

@@ -17,10 +17,10 @@ from torch import nn
 from molora.disk.atomic import remove_folder, write_folder
 from molora.disk.manifest import is_complete, verify_folder
 from molora.errors import AdapterError, DivergedError
+from molora.store.checkpoints import STATE_FILE
 from molora.store.runs import checkpoint_step, checkpoints
 
 WEIGHTS_FILE = "adapter_model.safetensors"
-STATE_FILE = "trainer_state.pt"
 
 
 class FolderIO(CheckpointIO):

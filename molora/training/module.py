@@ -28,6 +28,7 @@ from molora.config.objective import OBJECTIVES
 from molora.data.loader import ResumableLoader
 from molora.errors import ConfigError
 from molora.training.checkpoint import of_every_process
+from molora.training.growth import Growth
 from molora.training.meter import Meter
 from molora.training.objective import Companion, Objective, forward
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
@@ -55,6 +56,7 @@ class MoLoraModule(L.LightningModule):
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
         self._watched_steps: int | None = None  # how many there will be, where experts look at each
+        self.growth = None if settings.rank_growth is None else Growth(settings.rank_growth)
         self._batch: dict[str, Tensor] = {}
         self._learns = False  # whether any gradient has been seen
 
@@ -108,6 +110,8 @@ class MoLoraModule(L.LightningModule):
         """AdamW over experts, gates and heads, with the recipe's schedule stepped per optimiser step."""
         # Fused AdamW would unscale float16 gradients itself, after clipping.
         fused = self.settings.precision != "16-mixed"
+        if self.growth is not None:
+            self.growth.check(self.model)
         optimizer = build_optimizer(self.model, self.settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         self._watched_steps = total if looks_at_steps(self.model) else None
@@ -175,16 +179,25 @@ class MoLoraModule(L.LightningModule):
         if self.global_rank < len(self._metered):
             self.meter.load_state_dict(self._metered[self.global_rank])
 
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Let experts grow where it is their time, once the random state is that of this batch."""
+        if self.growth is not None:
+            self.growth.due(self.model, self.global_step, self.trainer.optimizers[0])
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next means are of: they shall not depend on where a run was interrupted."""
         checkpoint["meter"] = of_every_process(self.meter.state_dict())
         if states := kind_states(self.model):
             checkpoint["kinds"] = states
+        if self.growth is not None:
+            checkpoint["growth"] = self.growth.state(self.model)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Undo `on_save_checkpoint`; earlier versions kept nothing."""
         self._metered = checkpoint.get("meter", [])
         restore_kinds(self.model, checkpoint.get("kinds", {}))
+        if self.growth is not None and "growth" in checkpoint:
+            self.growth.restore(self.model, checkpoint["growth"])
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
         """See `report_means`."""

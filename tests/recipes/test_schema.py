@@ -40,6 +40,7 @@ def test_none_is_missing() -> None:
         "own_data",
         "preferences",
         "quickstart",
+        "rank_growth",
         "soft_mixture",
         "task_embedding",
         "task_routed",

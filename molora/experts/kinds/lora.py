@@ -24,6 +24,7 @@ class Lora(Kind):
         "the default: exact import and export of ordinary LoRAs, and every loss and strategy",
     )
     keeps_factors = True
+    grows = True
 
     def specs(self) -> dict[str, StackSpec]:
         return {

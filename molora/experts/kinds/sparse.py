@@ -60,6 +60,7 @@ class Sparse(Lora):
         "keep": 0.5, "scores": "magnitude", "after": 20, "seed": 0,
     }  # fmt: skip
     keeps_factors = False
+    grows = False  # a mask is drawn over the whole of a factor
 
     def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         super().__init__(share_A, **settings)

@@ -1,0 +1,86 @@
+"""`train.rank_growth`: when experts grow, that a run which never does is any run, and that a killed one ends the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from molora.config.load import load_recipe
+from molora.errors import ConfigError
+from molora.models.build import load_trained
+from molora.training import module
+from molora.training.train import train
+from tests.config.recipes import small
+from tests.training.runs import adapter_weights, assert_same_weights, recipe_for
+
+GROWTH = {"every": 2, "by": 2, "max": 5}
+
+
+def recipe(base: Path, output: Path, **settings: Any) -> dict[str, Any]:
+    steps = {"max_steps": 7, "save_every": 1, "keep_checkpoints": 9, "weight_decay": 0.1}
+    made = recipe_for(base, output, **{**steps, "rank_growth": GROWTH, **settings})
+    made["adapter"]["plain_targets"] = ["down_proj"]
+    return made
+
+
+def ranks(folder: Path) -> set[int]:
+    return {t.shape[1] for name, t in adapter_weights(folder).items() if name.endswith(".A") and len(t) > 1}
+
+
+def test_a_run_grows_goes_on_where_it_was_killed_and_its_checkpoints_load(base: Path, tmp_path: Path) -> None:
+    full = train(recipe(base, tmp_path / "full"))
+    found = [ranks(path) for path in full.checkpoints]
+    assert found == [{2}, {2}, {4}, {4}, {5}, {5}, {5}] and ranks(full.adapter) == {5}
+
+    def crash(*_: Any) -> None:
+        raise KeyError("a crash")
+
+    with (
+        pytest.MonkeyPatch.context() as patch
+    ):  # between the first growth and the second, and right before the second
+        for step in (4, 5):
+            resume = step == 5
+            original = module.MoLoraModule.on_train_batch_start
+
+            def stop(self: Any, batch: Any, index: int, at: int = step, then: Any = original) -> None:
+                if self.global_step == at - 1:
+                    crash()
+                then(self, batch, index)
+
+            patch.setattr(module.MoLoraModule, "on_train_batch_start", stop)
+            with pytest.raises(KeyError):
+                train(recipe(base, tmp_path / "killed"), resume=resume)
+            patch.setattr(module.MoLoraModule, "on_train_batch_start", original)
+    assert_same_weights(full.adapter, train(recipe(base, tmp_path / "killed"), resume=True).adapter)
+    for step, rank in ((2, 2), (3, 4), (7, 5)):
+        model = load_trained(full.path, checkpoint=step)[0]
+        assert {m.A.shape[1] for name, m in model.named_modules() if name.endswith("experts.default")} >= {
+            rank
+        }
+
+
+def test_a_growth_that_never_comes_changes_nothing(base: Path, tmp_path: Path) -> None:
+    never = {"every": 7, "by": 2, "max": 5}
+    one = train(recipe(base, tmp_path / "one", rank_growth=never))
+    two = train(recipe(base, tmp_path / "two", rank_growth=None))
+    assert_same_weights(one.adapter, two.adapter)
+
+
+@pytest.mark.parametrize(
+    ("adapter", "rest", "message"),
+    [
+        ({"r": 8}, {"max": 8}, r"train.rank_growth.max: is 8, and adapter.r is 8 already"),
+        ({"r": [4, 8]}, {"max": 16}, r"train.rank_growth: starts from one rank"),
+        ({"kind": "adalora"}, {"max": 16}, r"train.rank_growth: goes with experts .* of kind lora, lora_fa, dora"),
+        ({"share_A": True}, {"max": 16}, r"train.rank_growth: goes with experts that have an A of their own"),
+        ({}, {"max": 16, "evry": 2}, r"every"),
+    ],
+)  # fmt: skip
+def test_what_cannot_grow_is_refused_before_anything_is_loaded(
+    adapter: dict[str, Any], rest: dict[str, Any], message: str
+) -> None:
+    growth = {"every": 2, **rest} if "evry" not in rest else rest
+    with pytest.raises(ConfigError, match=message):
+        load_recipe(small(adapter=adapter, train={"max_steps": 4, "rank_growth": growth}))
