@@ -53,12 +53,15 @@ class MoLoraTrainerMixin:
         trainer: Any = self
         made = super().create_scheduler(num_training_steps, optimizer=optimizer)  # type: ignore[misc]
 
+        given = trainer.optimizer if optimizer is None else optimizer
+        inner = getattr(given, "optimizer", given)  # accelerate's is around torch's
+
         def look(*_: Any) -> None:
-            after_step(trainer.model, trainer.state.global_step + 1, num_training_steps)
+            step = trainer.state.global_step + 1
+            after_step(trainer.model, step, num_training_steps, optimizer=inner)
 
         if looks_at_steps(trainer.model):
-            given = trainer.optimizer if optimizer is None else optimizer
-            getattr(given, "optimizer", given).register_step_post_hook(look)  # accelerate's is around torch's
+            inner.register_step_post_hook(look)
         return made
 
     def _say_lost_ids(self, model: Any, inputs: dict[str, Any]) -> None:

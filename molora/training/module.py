@@ -14,6 +14,7 @@ random state is kept, a loss that is not finite stops the run, held-out batches 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -33,7 +34,7 @@ from molora.training.meter import Meter
 from molora.training.objective import Companion, Objective, forward
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
 from molora.training.sharded import average_gradients, shard_base
-from molora.tuner.after_step import after_step, kind_states, looks_at_steps, restore_kinds
+from molora.tuner.after_step import after_step, expert_rate, kind_states, looks_at_steps, restore_kinds
 
 
 class MoLoraModule(L.LightningModule):
@@ -115,14 +116,16 @@ class MoLoraModule(L.LightningModule):
         optimizer = build_optimizer(self.model, self.settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         self._watched_steps = total if looks_at_steps(self.model) else None
-        scheduler = build_scheduler(optimizer, self.settings, total)
+        rate = partial(expert_rate, self.model) if self._watched_steps is not None else None
+        scheduler = build_scheduler(optimizer, self.settings, total, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """The step, and what experts and the companion do after it: before any callback looks at the weights or saves them."""
         super().optimizer_step(*args, **kwargs)
         if self._watched_steps is not None:
-            after_step(self.model, self.global_step + 1, self._watched_steps, self._loss_again)
+            made = self.trainer.optimizers[0]
+            after_step(self.model, self.global_step + 1, self._watched_steps, self._loss_again, made)
         if self.companion is not None:
             self.companion.after_step(self.model)
 

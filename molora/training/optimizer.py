@@ -90,12 +90,20 @@ def lr_factor(step: int, *, schedule: str, warmup: int, total: int) -> float:
     return SCHEDULES[schedule](min(1.0, progress))
 
 
-def build_scheduler(optimizer: AdamW, settings: TrainConfig, total: int) -> LambdaLR:
-    """The schedule of `settings` over `total` optimiser steps, for all groups alike."""
+def build_scheduler(
+    optimizer: AdamW, settings: TrainConfig, total: int, rate: Callable[[int], float] | None = None
+) -> LambdaLR:
+    """The schedule of `settings` over `total` optimiser steps, for all groups alike; `rate` multiplies that of experts."""
     warmup = warmup_steps(settings.warmup, total)
-    return LambdaLR(
-        optimizer, lambda step: lr_factor(step, schedule=settings.schedule, warmup=warmup, total=total)
-    )
+
+    def factor(step: int) -> float:
+        return lr_factor(step, schedule=settings.schedule, warmup=warmup, total=total)
+
+    def of_experts(step: int) -> float:
+        return factor(step) * (1.0 if rate is None else rate(step))
+
+    names = [group["name"] for group in optimizer.param_groups]
+    return LambdaLR(optimizer, [of_experts if name.startswith("experts") else factor for name in names])
 
 
 def trained_parts(stages: Sequence[StageConfig], step: int) -> frozenset[str]:

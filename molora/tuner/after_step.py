@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from molora.experts.kinds.kind import Kind
+from molora.experts.kinds.kind import Kind, Step
 from molora.forward.mount import Mount, MountPoint
 
 
@@ -16,28 +17,35 @@ def after_step(
     step: int | None = None,
     total_steps: int | None = None,
     loss: Callable[[], Tensor] | None = None,
+    optimizer: Optimizer | None = None,
 ) -> None:
     """Let the active adapters' experts look at weights and gradients, between `optimizer.step()` and `zero_grad()`.
 
     molora's own training calls it, and so does a Trainer with `molora.hf.MoLoraTrainerMixin`. A loop of your own has to for
-    the kinds `adalora` and `sparse`; for the others it does nothing.
+    the kinds `adalora`, `sparse` and `relora`; for the others it does nothing.
 
     Args:
         model: with its gradients still there.
         step: the number of the step just made, from 1; None: one more than the last.
         total_steps: how many there will be; None: as the kind's settings say.
         loss: computes the loss of the last batch again, which `sparse` with `scores: grasp` asks for.
+        optimizer: whose step it was, which `relora` asks for.
 
     Raises:
-        ConfigError: the kind needs to know how many steps there are, or the loss.
+        ConfigError: the kind needs to know how many steps there are, or the loss, or the optimiser.
     """
     for kind, mounts in _kinds(model, active=True).values():
-        kind.after_step({mount.key: mount.bank for mount in mounts}, step, total_steps, loss)
+        kind.after_step({mount.key: mount.bank for mount in mounts}, Step(step, total_steps, loss, optimizer))
 
 
 def looks_at_steps(model: nn.Module) -> bool:
     """Whether `after_step` does anything here."""
     return any(type(kind).after_step is not Kind.after_step for kind, _ in _kinds(model).values())
+
+
+def expert_rate(model: nn.Module, step: int) -> float:
+    """What the active adapters' kinds multiply the experts' learning rate by at a step (0 = the first)."""
+    return min((kind.rate(step) for kind, _ in _kinds(model, active=True).values()), default=1.0)
 
 
 def kind_states(model: nn.Module) -> dict[str, Any]:

@@ -103,6 +103,11 @@ class WrittenCore(Written):
         return self.B @ self.C @ self.A
 
 
+class WrittenReLora(Written):
+    def delta(self):
+        return self.held_B @ self.held_A + self.B @ self.A
+
+
 class WrittenTrain(Written):
     """The trains of LoRETTA, one number of the product after the other."""
 
@@ -150,6 +155,7 @@ REFERENCES = {
     "adalora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
     "sparse": (lora_reference, {"A", "B"}),
+    "relora": (written_reference(WrittenReLora, ("A", "B", "held_A", "held_B")), {"A", "B"}),
     "tensor_train": (written_reference(WrittenTrain, "AB"), {"A", "B"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

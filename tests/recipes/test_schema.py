@@ -34,6 +34,7 @@ def test_none_is_missing() -> None:
         "kind_adalora",
         "kind_core",
         "kind_dora",
+        "kind_relora",
         "kind_sparse",
         "kind_tensor_train",
         "own_classifier",

@@ -34,7 +34,7 @@ def test_a_recipe_ends_within_its_budget_and_a_resumed_run_is_the_same(base: Pat
     experts = sum(len(tensor) for name, tensor in found.items() if name.endswith(".E"))
     assert values(found) == experts < sum(t.numel() for name, t in found.items() if name.endswith(".E"))
 
-    def crash(model: Any, step: int, total: int, loss: Any) -> None:
+    def crash(model: Any, step: int, total: int, *_: Any) -> None:
         if step == 4:
             raise KeyError("a crash")
         molora.after_step(model, step, total)

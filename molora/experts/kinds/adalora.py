@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from molora.config.section import Problem
-from molora.experts.kinds.kind import About, Expert, Kind, StackSpec
+from molora.experts.kinds.kind import About, Expert, Kind, StackSpec, Step
 from molora.experts.rank_budget import RankBudget, Triplets
 
 
@@ -70,20 +70,14 @@ class AdaLora(Kind):
             name: torch.nn.functional.pad(row, pads[name]).to(expert.A.dtype) for name, row in rows.items()
         }
 
-    def after_step(
-        self,
-        banks: Mapping[str, Any],
-        step: int | None,
-        total: int | None,
-        loss: Callable[[], Tensor] | None = None,
-    ) -> None:
+    def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
         layers = {}
         for key, bank in banks.items():
             parameters = {name: stack.trainable for name, stack in bank.named_stacks().items()}
             if bank.trainable and all(p.requires_grad for p in parameters.values()):
                 layers[key] = Triplets(parameters, [bank.ranks[i] for i in bank.trainable])
         if layers:
-            self._budget.after_step(layers, step, total)
+            self._budget.after_step(layers, at.number, at.total)
 
     def state(self) -> dict[str, Any]:
         return self._budget.state()

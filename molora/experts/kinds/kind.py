@@ -8,6 +8,7 @@ from typing import Any, ClassVar, NamedTuple, Protocol, Self
 
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim import Optimizer
 
 from molora.config.section import Problem
 from molora.experts.stack import Stack
@@ -73,6 +74,15 @@ class Place(NamedTuple):
     d_in: int
     d_out: int
     rank: int  # of the first expert there
+
+
+class Step(NamedTuple):
+    """A step of the optimiser, just made."""
+
+    number: int | None = None  # from 1; None: one more than the last
+    total: int | None = None  # how many there will be; None: not known
+    loss: Callable[[], Tensor] | None = None  # computes that of its last batch again; None: the caller cannot
+    optimizer: Optimizer | None = None  # None: the caller does not say
 
 
 class Base(Protocol):
@@ -161,21 +171,17 @@ class Kind:
         """
         raise NotImplementedError
 
-    def after_step(
-        self,
-        banks: Mapping[str, Any],
-        step: int | None,
-        total: int | None,
-        loss: Callable[[], Tensor] | None = None,
-    ) -> None:
+    def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
         """Look at weights and gradients of an adapter after an optimiser's step; see `molora.after_step`.
 
         Args:
             banks: of all layers, by their names.
-            step: its number, from 1; None: one more than the last.
-            total: how many there will be; None: not known.
-            loss: computes the loss of the step's last batch again; None: the caller cannot.
+            at: which step, and what it was made with.
         """
+
+    def rate(self, step: int) -> float:
+        """What the experts' learning rate is multiplied by at a step (0 = the first), beside the schedule."""
+        return 1.0
 
     def state(self) -> dict[str, Any]:
         """What it has to remember between steps, as plain data; nothing, for most kinds."""

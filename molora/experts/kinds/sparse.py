@@ -28,7 +28,7 @@ from torch import Tensor
 
 from molora.config.section import Problem
 from molora.errors import ConfigError
-from molora.experts.kinds.kind import About, Expert, Kind, StackSpec
+from molora.experts.kinds.kind import About, Expert, Kind, StackSpec, Step
 from molora.experts.kinds.lora import Lora
 
 SCORES = ("magnitude", "snip", "grasp", "random")
@@ -86,23 +86,19 @@ class Sparse(Lora):
         A, B = (rows[name] * unpacked(rows[f"mask_{name}"], rows[name].shape[-1]) for name in "AB")
         return A, B
 
-    def after_step(
-        self,
-        banks: Mapping[str, Any],
-        step: int | None,
-        total: int | None,
-        loss: Callable[[], Tensor] | None = None,
-    ) -> None:
-        self._step = self._step + 1 if step is None else step
+    def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
+        self._step = self._step + 1 if at.number is None else at.number
         after = int(self.chosen["after"])
-        if self._step == 1 and total is not None and total < after:
+        if self._step == 1 and at.total is not None and at.total < after:
             text = (
                 "kind sparse: training ends at step %d, before kind_settings.after = %d: experts stay dense."
             )
-            log.warning(text, total, after)
+            log.warning(text, at.total, after)
         learning = {key: bank for key, bank in banks.items() if bank.trainable}
         if self._step >= after:
-            self._draw({key: bank for key, bank in learning.items() if not self._is_drawn(key, bank)}, loss)
+            self._draw(
+                {key: bank for key, bank in learning.items() if not self._is_drawn(key, bank)}, at.loss
+            )
         with torch.no_grad():
             for bank in learning.values():
                 for name in "AB":
