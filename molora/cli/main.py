@@ -23,7 +23,7 @@ INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "federate", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
     "compare", "init", "generate", "chat", "tokens", "report", "runs", "recipes", "presets", "schema",
-    "fuse", "kinds", "library", "push", "pull",
+    "fuse", "kinds", "library", "push", "pull", "rank",
 )  # fmt: skip
 
 
