@@ -23,7 +23,7 @@ INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "federate", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
     "compare", "init", "generate", "chat", "tokens", "report", "runs", "recipes", "presets", "schema",
-    "fuse", "kinds", "library", "push", "pull", "rank",
+    "fuse", "kinds", "library", "push", "pull", "rank", "search",
 )  # fmt: skip
 
 
@@ -116,7 +116,7 @@ def _run(arguments: list[str]) -> int:
 
 
 def _say_interrupted(arguments: list[str]) -> None:
-    resumable = bool({"train", "continual", "federate", "add-expert"} & {*arguments})
+    resumable = bool({"train", "continual", "federate", "add-expert", "search"} & {*arguments})
     print("interrupted" + (": go on with --resume." if resumable else ""), file=sys.stderr)
 
 
