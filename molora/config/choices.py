@@ -91,6 +91,7 @@ KINDS.add("adalora", Lazy("experts.kinds.adalora:AdaLora"))
 KINDS.add("core", Lazy("experts.kinds.core:Core"))
 KINDS.add("sparse", Lazy("experts.kinds.sparse:Sparse"))
 KINDS.add("relora", Lazy("experts.kinds.relora:ReLora"))
+KINDS.add("cola", Lazy("experts.kinds.cola:Cola"))
 KINDS.add("tensor_train", Lazy("experts.kinds.tensor_train:TensorTrain"))
 
 # What a task's core may be: subclasses of experts.cores.TaskCores, imported when they are used.

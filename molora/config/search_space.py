@@ -69,7 +69,12 @@ def default_space(config: RunConfig) -> dict[str, list[Any] | Range]:
         if not adapter.ffn_targets:
             space["adapter.target_modules"] = [adapter.target_modules, ATTENTION, FEED_FORWARD]
     learned = adapter.gate.score != "none"
-    if learned and isinstance(adapter.num_experts, int) and adapter.expert_names is None and adapter.tasks is None:
+    if (
+        learned
+        and isinstance(adapter.num_experts, int)
+        and adapter.expert_names is None
+        and adapter.tasks is None
+    ):
         n, by_task = adapter.num_experts, any(AUX_LOSSES[name].by_task for name in adapter.aux_losses)
         least = len(config.data.tasks) if by_task else 2  # then each task has an expert of its own
         space["adapter.num_experts"] = [n, *(m for m in (n // 2, 2 * n) if m >= least)]

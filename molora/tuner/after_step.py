@@ -22,14 +22,14 @@ def after_step(
     """Let the active adapters' experts look at weights and gradients, between `optimizer.step()` and `zero_grad()`.
 
     molora's own training calls it, and so does a Trainer with `molora.hf.MoLoraTrainerMixin`. A loop of your own has to for
-    the kinds `adalora`, `sparse` and `relora`; for the others it does nothing.
+    the kinds `adalora`, `sparse`, `relora` and `cola`; for the others it does nothing.
 
     Args:
         model: with its gradients still there.
         step: the number of the step just made, from 1; None: one more than the last.
         total_steps: how many there will be; None: as the kind's settings say.
         loss: computes the loss of the last batch again, which `sparse` with `scores: grasp` asks for.
-        optimizer: whose step it was, which `relora` asks for.
+        optimizer: whose step it was, which `relora` and `cola` ask for.
 
     Raises:
         ConfigError: the kind needs to know how many steps there are, or the loss, or the optimiser.

@@ -156,6 +156,7 @@ REFERENCES = {
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
     "sparse": (lora_reference, {"A", "B"}),
     "relora": (written_reference(WrittenReLora, ("A", "B", "held_A", "held_B")), {"A", "B"}),
+    "cola": (written_reference(WrittenReLora, ("A", "B", "held_A", "held_B")), {"A", "B"}),
     "tensor_train": (written_reference(WrittenTrain, "AB"), {"A", "B"}),
 }
 kinds = pytest.mark.parametrize("kind", KINDS)

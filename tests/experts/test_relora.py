@@ -13,11 +13,12 @@ from torch.testing import assert_close
 
 import molora
 from molora import GateConfig, MoLoraConfig
+from molora.continual.sequence import train_sequence
 from molora.errors import ConfigError
 from molora.training import module
 from molora.training.train import train
 from tests.experts.test_kinds import TARGETS, banks
-from tests.training.runs import assert_same_weights, recipe_for, write_base
+from tests.training.runs import adapter_weights, assert_same_weights, recipe_for, write_base
 from tests.training.test_hf import MoLoraTrainer, trainer_for
 from tests.zoo import base_model, batch_for, config_for, molora_model
 
@@ -157,3 +158,18 @@ def test_ranks_that_no_links_make_are_refused():
         MoLoraConfig(kind="relora", r=[8, 6])
     with pytest.raises(ConfigError, match=r"links: is 1; allowed: 2 or more"):
         MoLoraConfig(kind="relora", kind_settings={"links": 1})
+
+
+@pytest.mark.slow
+def test_a_sequence_gives_each_task_a_chain_of_its_own(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    recipe = recipe_for(base, tmp_path / "runs", max_steps=4)
+    settings = {"links": 2, "every": 2}
+    recipe["adapter"] = {"r": 2, "kind": "cola", "kind_settings": settings, "target_modules": ["q_proj"]}
+    recipe |= {"continual": {"strategy": "independent"}, "eval": {"batch_size": 4, "modes": ["task"]}}
+    weights = adapter_weights(train_sequence(recipe).adapter)
+    chains = {name: held for name, held in weights.items() if name.endswith("held_B")}
+    assert len(chains) == 2
+    for name, held in chains.items():
+        links = held, weights[name.replace("held_B", "B")]
+        assert all(len(link) == 2 and link[expert].any() for link in links for expert in range(2))

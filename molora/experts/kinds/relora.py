@@ -35,6 +35,7 @@ class ReLora(Kind):
         "a larger rank than its optimiser pays for, in a training long enough for several beginnings",
     )
     settings: ClassVar[Mapping[str, int | float | str]] = {"links": 4, "every": 100, "rewarm": 10}
+    name: ClassVar[str] = "relora"
     starts_by_init = False  # what is held starts as zeros
     one_rank = True
     imports = "its experts learn link by link, and all links of an imported one would be held already"
@@ -54,7 +55,7 @@ class ReLora(Kind):
     def new(self, d_in: int, d_out: int, rank: int, init_A: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
         links = int(self.chosen["links"])
         if rank % links:
-            raise ConfigError(f"kind relora: r is {rank}, which is no multiple of links = {links}.")
+            raise ConfigError(f"kind {self.name}: r is {rank}, which is no multiple of links = {links}.")
         held = rank - rank // links
         A = init_A(torch.empty(rank // links, d_in))
         rows = {"held_A": A.new_zeros(held, d_in), "held_B": A.new_zeros(held, d_out)}
@@ -75,7 +76,7 @@ class ReLora(Kind):
             return
         if at.optimizer is None:
             raise ConfigError(
-                "kind relora resets the optimiser's state at each beginning, and nobody gave the optimiser.",
+                f"kind {self.name} resets the optimiser's state at each beginning, and nobody gave the optimiser.",
                 hint="molora train and the Trainer mixin do; a loop of your own calls after_step(model, step, optimizer=...).",
             )
         for key, bank in banks.items():
