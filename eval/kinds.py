@@ -43,6 +43,14 @@ OWN: dict[str, list[str]] = {
         "adapter.aux_losses={task_label: 1.0, orthonormal: 0.1}",
         "adapter.kind_settings={target_r: 4, deltaT: 10}",
     ],
+    "bilora": ["adapter.aux_losses={task_label: 1.0, orthonormal: 0.1}"],
+    "sparse": [
+        "adapter.r=32",
+        "adapter.lora_alpha=64",
+        "adapter.kind_settings={keep: 0.25, scores: snip, after: 30}",
+    ],
+    "relora": ["adapter.kind_settings={links: 4, every: 75, rewarm: 5}"],
+    "cola": ["adapter.kind_settings={links: 2, every: 150}"],
 }
 
 

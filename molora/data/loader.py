@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from molora.data.mixing import epoch_order, mixing_counts, shard, this_process
+from molora.data.mixing import Halves, epoch_order, mixing_counts, shard, this_process
 from molora.data.prompts import Example
 from molora.errors import ConfigError
 
@@ -25,6 +25,8 @@ class ResumableLoader:
     read ahead. The order is a pure function of (seed, epoch), and no global random state is read or moved. Nothing is
     dropped: an epoch's last batch may be smaller. In distributed training each process gets its share, all equally
     many batches. It is not a DataLoader, so Lightning leaves its order and sharding alone.
+
+    With `halves`, each batch is of one half of every task's records: see `Halves`.
 
     `last` is the epoch and number of the batch handed out last, and `left_out` those that nothing shall be learned from.
     They are handed out all the same, so that all else stays as it was.
@@ -42,6 +44,7 @@ class ResumableLoader:
         weights: Sequence[float] | None = None,
         workers: int = 0,
         left_out: set[tuple[int, int]] | None = None,
+        halves: bool = False,
     ) -> None:
         if batch_size < 1:
             raise ConfigError(f"batch_size must be at least 1, not {batch_size}.")
@@ -50,6 +53,7 @@ class ResumableLoader:
         self.examples = [example for examples in tasks for example in examples]
         self.sizes = [len(examples) for examples in tasks]
         self.counts = mixing_counts(self.sizes, mixing, temperature, weights)
+        self.halves = Halves(self.sizes, self.counts, seed) if halves else None
         self.batch_size = batch_size
         self.collate = collate
         self.seed = seed
@@ -61,13 +65,34 @@ class ResumableLoader:
 
     def __len__(self) -> int:
         """Batches in an epoch, on this and on every other process."""
-        share = -(-sum(self.counts) // this_process()[1])
-        return -(-share // self.batch_size)
+        return sum(self._numbers())
+
+    def _numbers(self) -> list[int]:
+        """How many batches an epoch has, of each half where there are halves."""
+        parts = [sum(self.counts)] if self.halves is None else self.halves.records
+        shares = [-(-records // this_process()[1]) for records in parts]
+        return [-(-share // self.batch_size) for share in shares]
 
     def batches(self, epoch: int) -> list[list[int]]:
         """The example indices of every batch of an epoch on this process."""
-        order = shard(epoch_order(self.sizes, self.counts, self.seed, epoch), *this_process()).tolist()
-        return [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        if self.halves is None:
+            return self._cut(epoch_order(self.sizes, self.counts, self.seed, epoch))
+        parts = [self._cut(self.halves.order(half, epoch)) for half in (0, 1)]
+        return [parts[half].pop(0) for half in map(self.half_of, range(len(self)))]
+
+    def _cut(self, order: Tensor) -> list[list[int]]:
+        mine = shard(order, *this_process()).tolist()
+        return [mine[i : i + self.batch_size] for i in range(0, len(mine), self.batch_size)]
+
+    def half_of(self, number: int) -> int:
+        """Of which half the batch of that number in an epoch is, 0 or 1: they take turns, 1 first, until one is through."""
+        shorter = min(self._numbers())
+        return (number + 1) % 2 if number < 2 * shorter else int(self._numbers()[1] > shorter)
+
+    @property
+    def half(self) -> int | None:
+        """Which half of the records the batch handed out last is of; None where there are no halves."""
+        return None if self.halves is None or self.last is None else self.half_of(self.last[1])
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, total = self.epoch, len(self)

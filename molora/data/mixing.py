@@ -65,3 +65,36 @@ def this_process() -> tuple[int, int]:
     if distributed.is_available() and distributed.is_initialized():
         return distributed.get_rank(), distributed.get_world_size()
     return 0, 1
+
+
+class Halves:
+    """Every task's records in two halves that never meet, a pure function of sizes and seed.
+
+    Args:
+        sizes: records of each task.
+        counts: how many an epoch has of each, in both halves together.
+    """
+
+    def __init__(self, sizes: Sequence[int], counts: Sequence[int], seed: int) -> None:
+        if min(sizes) < 2:
+            raise ConfigError(
+                "halves of the data need two training records of every task, and one has a single one.",
+                hint="use another adapter.kind than bilora, or more records.",
+            )
+        generator, start = torch.Generator().manual_seed(seed), 0
+        members: tuple[list[Tensor], list[Tensor]] = [], []
+        for size in sizes:
+            drawn = torch.randperm(size, generator=generator) + start
+            for half in (0, 1):
+                members[half].append(drawn[half::2].sort().values)
+            start += size
+        self.members = [torch.cat(parts) for parts in members]
+        self._sizes = [[len(part) for part in parts] for parts in members]
+        self._counts = [[max(1, (count + 1 - half) // 2) for count in counts] for half in (0, 1)]
+        self._seed = seed
+        self.records = [sum(counts) for counts in self._counts]
+
+    def order(self, half: int, epoch: int) -> Tensor:
+        """Indices of one half's records, shuffled, as of `epoch_order`."""
+        seed = 2 * self._seed + half
+        return self.members[half][epoch_order(self._sizes[half], self._counts[half], seed, epoch)]

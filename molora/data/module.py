@@ -61,6 +61,7 @@ class MoLoraDataModule(L.LightningDataModule):
         *,
         eval_batch_size: int | None = None,
         collate: Callable[..., dict[str, Any]] = collate,
+        halves: bool = False,
     ) -> None:
         super().__init__()
         self.config = config
@@ -70,6 +71,7 @@ class MoLoraDataModule(L.LightningDataModule):
         self.eval_batch_size = eval_batch_size or batch_size
         self.seed = seed
         self.collate = collate
+        self.halves = halves
         self.left_out: set[tuple[int, int]] = set()  # batches to learn nothing from, see ResumableLoader
         self._encoded: dict[tuple[str, str], list[Example]] = {}
         self._summary: list[SplitSummary] = []
@@ -106,6 +108,7 @@ class MoLoraDataModule(L.LightningDataModule):
             weights=[task.weight for task in self.tasks],
             workers=self.config.workers,
             left_out=self.left_out,
+            halves=self.halves,
         )
 
     def val_dataloader(self) -> DataLoader[Example] | list[DataLoader[Example]]:

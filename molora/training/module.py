@@ -34,7 +34,14 @@ from molora.training.meter import Meter
 from molora.training.objective import Companion, Objective, forward
 from molora.training.optimizer import build_optimizer, build_scheduler, trained_parts
 from molora.training.sharded import average_gradients, shard_base
-from molora.tuner.after_step import after_step, expert_rate, kind_states, looks_at_steps, restore_kinds
+from molora.tuner.after_step import (
+    after_step,
+    expert_rate,
+    kind_states,
+    looks_at_steps,
+    restore_kinds,
+    withhold,
+)
 
 
 class MoLoraModule(L.LightningModule):
@@ -144,6 +151,9 @@ class MoLoraModule(L.LightningModule):
         if self._sharded:
             average_gradients([p for group in optimizer.param_groups for p in group["params"]])
         self._expect_a_gradient(optimizer)
+        loader = self.trainer.train_dataloader
+        if isinstance(loader, ResumableLoader) and loader.half is not None:
+            withhold(self.model, loader.half)
         parts = trained_parts(self.settings.stages, self.global_step)
         for group in optimizer.param_groups:
             if group["name"].split("_")[0] not in parts:

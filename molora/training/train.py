@@ -14,6 +14,7 @@ from peft import PeftModel
 from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig, load_recipe
+from molora.config.choices import KINDS
 from molora.config.load import Recipe, recipe_text
 from molora.config.objective import OBJECTIVES
 from molora.data.module import MoLoraDataModule
@@ -170,7 +171,13 @@ def encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBas
     objective = OBJECTIVES[config.train.objective.kind]
     objective.check_tasks([*tasks])
     collate, size = objective.collate, config.train.batch_size
-    data = MoLoraDataModule(config.data, tasks, tokenizer, size, config.seed, collate=collate)
+    halves = bool(KINDS[config.adapter.kind].upper)
+    if halves and config.train.accumulate > 1:
+        raise ConfigError(
+            f"kind {config.adapter.kind} takes each step on one half of the data, so train.accumulate must be 1.",
+            hint="raise train.batch_size instead.",
+        )
+    data = MoLoraDataModule(config.data, tasks, tokenizer, size, config.seed, collate=collate, halves=halves)
     data.setup("fit")
     return data
 

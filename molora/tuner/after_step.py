@@ -48,6 +48,16 @@ def expert_rate(model: nn.Module, step: int) -> float:
     return min((kind.rate(step) for kind, _ in _kinds(model, active=True).values()), default=1.0)
 
 
+def withhold(model: nn.Module, half: int) -> None:
+    """Drop the gradients of what experts do not learn on this half of the data: 1 is that of their kind's `upper` stacks."""
+    for kind, mounts in _kinds(model, active=True).values():
+        stacks = [(name, stack) for mount in mounts for name, stack in mount.bank.named_stacks().items()]
+        for name, stack in stacks if kind.upper else ():
+            if (name in kind.upper) != (half == 1):
+                for block in stack.blocks:
+                    block.grad = None
+
+
 def kind_states(model: nn.Module) -> dict[str, Any]:
     """By adapter, what its kind of experts has to remember beside its tensors to go on training; plain data."""
     found = {adapter: kind.state() for adapter, (kind, _) in _kinds(model).items()}

@@ -153,6 +153,7 @@ REFERENCES = {
     "vera": (vera_reference, {"d", "b"}),
     "dora": (dora_reference, {"A", "B", "m"}),
     "adalora": (adalora_reference, {"A", "E", "B"}),
+    "bilora": (adalora_reference, {"A", "E", "B"}),
     "core": (written_reference(WrittenCore, "ABC"), {"A", "B", "C"}),
     "sparse": (lora_reference, {"A", "B"}),
     "relora": (written_reference(WrittenReLora, ("A", "B", "held_A", "held_B")), {"A", "B"}),

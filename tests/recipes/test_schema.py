@@ -32,6 +32,7 @@ def test_none_is_missing() -> None:
         "feed_forward",
         "instruction_clusters",
         "kind_adalora",
+        "kind_bilora",
         "kind_cola",
         "kind_core",
         "kind_dora",

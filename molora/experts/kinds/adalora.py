@@ -58,17 +58,7 @@ class AdaLora(Kind):
         return rows["A"], rows["B"] * rows["E"].unsqueeze(-1)
 
     def rows_of(self, expert: Expert) -> dict[str, Tensor]:
-        """Singular values and vectors of B A, without a matrix of its size."""
-        compute = torch.promote_types(expert.A.dtype, torch.float32)
-        left, upper = torch.linalg.qr(expert.B.detach().to(compute))
-        right, lower = torch.linalg.qr(expert.A.detach().to(compute).t())
-        U, S, Vh = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
-        rows = {"A": (right @ Vh.t()).t(), "E": S, "B": (left @ U).t()}
-        short = expert.rank - len(S)  # a rank beyond the layer's own width
-        pads = {"A": (0, 0, 0, short), "E": (0, short), "B": (0, 0, 0, short)}
-        return {
-            name: torch.nn.functional.pad(row, pads[name]).to(expert.A.dtype) for name, row in rows.items()
-        }
+        return singular_rows(expert)
 
     def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
         layers = {}
@@ -105,3 +95,15 @@ class AdaLora(Kind):
                 ("kind_settings", "min_rank"),
                 f"is {given['min_rank']}, more than target_r = {given['target_r']}.",
             )
+
+
+def singular_rows(expert: Expert) -> dict[str, Tensor]:
+    """Singular values E and vectors A, B of an expert's B A, without a matrix of its size."""
+    compute = torch.promote_types(expert.A.dtype, torch.float32)
+    left, upper = torch.linalg.qr(expert.B.detach().to(compute))
+    right, lower = torch.linalg.qr(expert.A.detach().to(compute).t())
+    U, S, Vh = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
+    rows = {"A": (right @ Vh.t()).t(), "E": S, "B": (left @ U).t()}
+    short = expert.rank - len(S)  # a rank beyond the layer's own width
+    pads = {"A": (0, 0, 0, short), "E": (0, short), "B": (0, 0, 0, short)}
+    return {name: torch.nn.functional.pad(row, pads[name]).to(expert.A.dtype) for name, row in rows.items()}

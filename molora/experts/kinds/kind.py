@@ -128,6 +128,7 @@ class Kind:
     base: Base | None = None  # where it `scales_output`
     orthonormal: ClassVar[bool] = False  # whether A and B are sets of vectors that should be orthonormal
     grows: ClassVar[bool] = False  # whether an expert may get more rows of its rank in training
+    upper: ClassVar[frozenset[str]] = frozenset()  # stacks that learn on a half of the data of their own
     imports: ClassVar[str | None] = None  # why the factors of an ordinary LoRA cannot become its parameters
 
     averages: ClassVar[str | None] = (
