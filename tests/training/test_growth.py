@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from molora.config.load import load_recipe
+from molora.continual.grow import add_expert
 from molora.errors import ConfigError
 from molora.models.build import load_trained
 from molora.training import module
@@ -59,6 +61,25 @@ def test_a_run_grows_goes_on_where_it_was_killed_and_its_checkpoints_load(base: 
         assert {m.A.shape[1] for name, m in model.named_modules() if name.endswith("experts.default")} >= {
             rank
         }
+
+
+def test_an_expert_that_is_added_grows_and_the_others_stay(base: Path, tmp_path: Path) -> None:
+    made = recipe_for(base, tmp_path, max_steps=2)
+    made["adapter"] = {"num_experts": 2, "r": 2, "gate": "task"}
+    made["eval"]["modes"] = ["task"]
+    before = train(made)
+    task = {"name": "third", "source": "synthetic", "generator": "pig", "train_size": 20, "eval_size": 4}
+    growth = {"every": 1, "by": 2, "max": 5}
+    run = add_expert(before, {"task": task, "train": {"max_steps": 3, "rank_growth": growth}})
+    old, new = adapter_weights(before.adapter), adapter_weights(run.adapter)
+    names = [name for name in old if name.endswith(".A")]
+    assert names and all(new[name].shape[1] == 5 for name in names)
+    for name in names:
+        assert torch.equal(new[name][:2, :2], old[name]) and not new[name][:2, 2:].any()
+    with pytest.raises(
+        ConfigError, match=r"train\.rank_growth: strategy o_lora compares factors of one size"
+    ):
+        add_expert(before, {"task": task, "train": {"rank_growth": growth}, "strategy": "o_lora"})
 
 
 def test_a_growth_that_never_comes_changes_nothing(base: Path, tmp_path: Path) -> None:

@@ -141,6 +141,17 @@ def test_a_trial_trains_in_memory_and_is_scored(base: Path, tmp_path: Path) -> N
     assert {path.name for path in tmp_path.iterdir()} == {"search"}
 
 
+def test_a_training_is_cut_short_at_a_quarter_of_its_steps(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("optuna.trial.Trial.should_prune", lambda self: True)
+    reported: list[tuple[float, int]] = []
+    monkeypatch.setattr("optuna.trial.Trial.report", lambda self, value, step: reported.append((value, step)))
+    (trial,) = found(base, tmp_path, trials=1).run()
+    assert trial.state == "pruned" and trial.value is None
+    assert [step for _, step in reported] == [1] and reported[0][0] < 0  # less loss is more
+
+
 @pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_in_a_new_process(base: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
