@@ -33,8 +33,8 @@ def command(
 ) -> None:
     """Train a recipe under other ranks, targets, rates, numbers of experts and gates, and write out the best.
 
-    The recipe itself is the first trial. Scores are of held-out records, which the search selects on: keep others for the last
-    word. Needs the extra `search`.
+    The recipe itself is the first trial, and with smaller ranks the next ones. Scores are of held-out records, which the search
+    selects on: keep others for the last word. Needs the extra `search`.
 
     Example: molora search recipes/quickstart.yaml --trials 12
     """

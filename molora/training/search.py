@@ -1,8 +1,9 @@
 """search: train a recipe under other settings, again and again, and keep those that score best for their size.
 
 A trial's value is its mean score over the tasks, less `cost` for each doubling of the recipe's trained parameters: what
-twice the parameters must gain to be worth it. The recipe itself is the first trial. Settings are proposed by Optuna's TPE; a
-trial whose held-out loss is worse than the median of the others at a quarter, half or three quarters of its steps ends there.
+twice the parameters must gain to be worth it. The recipe itself is the first trial, and with smaller ranks the next ones; then
+settings are proposed by Optuna's TPE. A trial whose held-out loss is worse than the median of the others at a quarter, half
+or three quarters of its steps ends there.
 Nothing of a trial is kept but its numbers, in a journal that a killed search goes on from.
 
 Reference: Optuna, arXiv:1907.10902.
@@ -91,7 +92,8 @@ class Search:
         with exclusive(self.folder / "lock", wait=1.0), at_work():
             self._study = open_study(self.folder / JOURNAL, self.config.seed, FEW)
             if not self._study.trials:
-                self._study.enqueue_trial(self._coded(own_values(self.config, self.space)))
+                for values in self._first():
+                    self._study.enqueue_trial(self._coded(values))
             for number in range(self._finished(), self.trials):
                 say(f"trial {number + 1} of {self.trials}")
                 self._try(reference)
@@ -140,6 +142,15 @@ class Search:
             return
         self.folder.mkdir(parents=True)
         write_json(there, settings)
+
+    def _first(self) -> list[dict[str, Any]]:
+        """What is tried before anything is proposed: the recipe, then with each smaller rank, the largest first."""
+        own = own_values(self.config, self.space)
+        ranks, r = self.space.get("adapter.r", []), own.get("adapter.r")
+        if isinstance(ranks, Range) or not isinstance(r, int):
+            return [own]
+        smaller = sorted({rank for rank in ranks if isinstance(rank, int) and rank < r}, reverse=True)
+        return [own, *({**own, "adapter.r": rank} for rank in smaller)]
 
     def _coded(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """Values as Optuna keeps them, where the space has them."""
