@@ -31,6 +31,12 @@ class AggregatorSpec:
 
 
 AGGREGATORS: Registry[AggregatorSpec] = Registry("way of aggregating")
+# Kinds that decide in one training what the others would have to share.
+_ALONE = {
+    "adalora": "gives rank away by what one training sees, so that clients end with different ranks",
+    "sparse": "draws its masks by what one training sees, so that clients end with different ones",
+    **dict.fromkeys(("relora", "cola"), "begins new links by the steps of one training, and a round is one"),
+}
 _PRODUCTS = {"kind": "lora", "share_A": False, "task_cores": False, "combine": "outputs"}
 
 for _name, _spec in {
@@ -50,9 +56,8 @@ def aggregate_problems(name: str, mixture: Mixture) -> Iterator[tuple[str, str]]
     if mixture.router is not None:
         text = "learns from prompts, which stay with the clients: leave it out, and teach one afterwards (molora.fit_router)."
         yield "router", text
-    if mixture.kind == "adalora":
-        text = "gives rank away by what one training sees, so that clients end with different ranks; use kind: lora."
-        yield "kind", f"adalora {text}"
+    if mixture.kind in _ALONE:
+        yield "kind", f"{mixture.kind} {_ALONE[mixture.kind]}; use kind: lora."
         return
     for key, value in AGGREGATORS[name].needs.items():
         if getattr(mixture, key) != value:

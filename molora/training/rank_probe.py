@@ -71,8 +71,11 @@ def probe(config: RunConfig, method: str, steps: int) -> list[LayerShare]:
 def _check(config: RunConfig, method: str) -> None:
     if method not in METHODS:
         raise ConfigError(f"--method {method} is not one of {', '.join(METHODS)}.")
-    if config.continual is not None:
-        raise ConfigError("layers are measured on all tasks at once; take out the recipe's `continual`.")
+    for section in ("continual", "federated"):
+        if getattr(config, section) is not None:
+            raise ConfigError(
+                f"layers are measured in one training; take out the recipe's `{section}` section."
+            )
     for key in ("ffn_targets", "from_loras"):
         if getattr(config.adapter, key):
             why = "mixes whole feed-forwards" if key == "ffn_targets" else "has experts of ranks of their own"

@@ -107,10 +107,9 @@ class Search:
             values = [choices.low] if isinstance(choices, Range) else choices
             if not any(_fits(self.config, key, value) for value in values):
                 with_values(self.config, {key: values[0]})  # says why
-        if self.config.continual is not None:
-            raise ConfigError(
-                "a search trains on all tasks at once; take out the recipe's `continual` section."
-            )
+        for section in ("continual", "federated"):
+            if getattr(self.config, section) is not None:
+                raise ConfigError(f"a trial is one training; take out the recipe's `{section}` section.")
         without = [task.name for task in tasks_of(self.config) if not len(task.eval)]
         if without:
             raise ConfigError(

@@ -39,6 +39,7 @@ REFUSED = {
     "trackers": (rounds(train={"loggers": ["wandb"]}), "train.loggers", "allowed: csv"),
     "router": (rounds(adapter={"router": "gaussian"}), "adapter.router", "prompts, which stay with the clients"),
     "adalora": (rounds(adapter={"kind": "adalora"}), "adapter.kind", "use kind: lora"),
+    "sparse": (rounds(adapter={"kind": "sparse"}), "adapter.kind", "draws its masks by what one training sees"),
     "ffa with an A that learns": (rounds(aggregate="ffa"), "adapter.kind", "aggregate: ffa needs kind: lora_fa."),
     "flora of a kind": (rounds(aggregate="flora", adapter={"kind": "vera"}), "adapter.kind", "flora needs kind: lora."),
     "flora with one A": (rounds(aggregate="flora", adapter={"share_A": True}), "adapter.share_A", "needs share_A: false."),

@@ -120,6 +120,11 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
     recipe["data"]["tasks"] = {"only": {"source": "jsonl", "train": str(data)}}
     with pytest.raises(ConfigError, match="these tasks have none: only"):
         Search(load_recipe(recipe), SPACE, tmp_path / "other").run()
+    rounds = {**recipe_for(base, tmp_path), "continual": {"strategy": "replay"}}
+    with pytest.raises(
+        ConfigError, match="a trial is one training; take out the recipe's `continual` section"
+    ):
+        Search(load_recipe(rounds), {"adapter.r": [1, 2]}, tmp_path / "rounds").run()
     with pytest.raises(ConfigError, match=r"the search names 'adapter\.rr'"):
         Search(load_recipe(recipe_for(base, tmp_path)), {"adapter.rr": [1]}, tmp_path / "third").run()
     monkeypatch.setitem(sys.modules, "optuna", None)
