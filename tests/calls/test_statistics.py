@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 
@@ -84,3 +86,15 @@ def test_a_constant_gate_counts_every_token():
     with molora.record_routing(model) as record:
         model(input_ids=batch_for("llama")["input_ids"])
     assert record.tokens == 21
+
+
+def test_ten_times_the_batches_keep_no_byte_more():
+    model, batch = molora_model("llama", "top2-group"), batch_for("llama")
+    kept = []
+    with molora.record_routing(model) as record:
+        for batches in (1, 9):
+            for _ in range(batches):
+                model(**batch)
+            kept.append(len(pickle.dumps(record)))
+    assert kept[0] == kept[1]
+    assert record.tokens == 10 * int(batch["attention_mask"].sum())
