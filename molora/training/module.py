@@ -54,7 +54,8 @@ class MoLoraModule(L.LightningModule):
         self._sharded = False
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
-        self._watched_steps: int | None = None  # how many there will be, where experts look at each
+        self._steps = 0  # how many there will be
+        self._watched_steps: int | None = None  # the same, where experts look at each
         self._learns = False  # whether any gradient has been seen
 
     def forward(self, **inputs: Any) -> Any:
@@ -109,6 +110,7 @@ class MoLoraModule(L.LightningModule):
         optimizer = build_optimizer(self.model, self.settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         self._watched_steps = total if looks_at_steps(self.model) else None
+        self._steps = total
         scheduler = build_scheduler(optimizer, self.settings, total)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
@@ -167,6 +169,11 @@ class MoLoraModule(L.LightningModule):
         self.meter, self._logged_step = Meter(), self.global_step
         if self.global_rank < len(self._metered):
             self.meter.load_state_dict(self._metered[self.global_rank])
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Tell the companion how far training is."""
+        if self.companion is not None:
+            self.companion.at_step(self.model, self.global_step, self._steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next means are of: they shall not depend on where a run was interrupted."""

@@ -11,7 +11,7 @@ second copy and nothing to save: what is frozen is what it was. Without earlier 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -54,11 +54,12 @@ class Preferences(Objective):
 
     def task_loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """The mean loss of the pairs, and rewards as TRL names them."""
-        if not self._checked:
-            check_reference(model, batch)
-            self._checked = True
-        with torch.no_grad(), as_before(model, batch) as given:
-            before = log_probs(model, given)
+        with nullcontext() if self.companion is None else self.companion.as_it_was(model):
+            if not self._checked:
+                check_reference(model, batch)
+                self._checked = True
+            with torch.no_grad(), as_before(model, batch) as given:
+                before = log_probs(model, given)
         now = log_probs(model, batch)
         lengths = (_predicted(model, batch["labels"]) != IGNORED).sum(dim=1).clamp(min=1)
         chosen, rejected = (now - before).chunk(2)

@@ -66,6 +66,10 @@ def train(
             "the recipe trains on tasks one after another.",
             hint="molora continual RECIPE (in Python: molora.train_sequence), or take out its `continual` section.",
         )
+    if config.stages is not None:
+        raise ConfigError(
+            "the recipe has stages.", hint="molora train RECIPE, or in Python molora.train_stages."
+        )
     check_device(config.train)
     check_loggers(config.train)
     check_output(Path(config.output))

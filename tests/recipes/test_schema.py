@@ -39,6 +39,7 @@ def test_none_is_missing() -> None:
         "preferences",
         "quickstart",
         "soft_mixture",
+        "stages",
         "task_embedding",
         "task_routed",
         "topk_instruct",
