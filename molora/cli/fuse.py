@@ -89,7 +89,11 @@ def command(
             allow_other_base=allow_other_base,
             **{key: value for key, value in settings.items() if value is not None},
         )
-    typer.echo(f"{len(folders)} experts by {method}: {_told(done)}")
+    if len(folders) == 1:
+        typer.echo(
+            "there is one expert alone, so nothing is fused: it is written as it is, at its weight", err=True
+        )
+    typer.echo(f"{len(folders)} expert{'s' if len(folders) > 1 else ''} by {method}: {_told(done)}")
     typer.echo(f"LoRA: {done.path}")
 
 

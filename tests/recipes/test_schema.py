@@ -40,6 +40,7 @@ def test_none_is_missing() -> None:
         "quickstart",
         "soft_mixture",
         "stages",
+        "stages_gate",
         "task_embedding",
         "task_routed",
         "topk_instruct",
