@@ -33,13 +33,13 @@ PHASES: dict[str, tuple[str, ...]] = {
     "saving the adapter": (
         "molora.training.train:save",
         "molora.continual.turn:save",
-        "molora.continual.sequence:SequenceRun._publish",
+        "molora.continual.turns:TurnsRun._publish",
     ),
     "scoring": (
         "molora.training.evaluate:score",
         "molora.continual.grow:score",
-        "molora.continual.sequence:score_turn",
-        "molora.continual.sequence:score_base",
+        "molora.continual.turns:score_turn",
+        "molora.continual.turns:score_base",
     ),
     "writing the report": (
         "molora.training.evaluate:write_report",

@@ -19,6 +19,7 @@ _HOMES = {
     "continual.inference": ("load_router",),
     "continual.registry": ("register_strategy",),
     "continual.sequence": ("train_sequence",),
+    "continual.stages": ("train_stages",),
     "errors": ("AdapterError", "ConfigError", "DataError", "DivergedError", "MoLoraError", "RoutingError"),
     "federated.simulate": ("federate",),
     "forward.auxiliary": ("register_loss",),

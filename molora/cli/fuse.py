@@ -43,13 +43,13 @@ def command(
     base: Annotated[str | None, Option(help="Check layers and shapes against this model.")] = None,
     task_type: Annotated[str, Option(help="CAUSAL_LM, SEQ_2_SEQ_LM or SEQ_CLS, of --base.")] = "CAUSAL_LM",
     search: Annotated[
-        str | None, Option(help="Find the weights of a sum on held-out records: grid or lorahub.")
+        str | None, Option(help="Find the weights of a sum on held-out records: grid, lorahub or optuna.")
     ] = None,
     recipe: Annotated[
         Path | None, Option(help="Of the base and the tasks whose held-out records --search uses.")
     ] = None,
     step: Annotated[float, Option(help="Of the grid.")] = 0.1,
-    trials: Annotated[int, Option(help="Of lorahub.")] = 40,
+    trials: Annotated[int, Option(help="Of lorahub and optuna.")] = 40,
     records: Annotated[int, Option(help="Held-out records of each task that --search uses, at most.")] = 64,
     table: Annotated[
         Path | None, Option(metavar="FILE.csv", help="Write every trial, and their curve beside it.")
@@ -89,7 +89,11 @@ def command(
             allow_other_base=allow_other_base,
             **{key: value for key, value in settings.items() if value is not None},
         )
-    typer.echo(f"{len(folders)} experts by {method}: {_told(done)}")
+    if len(folders) == 1:
+        typer.echo(
+            "there is one expert alone, so nothing is fused: it is written as it is, at its weight", err=True
+        )
+    typer.echo(f"{len(folders)} expert{'s' if len(folders) > 1 else ''} by {method}: {_told(done)}")
     typer.echo(f"LoRA: {done.path}")
 
 

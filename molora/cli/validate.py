@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from molora.config import DataConfig, RunConfig
+    from molora.continual.turns import TurnsRun
     from molora.data.preview import Preview
     from molora.data.tasks import TaskSet
 
@@ -81,11 +82,8 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None, ti
 
     tasks = TaskSet.from_config(data, task_type=config.base.task_type if config else None)
     tasks = tasks.joined() if config and config.base.head == "match" else tasks
-    if config is not None and config.continual is not None:
-        from molora.continual.sequence import check_held_out, check_sequence
-
-        check_sequence(config)
-        check_held_out(config, tasks)
+    if config is not None and (kind := _in_turns(config)) is not None:
+        kind.check(config, tasks)
     sizes = ", ".join(f"{task.name} {len(task.train)}+{len(task.eval)}" for task in tasks)
     console.print(f"2 data        ok: {len(tasks.ids)} tasks, train+eval records: {sizes}", markup=False)
     for task in tasks:
@@ -104,6 +102,19 @@ def _check_data(console: Console, data: DataConfig, config: RunConfig | None, ti
         _show_texts(console, tasks)
     else:
         _check_model(console, config, tasks, time)
+
+
+def _in_turns(config: RunConfig) -> type[TurnsRun] | None:
+    """The kind of run that learns one thing after another, where the recipe is of one."""
+    if config.continual is not None:
+        from molora.continual.sequence import SequenceRun
+
+        return SequenceRun
+    if config.stages is not None:
+        from molora.continual.stages import StagedRun
+
+        return StagedRun
+    return None
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool) -> None:
@@ -130,11 +141,8 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
         markup=False,
     )
     _show_records(console, config, tasks, tokenizer)
-    first, ids, labels = config, tasks.ids, labels_of_tasks(config.base, tasks)
-    if config.continual is not None:
-        from molora.continual.turn import turn_recipe
-
-        first, ids = turn_recipe(config, tasks.ids)
+    kind, labels = _in_turns(config), labels_of_tasks(config.base, tasks)
+    first, ids = (config, tasks.ids) if kind is None else kind.recipe_of(config, tasks.ids, 0)
     if config.federated is not None:
         steps = config.federated.rounds * config.federated.asked * config.federated.local_steps
         train = config.train.model_copy(update={"max_steps": steps, "epochs": None})

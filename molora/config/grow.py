@@ -16,6 +16,7 @@ from molora.config.load import Recipe, load_section, read_text
 from molora.config.loss_rules import AuxLosses
 from molora.config.run import RunConfig
 from molora.config.section import ExpertName, Section, TaskName, refuse
+from molora.config.stages import inherited
 from molora.config.strict_yaml import parse
 from molora.config.suggest import options
 from molora.config.train import TrainConfig
@@ -137,10 +138,6 @@ def _inherit(data: dict[str, Any], run: dict[str, Any]) -> dict[str, Any]:
     if isinstance(task, dict):
         whole["task"] = {"kind": KIND_OF_TASK_TYPE[run["base"]["task_type"]]} | task
     if isinstance(own, dict):
-        length = own.get("max_steps") is not None or own.get("epochs") is not None
-        no_length = {"max_steps": None, "epochs": None} if length else {}  # it comes from one of them
-        inherited = {
-            key: value for key, value in run["train"].items() if key not in ("objective", "rank_growth")
-        }
-        whole["train"] = inherited | no_length | own
+        kept = {k: v for k, v in run["train"].items() if k not in ("objective", "rank_growth")}
+        whole["train"] = inherited(kept, own)
     return whole

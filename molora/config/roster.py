@@ -152,6 +152,25 @@ def added(
     return Roster(experts, known, free, roster.frozen_extras or freeze_others)
 
 
+def weighed(roster: Roster, tasks: Mapping[str, Mapping[str, float]]) -> Roster:
+    """The roster where tasks that there are have these experts, with these weights.
+
+    Raises:
+        ConfigError: no such task or expert, no expert at all, or a weight that is not a positive number.
+    """
+    for task, share in tasks.items():
+        if task not in roster.tasks:
+            raise ConfigError(f"no task {task!r}.{options(task, list(roster.tasks), 'Tasks')}")
+        if not share:
+            raise ConfigError(f"tasks[{task!r}] names no expert; a task needs at least one.")
+        for name, weight in share.items():
+            roster.index(name)
+            if not 0 < weight < float("inf"):
+                raise ConfigError(f"the weight of {name} for {task} is {weight}; allowed: positive numbers.")
+    changed = {task: replace(roster.tasks[task], experts=dict(share)) for task, share in tasks.items()}
+    return replace(roster, tasks={**roster.tasks, **changed})
+
+
 def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
     """The roster without one expert. Where `drop_tasks` says so, tasks go with it that had it alone or that it was added for.
 

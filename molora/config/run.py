@@ -25,6 +25,7 @@ from molora.config.section import (
     expand_shorthand,
     refuse,
 )
+from molora.config.stages import ExpertStage, filled_stages, one_by_one_problems, stage_problems
 from molora.config.suggest import options
 from molora.config.train import TrainConfig
 
@@ -121,6 +122,8 @@ class RunConfig(Section):
     """Train the tasks one after another (`molora continual`)."""
     federated: FederatedConfig | None = None
     """Train in rounds of clients that keep their records (`molora federate`)."""
+    stages: list[ExpertStage] | None = Field(default=None, min_length=1)
+    """Build the model expert by expert, each with its own tasks, objective and training."""
     output: str = Field(default="runs", min_length=1)
     """The folder of runs."""
 
@@ -137,6 +140,11 @@ class RunConfig(Section):
         spec = STRATEGIES.get(strategy_kind(data["continual"]) or "", STRATEGIES["sequential"])
         gate, experts = spec.gate, adapter.get("num_experts") or 1
         return data | {"adapter": {"gate": gate, **adapter, "num_experts": experts}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_follows_from_stages(cls, data: Any) -> Any:
+        return filled_stages(data)
 
     @model_validator(mode="before")
     @classmethod
@@ -165,15 +173,13 @@ class RunConfig(Section):
     def _check(self) -> Self:
         of_sequence = () if self.continual is None else self._sequence_problems(self.continual)
         of_rounds = () if self.federated is None else self._round_problems(self.federated)
+        of_stages = () if self.stages is None else stage_problems(self, self.stages)
         of_rest = (
-            self._task_problems(),
-            self._kind_problems(),
-            self._feature_problems(),
-            self._mode_problems(),
-        )
-        alone = self.continual is None and self.federated is None
+            self._task_problems(), self._kind_problems(), self._feature_problems(), self._mode_problems(),
+        )  # fmt: skip
+        alone = self.continual is None and self.federated is None and self.stages is None
         growth = growth_problems(self.train.rank_growth, self.adapter, alone=alone)
-        refuse(chain(of_sequence, of_rounds, *of_rest, self._start_problems(), growth))
+        refuse(chain(of_sequence, of_rounds, of_stages, *of_rest, self._start_problems(), growth))
         return self
 
     def _round_problems(self, federated: FederatedConfig) -> Iterator[Problem]:
@@ -195,13 +201,8 @@ class RunConfig(Section):
         for key in ("tasks", "frozen_experts", *(() if spec.one_expert else ("expert_names",))):
             if getattr(self.adapter, key) not in (None, []):
                 yield ("adapter", key), "is the strategy's to say; leave it out."
-        if self.base.task_type == "SEQ_CLS" and self.base.head != "match":
-            text = "a head that is trained task by task forgets; use `match`, the nearest label text."
-            yield ("base", "head"), text
+        yield from one_by_one_problems(self)
         yield from self._strategy_problems(continual)
-        for name, task in self.data.tasks.items():
-            if task.metric == "loss":
-                yield ("data", "tasks", name, "metric"), "must be a share of right answers, not a loss."
         if spec.task_by_task:
             yield from self._mix_problems(kind)
 
@@ -234,8 +235,6 @@ class RunConfig(Section):
                 f"strategy {kind} weighs what factors add, which is not all of a {self.adapter.kind} expert."
             )
             yield ("adapter", "kind"), text
-        if self.features is not None:
-            yield ("features",), "does not go with tasks one after another."
         if strategy.spec.one_expert and self.train.objective.kind == "dpo":
             text = f"measures from the model as it was before, which strategy {kind} trains on; use one with an expert per task."
             yield ("train", "objective"), f"dpo {text}"
@@ -275,7 +274,8 @@ class RunConfig(Section):
 
     def _task_problems(self) -> Iterator[Problem]:
         known, mapped, experts = list(self.data.tasks), self.adapter.tasks, self.adapter.most_experts
-        hard = self.continual is None and self.adapter.gate.score == "none"
+        grows = self.continual is not None or self.stages is not None
+        hard = self.adapter.gate.score == "none" and not grows
         if mapped is None:
             if hard and len(known) > experts:
                 text = f"{len(known)} tasks but {experts} experts: a task gate gives each task its own. "

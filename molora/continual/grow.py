@@ -137,7 +137,7 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
-    plain["continual"] = None  # a sequence that grows by hand is a run like any other from here on
+    plain["continual"] = plain["stages"] = None  # what grows by hand is a run like any other from here on
     section = plain["adapter"]
     section["expert_names"] = [*experts, expert]
     section["num_experts"] = len(experts) + 1
@@ -147,6 +147,8 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     section["router"] = router or (grow.router and grow.router.model_dump(mode="json"))
     if config.continual is not None:
         section["tasks"] = {task: list(experts) for task, experts in adapter.tasks.items()}
+    if config.stages is not None:
+        section["tasks"] = dict(adapter.tasks)
     if section["tasks"] is not None:
         section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
     return load_recipe(plain)

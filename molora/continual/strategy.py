@@ -7,6 +7,7 @@ where each task has its own; these two differ only in their gate.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,19 +25,26 @@ Batches = Callable[[], Iterator[dict[str, Tensor]]]
 
 @dataclass(frozen=True)
 class Turn:
-    """One task's turn. `batches()` is a pass over its training data as the model's inputs, on its device.
+    """One task's turn, or one of several tasks together: the last `count` up to `index`.
 
-    Those of generative models have the targets in `labels`, those of classifiers have no labels.
+    `batches()` is a pass over the training data of `task` as the model's inputs, on its device. Those of generative models
+    have the targets in `labels`, those of classifiers have no labels.
     """
 
     index: int
     tasks: Sequence[Task]  # of the whole sequence, in order
     batches: Batches = field(repr=False, default=lambda: iter(()))
     seed: int = 0
+    count: int = 1
 
     @property
     def task(self) -> Task:
         return self.tasks[self.index]
+
+    @property
+    def own(self) -> Sequence[Task]:
+        """The tasks of this turn."""
+        return self.tasks[self.index + 1 - self.count : self.index + 1]
 
     @property
     def seen(self) -> Sequence[Task]:
@@ -44,8 +52,8 @@ class Turn:
         return self.tasks[: self.index + 1]
 
     def competing(self, softmax: str) -> list[int]:
-        """The classes in a classifier's loss: those of the task (own), of the tasks so far (seen), or of all."""
-        used = {"own": [self.task], "seen": self.seen, "all": self.tasks}[softmax]
+        """The classes in a classifier's loss: those of the turn (own), of the tasks so far (seen), or of all."""
+        used = {"own": self.own, "seen": self.seen, "all": self.tasks}[softmax]
         return [c for task in used for c in task.classes]
 
 
@@ -75,7 +83,7 @@ class Strategy:
 
     def training_tasks(self, turn: Turn) -> Sequence[Task]:
         """What is trained on in this turn."""
-        return [turn.task]
+        return turn.own
 
     def before_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the task's expert in place, before the optimiser is built."""
@@ -84,8 +92,15 @@ class Strategy:
         """Weighted terms to add to the training loss, by name."""
         return {}
 
+    def at_step(self, model: nn.Module, step: int, steps: int) -> None:
+        """Called before every batch: `step` optimiser steps, of so many, are done."""
+
     def after_step(self, model: nn.Module) -> None:
         """Called after every optimiser step."""
+
+    def as_it_was(self, model: nn.Module) -> AbstractContextManager[None]:
+        """Within, what this changes of the model while it trains is as it was before the task, but for the new expert."""
+        return nullcontext()
 
     def after_task(self, model: nn.Module, turn: Turn) -> None:
         """Called with the trained model, before it is scored."""

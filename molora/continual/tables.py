@@ -1,16 +1,17 @@
-"""The matrices of a sequence as files: JSON, CSV and a picture, rewritten after every turn."""
+"""The scores after each turn as files: JSON, CSV and a picture, rewritten after every turn."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from molora.data.tasks import Task
 from molora.disk.atomic import write_file, write_json
 from molora.disk.manifest import read_json
-from molora.evaluation.continual import AccuracyMatrix
+from molora.evaluation.continual import AccuracyMatrix, StageScores, TurnScores
 from molora.evaluation.routing import Matrix
 from molora.report.plots import plot_heatmap
 
@@ -50,8 +51,22 @@ def write_tables(folder: Path, tasks: Sequence[Task], rows: Sequence[Mapping[str
         draw(matrix, folder / f"{name}.png", VIEWS[view])
 
 
-def draw(matrix: AccuracyMatrix, out: Path, view: str) -> Path:
-    """The matrix as coloured cells: tasks from left to right, turns from top to bottom."""
+def write_stages(
+    folder: Path, stages: Sequence[str], tasks: Sequence[Task], rows: Sequence[Mapping[str, Any]]
+) -> None:
+    """stages.json with everything of a staged run, stages.csv and stages.png of its scores with task ids."""
+    names, base = [task.name for task in tasks], read_json(folder / "base.json")
+    shown = [[row["shown"].get(name) for name in names] for row in rows]
+    found = StageScores(names, [base.get(name) for name in names], shown, list(stages))
+    last = rows[-1]
+    same = {"inferred": last["inferred"], "unchanged": last["unchanged"], "overlap": last["overlap"]}
+    write_json(folder / "stages.json", {"scores": asdict(found), "hidden": last["hidden"], **same})
+    write_file(folder / "stages.csv", found.to_csv().encode())
+    draw(found, folder / "stages.png", VIEWS["shown"])
+
+
+def draw(matrix: TurnScores, out: Path, view: str) -> Path:
+    """The scores as coloured cells: tasks from left to right, turns from top to bottom."""
     names = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.turn_names]
     values = [[math.nan if v is None else v for v in row] for _, row in matrix.turns()]
     shown = Matrix(names, list(matrix.tasks), values)

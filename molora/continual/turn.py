@@ -1,6 +1,6 @@
 """One task's turn: its expert joins the model, a strategy trains it, and the caller does what comes after.
 
-Sequences play one turn after another, `add_expert` a single one.
+Sequences and staged runs play one turn after another, `add_expert` a single one.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def play_turn(
     softmax: str | None = None,
     run: Run | None = None,
 ) -> Run:
-    """Train on one task in the way of a strategy.
+    """Train on the tasks of a turn in the way of a strategy.
 
     Args:
         config: the recipe of this turn alone.
@@ -86,9 +86,9 @@ def play_turn(
     """
     prepare_process(config.seed)  # a new expert starts alike, however much was drawn before
     if expert is not None:
-        task = turn.task.name
         isolate = _isolates(model) if expert.isolate is None else expert.isolate
-        model.add_expert(expert.name or task, tasks=[task], init=expert.init, isolate=isolate)
+        name, served = expert.name or turn.task.name, [task.name for task in turn.own]
+        model.add_expert(name, tasks=served, init=expert.init, isolate=isolate)
     ready_to_train(model.get_base_model(), config.train)
     hold_sum(model)
     compete(model, turn.competing(softmax or strategy.softmax))

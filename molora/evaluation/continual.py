@@ -15,28 +15,61 @@ from typing import Any
 
 
 @dataclass
-class AccuracyMatrix:
-    """Rows are turns (the base, then after each task), columns tasks in the order they are learned.
+class TurnScores:
+    """Scores of tasks (columns) after each turn (rows), those of the base first.
 
-    base: accuracies of the base alone, None where they were not measured.
-    rows: one per task learned so far; None in a row: not measured, as for a task that is still unknown.
-    joint: all tasks were learned at once, so there is one row, and nothing to forget.
+    base: scores of the base alone, None where they were not measured.
+    rows: one per turn so far; None in a row: not measured, as for a task that is still unknown.
     """
 
     tasks: list[str]
     base: list[float | None] = field(default_factory=list)
     rows: list[list[float | None]] = field(default_factory=list)
+
+    @property
+    def turn_names(self) -> list[str]:
+        """What was learned in each turn."""
+        raise NotImplementedError
+
+    def turns(self) -> list[tuple[str, list[float | None]]]:
+        """Every row with its name, that of the base first where it was measured."""
+        base = [("base", self.base)] if self.base else []
+        return [*base, *zip(self.turn_names, self.rows, strict=True)]
+
+    def to_csv(self) -> str:
+        """One line per turn; a score that was not measured is empty."""
+        out = io.StringIO()
+        writer = csv.writer(out, lineterminator="\n")
+        writer.writerow(["after", *self.tasks])
+        writer.writerows([name, *row] for name, row in self.turns())  # None is written as nothing
+        return out.getvalue()
+
+
+@dataclass
+class StageScores(TurnScores):
+    """The scores after each of these stages, of which each may learn several tasks."""
+
+    stages: list[str] = field(default_factory=list)
+
+    @property
+    def turn_names(self) -> list[str]:
+        """The stages so far."""
+        return self.stages[: len(self.rows)]
+
+
+@dataclass
+class AccuracyMatrix(TurnScores):
+    """Turns that learn one task each, in the order of the columns.
+
+    joint: all tasks were learned at once, so there is one row, and nothing to forget.
+    """
+
     joint: bool = False
 
     @property
     def turn_names(self) -> list[str]:
         """What was learned in each turn."""
         return ["all tasks"] if self.joint else self.tasks[: len(self.rows)]
-
-    def turns(self) -> list[tuple[str, list[float | None]]]:
-        """Every row with its name, that of the base first where it was measured."""
-        base = [("base", self.base)] if self.base else []
-        return [*base, *zip(self.turn_names, self.rows, strict=True)]
 
     def average_accuracy(self) -> float:
         """AA: mean accuracy on the tasks seen, after the last turn."""
@@ -92,14 +125,6 @@ class AccuracyMatrix:
     def from_dict(cls, plain: dict[str, Any]) -> AccuracyMatrix:
         """The inverse of `to_dict`."""
         return cls(plain["tasks"], plain["base"], plain["rows"], plain["joint"])
-
-    def to_csv(self) -> str:
-        """One line per turn; an accuracy that was not measured is empty."""
-        out = io.StringIO()
-        writer = csv.writer(out, lineterminator="\n")
-        writer.writerow(["after", *self.tasks])
-        writer.writerows([name, *row] for name, row in self.turns())  # None is written as nothing
-        return out.getvalue()
 
     def _at(self, turn: int, task: int) -> float:
         value = self.rows[turn][task]

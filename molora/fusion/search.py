@@ -1,9 +1,4 @@
-"""Weights of a sum that are found on held-out records: a grid over the simplex, or LoraHub's gradient-free composition.
-
-LoraHub: Huang et al., arXiv:2307.13269; release sail-sg/lorahub at df73afe: nevergrad's NGOpt from 0 within [-1.5, 1.5],
-score `loss + 0.05 mean |w|`, 40 trials. Differs from it in two points: experts are summed as products, where the release sums
-A and B apart, and the loss is the mean per target token, which the release divides by the number of records once more.
-"""
+"""Weights of a sum that are found on held-out records, by one of the searches of `searchers.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +6,6 @@ import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import comb
 from typing import Any
 
 import torch
@@ -25,25 +19,8 @@ from molora.data.tasks import TaskSet
 from molora.errors import ConfigError, DataError
 from molora.fusion.fuse import product
 from molora.fusion.lora_out import check_fits
+from molora.fusion.searchers import SEARCHES, TRIALS, Trial
 from molora.fusion.sources import Folders, Source, check_alike, read_sources
-from molora.progress import phase
-
-SEARCHES = ("grid", "lorahub")
-BOUND = 1.5  # of LoraHub's weights
-TRIALS = 40  # the release's max_inference_step
-PENALTY = 0.05
-MOST = 2000  # points of a grid
-
-Score = Callable[[Sequence[float]], float]
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Weights that were tried, in the order of the sources, and what they scored: the smaller the better."""
-
-    weights: tuple[float, ...]
-    loss: float
-    score: float
 
 
 @dataclass(frozen=True)
@@ -92,10 +69,11 @@ def find_weights(
         base: the experts' base, a language model.
         folders: as of `fuse`; `experts` and `parts` are its `experts` and `tasks`.
         tasks: whose held-out records (`eval`) are used, at most `records` of each, drawn at random.
-        search: grid tries all weights that sum to 1 in multiples of `step`; lorahub `trials` weights in [-1.5, 1.5].
+        search: grid tries all weights that sum to 1 in multiples of `step`; lorahub and optuna `trials` weights in
+            [-1.5, 1.5].
 
     Raises:
-        ConfigError: an unknown search, a grid of too many points, lorahub without the package nevergrad.
+        ConfigError: an unknown search, a grid of too many points, a search without its package.
         DataError: a task without held-out records. AdapterError: as `fuse`.
     """
     if search not in SEARCHES:
@@ -112,75 +90,9 @@ def find_weights(
         count = len(sources)
         even = [1 / count] * count
         equal = Trial(tuple(even), found := loss(even), found)
-        tried = _grid(loss, count, step) if search == "grid" else _lorahub(loss, count, trials, seed)
+        tried = SEARCHES[search](loss, count, step, trials, seed)
     best = min(tried, key=lambda trial: trial.score)
     return Found(dict(zip((s.name for s in sources), best.weights, strict=True)), tried, equal)
-
-
-def simplex(count: int, step: float) -> list[tuple[float, ...]]:
-    """All weights of `count` experts that are multiples of `step` from 0 and sum to 1.
-
-    Raises ConfigError where 1 is no multiple of the step, or there are too many.
-    """
-    parts = round(1 / step) if 0 < step <= 1 else 0
-    if not parts or abs(parts * step - 1) > 1e-9:
-        raise ConfigError(f"step is {step}; allowed: 1 divided by a whole number, such as 0.1 or 0.25.")
-    if (points := comb(parts + count - 1, count - 1)) > MOST:
-        raise ConfigError(
-            f"a grid over {count} experts in steps of {step:g} has {points:,} points; at most {MOST:,}.",
-            hint="take larger steps, fewer experts, or search lorahub.",
-        )
-    return [tuple(part / parts for part in split) for split in _splits(parts, count)]
-
-
-def lorahub_score(loss: float, weights: Sequence[float]) -> float:
-    """What LoraHub's release minimises."""
-    return loss + PENALTY * sum(abs(w) for w in weights) / len(weights)
-
-
-def _splits(total: int, count: int) -> Iterator[tuple[int, ...]]:
-    if count == 1:
-        yield (total,)
-        return
-    for first in range(total, -1, -1):
-        for rest in _splits(total - first, count - 1):
-            yield (first, *rest)
-
-
-def _grid(loss: Score, count: int, step: float) -> list[Trial]:
-    points = simplex(count, step)
-    tried = []
-    with phase("trying weights", len(points), "trials") as shown:
-        for weights in points:
-            found = loss(weights)
-            tried.append(Trial(weights, found, found))
-            shown.advance()
-    return tried
-
-
-def _lorahub(loss: Score, count: int, trials: int, seed: int) -> list[Trial]:
-    try:
-        import nevergrad
-    except ImportError as error:
-        raise ConfigError(
-            "search lorahub needs the package nevergrad, which is not installed.",
-            hint="install the extra: pip install 'molora[lorahub]', or search grid.",
-        ) from error
-    if trials < 1:
-        raise ConfigError(f"trials is {trials}; allowed: a whole number from 1.")
-    space = nevergrad.p.Array(init=[0.0] * count, lower=[-BOUND] * count, upper=[BOUND] * count)
-    space.random_state.seed(seed)
-    optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=trials)
-    tried = []
-    with phase("trying weights", trials, "trials") as shown:
-        for _ in range(trials):
-            asked = optimizer.ask()
-            weights = tuple(float(w) for w in asked.value)
-            found = loss(weights)
-            tried.append(Trial(weights, found, lorahub_score(found, weights)))
-            optimizer.tell(asked, tried[-1].score)
-            shown.advance()
-    return tried
 
 
 def held_out(

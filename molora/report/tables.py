@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from molora.evaluation.continual import AccuracyMatrix
+from molora.evaluation.continual import TurnScores
 from molora.evaluation.counterfactual import Counterfactuals, rows
 from molora.evaluation.findings import advice, warnings
 from molora.evaluation.harness import HarnessScore, titled
@@ -49,8 +49,8 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
         to.print(f"note: {note}", markup=False)
 
 
-def accuracy_table(matrix: AccuracyMatrix, title: str) -> Table:
-    """An accuracy matrix in percent: turns from top to bottom, tasks from left to right."""
+def accuracy_table(matrix: TurnScores, title: str) -> Table:
+    """Scores after each turn in percent: turns from top to bottom, tasks from left to right."""
     table = _table(f"accuracy, {title}", ["after"], matrix.tasks)
     for name, row in matrix.turns():
         table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in row))

@@ -63,7 +63,8 @@ class MoLoraModule(L.LightningModule):
         self._sharded = False
         self._rates: dict[str, float] = {}
         self._teaches = True  # whether the batch has a label
-        self._watched_steps: int | None = None  # how many there will be, where experts look at each
+        self._steps = 0  # how many there will be
+        self._watched_steps: int | None = None  # the same, where experts look at each
         self.growth = None if settings.rank_growth is None else Growth(settings.rank_growth)
         self._batch: dict[str, Tensor] = {}
         self._learns = False  # whether any gradient has been seen
@@ -123,6 +124,7 @@ class MoLoraModule(L.LightningModule):
         optimizer = build_optimizer(self.model, self.settings, fused=fused)
         total = int(self.trainer.estimated_stepping_batches)
         self._watched_steps = total if looks_at_steps(self.model) else None
+        self._steps = total
         rate = partial(expert_rate, self.model) if self._watched_steps is not None else None
         scheduler = build_scheduler(optimizer, self.settings, total, rate)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
@@ -193,9 +195,11 @@ class MoLoraModule(L.LightningModule):
             self.meter.load_state_dict(self._metered[self.global_rank])
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        """Let experts grow where it is their time, once the random state is that of this batch."""
+        """Let experts grow where it is their time, once the random state is that of this batch; tell the companion of it."""
         if self.growth is not None:
             self.growth.due(self.model, self.global_step, self.trainer.optimizers[0])
+        if self.companion is not None:
+            self.companion.at_step(self.model, self.global_step, self._steps)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep what the next means are of: they shall not depend on where a run was interrupted."""

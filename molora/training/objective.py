@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -15,11 +16,15 @@ from molora.tuner.api import aux_in_loss, aux_loss, aux_losses
 
 
 class Companion(Protocol):
-    """What else takes part in training: it adds terms to the loss, and sees the model after every optimiser step."""
+    """What else takes part in training; `molora.continual.strategy.Strategy` says what each of these is."""
 
     def loss(self, model: Any) -> Mapping[str, Tensor]: ...
 
+    def at_step(self, model: Any, step: int, steps: int) -> None: ...
+
     def after_step(self, model: Any) -> None: ...
+
+    def as_it_was(self, model: Any) -> AbstractContextManager[None]: ...
 
 
 class Objective:

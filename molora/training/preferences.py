@@ -11,7 +11,7 @@ second copy and nothing to save: what is frozen is what it was. Without earlier 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -29,8 +29,8 @@ from molora.tuner.api import routing
 from molora.tuner.config import MoLoraConfig
 
 
-class Preferences(Objective):
-    """`-log sigmoid(beta (log-ratio of the preferred - log-ratio of the rejected))`, or a variant of it.
+class Pairs(Objective):
+    """An objective of pairs of answers.
 
     Batches hold each pair's preferred answers in the first half, and the rejected ones in the same order in the second.
     """
@@ -40,7 +40,6 @@ class Preferences(Objective):
     def __init__(self, companion: Companion | None = None, settings: ObjectiveConfig | None = None) -> None:
         super().__init__(companion)
         self.settings = settings or ObjectiveConfig(kind="dpo")
-        self._checked = False
 
     @staticmethod
     def check_tasks(tasks: Sequence[Task]) -> None:
@@ -48,24 +47,15 @@ class Preferences(Objective):
         for task in tasks:
             if task.rejected is None:
                 raise ConfigError(
-                    f"data.tasks.{task.name}: has no rejected answers, which train.objective: dpo learns from.",
+                    f"data.tasks.{task.name}: has no rejected answers, which train.objective learns from.",
                     hint="give the task `target` (the preferred answer) and `rejected`, such as '{chosen}' and '{rejected}'.",
                 )
 
-    def task_loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The mean loss of the pairs, and rewards as TRL names them."""
-        if not self._checked:
-            check_reference(model, batch)
-            self._checked = True
-        with torch.no_grad(), as_before(model, batch) as given:
-            before = log_probs(model, given)
-        now = log_probs(model, batch)
-        lengths = (_predicted(model, batch["labels"]) != IGNORED).sum(dim=1).clamp(min=1)
-        chosen, rejected = (now - before).chunk(2)
-        loss = pair_loss(chosen, rejected, lengths, self.settings).mean()
-        rewards = [self.settings.beta * ratio.detach() for ratio in (chosen, rejected)]
+    def rewards(self, chosen: Tensor, rejected: Tensor) -> dict[str, Tensor]:
+        """Beta times these (pairs,), as TRL names them."""
+        rewards = [self.settings.beta * one.detach() for one in (chosen, rejected)]
         margins = rewards[0] - rewards[1]
-        return loss, {
+        return {
             "rewards/chosen": rewards[0].mean(),
             "rewards/rejected": rewards[1].mean(),
             "rewards/margins": margins.mean(),
@@ -76,6 +66,27 @@ class Preferences(Objective):
         """The mean loss of held-out pairs, and how many they are."""
         pairs = len(batch["labels"]) // 2
         return self.task_loss(model, batch)[0], torch.tensor(pairs, device=batch["labels"].device)
+
+
+class Preferences(Pairs):
+    """`-log sigmoid(beta (log-ratio of the preferred - log-ratio of the rejected))`, or a variant of it."""
+
+    def __init__(self, companion: Companion | None = None, settings: ObjectiveConfig | None = None) -> None:
+        super().__init__(companion, settings)
+        self._checked = False
+
+    def task_loss(self, model: Any, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The mean loss of the pairs, and rewards as TRL names them."""
+        with nullcontext() if self.companion is None else self.companion.as_it_was(model):
+            if not self._checked:
+                check_reference(model, batch)
+                self._checked = True
+            with torch.no_grad(), as_before(model, batch) as given:
+                before = log_probs(model, given)
+        now = log_probs(model, batch)
+        chosen, rejected = (now - before).chunk(2)
+        loss = pair_loss(chosen, rejected, answer_lengths(model, batch), self.settings).mean()
+        return loss, self.rewards(chosen, rejected)
 
 
 def pair_loss(chosen: Tensor, rejected: Tensor, lengths: Tensor, settings: ObjectiveConfig) -> Tensor:
@@ -106,6 +117,11 @@ def log_probs(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     taken = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1) - logits.logsumexp(-1)
     return torch.where(labels != IGNORED, taken, 0.0).sum(dim=1)
+
+
+def answer_lengths(model: Any, batch: Mapping[str, Tensor]) -> Tensor:
+    """How many tokens each row's answer has (rows,), at least 1."""
+    return (_predicted(model, batch["labels"]) != IGNORED).sum(dim=1).clamp(min=1)
 
 
 @contextmanager

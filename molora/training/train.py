@@ -72,6 +72,10 @@ def train(
             "the recipe trains in federated rounds.",
             hint="molora federate RECIPE (in Python: molora.federate), or take out its `federated` section.",
         )
+    if config.stages is not None:
+        raise ConfigError(
+            "the recipe has stages.", hint="molora train RECIPE, or in Python molora.train_stages."
+        )
     check_device(config.train)
     check_loggers(config.train)
     check_output(Path(config.output))

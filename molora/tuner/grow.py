@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from molora.calls.context import AdapterRouting, RoutingContext
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.normalise import normalise
-from molora.config.roster import added, removed
+from molora.config.roster import added, removed, weighed
 from molora.config.roster import frozen as with_frozen
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
@@ -157,6 +157,15 @@ def set_frozen(
                 mount.bank.assign(mount.bank.rows(), [False])
         freeze_heads(model, adapter, frozen=False)
     _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
+    _refresh(model, context, adapter)
+
+
+def weigh_tasks(
+    model: nn.Module, context: RoutingContext, adapter: str, tasks: Mapping[str, Mapping[str, float]]
+) -> None:
+    """Give tasks other experts, or other weights, and nothing else: no parameter changes."""
+    config = own(model, context, adapter)
+    weighed(config.roster, tasks).write(config)
     _refresh(model, context, adapter)
 
 

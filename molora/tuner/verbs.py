@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -59,6 +59,12 @@ class ExpertVerbs:
         """Give every bank one more expert; see `grow.add_expert`."""
         where = self._place(adapter_name)
         grow.add_expert(*where, name, tasks=tasks, init=init, freeze_others=freeze_others, isolate=isolate)
+
+    def weigh_tasks(
+        self, tasks: Mapping[str, Mapping[str, float]], *, adapter_name: str | None = None
+    ) -> None:
+        """Give tasks these experts with these positive weights: {task: {expert: weight}}. Under a task gate they decide."""
+        grow.weigh_tasks(*self._place(adapter_name), tasks)
 
     def remove_expert(self, name: str, *, drop_tasks: bool = False, adapter_name: str | None = None) -> None:
         """Shrink every bank by one expert; refuses the last one, and a task's only one unless drop_tasks.

@@ -36,6 +36,12 @@ def test_it_writes_a_lora_and_says_what(cli: Cli, loras: Path, tmp_path: Path) -
     assert facts["settings"] == {"density": 0.5, "sign": "total"}
 
 
+def test_one_alone_is_said_to_be_no_fusion(cli: Cli, loras: Path, tmp_path: Path) -> None:
+    done = cli("fuse", f"a={loras / 'a'}", "--out", tmp_path / "f")
+    assert done.code == 0 and "so nothing is fused" in done.err
+    assert done.out.startswith("1 expert by linear: 2 layers, rank 2\n")
+
+
 @pytest.mark.parametrize(
     ("given", "code", "words"),
     [

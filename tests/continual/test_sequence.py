@@ -15,7 +15,7 @@ from molora.cli.validate import command as validate
 from molora.config import load_recipe
 from molora.config.continual import GATED, STRATEGIES
 from molora.config.data import KIND_OF_TASK_TYPE
-from molora.continual import sequence, turn
+from molora.continual import sequence, turn, turns
 from molora.continual.gated import Gated
 from molora.continual.grow import add_expert
 from molora.continual.strategy import Strategy, expert_layers
@@ -103,7 +103,7 @@ def crash_at_step(monkeypatch, count):
 
 
 def crash_while_scoring(monkeypatch, count):
-    calls, real = [], sequence.score_turn
+    calls, real = [], turns.score_turn
 
     def score(*arguments):
         calls.append(1)
@@ -111,7 +111,7 @@ def crash_while_scoring(monkeypatch, count):
             raise Stop
         return real(*arguments)
 
-    monkeypatch.setattr(sequence, "score_turn", score)
+    monkeypatch.setattr(turns, "score_turn", score)
 
 
 CRASHES = {"in the second task": (crash_at_step, 9), "before a row": (crash_while_scoring, 2)}

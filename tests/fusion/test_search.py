@@ -16,7 +16,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import molora
 from molora.data.tasks import Task, TaskSet
 from molora.errors import AdapterError, ConfigError, DataError
-from molora.fusion.search import held_out, lorahub_score, mean_loss, simplex, summed
+from molora.fusion.search import held_out, mean_loss, summed
+from molora.fusion.searchers import lorahub_score, simplex
 from molora.fusion.sources import read_sources
 from tests.cli.conftest import Cli, cli  # noqa: F401  (a fixture)
 from tests.training.runs import recipe_for, write_base
@@ -118,6 +119,16 @@ def test_lorahub_starts_at_nothing_and_stays_in_bounds(place: Place) -> None:
     assert molora.find_weights(*place, search="lorahub", trials=12) == found
 
 
+def test_optuna_starts_at_equal_weights_and_stays_in_bounds(place: Place) -> None:
+    pytest.importorskip("optuna", reason="needs optuna: pip install molora[search]")
+    found = molora.find_weights(*place, search="optuna", trials=12)
+    assert len(found.trials) == 12 and found.trials[0].weights == (0.5, 0.5)
+    assert all(abs(w) <= 1.5 for trial in found.trials for w in trial.weights)
+    assert len({trial.weights for trial in found.trials}) == 12
+    assert found.best.loss <= found.equal.loss == pytest.approx(found.trials[0].loss)
+    assert molora.find_weights(*place, search="optuna", trials=12) == found
+
+
 def test_what_cannot_be_searched(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tokenizer, folders, tasks = place
     with pytest.raises(ConfigError, match="Did you mean 'grid'"):
@@ -126,9 +137,10 @@ def test_what_cannot_be_searched(place: Place, monkeypatch: pytest.MonkeyPatch) 
         molora.find_weights(base, tokenizer, folders, TaskSet.of(Task("empty", 0, train=[{}])), search="grid")
     with pytest.raises(AdapterError, match="does not fit this base"):
         molora.find_weights(base_model("gpt2"), tokenizer, folders, tasks, search="grid")
-    monkeypatch.setitem(__import__("sys").modules, "nevergrad", None)
-    with pytest.raises(ConfigError, match=r"molora\[lorahub\]"):
-        molora.find_weights(*place, search="lorahub")
+    for search, package, extra in (("lorahub", "nevergrad", "lorahub"), ("optuna", "optuna", "search")):
+        monkeypatch.setitem(__import__("sys").modules, package, None)
+        with pytest.raises(ConfigError, match=rf"molora\[{extra}\]"):
+            molora.find_weights(*place, search=search)
 
 
 def test_the_verb(place: Place, tmp_path: Path, cli: Cli) -> None:  # noqa: F811

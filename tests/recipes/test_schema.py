@@ -45,6 +45,8 @@ def test_none_is_missing() -> None:
         "quickstart",
         "rank_growth",
         "soft_mixture",
+        "stages",
+        "stages_gate",
         "task_embedding",
         "task_routed",
         "topk_instruct",

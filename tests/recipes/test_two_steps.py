@@ -19,6 +19,7 @@ from molora.config import RunConfig, load_recipe
 from molora.config.strict_yaml import parse
 from molora.continual.grow import add_expert
 from molora.continual.sequence import train_sequence
+from molora.continual.stages import train_stages
 from molora.federated.simulate import federate
 from molora.store.runs import Run
 from molora.training.train import train
@@ -112,6 +113,9 @@ def small(path: Path, tmp_path: Path) -> dict[str, Any]:
     stages = [
         stage | ({"steps": 1} if "steps" in stage else {}) for stage in recipe["train"].get("stages", [])
     ]
+    if "stages" in recipe:
+        steps = {"max_steps": 2}
+        recipe["stages"] = [stage | {"train": stage.get("train", {}) | steps} for stage in recipe["stages"]]
     short = {
         "max_steps": 2,
         "epochs": None,
@@ -145,6 +149,10 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
     same = {"from_loras"}
     assert config.adapter.model_dump(exclude=same) == original.adapter.model_dump(exclude=same)
 
+    if config.stages is not None:
+        done = train_stages(recipe)
+        assert len(metrics(done.path / "stages" / "03-preferences" / "metrics.csv")) == 2
+        return
     if config.continual is not None:
         assert [*config.data.tasks] == [*original.data.tasks][:2]
         check_sequence(train_sequence(recipe), list(config.data.tasks))
