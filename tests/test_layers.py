@@ -235,9 +235,8 @@ def test_nothing_below_the_method_imports_peft_first(path: Path) -> None:
     assert "peft" not in {name.split(".")[0] for name in imports(ast.Module(at_once, []))}
 
 
-@pytest.mark.parametrize(
-    "module", ["molora.disk.card", pytest.param("molora.disk.base_check", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("module", ["molora.disk.card", "molora.disk.base_check"])
 def test_files_can_be_read_before_peft_is_there(module: str) -> None:
     subprocess.run([sys.executable, "-c", f"import {module}, molora.tuner.config"], check=True)
 

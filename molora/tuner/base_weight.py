@@ -1,8 +1,8 @@
-"""The weight of a layer's base, for kinds of experts that need it (DoRA): plain, of GPT-2's Conv1D, or dequantised."""
+"""The weight of a layer's base: plain, of GPT-2's Conv1D or dequantised, for kinds of experts that need it; kept while merged."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
@@ -58,3 +58,27 @@ class BaseWeight:
         held: Any = getattr(self.base, "weight", None)
         held = self.base.W_q if held is None else held
         return held.data_ptr(), 0 if held.is_inference() else held._version, held.dtype, held.device
+
+
+def kept_weight(layer: Any) -> Tensor:
+    """A layer's base weight as `put_back` restores it bit for bit after merges.
+
+    In 4 bits that is the packed one: quantising again what it stands for does not give it back where its scales are
+    quantised too.
+    """
+    held = layer.get_base_layer().weight
+    if getattr(held, "quant_state", None) is not None:
+        return held
+    kept: Tensor = layer.get_base_weight().clone()
+    return kept
+
+
+def put_back(layer: Any, kept: Tensor) -> None:
+    """Undo what was merged since `kept_weight`."""
+    state = getattr(kept, "quant_state", None)
+    if state is None:
+        layer.set_base_weight(kept)
+        return
+    packed, base = cast(Any, kept), layer.get_base_layer()
+    packed.bnb_quantized = True  # PEFT takes the mark off when it replaces a weight
+    base.weight, base.quant_state = packed, state

@@ -18,6 +18,7 @@ from molora.forward.input_group import add_experts
 from molora.forward.mount import Mount, MountPoint
 from molora.forward.scaled import refuse_scaled_beside_others
 from molora.tuner.arrival import check_arrived
+from molora.tuner.base_weight import kept_weight, put_back
 from molora.tuner.loan import holder_of
 from molora.tuner.merge import ExpertWeights, static_shares, static_weights
 from molora.tuner.scale import configured_scalings, set_scalings
@@ -154,7 +155,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             if safe_merge and not torch.isfinite(merged).all():
                 key = self.mounts[adapter].key
                 raise ConfigError(f"merging {adapter!r} gives weights that are not finite in {key}.")
-            self._unmerged.append(weight.clone())
+            self._unmerged.append(kept_weight(self))
             self.set_base_weight(merged)
             self.merged_adapters.append(adapter)
 
@@ -163,7 +164,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self.set_base_weight(self._unmerged[0])
+        put_back(self, self._unmerged[0])
         self._unmerged.clear()
         self.merged_adapters.clear()
 

@@ -11,6 +11,7 @@ import pytest
 from molora.store.runs import Run
 from molora.training.train import train
 from tests.cli.conftest import Cli
+from tests.pictures import drawn
 from tests.training.runs import recipe_for, write_base
 
 
@@ -105,7 +106,8 @@ def test_the_report_of_one_run_and_of_two(
     runs = sorted(
         path for path in (place / "small").iterdir() if path.name[:2] == "20" and path.name[:4] != "2099"
     )
-    assert cli("report", str(runs[0])).out == "report.html\n"
+    with drawn():
+        assert cli("report", str(runs[0])).out == "report.html\n"
     one = Path("report.html").read_text()
     assert f"molora: small/{runs[0].name}" in one and "Loss over training steps" in one
     assert cli("report", *map(str, runs), "--out", "report.html").code == 0  # its own page may be replaced

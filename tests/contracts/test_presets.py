@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -24,7 +25,10 @@ presets = pytest.mark.parametrize("name", sorted(PRESETS))
 # All of them are built on all three; how they train, reload and answer is seen on Llama and one of the others.
 ALSO = {name: MODELS[1 + i % 2] for i, name in enumerate(sorted(PRESETS))}
 PAIRS = [("llama", name) for name in ALSO] + [(architecture, name) for name, architecture in ALSO.items()]
-pairs = pytest.mark.parametrize(("architecture", "name"), PAIRS)
+pairs = pytest.mark.parametrize(
+    ("architecture", "name"),
+    [pytest.param(*pair, marks=() if pair[0] == "llama" else pytest.mark.slow) for pair in PAIRS],
+)
 
 
 def train(model, architecture, name, steps=3):
@@ -44,9 +48,16 @@ def train(model, architecture, name, steps=3):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """Every preset trained and saved here, and loaded in one new process."""
+    """Every preset trained and saved here, and loaded in one new process: on Llama, or on the others."""
+    return cache(
+        lambda on_llama: trained_on([p for p in PAIRS if (p[0] == "llama") == on_llama], tmp_path_factory)
+    )
+
+
+def trained_on(some, tmp_path_factory):
+    """(losses, logits here, logits there) of these pairs."""
     root, expected, losses = tmp_path_factory.mktemp("presets"), {}, {}
-    for architecture, name in PAIRS:
+    for architecture, name in some:
         model = preset_model(architecture, name)
         losses[architecture, name] = train(model, architecture, name)
         with torch.no_grad():
@@ -63,19 +74,19 @@ def trained(tmp_path_factory):
 
 @pairs
 def test_trains(trained, architecture, name):
-    first, *_, last = trained[0][architecture, name]
+    first, *_, last = trained(architecture == "llama")[0][architecture, name]
     assert last < first or (name in STILL and last <= first)
 
 
 @pairs
 def test_I9_reloads_bit_equal_in_a_new_process(trained, architecture, name):
-    _, expected, loaded = trained
+    _, expected, loaded = trained(architecture == "llama")
     assert torch.equal(loaded[f"{architecture}+{name}"], expected[f"{architecture}+{name}"])
 
 
 def test_molora_registers_the_method_where_peft_is_loaded_after_it(trained):
     """The other order: test_fresh_process."""
-    assert trained[2]["molora, then peft"] == "MoLoraConfig"
+    assert trained(True)[2]["molora, then peft"] == "MoLoraConfig"
 
 
 @architectures

@@ -143,7 +143,7 @@ LIMITED = {
 }  # fmt: skip
 
 
-@fixed(20)
+@fixed(10)
 @given(adapters())
 @example(LONELY)
 @example(SPLIT)

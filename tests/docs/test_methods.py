@@ -63,6 +63,7 @@ def test_every_loss_is_described() -> None:
         assert f"`{name}`" in TEXT, name
 
 
+@pytest.mark.slow
 def test_the_python_runs_and_what_it_registers_works(tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
     own = blocks[1].split("class Bumps")[1].split("register_score")[0]

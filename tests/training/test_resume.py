@@ -47,6 +47,7 @@ def kill_and_resume(base: Path, output: Path, kill_at: int) -> Run:
     return train(recipe, resume=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kill_at", [6], ids=["after the epoch's end"])
 def test_a_killed_run_resumes_bit_exactly(base: Path, full: Run, tmp_path: Path, kill_at: int) -> None:
     run = kill_and_resume(base, tmp_path, kill_at)
