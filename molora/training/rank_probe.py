@@ -71,7 +71,7 @@ def probe(config: RunConfig, method: str, steps: int) -> list[LayerShare]:
 def _check(config: RunConfig, method: str) -> None:
     if method not in METHODS:
         raise ConfigError(f"--method {method} is not one of {', '.join(METHODS)}.")
-    for section in ("continual", "federated"):
+    for section in ("continual", "federated", "stages"):
         if getattr(config, section) is not None:
             raise ConfigError(
                 f"layers are measured in one training; take out the recipe's `{section}` section."

@@ -107,7 +107,7 @@ class Search:
             values = [choices.low] if isinstance(choices, Range) else choices
             if not any(_fits(self.config, key, value) for value in values):
                 with_values(self.config, {key: values[0]})  # says why
-        for section in ("continual", "federated"):
+        for section in ("continual", "federated", "stages"):
             if getattr(self.config, section) is not None:
                 raise ConfigError(f"a trial is one training; take out the recipe's `{section}` section.")
         without = [task.name for task in tasks_of(self.config) if not len(task.eval)]

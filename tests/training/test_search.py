@@ -125,6 +125,9 @@ def test_what_cannot_be_searched_is_refused_before_anything_is_trained(
         ConfigError, match="a trial is one training; take out the recipe's `continual` section"
     ):
         Search(load_recipe(rounds), {"adapter.r": [1, 2]}, tmp_path / "rounds").run()
+    staged = load_recipe(Path(__file__).parents[2] / "recipes" / "stages.yaml")
+    with pytest.raises(ConfigError, match="take out the recipe's `stages` section"):
+        Search(staged, {"adapter.r": [1, 2]}, tmp_path / "stages").run()
     with pytest.raises(ConfigError, match=r"the search names 'adapter\.rr'"):
         Search(load_recipe(recipe_for(base, tmp_path)), {"adapter.rr": [1]}, tmp_path / "third").run()
     monkeypatch.setitem(sys.modules, "optuna", None)
