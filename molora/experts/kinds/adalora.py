@@ -12,18 +12,16 @@ Reference: AdaLoRA, arXiv:2303.10512.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
 from molora.config.section import Problem
-from molora.experts.kinds.kind import About, Expert, Kind, StackSpec, Step
+from molora.experts.kinds.kind import About, Kind, Step
+from molora.experts.kinds.singular import Singular
 from molora.experts.rank_budget import RankBudget, Triplets
 
 
-class AdaLora(Kind):
+class AdaLora(Singular):
     """All banks of an adapter share one object of this class, and with it the budget. A is Q, B is Pᵀ, E is Λ."""
 
     about = About(
@@ -35,30 +33,11 @@ class AdaLora(Kind):
         "target_r": 4, "tinit": 0, "tfinal": 0, "deltaT": 1, "beta1": 0.85, "beta2": 0.85, "min_rank": 1,
         "total_step": 0,
     }  # fmt: skip
-    starts_by_init = False
-    orthonormal = True
 
     def __init__(self, share_A: bool = False, **settings: int | float | str) -> None:
         super().__init__(share_A, **settings)
         chosen: Any = self.chosen
         self._budget = RankBudget(**chosen)
-
-    def specs(self) -> dict[str, StackSpec]:
-        return {
-            "A": StackSpec("rank d_in"),
-            "E": StackSpec("rank", role="B"),
-            "B": StackSpec("rank d_out", on_disk="d_out rank", role="B"),
-        }
-
-    def new(self, d_in: int, d_out: int, rank: int, init_A: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        A, B = (torch.empty(rank, d).normal_(std=0.02) for d in (d_in, d_out))
-        return {"A": A, "E": A.new_zeros(rank), "B": B}
-
-    def factors(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return rows["A"], rows["B"] * rows["E"].unsqueeze(-1)
-
-    def rows_of(self, expert: Expert) -> dict[str, Tensor]:
-        return singular_rows(expert)
 
     def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
         layers = {}
@@ -95,15 +74,3 @@ class AdaLora(Kind):
                 ("kind_settings", "min_rank"),
                 f"is {given['min_rank']}, more than target_r = {given['target_r']}.",
             )
-
-
-def singular_rows(expert: Expert) -> dict[str, Tensor]:
-    """Singular values E and vectors A, B of an expert's B A, without a matrix of its size."""
-    compute = torch.promote_types(expert.A.dtype, torch.float32)
-    left, upper = torch.linalg.qr(expert.B.detach().to(compute))
-    right, lower = torch.linalg.qr(expert.A.detach().to(compute).t())
-    U, S, Vh = torch.linalg.svd(upper @ lower.t(), full_matrices=False)
-    rows = {"A": (right @ Vh.t()).t(), "E": S, "B": (left @ U).t()}
-    short = expert.rank - len(S)  # a rank beyond the layer's own width
-    pads = {"A": (0, 0, 0, short), "E": (0, short), "B": (0, 0, 0, short)}
-    return {name: torch.nn.functional.pad(row, pads[name]).to(expert.A.dtype) for name, row in rows.items()}

@@ -14,17 +14,13 @@ Reference: BiLoRA, arXiv:2403.13037.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from molora.experts.kinds.adalora import singular_rows
-from molora.experts.kinds.kind import About, Expert, Kind, StackSpec
+from molora.experts.kinds.kind import About
+from molora.experts.kinds.singular import Singular
 
 
-class BiLora(Kind):
+class BiLora(Singular):
     """A is Q, B is Pᵀ, E is Λ, as of `adalora`, without a budget."""
 
     about = About(
@@ -32,23 +28,4 @@ class BiLora(Kind):
         "singular values of each expert on one half of the data, singular vectors on the other, in turn",
         "small data, where experts learn records by heart; half of the steps go to each, so give it twice as many",
     )
-    starts_by_init = False
-    orthonormal = True
     upper: ClassVar[frozenset[str]] = frozenset({"E"})
-
-    def specs(self) -> dict[str, StackSpec]:
-        return {
-            "A": StackSpec("rank d_in"),
-            "E": StackSpec("rank", role="B"),
-            "B": StackSpec("rank d_out", on_disk="d_out rank", role="B"),
-        }
-
-    def new(self, d_in: int, d_out: int, rank: int, init_A: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
-        A, B = (torch.empty(rank, d).normal_(std=0.02) for d in (d_in, d_out))
-        return {"A": A, "E": A.new_zeros(rank), "B": B}
-
-    def factors(self, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-        return rows["A"], rows["B"] * rows["E"].unsqueeze(-1)
-
-    def rows_of(self, expert: Expert) -> dict[str, Tensor]:
-        return singular_rows(expert)
