@@ -122,8 +122,9 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     from molora.models.base_check import check_base, check_lengths
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
-    from molora.training.forecast import first_encoded, length_lines, memory_line, time_line
-    from molora.training.optimise import check_device, short_window
+    from molora.training.forecast import at_largest, first_encoded, length_lines, memory_line, time_line
+    from molora.training.optimise import check_device
+    from molora.training.steps import notes_on_length
     from molora.training.trackers import check_loggers
     from molora.training.train import check_output, check_validation
     from molora.tuner.router import where_it_reads
@@ -148,7 +149,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
         train = config.train.model_copy(update={"max_steps": steps, "epochs": None})
         first = config.model_copy(update={"train": train})
     with quiet_libraries():
-        model = build_skeleton(first, ids, labels)
+        model = build_skeleton(at_largest(first), ids, labels)
     check_base(config, model, tokenizer)
     check_device(config.train)
     check_loggers(config.train)
@@ -164,11 +165,12 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     reads = where_it_reads(tuner.model, tuner.context, model.active_adapter)
     router = f"; the router reads {reads}" if reads is not None else ""
     console.print(f"6 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
-    _show_parameters(console, model)
+    growth = config.train.rank_growth
+    _show_parameters(console, model, "" if growth is None else f" (at rank {growth.max}, where growth ends)")
     console.print(f"8 memory      {memory_line(config, model, labels, examples, tokenizer)}", markup=False)
     batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
-    if (short := short_window(config.train, batches)) is not None:
-        console.print(f"9 steps       {short}", markup=False)
+    for note in notes_on_length(first, batches):
+        console.print(f"9 steps       {note}", markup=False)
     if time:
         console.print(f"  {time_line(first, tasks)}", markup=False)
 
@@ -210,9 +212,9 @@ def _line(task: str, prompt: str, target: str) -> Text:
     return Text.assemble(f"  {task}: ", (visible(prompt), "dim"), " → ", (visible(target), "bold"))
 
 
-def _show_parameters(console: Console, model: PeftModel) -> None:
+def _show_parameters(console: Console, model: PeftModel, when: str) -> None:
     from molora.training.optimizer import parameters_by_role
 
     roles = parameters_by_role(model)
     counts = ", ".join(f"{role} {sum(p.numel() for p in group):,}" for role, group in roles.items() if group)
-    console.print(f"7 parameters  trainable: {counts}")
+    console.print(f"7 parameters  trainable: {counts}{when}")

@@ -115,18 +115,18 @@ class FederatedConfig(Section):
 
 
 _EACH_ROUND = "does nothing: a client trains federated.local_steps in every round; leave it out."
-_UNUSED: dict[str, tuple[Any, str]] = {  # of `train`: what it must be, and why
-    "max_steps": (None, _EACH_ROUND),
-    "epochs": (1, _EACH_ROUND),
-    "stages": ([], "are parts of one long training, and a client has short ones; leave them out."),
-    "val_every": (None, "does nothing: a run of rounds is scored at its end; leave it out."),
-    "save_every": (None, "does nothing: every round is saved; leave it out."),
+_UNUSED: dict[str, tuple[tuple[Any, ...], str]] = {  # of `train`: what it may be, and why
+    "max_steps": ((None,), _EACH_ROUND),
+    "epochs": ((1, None), _EACH_ROUND),
+    "stages": (([],), "are parts of one long training, and a client has short ones; leave them out."),
+    "val_every": ((None,), "does nothing: a run of rounds is scored at its end; leave it out."),
+    "save_every": ((None,), "does nothing: every round is saved; leave it out."),
     "on_nonfinite": (
-        "stop",
+        ("stop",),
         "does nothing: a client that diverges sends nothing in its round; leave it out.",
     ),
-    "devices": (1, "must be 1: clients train one after another on one device."),
-    "strategy": ("auto", "must be auto: clients train one after another on one device."),
+    "devices": ((1, [0]), "must be 1: clients train one after another on one device."),
+    "strategy": (("auto",), "must be auto: clients train one after another on one device."),
 }
 
 
@@ -149,8 +149,8 @@ def federated_problems(
 
 
 def _train_problems(train: TrainConfig) -> Iterator[Problem]:
-    for key, (value, text) in _UNUSED.items():
-        if getattr(train, key) not in (value, [0] if key == "devices" else value):
+    for key, (allowed, text) in _UNUSED.items():
+        if getattr(train, key) not in allowed:
             yield ("train", key), text
     if train.loggers not in (None, [], ["csv"]):
         yield ("train", "loggers"), "allowed: csv; the clients' losses of a round are one row of metrics.csv."

@@ -11,7 +11,6 @@ token went, keeps its importance; and each keeps its `min_rank` best triplets, s
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -37,9 +36,6 @@ class Triplets:
         values = self.parameters["E"]
         columns = torch.arange(values.shape[1], device=values.device)
         return columns < torch.tensor(self.ranks, device=values.device).unsqueeze(1)
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -82,13 +78,7 @@ class RankBudget:
         self.step = self.step + 1 if step is None else step
         if self.step == 1:  # a training that begins knows nothing of an earlier one
             self.means, self.kept = {}, {}
-            if self.total_step and total is not None and total < self.total_step - self.tfinal:
-                log.warning(
-                    "kind adalora: training ends at step %d, and the budget reaches target_r = %d at step %d: experts keep more. "
-                    "Lower kind_settings.total_step, or leave it out.",
-                    total, self.target_r, self.total_step - self.tfinal,
-                )  # fmt: skip
-        total = self._checked(self.total_step or total or 0)
+        total = self.checked(self.total_step or total or 0)
         last = total - self.tfinal
         if self.step > last:
             for key, triplets in layers.items():
@@ -101,7 +91,8 @@ class RankBudget:
         if self.step == last or (self.step > self.tinit and self.step % self.deltaT == 0):
             self._allocate(layers, total)
 
-    def _checked(self, total: int) -> int:
+    def checked(self, total: int) -> int:
+        """The same number of steps; raises ConfigError where it is too small for `tinit` and `tfinal`."""
         if total <= self.tinit + self.tfinal:
             text = (
                 "nobody said how many steps training takes" if not total else f"training takes {total} steps"

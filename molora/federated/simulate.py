@@ -127,13 +127,15 @@ class _Simulation:
         metrics = MetricsCsv(self.path / "metrics.csv", done * self.settings.local_steps)
         with phase("rounds", total, "rounds", done=done) as shown:
             while done < total:
-                if self._round(done + 1, metrics, shown):
-                    done += 1
-                    shown.advance()
+                closed, loss = self._round(done + 1, metrics, shown)
+                done += closed
+                shown.reach(done)
+                if loss is not None:
+                    shown.tell(f"loss {loss:.4g}" if closed else f"loss {loss:.4g}, to be repeated")
         return adapter_of(self.server, done)
 
-    def _round(self, number: int, metrics: MetricsCsv, shown: Phase) -> bool:
-        """Ask the clients of a round; whether it closed, else it has to be repeated."""
+    def _round(self, number: int, metrics: MetricsCsv, shown: Phase) -> tuple[bool, float | None]:
+        """Ask the clients of a round: whether it closed, else it has to be repeated, and the mean loss of those that sent."""
         key = f"{self.seed}/{number}/{repeats(self.server, number)}"
         asked = sorted(random.Random(key).sample([*self.clients], self.settings.asked))
         settings = self.settings.model_dump(include={"aggregate", "min_clients", "max_repeats"})
@@ -144,10 +146,10 @@ class _Simulation:
             shown.now(f"{number} of {self.settings.rounds}, {name}")
             loss = self._client(name, due, random.Random(f"{key}/{name}").getrandbits(32))
             losses |= {} if loss is None else {name: loss}
+        mean = None
         if losses:  # before the round is over: a row too many is dropped on resuming, a missing one is not made up for
-            loss = fmean(losses.values(), weights=[self._records(name) for name in losses])
-            metrics.log_metrics({"loss": loss}, number * self.settings.local_steps)
-            shown.tell(f"loss {loss:.4g}")
+            mean = fmean(losses.values(), weights=[self._records(name) for name in losses])
+            metrics.log_metrics({"loss": mean}, number * self.settings.local_steps)
         outcome = due.collect([(name, self.inbox / name) for name in losses])
         for decision in outcome.decisions:
             if not decision.accepted:
@@ -157,7 +159,7 @@ class _Simulation:
             say(f"round {number}: folding to the rank cut off {outcome.lost:.1%} of the update's norm")
         for old in rounds_done(self.server)[: -self.kept]:
             remove_folder(adapter_of(self.server, old))
-        return outcome.adapter is not None
+        return outcome.adapter is not None, mean
 
     def _client(self, name: str, due: Round, seed: int) -> float | None:
         """Train a client's copy and send it; its mean loss, or None where it diverged and sends nothing."""

@@ -31,6 +31,15 @@ _AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 Examples = Mapping[str, Sequence[Example]]
 
 
+def at_largest(config: RunConfig) -> RunConfig:
+    """The recipe with the ranks that its experts have in the end."""
+    growth, adapter = config.train.rank_growth, config.adapter
+    if growth is None:
+        return config
+    assert isinstance(adapter.r, int)  # the schema wants it
+    return config.model_copy(update={"adapter": replace(adapter, r=max(adapter.r, growth.max))})
+
+
 def first_encoded(
     config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[Examples, list[SplitSummary]]:

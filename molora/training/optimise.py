@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from molora.training.lost_process import explained_loss_of_a_process
 from molora.training.module import MoLoraModule
 from molora.training.objective import Companion
 from molora.training.sharded import ShardedBaseStrategy
+from molora.training.steps import processes, total_steps
 
 
 def check_device(settings: TrainConfig) -> None:
@@ -33,38 +33,6 @@ def check_device(settings: TrainConfig) -> None:
             "train.precision: 16-mixed scales gradients for CUDA devices, and none is used here.",
             hint="use bf16-mixed, which needs no scaling, or 32-true.",
         )
-
-
-def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimiser steps of a run over `batches_per_epoch` batches, which the processes share.
-
-    An epoch's last window counts as a step even where it is not full.
-    """
-    if settings.max_steps is not None:
-        return settings.max_steps
-    assert settings.epochs is not None  # the schema wants one of the two
-    share = math.ceil(batches_per_epoch / _processes(settings))
-    return settings.epochs * math.ceil(share / settings.accumulate)
-
-
-def short_window(settings: TrainConfig, batches_per_epoch: int) -> str | None:
-    """What to say of an epoch whose last step accumulates fewer batches than the others; None where it does not."""
-    share = math.ceil(batches_per_epoch / _processes(settings))
-    rest = share % settings.accumulate
-    if not rest:
-        return None
-    return (
-        f"train.accumulate is {settings.accumulate}, and an epoch has {share} batches: its last step sees {rest} of them, "
-        "and counts as much as the others."
-    )
-
-
-def _processes(settings: TrainConfig) -> int:
-    if isinstance(settings.devices, list):
-        return len(settings.devices)
-    if settings.devices == "auto":
-        return torch.cuda.device_count() if settings.accelerator != "cpu" and torch.cuda.is_available() else 1
-    return settings.devices
 
 
 def optimise(
@@ -96,7 +64,7 @@ def optimise(
         own.append(LiveRouting(EVERY * settings.log_every))
     own.append(Reports())
     sharded = settings.strategy == "fsdp2"
-    strategy = ShardedBaseStrategy(_processes(settings)) if sharded else settings.strategy
+    strategy = ShardedBaseStrategy(processes(settings)) if sharded else settings.strategy
     trainer = L.Trainer(
         max_steps=total_steps(settings, len(data.train_dataloader())),
         max_epochs=-1,

@@ -37,7 +37,8 @@ from molora.training.environment import at_work, prepare_process
 from molora.training.evaluate import score
 from molora.training.journal import open_study, optuna_module
 from molora.training.module import MoLoraModule
-from molora.training.optimise import check_device, optimise, total_steps
+from molora.training.optimise import check_device, optimise
+from molora.training.steps import total_steps
 from molora.training.teach_router import teach_router
 from molora.training.train import encoded, with_labels
 

@@ -15,7 +15,8 @@ from molora.config import RunConfig
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.training.checkpoint import StepCallback
-from molora.training.optimise import optimise, total_steps
+from molora.training.optimise import optimise
+from molora.training.steps import total_steps
 
 MEASURED = 3
 

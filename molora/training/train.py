@@ -34,9 +34,10 @@ from molora.training.environment import at_work, describe_environment, is_first_
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import MetricsCsv, Terminal
 from molora.training.objective import Companion
-from molora.training.optimise import check_device, optimise, short_window, total_steps
+from molora.training.optimise import check_device, optimise
 from molora.training.resume import find_run, say_where
 from molora.training.rollback import with_rollback
+from molora.training.steps import notes_on_length, total_steps
 from molora.training.teach_router import teach_router
 from molora.training.trackers import build_trackers, check_loggers
 
@@ -114,8 +115,8 @@ def fit(
         load_features(config, run.path, model, tokenizer)
     batches = len(data.train_dataloader())
     steps = total_steps(settings, batches)
-    if (short := short_window(settings, batches)) is not None:
-        log.warning(short)
+    for note in notes_on_length(config, batches):
+        log.warning(note)
     validation = _validation(config, data)
     say_where(run, steps)
     first = is_first_process()  # Lightning has not set up the others yet

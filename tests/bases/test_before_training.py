@@ -12,7 +12,7 @@ from molora.config import load_recipe
 from molora.models.base import load_base
 from molora.models.base_check import check_base, positions_of
 from molora.models.build import load_trained
-from molora.training.optimise import short_window
+from molora.training.steps import notes_on_length
 from molora.training.train import train
 from tests.training.runs import recipe_for, write_base, write_encoder, write_tokenizer
 
@@ -86,9 +86,31 @@ def test_B7_an_encoder_is_no_language_model(tmp_path):
 
 
 def test_B7_the_last_window_of_an_epoch_is_told_of(tmp_path):
-    settings = load_recipe(recipe_for(tmp_path, tmp_path / "run", accumulate=3)).train
-    assert "its last step sees 2 of them" in short_window(settings, 5)
-    assert short_window(settings, 6) is None
+    config = load_recipe(recipe_for(tmp_path, tmp_path / "run", accumulate=3))
+    assert ["its last step sees 2 of them" in note for note in notes_on_length(config, 5)] == [True]
+    assert not [*notes_on_length(config, 6)]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "enough", "said"),
+    [
+        (
+            "kind_sparse",
+            30,
+            "kind sparse: training ends at step 29, and kind_settings.after is 30: experts stay dense",
+        ),
+        ("kind_relora", 226, "training ends at step 225, and kind_settings.every is 75: only 3 of 4 links"),
+        ("kind_adalora", 200, "training ends at step 199, and the budget reaches target_r = 4 at step 200"),
+        ("rank_growth", 61, "training ends at step 60, and train.rank_growth.every is 60: no rank grows"),
+    ],
+)
+def test_what_a_short_training_never_comes_to_is_told_of(recipe, enough, said):
+    def notes(steps):
+        return [*notes_on_length(load_recipe(f"recipes/{recipe}.yaml", [f"train.max_steps={steps}"]), 5)]
+
+    assert not notes(enough)
+    (note,) = notes(enough - 1)
+    assert said in note
 
 
 @pytest.mark.parametrize(

@@ -52,3 +52,7 @@ def test_it_is_refused(case: str) -> None:
     recipe, where, words = REFUSED[case]
     found = refusal(recipe)
     assert any(where in line and words in line for line in found.splitlines()), found
+
+
+def test_steps_that_were_written_are_not_answered_with_epochs_that_were_not() -> None:
+    assert "epochs" not in refusal(rounds(train={"max_steps": 9}))

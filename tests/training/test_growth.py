@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from molora.continual.grow import add_expert
 from molora.errors import ConfigError
 from molora.models.build import load_trained
 from molora.training import module
+from molora.training.forecast import at_largest
 from molora.training.train import train
 from tests.config.recipes import small
 from tests.training.runs import adapter_weights, assert_same_weights, recipe_for
@@ -105,3 +107,10 @@ def test_what_cannot_grow_is_refused_before_anything_is_loaded(
     growth = {"every": 2, **rest} if "evry" not in rest else rest
     with pytest.raises(ConfigError, match=message):
         load_recipe(small(adapter=adapter, train={"max_steps": 4, "rank_growth": growth}))
+
+
+def test_memory_and_parameters_are_told_of_for_the_ranks_that_experts_end_with() -> None:
+    config = load_recipe("recipes/rank_growth.yaml")
+    largest = at_largest(config)
+    assert (config.adapter.r, config.train.rank_growth.max, largest.adapter.r) == (2, 8, 8)
+    assert replace(largest.adapter, r=2) == config.adapter  # nothing else changed

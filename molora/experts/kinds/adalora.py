@@ -55,6 +55,17 @@ class AdaLora(Singular):
         self._budget.restore(state)
 
     @classmethod
+    def undone(cls, settings: Mapping[str, Any], steps: int) -> str | None:
+        budget = RankBudget(**settings)
+        last = budget.checked(budget.total_step or steps) - budget.tfinal
+        if steps >= last:
+            return None
+        return (
+            f"the budget reaches target_r = {budget.target_r} at step {last}: experts keep more. "
+            "Lower kind_settings.total_step, or leave it out."
+        )
+
+    @classmethod
     def problems(cls, mixture: Mapping[str, Any]) -> Iterator[Problem]:
         yield from Kind.problems(mixture)
         given = {**cls.settings, **mixture["kind_settings"]}

@@ -180,6 +180,17 @@ class Kind:
             at: which step, and what it was made with.
         """
 
+    @classmethod
+    def undone(cls, settings: Mapping[str, Any], steps: int) -> str | None:
+        """What a training of so many steps never comes to, as the end of a sentence; None where it comes to all.
+
+        Args:
+            settings: its own, all of them.
+
+        Raises ConfigError where it cannot train for so few.
+        """
+        return None
+
     def rate(self, step: int) -> float:
         """What the experts' learning rate is multiplied by at a step (0 = the first), beside the schedule."""
         return 1.0

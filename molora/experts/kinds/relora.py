@@ -111,6 +111,14 @@ class ReLora(Kind):
         self._step = state["step"]
 
     @classmethod
+    def undone(cls, settings: Mapping[str, Any], steps: int) -> str | None:
+        """The last link begins after `every` steps of each of the others."""
+        links, every = settings["links"], settings["every"]
+        begun = min(links, 1 + (steps - 1) // every)
+        text = f"kind_settings.every is {every}: only {begun} of {links} links of an expert are ever trained."
+        return text if begun < links else None
+
+    @classmethod
     def problems(cls, mixture: Mapping[str, Any]) -> Iterator[Problem]:
         yield from Kind.problems(mixture)
         given = {**cls.settings, **mixture["kind_settings"]}

@@ -18,7 +18,6 @@ References: SparseAdapter, arXiv:2210.04284; SNIP, arXiv:1810.02340; GraSP, arXi
 
 from __future__ import annotations
 
-import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -32,7 +31,6 @@ from molora.experts.kinds.kind import About, Expert, Kind, StackSpec, Step
 from molora.experts.kinds.lora import Lora
 
 SCORES = ("magnitude", "snip", "grasp", "random")
-log = logging.getLogger(__name__)
 
 
 def packed(mask: Tensor) -> Tensor:
@@ -89,11 +87,6 @@ class Sparse(Lora):
     def after_step(self, banks: Mapping[str, Any], at: Step) -> None:
         self._step = self._step + 1 if at.number is None else at.number
         after = int(self.chosen["after"])
-        if self._step == 1 and at.total is not None and at.total < after:
-            text = (
-                "kind sparse: training ends at step %d, before kind_settings.after = %d: experts stay dense."
-            )
-            log.warning(text, at.total, after)
         learning = {key: bank for key, bank in banks.items() if bank.trainable}
         if self._step >= after:
             self._draw(
@@ -166,6 +159,11 @@ class Sparse(Lora):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         self._step = state["step"]
+
+    @classmethod
+    def undone(cls, settings: Mapping[str, Any], steps: int) -> str | None:
+        after = settings["after"]
+        return f"kind_settings.after is {after}: experts stay dense." if steps < after else None
 
     @classmethod
     def problems(cls, mixture: Mapping[str, Any]) -> Iterator[Problem]:
