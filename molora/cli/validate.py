@@ -118,6 +118,7 @@ def _in_turns(config: RunConfig) -> type[TurnsRun] | None:
 
 
 def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool) -> None:
+    from molora.evaluation.pass_at_k import check_judges
     from molora.models.base import load_tokenizer
     from molora.models.base_check import check_base, check_lengths
     from molora.models.build import build_skeleton, labels_of_tasks
@@ -154,6 +155,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     check_device(config.train)
     check_loggers(config.train)
     check_output(Path(config.output))
+    check_judges(config, tasks)
     check_validation(config, [task for task in tasks if len(task.eval)])
     examples, summary = first_encoded(config, tasks, tokenizer)
     check_lengths(config, model, summary)

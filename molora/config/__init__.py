@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from molora.config.adapter import AdapterConfig, GateSection
     from molora.config.data import DataConfig, TaskConfig
+    from molora.config.evaluation import EvalConfig
     from molora.config.grow import GrowConfig, load_grow
     from molora.config.load import dump_recipe, load_recipe
-    from molora.config.run import BaseConfig, EvalConfig, RunConfig
+    from molora.config.run import BaseConfig, RunConfig
     from molora.config.train import StageConfig, TrainConfig
 
 _HOMES = {
@@ -18,7 +19,8 @@ _HOMES = {
     "data": ("DataConfig", "TaskConfig"),
     "grow": ("GrowConfig", "load_grow"),
     "load": ("dump_recipe", "load_recipe"),
-    "run": ("BaseConfig", "EvalConfig", "RunConfig"),
+    "evaluation": ("EvalConfig",),
+    "run": ("BaseConfig", "RunConfig"),
     "train": ("StageConfig", "TrainConfig"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

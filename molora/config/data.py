@@ -22,7 +22,7 @@ SOURCE_KEYS = frozenset(key for needed, optional in SOURCES.values() for key in 
 # What a task of each kind is scored by, the default first, and the templates only that kind reads.
 LIKELIHOODS = ("likelihood", "likelihood_norm")
 _WRITTEN = (
-    "exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss", *LIKELIHOODS,
+    "exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss", *LIKELIHOODS, "pass_at_k",
 )  # fmt: skip
 METRICS: dict[str, tuple[str, ...]] = {
     "causal_lm": _WRITTEN,
@@ -90,13 +90,16 @@ class TaskConfig(Section):
     metric: (
         Literal[
             "exact_match", "accuracy", "macro_f1", "token_f1", "rouge_l", "bleu", "chrf", "loss", "likelihood",
-            "likelihood_norm",
+            "likelihood_norm", "pass_at_k",
         ]
         | None
     ) = None  # fmt: skip
     """What the task is scored by; the first that fits its kind, or `likelihood` with `choices`: the share of records whose
     right answer (or label) the model finds the likeliest, with `_norm` by the mean over its tokens. `rouge_l`, `bleu` and
-    `chrf` need the extra `metrics`."""
+    `chrf` need the extra `metrics`; `pass_at_k` needs a `check`, see `eval.sampling`."""
+    check: list[str] | None = Field(default=None, min_length=1)
+    """Of `pass_at_k`: the command that judges an answer. It reads one JSON object with `prompt`, `answer` and `record`, and ends
+    with 0 where the answer is right. It runs on this machine, with what a model wrote: keep it in a sandbox."""
     weight: Annotated[float, Field(gt=0, le=1e9)] = 1.0
     """How often its records are drawn beside other tasks'."""
 
@@ -160,6 +163,14 @@ class TaskConfig(Section):
             yield (
                 ("choices",),
                 "is not read when `messages` gives the conversation; write a prompt and a target.",
+            )
+        if (self.metric == "pass_at_k") != (self.check is not None):
+            text = (
+                "is missing: the command that judges an answer of metric pass_at_k, as in [python, check.py]."
+            )
+            yield (
+                ("check",),
+                text if self.check is None else "acts only with metric: pass_at_k; leave it out.",
             )
         for key in ("prompt", "target"):
             if self.messages is not None and key in given:

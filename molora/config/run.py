@@ -12,12 +12,11 @@ from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.choices import KINDS
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
 from molora.config.data import KIND_OF_TASK_TYPE, DataConfig
+from molora.config.evaluation import EvalConfig
 from molora.config.federated import FederatedConfig, federated_problems
 from molora.config.gate_rules import UNNORMALISED
 from molora.config.growth_rules import growth_problems
 from molora.config.section import (
-    ExpertCount,
-    PositiveInt,
     Problem,
     RunName,
     Section,
@@ -28,9 +27,6 @@ from molora.config.section import (
 from molora.config.stages import ExpertStage, filled_stages, one_by_one_problems, stage_problems
 from molora.config.suggest import options
 from molora.config.train import TrainConfig
-
-Mode = Literal["gate", "task", "base"]
-MODES: tuple[Mode, ...] = ("gate", "task", "base")
 
 
 class BaseConfig(Section):
@@ -58,28 +54,6 @@ class BaseConfig(Section):
     def _check(self) -> Self:
         if self.head == "match" and self.task_type != "SEQ_CLS":
             refuse([(("head",), "'match' (the nearest label text) goes with task_type: SEQ_CLS.")])
-        return self
-
-
-class EvalConfig(Section):
-    """How the trained adapter is scored after training and by `molora eval`."""
-
-    batch_size: PositiveInt = 32
-    """Records scored at once."""
-    max_new_tokens: PositiveInt = 32
-    """Longest answer in tokens."""
-    num_beams: ExpertCount = 1
-    """Beams; 1 is greedy."""
-    modes: list[Mode] = Field(default_factory=lambda: list(MODES), min_length=1)
-    """Score with the gate deciding, with each task's own experts by id, and with the base alone."""
-
-    @model_validator(mode="after")
-    def _check(self) -> Self:
-        refuse(
-            (("modes", i), f"{mode!r} is there twice.")
-            for i, mode in enumerate(self.modes)
-            if mode in self.modes[:i]
-        )
         return self
 
 
@@ -175,7 +149,7 @@ class RunConfig(Section):
         of_rounds = () if self.federated is None else self._round_problems(self.federated)
         of_stages = () if self.stages is None else stage_problems(self, self.stages)
         of_rest = (
-            self._task_problems(), self._kind_problems(), self._feature_problems(), self._mode_problems(),
+            self._task_problems(), self._kind_problems(), self._feature_problems(), self._eval_problems(),
         )  # fmt: skip
         alone = self.continual is None and self.federated is None and self.stages is None
         growth = growth_problems(self.train.rank_growth, self.adapter, alone=alone)
@@ -258,7 +232,10 @@ class RunConfig(Section):
         elif features is not None and self.base.task_type == "SEQ_2_SEQ_LM":
             yield ("features",), "reads prompts of decoder-only models and encoders, not of SEQ_2_SEQ_LM."
 
-    def _mode_problems(self) -> Iterator[Problem]:
+    def _eval_problems(self) -> Iterator[Problem]:
+        judged = any(task.metric == "pass_at_k" for task in self.data.tasks.values())
+        if self.eval.sampling is not None and not judged:
+            yield ("eval", "sampling"), "acts only with a task of metric: pass_at_k; leave it out."
         adapter = self.adapter
         by_id = adapter.gate.scope == "task" and adapter.router is None and self.continual is None
         if by_id and self.eval.modes == ["gate"]:

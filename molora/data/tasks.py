@@ -34,7 +34,8 @@ class Task:
     """One task. `train` and `eval` hold records (mappings of fields); `eval` may be empty.
 
     kind: causal_lm and seq2seq render `prompt` and `target`, or take the conversation in the field `messages`; `rejected` is
-    an answer that is worse than the target, and the field `choices` lists the answers of multiple choice;
+    an answer that is worse than the target, and the field `choices` lists the answers of multiple choice; `check` is the
+    command that judges an answer of metric pass_at_k;
     classification renders `text`, and `label` names the field with one of `labels` (or its index).
     task_type: the type of the base; on a language model, a classification learns to write the label's name.
     classes: the class of each label in a head shared by all tasks; empty: the label's own index.
@@ -50,6 +51,7 @@ class Task:
     target: str = "{target}"
     rejected: str | None = None
     choices: str | None = None
+    check: tuple[str, ...] = ()
     messages: str | None = None
     chat_template: bool = False
     text: str = "{text}"
@@ -83,6 +85,10 @@ class Task:
             raise ConfigError(
                 f"{where}: the metric {self.metric} needs the package {_NEEDS[str(self.metric)]}.",
                 hint="pip install 'molora[metrics]'",
+            )
+        if self.metric == "pass_at_k" and not self.check:
+            raise ConfigError(
+                f"{where}: the metric pass_at_k needs a check: the command that judges an answer."
             )
         if self.metric in LIKELIHOODS and self.task_type == "SEQ_CLS":
             raise ConfigError(
@@ -137,6 +143,7 @@ def task_from_config(name: str, task_id: int, config: TaskConfig, task_type: str
         id=task_id,
         train=train,
         eval=() if held_out is None else held_out,
+        check=tuple(config.check or ()),
         labels=_labels(name, config, train) if config.kind == "classification" else (),
         task_type=task_type or "",
         **config.model_dump(include=same, exclude_none=True),

@@ -1,15 +1,37 @@
-"""Greedy (or beam) answers to many prompts: left padding, batches of similar length, original order."""
+"""Answers to many prompts, greedy, by beams or drawn: left padding, batches of similar length, original order."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from molora.data.collate import batches_by_length, pad_token, padded
-from molora.progress import advance
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn: by their probabilities at this temperature, from the likeliest that together have `top_p`."""
+
+    temperature: float
+    top_p: float = 1.0
+    seed: int = 0
+
+    def into(self, config: GenerationConfig) -> None:
+        """Let a greedy config draw."""
+        config.update(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
+
+
+@contextmanager
+def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
+    """Random numbers of a stream of their own; what was drawn before and after stays what it was."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
 
 
 def generate_answers(
@@ -20,23 +42,28 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
+    sampling: Sampling | None = None,
     after_batch: Callable[[Sequence[int]], None] | None = None,
 ) -> list[str]:
     """The generated text of each prompt (token ids), special tokens removed, in the order given.
 
+    sampling: tokens are drawn as it says, the same on every call with the same prompts; without it nothing is sampled.
     after_batch: called with the places of the prompts that have just been answered together.
-    Nothing is sampled. Prompts are left-padded; which prompts share a batch depends on their lengths only.
+    Prompts are left-padded; which prompts share a batch depends on their lengths only.
     """
     pad = pad_token(tokenizer)
     config = greedy(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=pad)
+    if sampling is not None:
+        sampling.into(config)
     answers = [""] * len(prompts)
-    for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-        texts = answer_together(model, tokenizer, [prompts[i] for i in chosen], config)
-        for i, text in zip(chosen, texts, strict=True):
-            answers[i] = text
-        if after_batch is not None:
-            after_batch(chosen)
-        advance(len(chosen), "records")
+    draws = nullcontext() if sampling is None else drawn_from(sampling.seed, model.device)
+    with draws:
+        for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+            texts = answer_together(model, tokenizer, [prompts[i] for i in chosen], config)
+            for i, text in zip(chosen, texts, strict=True):
+                answers[i] = text
+            if after_batch is not None:
+                after_batch(chosen)
     return answers
 
 

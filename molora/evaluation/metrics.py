@@ -21,7 +21,8 @@ class Result:
     record: its place among the task's held-out records. prediction: an answer, the label it names (None: no label),
     or a class; target: what it should have been. nll: negative log-likelihood of the target in nats, where the
     metric is the loss. count: how many things the metric's value is a sum over: the target's tokens, or one record.
-    text: what was written, where the prediction is the label that it names.
+    text: what was written, where the prediction is the label that it names. value: what the answers are worth, where the metric
+    does not see it from the prediction; drawn: all of them, and whether each is right, where there are several.
     """
 
     record: int
@@ -30,6 +31,8 @@ class Result:
     nll: float = math.nan
     count: int = 1
     text: str | None = None
+    value: float = math.nan
+    drawn: tuple[tuple[str, bool], ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ for _name, _metric in {
     "loss": Metric(loss),
     "likelihood": Metric(accuracy),
     "likelihood_norm": Metric(accuracy),
+    "pass_at_k": Metric(lambda result: result.value),
     "macro_f1": Metric(accuracy, lambda rs: texts.macro_f1([(r.prediction, r.target) for r in rs])),
     "token_f1": Metric(lambda result: texts.token_f1(*_texts(result))),
     "rouge_l": Metric(lambda result: texts.rouge_l(*_texts(result))),

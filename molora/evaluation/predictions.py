@@ -39,6 +39,9 @@ class Prediction:
     count: int = 1
     experts: dict[str, float] | None = None
     text: str | None = None  # what was written, where the prediction is the label that it names
+    drawn: Sequence[tuple[str, bool]] | None = (
+        None  # where several answers were: each, and whether it is right
+    )
 
 
 def predictions(
@@ -54,7 +57,7 @@ def predictions(
             Prediction(
                 task.name, mode, result.record, prompt, answer, _said(task, result),
                 None if loss else score > 1 - 1e-9, score, result.count,
-                None if experts is None else experts.get(result.record), result.text,
+                None if experts is None else experts.get(result.record), result.text, result.drawn,
             )
         )  # fmt: skip
     return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -13,21 +13,26 @@ from transformers import PreTrainedTokenizerBase
 
 from molora.config import RunConfig
 from molora.config.data import LIKELIHOODS
+from molora.config.evaluation import SamplingConfig
 from molora.data.choices import Choices, choices_of
 from molora.data.collate import batches_by_length, collate, pad_token
 from molora.data.prompts import IGNORED, Example, encode
 from molora.data.render import render
 from molora.data.tasks import Task
 from molora.errors import DataError
-from molora.evaluation.generate import generate_answers
+from molora.evaluation.generate import Sampling, generate_answers
 from molora.evaluation.metrics import Result, match_label, overall, token_nll
+from molora.evaluation.pass_at_k import Judge, pass_at_k
 from molora.progress import advance
 
 Likelihood = tuple[float, int]
 """Nats and number of the tokens of an answer that was given."""
 
-Answer = Tensor | str | Likelihood | list[Likelihood]
-"""To one record: a classifier's logits (class,), a text, the target's likelihood, or that of each of its choices."""
+Drawn = tuple[tuple[str, bool], ...]
+"""Answers that were drawn, each with whether it is right."""
+
+Answer = Tensor | str | Likelihood | list[Likelihood] | Drawn
+"""To one record: a classifier's logits (class,), a text, the target's likelihood, that of each choice, or several texts."""
 
 AfterBatch = Callable[[Sequence[int]], None] | None
 """Called with the places of records that have just been answered together, in the order of the batch."""
@@ -41,12 +46,16 @@ class Limits:
     max_new_tokens: int = 32
     num_beams: int = 1
     max_length: int = 512
+    seed: int = 0
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     @classmethod
     def of(cls, config: RunConfig) -> Limits:
         """Those of a recipe."""
         found = config.eval
-        return cls(found.batch_size, found.max_new_tokens, found.num_beams, config.data.max_length)
+        sampling = found.sampling or SamplingConfig()
+        length = config.data.max_length
+        return cls(found.batch_size, found.max_new_tokens, found.num_beams, length, config.seed, sampling)
 
 
 def score_task(
@@ -82,6 +91,7 @@ class HeldOut:
         self.after_batch = after_batch
         self.examples = [encode(task, record, tokenizer, limits.max_length) for record in task.eval]
         self.choices: list[Choices] = []
+        self.judge = Judge(task, limits.sampling.timeout) if task.metric == "pass_at_k" else None
         if task.metric in LIKELIHOODS:
             self.choices = [choices_of(task, record, tokenizer, limits.max_length) for record in task.eval]
 
@@ -93,16 +103,39 @@ class HeldOut:
             return dict(self._targets(records))
         if self.choices:
             return dict(self._choices(records))
-        texts = generate_answers(
+        if self.judge is not None:
+            return dict(self._drawn(records, self.judge))
+        return dict(zip(records, self._texts(records), strict=True))
+
+    def _texts(self, records: Sequence[int], times: int = 1) -> list[str]:
+        """What the model writes to each record; with `times` above 1, so many drawn answers to each, one after another."""
+        limits, asked = self.limits, [record for record in records for _ in range(times)]
+        own = limits.sampling
+        draws = None if self.judge is None else Sampling(own.temperature, own.top_p, limits.seed)
+
+        def after(places: Sequence[int]) -> None:
+            self._answered([asked[i] for i in places])
+            advance(sum((i + 1) % times == 0 for i in places), "records")
+
+        return generate_answers(
             self.model,
             self.tokenizer,
-            [list(self.examples[i].prompt) for i in records],
-            batch_size=self.limits.batch_size,
-            max_new_tokens=self.limits.max_new_tokens,
-            num_beams=self.limits.num_beams,
-            after_batch=self.after_batch and (lambda places: self._answered([records[i] for i in places])),
+            [list(self.examples[i].prompt) for i in asked],
+            batch_size=limits.batch_size,
+            max_new_tokens=limits.max_new_tokens,
+            num_beams=1 if draws else limits.num_beams,
+            sampling=draws,
+            after_batch=after,
         )
-        return dict(zip(records, texts, strict=True))
+
+    def _drawn(self, records: Sequence[int], judge: Judge) -> Iterator[tuple[int, Drawn]]:
+        """Several drawn answers to each record, and whether each is right."""
+        times = self.limits.sampling.samples
+        texts = [text.strip() for text in self._texts(records, times)]
+        asked = [self.task.eval[record] for record in records for _ in range(times)]
+        judged = [*zip(texts, judge.all([*zip(asked, texts, strict=True)]), strict=True)]
+        for place, record in enumerate(records):
+            yield record, tuple(judged[place * times : (place + 1) * times])
 
     def _classes(self, records: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
         """A classifier's logits."""
@@ -156,8 +189,13 @@ class HeldOut:
             logits = torch.full_like(answer, float("-inf"), dtype=torch.float32)
             logits[chosen] = answer[chosen].float()
             return Result(record, int(logits.argmax()), int(label), float(F.cross_entropy(logits, label)))
+        if self.judge is not None and isinstance(answer, tuple):
+            drawn, target = cast(Drawn, answer), render(task, task.eval[record])[1].strip()
+            value = pass_at_k(len(drawn), sum(right for _, right in drawn), self.limits.sampling.k)
+            return Result(record, drawn[0][0], target, value=value, drawn=drawn)
         if isinstance(answer, tuple):
-            return Result(record, nll=answer[0], count=answer[1])
+            nll, count = cast(Likelihood, answer)
+            return Result(record, nll=nll, count=count)
         if isinstance(answer, list):
             texts, right = self.choices[record].texts, self.choices[record].right
             return Result(record, texts[likeliest(answer, task.metric)], texts[right])

@@ -18,7 +18,7 @@ from molora.data.collate import batches_by_length, pad_token
 from molora.data.prompts import chat_prompt, prompt_within
 from molora.data.templates import fill_template, parse_template
 from molora.errors import ConfigError
-from molora.evaluation.generate import answer_together, greedy
+from molora.evaluation.generate import Sampling, answer_together, greedy
 from molora.evaluation.routing import summarise
 from molora.evaluation.tokens import TokenView, token_view
 from molora.models.build import load_trained
@@ -43,7 +43,7 @@ class Search:
             model, tokenizer, max_new_tokens=self.max_new_tokens, pad_token_id=pad_token(tokenizer)
         )
         if self.temperature:
-            found.update(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
+            Sampling(self.temperature, self.top_p).into(found)
         return found
 
 

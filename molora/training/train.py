@@ -21,6 +21,7 @@ from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
 from molora.disk.atomic import check_target, write_file, write_json
 from molora.errors import ConfigError
+from molora.evaluation.pass_at_k import check_judges
 from molora.models.base_check import check_base, check_lengths
 from molora.models.build import build_model, labels_of_tasks, load_trained, tasks_of
 from molora.models.features import CLUSTERS_FILE, fit_features, load_features
@@ -175,6 +176,7 @@ def encoded(config: RunConfig, tasks: TaskSet, tokenizer: PreTrainedTokenizerBas
     """The tasks' records, read and encoded, in the batches that the objective takes."""
     objective = OBJECTIVES[config.train.objective.kind]
     objective.check_tasks([*tasks])
+    check_judges(config, tasks)
     collate, size = objective.collate, config.train.batch_size
     halves = bool(KINDS[config.adapter.kind].upper)
     if halves and config.train.accumulate > 1:

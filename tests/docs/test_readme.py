@@ -74,9 +74,10 @@ def test_every_recipe_and_every_key_is_listed() -> None:
 
 
 def test_the_recipe_lines_for_own_data_are_valid() -> None:
-    (block,) = re.findall(r"```yaml\n(.*?)```", PAGES["data.md"], flags=re.DOTALL)
-    data = DataConfig.model_validate(yaml.safe_load(block)["data"])
-    assert data.tasks["support"].eval == 0.1
+    own, judged = map(yaml.safe_load, re.findall(r"```yaml\n(.*?)```", PAGES["data.md"], flags=re.DOTALL))
+    assert DataConfig.model_validate(own["data"]).tasks["support"].eval == 0.1
+    assert DataConfig.model_validate(judged["data"]).tasks["code"].check == ["python", "check.py"]
+    assert EvalConfig.model_validate(judged["eval"]).sampling.samples == 10
 
 
 @pytest.mark.parametrize("name", ALL)
