@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from molora.cli.main import app
 from molora.config.data import DataConfig
+from molora.config.evaluation import EvalConfig
 from molora.config.keys import markdown
 
 ROOT = Path(__file__).parents[2]
