@@ -14,7 +14,7 @@ from molora.evaluation.naming import Naming
 from molora.evaluation.report import LOWER_IS_BETTER, Report, differences
 from molora.evaluation.routing import Matrix, RoutingSummary
 from molora.evaluation.similarity import Similarity
-from molora.report.html_parts import NUMBERED_UP_TO, folded, heat, paragraph, picture, section, table
+from molora.report.html_parts import NUMBERED_UP_TO, choice, folded, heat, paragraph, picture, section, table
 from molora.report.plots import heatmap_png, small_multiples_png
 from molora.report.style import STYLE
 from molora.report.tables import routing_lines, routing_title, score_cells, shown_scores
@@ -42,7 +42,7 @@ def render(report: Report, *, title: str, curves: str = "", config: str = "") ->
 
 def body(report: Report, curves: str = "", config: str = "", *, prefix: str = "") -> str:
     """All parts of a report below its headline; prefix: of their anchors, where a page holds several reports."""
-    parts = _parts(report, curves, config)
+    parts = _parts(report, curves, config, prefix)
     return "".join(section(f"{prefix}{anchor}", heading, inside) for anchor, heading, inside in parts)
 
 
@@ -55,12 +55,12 @@ def page(title: str, body: str) -> str:
     return f"<!doctype html>\n<html lang='en'><head>{meta}</head><body>\n{body}\n</body></html>\n"
 
 
-def _parts(report: Report, curves: str, config: str) -> Iterator[Part]:
+def _parts(report: Report, curves: str, config: str, prefix: str = "") -> Iterator[Part]:
     yield "scores", "Held-out scores", _scores(report)
     if report.before:
         yield "before", "Before and after", _differences(report)
     if report.routing:
-        yield "routing", "Who does what", _routing(report.routing, grown=bool(report.before))
+        yield "routing", "Who does what", _routing(report.routing, prefix, grown=bool(report.before))
     if report.counterfactuals:
         yield "whatif", "What if", _changed(report.counterfactuals)
     if report.similarity:
@@ -109,13 +109,13 @@ def _differences(report: Report) -> str:
     return table(["task", "mode", "before", "after", "change"], lines, names=2)
 
 
-def _routing(routing: RoutingSummary, *, grown: bool) -> str:
+def _routing(routing: RoutingSummary, prefix: str, *, grown: bool) -> str:
     title = routing_title(routing)
     inside = [_heat(routing.task_expert(), "task", title)] if routing.by_task else []
     inside += [paragraph(line) for line in (*routing_lines(routing, grown=grown), *_measures(routing))]
     by_layer = {task: routing.of_task(task) for task in routing.by_task if routing.layers}
     if len(by_layer) > 1:
-        inside.append(_multiples(by_layer))
+        inside.append(_multiples(by_layer, prefix))
     elif routing.gates:
         inside.append(_heat(routing.layer_expert(), "layer", title.replace("task x", "layer x")))
     if routing.gates:
@@ -139,13 +139,15 @@ def _measures(routing: RoutingSummary) -> Iterator[str]:
         yield f"Layers agree on a task's first expert: {100 * agreed:.0f} % of them."
 
 
-def _multiples(by_task: Mapping[str, Matrix]) -> str:
+def _multiples(by_task: Mapping[str, Matrix], prefix: str) -> str:
     cells = sum(len(matrix.rows) * len(matrix.columns) for matrix in by_task.values())
-    if cells <= NUMBERED_UP_TO:
-        tables = (heat(matrix, corner="layer", caption=task) for task, matrix in by_task.items())
-        return f"<h3>By layer</h3><div class=grid>{''.join(tables)}</div>"
-    says = f"Mean gate weight, layer x expert, one panel for each of {len(by_task)} tasks."
-    return f"<h3>By layer</h3>{picture(small_multiples_png(by_task), says)}"
+    whole = ""
+    if cells > NUMBERED_UP_TO:
+        says = f"Mean gate weight, layer x expert, one panel for each of {len(by_task)} tasks."
+        whole = picture(small_multiples_png(by_task), says)
+    tables = {task: heat(matrix, corner="layer", caption=task) for task, matrix in by_task.items()}
+    shown = choice(f"{prefix}layers", "task", tables, whole=whole)
+    return f"<h3>By layer</h3>{shown}"
 
 
 def _entropies(routing: RoutingSummary) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 
 from molora.evaluation.routing import Matrix
@@ -91,6 +91,24 @@ def picture(png: bytes, says: str) -> str:
 def folded(summary: str, inside: str) -> str:
     """What is shown when it is opened."""
     return f"<details><summary>{escape(summary)}</summary>{inside}</details>"
+
+
+def choice(group: str, legend: str, panels: Mapping[str, str], *, whole: str = "") -> str:
+    """Panels of which a reader looks at one by a radio button, so that the arrow keys go through them; no script.
+
+    Args:
+        group: a name that no other group of the page has.
+        whole: what is shown instead at first; without it all panels are. A browser without `:has` shows everything.
+    """
+    every = f"<div class='panel whole'>{whole}</div>" if whole else ""
+    name = escape(group, quote=True)
+    parts = [f"<label class=every><input type=radio name='{name}' checked> all</label>{every}"]
+    parts += [
+        f"<label><input type=radio name='{name}'> {escape(label)}</label><div class=panel>{inside}</div>"
+        for label, inside in panels.items()
+    ]
+    kind = "choice" if whole else "choice some"
+    return f"<fieldset class='{kind}'><legend>{escape(legend)}</legend>{''.join(parts)}</fieldset>"
 
 
 def section(anchor: str, heading: str, *inside: str) -> str:

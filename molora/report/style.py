@@ -35,9 +35,18 @@ small { color: var(--soft) }
 .heat .top { font-weight: 700 }
 .heat .deep { color: var(--deep) }
 .heat .none { background: none }
-.grid { display: flex; flex-wrap: wrap; gap: .4rem 2rem }
-.grid .heat { font-size: .8rem }
-.grid .heat td { min-width: 2.4rem; padding: .1rem .3rem }
+.choice { border: 1px solid var(--line); border-radius: 4px; display: flex; flex-wrap: wrap; gap: .2rem 1rem;
+  padding: .4rem .8rem; margin: 0 }
+.choice legend { color: var(--soft) }
+.choice label { order: 1; cursor: pointer }
+.panel { order: 2; overflow-x: auto; max-width: 100% }
+.choice:not(.some) .panel { flex-basis: 100% }
+.panel .heat { font-size: .8rem }
+.panel .heat td { min-width: 2.4rem; padding: .1rem .3rem }
+@supports selector(:has(a)) {
+  .panel { display: none }
+  label:has(:checked) + .panel, .some:has(.every :checked) .panel { display: block }
+}
 svg, img { max-width: 100%; height: auto }
 img { background: #fff; border-radius: 4px }
 pre { background: var(--card); padding: 1rem; overflow-x: auto }

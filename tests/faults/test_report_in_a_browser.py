@@ -88,7 +88,13 @@ def test_no_script_of_a_hostile_report_runs(tmp_path: Path) -> None:
     report = Report(
         scores=scores,
         before=scores[:3],
-        routing=RoutingSummary(HOSTILE[0], 3, {name: dict.fromkeys(HOSTILE, 0.1) for name in HOSTILE}, gates),
+        routing=RoutingSummary(
+            HOSTILE[0],
+            3,
+            {name: dict.fromkeys(HOSTILE, 0.1) for name in HOSTILE},
+            gates,
+            {"0": {name: dict.fromkeys(HOSTILE, 0.1) for name in HOSTILE}},
+        ),
         naming=Naming({name: {HOSTILE[0]: 1} for name in HOSTILE}, dict.fromkeys(HOSTILE, 0.5)),
         facts={name: name for name in HOSTILE},
         notes=list(HOSTILE),
@@ -109,9 +115,27 @@ def test_no_script_of_a_hostile_report_runs(tmp_path: Path) -> None:
     assert found.tags <= {
         "html", "head", "meta", "title", "style", "body", "header", "main", "nav", "ul", "li", "a", "section", "details",
         "summary", "h1", "h2", "h3", "p", "div", "small", "table", "caption", "thead", "tbody", "tr", "th", "td", "img", "pre",
+        "fieldset", "legend", "label", "input",
     }  # fmt: skip
     assert found.attributes <= {
         "lang", "charset", "name", "content", "class", "id", "href", "style", "scope", "tabindex", "alt", "src",
-        "aria-label", "aria-labelledby",
+        "aria-label", "aria-labelledby", "type", "checked",
     }  # fmt: skip
     assert found.links and all(link.startswith("#") for link in found.links)
+
+
+def test_a_reader_chooses_whose_layers_are_shown_and_each_report_of_a_page_by_itself(tmp_path: Path) -> None:
+    weights = {"a": {"x": 0.9, "y": 0.1}, "b": {"x": 0.2, "y": 0.8}}
+    report = Report(scores=[], routing=RoutingSummary("gate", 9, weights, [], {"0": weights, "1": weights}))
+    shown = (
+        "[...document.querySelectorAll('.panel')].map(p => +(getComputedStyle(p).display != 'none')).join('')"
+    )
+    script = (
+        f"const seen = [{shown}];"
+        f"for (const i of [1, 2, 4]) {{ document.querySelectorAll('input')[i].click(); seen.push({shown}) }}"
+        "document.documentElement.setAttribute('data-seen', seen.join(' '))"
+    )
+    page = tmp_path / "report.html"
+    text = render_several({"one": report, "two": report}, title="t", inside={})
+    page.write_text(text.replace("</body>", f"<script>{script}</script></body>"))
+    assert 'data-seen="1111 1011 0111 0110"' in dumped(page, tmp_path / "profile")

@@ -38,6 +38,8 @@ def test_an_accessibility_audit_finds_nothing(report: Report, tmp_path: Path, da
         "document.body.appendChild(p) })"
     )
     pairs = {"a": {"a": 1.0, "b": 0.31}, "b": {"a": 0.31, "b": 1.0}}
+    assert report.routing is not None
+    report.routing.layers["0"] = report.routing.by_task
     report.similarity = Similarity(pairs, pairs)
     row = {AS_IT_IS: 0.9, EVEN: 0.2, BASE: 0.0}
     each = {"sum": {"a": 0.55, "b": 0.86}}

@@ -14,7 +14,7 @@ from molora.report.plots import loss_svg
 from molora.report.several import render_several
 from tests.report.conftest import gate_rows
 
-VOID = {"meta", "img", "path", "use", "rect", "line"}
+VOID = {"meta", "img", "input", "path", "use", "rect", "line"}
 
 
 class Page(HTMLParser):
