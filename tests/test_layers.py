@@ -57,7 +57,7 @@ ALLOWED: dict[str, set[str]] = {
     "data": MODEL | {"lightning", "datasets"},
     "report": {"matplotlib"},
     "training": MODEL | {"lightning"},
-    "cli": {"peft", "transformers"},  # types only: see test_importing_it_loads_nothing_heavy
+    "cli": {"peft", "transformers"},  # types only: see test_importing_them_loads_nothing_heavy
 }
 
 # Modules longer than MODULE_LINES, and how long they may be. They only get shorter.
