@@ -111,32 +111,34 @@ def pairs(
     ]
 
 
-def base_model(architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32) -> nn.Module:
+def base_model(
+    architecture: str, seed: int = 0, dtype: torch.dtype = torch.float32, blocks: int = 2
+) -> nn.Module:
     """A freshly initialised model, without dropout, with weights large enough for outputs to differ."""
     torch.manual_seed(seed)
     common = {"vocab_size": VOCAB}
     if architecture == "llama":
         config = LlamaConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=blocks, num_attention_heads=4,
             num_key_value_heads=2, initializer_range=0.2, pad_token_id=0, eos_token_id=None, bos_token_id=None, **common,
         )  # fmt: skip
         model: nn.Module = LlamaForCausalLM(config)
     elif architecture == "gpt2":
         config = GPT2Config(
-            n_embd=16, n_layer=2, n_head=2, n_positions=64, initializer_range=0.2, resid_pdrop=0.0,
+            n_embd=16, n_layer=blocks, n_head=2, n_positions=64, initializer_range=0.2, resid_pdrop=0.0,
             embd_pdrop=0.0, attn_pdrop=0.0, pad_token_id=0, eos_token_id=None, bos_token_id=None, **common,
         )  # fmt: skip
         model = GPT2LMHeadModel(config)
     elif architecture == "bert":
         config = BertConfig(
-            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, num_labels=3,
+            hidden_size=16, intermediate_size=32, num_hidden_layers=blocks, num_attention_heads=2, num_labels=3,
             max_position_embeddings=64, initializer_range=0.2, hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0, pad_token_id=0, **common,
         )  # fmt: skip
         model = BertForSequenceClassification(config)
     else:
         config = T5Config(
-            d_model=16, d_ff=32, d_kv=8, num_layers=2, num_decoder_layers=2, num_heads=2, dropout_rate=0.0,
+            d_model=16, d_ff=32, d_kv=8, num_layers=blocks, num_decoder_layers=blocks, num_heads=2, dropout_rate=0.0,
             feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=None,
             initializer_factor=1.0, **common,
         )  # fmt: skip
@@ -163,11 +165,12 @@ def molora_model(
     seed: int = 0,
     trained: bool = True,
     dtype: torch.dtype = torch.float32,
+    blocks: int = 2,
     **overrides: Any,
 ) -> Any:
     """A wrapped model; `trained` gives B and the gates values, as if training had happened."""
     config = config_for(architecture, gate, **overrides)
-    base = base_model(architecture, seed, dtype)
+    base = base_model(architecture, seed, dtype, blocks)
     torch.manual_seed(seed + 1)
     model = get_peft_model(base, config)
     if trained:

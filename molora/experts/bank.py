@@ -276,6 +276,9 @@ class ExpertBank(Stacked):
     def _filled(self) -> None:
         """Make the usual expansions now: made in a compiled graph, they would be made at every step."""
         self._expansions: dict[Any, Tensor] = {}
+        self._expand()
+
+    def _expand(self) -> None:
         like = next(iter(self._by_name.values())).blocks[0]
         if not like.is_meta:
             for experts in (None, *((i,) for i in range(self.num_experts))):
@@ -288,7 +291,8 @@ class ExpertBank(Stacked):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
         super()._apply(*args, **kwargs)
-        return self.rescale(self.scalings)
+        self._expand()  # for another device or precision; most calls change neither
+        return self
 
     def extra_repr(self) -> str:
         return f"experts={self.num_experts}, ranks={self.ranks}, frozen={self.frozen}"

@@ -149,9 +149,8 @@ def test_the_verbs_on_a_run(trained, capsys):
     assert code == 0 and set(json.loads(shown.out)) >= {"parameters", "experts", "tasks", "init"}
     code, shown = call("add-expert", trained.path, "--task", "x")
     assert code == 2 and "--synthetic GENERATOR" in shown.err
-    code, shown = call(
-        "add-expert", trained.path, "--task", "lower", "--synthetic", "lower", "train.max_steps=1"
-    )
+    small = ("task.train_size=12", "task.eval_size=4", "train.max_steps=1")
+    code, shown = call("add-expert", trained.path, "--task", "lower", "--synthetic", "lower", *small)
     assert code == 0 and "bit-equal with task ids given: yes" in shown.out
     code, shown = call("eval", trained.path.parent / "nowhere")
     assert code == 2 and "does not exist" in shown.err

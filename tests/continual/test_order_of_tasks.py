@@ -14,8 +14,8 @@ from tests.zoo import beyond
 KINDS = ("sequential", "color", "o_lora", "o_lora under a learned gate", "gated", "replay", "joint")
 
 
-# Nothing shared, tasks together, and a strategy with an expert and a gate row for each.
-FAST = ("color", "joint", "o_lora under a learned gate")
+# An expert for each, and tasks together.
+FAST = ("color", "joint")
 
 
 @pytest.mark.parametrize("kind", beyond(KINDS, *FAST))

@@ -30,6 +30,7 @@ from molora.training.train import with_labels
 from tests.pictures import drawn
 from tests.training.runs import write_encoder, write_tokenizer
 from tests.training.test_seq2seq import write_t5
+from tests.zoo import beyond
 
 NAMES = ("pig", "mirror", "zigzag")
 BACK = {"name": "back", "source": "synthetic", "generator": "back", "train_size": 8, "eval_size": 4}
@@ -131,8 +132,8 @@ FAST = {("slao", "in the second task")}
     ],
 )
 def test_a_resumed_sequence_is_the_uninterrupted_one(kind, crash, finished, tmp_path, monkeypatch):
-    whole = finished(kind)
-    broken = recipe(tmp_path, kind)
+    whole = finished(kind, count=2)
+    broken = recipe(tmp_path, kind, count=2)
     broken["train"]["save_every"] = 2
     break_off, count = CRASHES[crash]
     with monkeypatch.context() as patched:
@@ -191,7 +192,7 @@ KEPT, LOST = [[1, 0, 0], [1, 1, 0], [1, 1, 1]], [[1, 0, 0], [0, 1, 0], [0, 0, 1]
     ("kind", "rows"),
     [
         ("joint", [[1, 1, 1]]),
-        ("sequential", LOST),
+        pytest.param("sequential", LOST, marks=pytest.mark.slow),
         pytest.param("independent", KEPT, marks=pytest.mark.slow),
         pytest.param("n_lora", LOST, marks=pytest.mark.slow),
         pytest.param("ella", None, marks=pytest.mark.slow),
@@ -421,13 +422,13 @@ def test_a_mix_is_refused_under_a_strategy_of_ones_own_that_trains_on_one_task_a
 
 
 def test_a_sum_of_experts_stays_one(finished):
-    run = finished("o_lora")
+    run = finished("o_lora", count=2)
     gates = [t for name, t in weights(run.adapter).items() if "molora_gate" in name]
     assert gates and all(torch.equal(t, torch.ones_like(t)) for t in gates)
 
 
 def test_a_sequence_can_grow_by_hand(finished):
-    run = finished("inc_lora")
+    run = finished("inc_lora", count=2)
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}, "strategy": "ella"})
     assert done.config.continual is None
     assert molora.evaluate(done, modes=["task"], tasks=["pig"]).score("pig", "task").count == 4
@@ -534,7 +535,7 @@ def test_the_gate_follows_the_strategy_unless_the_recipe_has_one(tmp_path):
     assert (own.adapter.gate.scope, own.adapter.num_experts) == ("token", 1)
 
 
-@pytest.mark.parametrize("kind", ["color", "inf_lora", "gated"])
+@pytest.mark.parametrize("kind", beyond(["color", "inf_lora", "gated"], "color"))
 def test_encoder_decoder_models(kind, finished, t5):
     found = matrix(finished(kind, base=t5, count=2))
     assert len(found["matrices"]["hidden"]["rows"]) == 2
@@ -545,6 +546,5 @@ def test_add_expert_takes_the_kind_of_the_run(finished, t5):
     run = finished("color", base=t5, count=2)
     done = add_expert(run, {"task": BACK, "train": {"max_steps": 1}})
     assert done.config.data.tasks["back"].kind == "seq2seq"
-    assert (
-        _run(["add-expert", str(run.path), "--task", "low", "--synthetic", "lower", "train.max_steps=1"]) == 0
-    )
+    small = ["task.train_size=8", "task.eval_size=4", "train.max_steps=1"]
+    assert _run(["add-expert", str(run.path), "--task", "low", "--synthetic", "lower", *small]) == 0

@@ -1,8 +1,9 @@
-"""Run by test_ddp as two gloo processes: trains a mixture whose last expert is idle, and writes what each rank got."""
+"""Run by test_ddp beside itself, two gloo processes: trains a mixture whose last expert is idle, writes what each rank got."""
 
 from __future__ import annotations
 
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -51,8 +52,15 @@ def train(case: str, rank: int) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
+def work(rank: int, folder: Path, timeout: float = 300) -> None:
+    """Train every case as this rank of two, and write what it got; the other has `timeout` seconds for each answer."""
+    where = {"init_method": f"file://{folder}/rendezvous", "timeout": timedelta(seconds=timeout)}
+    dist.init_process_group("gloo", rank=rank, world_size=2, **where)
+    try:
+        torch.save({case: train(case, rank) for case in CASES}, folder / f"rank{rank}.pt")
+    finally:
+        dist.destroy_process_group()
+
+
 if __name__ == "__main__":
-    rank, folder = int(sys.argv[1]), Path(sys.argv[2])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save({case: train(case, rank) for case in CASES}, folder / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    work(int(sys.argv[1]), Path(sys.argv[2]))

@@ -51,12 +51,15 @@ REENTRANT = ("top2-block", "constant-global", "sequence-last", "sequence-mean", 
              "twopass-global", "twopass-linear", "task-table", "task-group")  # fmt: skip
 
 
+FAST = {False: ("llama", "bert"), True: ("llama",)}  # other architectures: the tests below
+
+
 @pytest.mark.parametrize(
     ("architecture", "gate", "use_reentrant"),
-    [(*pair, False) for pair in pairs(GATES)]
-    + [
-        pytest.param(a, gate, True, marks=() if a == "llama" else pytest.mark.slow)
-        for a, gate in pairs(REENTRANT)
+    [
+        pytest.param(a, gate, again, marks=() if a in FAST[again] else pytest.mark.slow)
+        for again, gates in ((False, GATES), (True, REENTRANT))
+        for a, gate in pairs(gates)
     ],
 )
 def test_I14_same_loss_aux_and_gradients(architecture, gate, use_reentrant):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from tests.contracts.ddp_worker import CASES, STEPS, build, loss_of
+from tests.contracts.ddp_worker import CASES, STEPS, build, loss_of, work
 
 TIMEOUT = 300  # seconds
 
@@ -18,16 +18,15 @@ TIMEOUT = 300  # seconds
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ddp")
-    command = [sys.executable, "-m", "tests.contracts.ddp_worker"]
-    workers = [
-        subprocess.Popen(
-            [*command, str(rank), str(folder)], env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    errors = [worker.communicate(timeout=TIMEOUT)[1] for worker in workers]
-    assert [worker.returncode for worker in workers] == [0, 0], "\n".join(errors)
+    worker = subprocess.Popen(
+        [sys.executable, "-m", "tests.contracts.ddp_worker", "1", str(folder)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        work(0, folder, TIMEOUT)  # this process is the other one
+    finally:
+        error = worker.communicate(timeout=TIMEOUT)[1]
+    assert worker.returncode == 0, error
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 

@@ -36,10 +36,16 @@ SPARSE = [way for way in WAYS if way != "dense"]
 EXACT = {"atol": 1e-10, "rtol": 1e-10}
 OUTPUTS = tuple(name for name in MIXTURES if not name.startswith("factors"))  # the others have no sparse way
 # Every gate and mixture on one architecture: the ways meet a gate's weights, not the model around them.
-GATES_ON = [(gate, ARCHITECTURES[i % len(ARCHITECTURES)]) for i, gate in enumerate(GATES)]
-MIXTURES_ON = [
-    (name, "llama" if name.startswith("ffn") else ARCHITECTURES[i % 4]) for i, name in enumerate(OUTPUTS)
-]
+# T5 has as many linears as the others together, so that it is seen with two gates and one mixture.
+WITH_ENCODER = ("sequence-last", "task-global", "by-layer-top2")
+GATES_ON, MIXTURES_ON = (
+    [
+        (name, "t5" if name in WITH_ENCODER else "llama" if name.startswith("ffn") else ARCHITECTURES[i % 3])
+        for i, name in enumerate(names)
+    ]
+    for names in (GATES, OUTPUTS)
+)
+ONE_BLOCK = r".*layers\.0\..*_proj"
 
 
 def step(model, way, batch, **options):
@@ -81,7 +87,8 @@ def test_all_ways_agree_for_every_mixture(name, architecture):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gate", ["task-group", "top2-group"])
 def test_all_ways_agree_for_every_kind_with_frozen_and_learning_experts(kind, gate):
-    model = molora_model("llama", gate, dtype=torch.float64, kind=kind, lora_dropout=0.2)
+    settings = {"kind": kind, "lora_dropout": 0.2, "target_modules": ONE_BLOCK}
+    model = molora_model("llama", gate, dtype=torch.float64, **settings)
     model.freeze_experts(["expert_1"])
     agree(model, batch_for("llama"), **routed(gate))
 
@@ -102,7 +109,7 @@ def test_all_ways_agree_for_every_kind_with_frozen_and_learning_experts(kind, ga
 )
 @pytest.mark.parametrize("by", [None, "task"])
 def test_all_ways_agree_whatever_the_task_ids(gate, ids, by):
-    ranks = {"rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
+    ranks = {"target_modules": ONE_BLOCK, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"v_proj": 3}}
     model = molora_model("llama", gate, dtype=torch.float64, **ranks)
     with molora.routing(model, by=by) if by else nullcontext():
         agree(model, batch_for("llama"), routing_task_ids=ids)
@@ -184,6 +191,8 @@ def ways_taken(model, **options):
 
 
 def many(gate, experts=24, **options):
+    """Many experts, in one block of two."""
+    options = {"target_modules": ONE_BLOCK, **options}
     return molora_model(
         "llama",
         gate,
@@ -308,7 +317,8 @@ def lora_of_rank(rank, folder):
 
 @pytest.mark.parametrize("ffn_targets", [None, FEED_FORWARD])
 def test_a_larger_expert_of_another_task_changes_no_bit(tmp_path, ffn_targets):
-    model, ids = many(GateConfig(scope="task"), experts=6, ffn_targets=ffn_targets), ["t1", None, "t5"]
+    options = {"target_modules": "all-linear", "ffn_targets": ffn_targets}
+    model, ids = many(GateConfig(scope="task"), experts=6, **options), ["t1", None, "t5"]
     batch, step = batch_for("llama"), {"input_ids": torch.ones(3, 1, dtype=torch.long)}
     with torch.no_grad():
         before = [model(**inputs, routing_task_ids=ids).logits for inputs in (batch, step)]

@@ -35,7 +35,8 @@ def arguments(architecture, batch, seq, seed, tasks):
 )
 @pytest.mark.parametrize("architecture", ["gpt2", pytest.param("bert", marks=pytest.mark.slow)])
 def test_an_exported_model_gives_equal_outputs(architecture, gate):
-    model = Exportable(molora_model(architecture, gate)).eval()
+    blocks = 2 if gate == "constant-global" else 1  # the others do not reach over several
+    model = Exportable(molora_model(architecture, gate, blocks=blocks)).eval()
     batch, seq = torch.export.Dim("batch", min=2, max=8), torch.export.Dim("seq", min=2, max=32)
     shapes = {"input_ids": {0: batch, 1: seq}, "attention_mask": {0: batch, 1: seq}, "task_ids": {0: batch}}
     with torch.no_grad():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ SAVED = {
     "constant-global": {"use_rslora": True},
 }  # fmt: skip
 CASES = [(a, gate) for a in ARCHITECTURES for gate in (SAVED if a in ("llama", "bert") else ("top2-group",))]
+FAST = (("llama", "top2-group"), ("llama", "task-group"), ("bert", "constant-global"))
 
 
 def run_python(*arguments):
@@ -31,9 +33,14 @@ def run_python(*arguments):
 
 @pytest.fixture(scope="module")
 def loads(tmp_path_factory):
-    """Saved here, loaded in one new process: {case: expected logits}, {case + loader: (logits, trainable)}."""
+    """Every case saved here, and loaded in one new process: the fast ones, or the others."""
+    return cache(lambda fast: loaded_anew([c for c in CASES if (c in FAST) == fast], tmp_path_factory))
+
+
+def loaded_anew(cases, tmp_path_factory):
+    """{case: expected logits}, {case + loader: (logits, trainable)} of these cases."""
     root, expected = tmp_path_factory.mktemp("fresh"), {}
-    for architecture, gate in CASES:
+    for architecture, gate in cases:
         base = base_model(architecture)
         base.save_pretrained(root / "bases" / architecture)
         base.name_or_path = str(root / "bases" / architecture)
@@ -50,9 +57,12 @@ def loads(tmp_path_factory):
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-@pytest.mark.parametrize(("architecture", "gate"), CASES)
+@pytest.mark.parametrize(
+    ("architecture", "gate"),
+    [pytest.param(*case, marks=() if case in FAST else pytest.mark.slow) for case in CASES],
+)
 def test_I9_loading_in_a_new_process_is_bit_equal(loads, architecture, gate, loader):
-    expected, loaded = loads
+    expected, loaded = loads((architecture, gate) in FAST)
     logits, trainable = loaded[architecture, gate, loader]
     assert torch.equal(logits, expected[architecture, gate])
     if loader == "PeftModel trainable":
@@ -64,7 +74,7 @@ def test_I9_loading_in_a_new_process_is_bit_equal(loads, architecture, gate, loa
 
 def test_molora_registers_the_method_where_peft_is_there_already(loads):
     """The other order: test_presets."""
-    assert loads[1]["peft, then molora"] == "MoLoraConfig"
+    assert loads(True)[1]["peft, then molora"] == "MoLoraConfig"
 
 
 def test_importing_molora_loads_neither_torch_nor_peft():

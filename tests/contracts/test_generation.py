@@ -16,6 +16,7 @@ MODES = {
     "static-cache": {"cache_implementation": "static"},
 }
 GENERATIVE = ("llama", "gpt2", "t5")
+FAST = ("llama",)  # every gate; each of the others at once by the tests with task ids
 # Beams are copied and reordered: what that may break is what a scope keeps of a sample, or reads with it.
 BEAMS = [gate for gate in GATES if not gate.startswith(("soft", "top1", "top3", "topp", "topcut"))]
 
@@ -50,14 +51,14 @@ def test_tasks_mixed_in_one_batch_equal_their_merged_models(architecture, mode):
         )
 
 
-@pytest.mark.parametrize(("architecture", "gate"), pairs(GATES, architectures=GENERATIVE))
+@pytest.mark.parametrize(("architecture", "gate"), pairs(GATES, architectures=GENERATIVE, fast=FAST))
 def test_the_cache_changes_nothing(architecture, gate):
     model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
     cached = generate(model, inputs, use_cache=True, **extra)
     assert torch.equal(cached, generate(model, inputs, use_cache=False, **extra))
 
 
-@pytest.mark.parametrize(("architecture", "gate"), pairs(BEAMS, architectures=GENERATIVE))
+@pytest.mark.parametrize(("architecture", "gate"), pairs(BEAMS, architectures=GENERATIVE, fast=FAST))
 def test_beams_change_nothing_but_the_search(architecture, gate):
     model, inputs, extra = molora_model(architecture, gate), prompts(architecture), routed(gate)
     cached = generate(model, inputs, use_cache=True, num_beams=3, **extra)

@@ -28,6 +28,7 @@ from tests.zoo import (
     GATES,
     base_model,
     batch_for,
+    beyond,
     config_for,
     gradients,
     molora_model,
@@ -37,6 +38,8 @@ from tests.zoo import (
 )
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# PEFT's entry points meet names and heads, not what the blocks are: at once on a decoder and on one with a head.
+two_architectures = pytest.mark.parametrize("architecture", beyond(ARCHITECTURES, "llama", "bert"))
 CLASSES = {"llama": "CausalLM", "gpt2": "CausalLM", "bert": "SequenceClassification", "t5": "Seq2SeqLM"}
 
 
@@ -71,7 +74,7 @@ def randomise_adapter(model, adapter, seed):
 # -- PEFT: building, counting, disabling ---------------------------------------------------------------
 
 
-@architectures
+@two_architectures
 def test_get_peft_model_trains_only_the_adapter(architecture, capsys):
     model = molora_model(architecture).train()
     assert type(model).__name__ == f"PeftModelFor{CLASSES[architecture]}"
@@ -97,14 +100,14 @@ def test_disable_adapter_is_bit_equal_to_the_base(architecture, gate):
     assert trainable(model) == trained
 
 
-@architectures
+@two_architectures
 def test_unload_gives_the_plain_base_back(architecture):
     base = molora_model(architecture).unload()
     assert torch.equal(logits(base, architecture), logits(base_model(architecture), architecture))
     assert not base._forward_pre_hooks and not base._forward_hooks
 
 
-@architectures
+@two_architectures
 def test_model_and_layer_status_know_the_method(architecture):
     model = molora_model(architecture)
     status = get_model_status(model)
@@ -115,7 +118,7 @@ def test_model_and_layer_status_know_the_method(architecture):
 # -- PEFT: several adapters ----------------------------------------------------------------------------
 
 
-@architectures
+@two_architectures
 def test_adapters_are_added_switched_and_deleted(architecture):
     model = two_adapters(architecture)
     first = logits(model, architecture)
@@ -128,7 +131,7 @@ def test_adapters_are_added_switched_and_deleted(architecture):
     assert not any(".default." in name for name in model.state_dict())
 
 
-@architectures
+@two_architectures
 def test_two_active_adapters_add_up(architecture):
     gate = "constant-linear"
     model = two_adapters(architecture, gate, torch.float64, task_type=None)  # PEFT allows one head at a time
@@ -151,7 +154,7 @@ def test_load_adapter_under_another_name(architecture, tmp_path):
         set_peft_model_state_dict(wrong, get_peft_model_state_dict(saved))
 
 
-@architectures
+@two_architectures
 def test_inject_adapter_in_model(architecture):
     config = config_for(architecture, task_type=None)
     plain = base_model(architecture)
@@ -187,7 +190,7 @@ def test_targets_and_layers_that_cannot_be_adapted_are_refused():
 # -- transformers' own integration ---------------------------------------------------------------------
 
 
-@architectures
+@two_architectures
 def test_transformers_adds_saves_switches_and_deletes(architecture, tmp_path):
     model, plain = base_model(architecture), logits(base_model(architecture), architecture)
     model.add_adapter(config_for(architecture, task_type=None), "mine")
@@ -216,7 +219,7 @@ def test_transformers_adds_saves_switches_and_deletes(architecture, tmp_path):
 # -- merging -------------------------------------------------------------------------------------------
 
 
-@architectures
+@two_architectures
 def test_merged_expert_weights_are_the_forced_mixture(architecture):
     model = molora_model(architecture, dtype=torch.float64)
     weights = {"expert_0": 0.25, "expert_2": 1.5}
@@ -228,7 +231,7 @@ def test_merged_expert_weights_are_the_forced_mixture(architecture):
         assert_close(logits(merged, architecture), expected, atol=1e-9, rtol=1e-9)
 
 
-@architectures
+@two_architectures
 def test_an_input_dependent_gate_is_not_merged_and_the_model_lives_on(architecture):
     model = molora_model(architecture)
     before = logits(model, architecture)
@@ -268,9 +271,8 @@ COPIED = [pair for pair in pairs(GATES) if pair[0] == "llama" or pair[1].startsw
 
 @pytest.mark.parametrize(("architecture", "gate"), COPIED)
 def test_copies_and_pickles_are_independent_and_bit_equal(architecture, gate, tmp_path):
-    model = molora_model(
-        architecture, gate, aux_losses={"balance": 0.1} if not gate.startswith("task") else {}
-    )
+    aux_losses = {"balance": 0.1} if not gate.startswith("task") else {}
+    model = molora_model(architecture, gate, blocks=1, aux_losses=aux_losses)
     model.train()(**batch_for(architecture), **routed(gate)).loss.backward()  # leaves its aux losses behind
     expected = logits(model, architecture, gate)
     torch.save(model, tmp_path / "model.pt")
@@ -294,7 +296,7 @@ def test_copies_and_pickles_are_independent_and_bit_equal(architecture, gate, tm
 # -- what is frozen stays frozen -----------------------------------------------------------------------
 
 
-@architectures
+@two_architectures
 def test_frozen_experts_stay_frozen(architecture, tmp_path):
     model = molora_model(architecture)
     model.freeze_experts(["expert_0", "expert_2"])

@@ -28,6 +28,7 @@ from tests.zoo import base_model, batch_for, config_for, gradients, molora_model
 
 GATES = ("soft-group", "top2-group", "task-table", "task-group", "constant-linear")
 TARGETS = ["q_proj", "o_proj"]  # of one shape, as of PEFT's projections
+ONE_BLOCK = r".*layers\.0\..*_proj"  # linears of every shape there is; the second block has the same
 
 
 def lora_reference(base, banks):
@@ -181,7 +182,7 @@ def fill(model, seed=2):
 
 
 def model_of(kind, gate="soft-group", *, trained=True, **settings):
-    model = molora_model("llama", gate, trained=False, kind=kind, **settings)
+    model = molora_model("llama", gate, trained=False, kind=kind, **{"target_modules": ONE_BLOCK, **settings})
     if trained:
         fill(model)
     return model.eval()
@@ -457,7 +458,7 @@ def test_what_goes_with_lora_only_is_refused_elsewhere(kind):
 
 
 def test_projections_are_one_tensor_for_all_layers_of_a_shape_and_are_not_saved(tmp_path):
-    model = copy.deepcopy(model_of("vera", r=16)).double()
+    model = copy.deepcopy(model_of("vera", r=16, target_modules="all-linear")).double()
     model.add_expert("late")
     by_shape = {}
     for bank in banks(model):

@@ -24,6 +24,7 @@ from molora.federated.simulate import federate
 from molora.store.runs import Run
 from molora.training.train import train
 from tests.training.runs import adapter_weights, write_encoder, write_tokenizer
+from tests.zoo import beyond
 
 ROOT = Path(__file__).parents[2]
 TRAINING = sorted(
@@ -140,8 +141,21 @@ def small(path: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("path", TRAINING, ids=lambda path: path.stem)
-def test_two_steps(path: Path, tmp_path: Path) -> None:
+# Each base, each kind of task and each section of a recipe once. That the others load is seen by test_schema; what their
+# kinds, strategies and stages do by the tests of those.
+FAST = ("quickstart", "composed", "continual_quickstart", "kind_adalora", "topk_instruct", "task_embedding", "feed_forward",
+        "classification", "own_data", "own_classifier", "instruction_clusters")  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The quickstart after its two steps, which the recipes that add to a run start from."""
+    return train(small(ROOT / "recipes" / "quickstart.yaml", tmp_path_factory.mktemp("quickstart")))
+
+
+@pytest.mark.parametrize("stem", beyond([path.stem for path in TRAINING], *FAST))
+def test_two_steps(stem: str, tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    (path,) = (path for path in TRAINING if path.stem == stem)
     recipe = small(path, tmp_path)
     original, config = load_recipe(path), load_recipe(recipe)
     assert isinstance(config, RunConfig)
@@ -158,7 +172,10 @@ def test_two_steps(path: Path, tmp_path: Path) -> None:
         check_sequence(train_sequence(recipe), list(config.data.tasks))
         return
     assert config.data.tasks.keys() == original.data.tasks.keys()
-    run = train(recipe) if config.federated is None else federate(recipe)
+    if stem == "quickstart":
+        run = request.getfixturevalue("quickstart")
+    else:
+        run = train(recipe) if config.federated is None else federate(recipe)
 
     losses = [float(row["loss"]) for row in metrics(run.path / "metrics.csv") if row["loss"]]
     assert len(losses) == 2
@@ -184,9 +201,8 @@ def check_sequence(run: Run, tasks: list[str]) -> None:
     assert all(bool(tensor.isfinite().all()) for tensor in weights.values())
 
 
-def test_two_steps_of_a_new_expert(tmp_path: Path) -> None:
-    path = ROOT / "recipes" / "add_expert.yaml"
-    old = train(small(ROOT / "recipes" / "quickstart.yaml", tmp_path))
+def test_two_steps_of_a_new_expert(quickstart: Run) -> None:
+    path, old = ROOT / "recipes" / "add_expert.yaml", quickstart
     recipe = parse(path.read_text(encoding="utf-8")).data
     overrides = ["task.train_size=8", "task.eval_size=2", "train.max_steps=2", "train.log_every=1"]
 
@@ -201,10 +217,9 @@ def test_two_steps_of_a_new_expert(tmp_path: Path) -> None:
     assert report["facts"]["old tasks bit-equal with task ids given"] is True
 
 
-def test_two_steps_of_preferences(tmp_path: Path) -> None:
-    old = train(small(ROOT / "recipes" / "quickstart.yaml", tmp_path))
+def test_two_steps_of_preferences(quickstart: Run) -> None:
     overrides = ["task.train_size=8", "task.eval_size=2", "train.max_steps=2", "train.log_every=1"]
-    run = add_expert(old, ROOT / "recipes" / "preferences.yaml", overrides)
+    run = add_expert(quickstart, ROOT / "recipes" / "preferences.yaml", overrides)
     rows = metrics(run.path / "metrics.csv")
     assert all(
         isfinite(float(row[key])) for row in rows if row["loss"] for key in ("loss", "rewards/margins")

@@ -22,10 +22,11 @@ from molora.forward.task_naming import modules_until
 from molora.models.base import load_base
 from molora.models.task_router import features, router_of
 from molora.tuner.api import find_context
-from tests.zoo import ARCHITECTURES, TASKS, VOCAB, base_model, config_for, molora_model, randomise
+from tests.zoo import ARCHITECTURES, TASKS, VOCAB, base_model, beyond, config_for, molora_model, randomise
 
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
 GENERATIVE = ("llama", "gpt2", "t5")
+two_architectures = pytest.mark.parametrize("architecture", beyond(ARCHITECTURES, "llama", "bert"))
 
 
 class Tokens:
@@ -106,7 +107,7 @@ MODES = {
 }
 
 
-@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize("architecture", beyond(GENERATIVE, "llama"))
 @pytest.mark.parametrize("mode", MODES)
 def test_a_generation_without_ids_is_the_one_with_them(architecture, mode):
     model, inputs = fitted(architecture), batch(("gamma", "alpha", "beta"), padding="left")
@@ -216,7 +217,7 @@ def test_in_one_pass_experts_sit_behind_what_is_read(architecture, padding, monk
     assert torch.equal(logits(model, inputs), given)
 
 
-@pytest.mark.parametrize("architecture", GENERATIVE)
+@pytest.mark.parametrize("architecture", beyond(GENERATIVE, "llama"))
 @pytest.mark.parametrize("mode", MODES)
 def test_in_one_pass_a_generation_without_ids_is_the_one_with_them(architecture, mode, monkeypatch):
     model, inputs = fitted(architecture, router=ALONG), batch(("gamma", "alpha", "beta"), padding="left")
