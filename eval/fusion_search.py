@@ -1,11 +1,15 @@
-"""Do weights found on held-out records beat equal weights on other records? For the experts of a staged run.
+"""Do weights found on held-out records beat equal weights on other records? For the experts of staged runs.
 
-    molora train recipes/stages.yaml
-    for stage in general domain preferences; do molora export runs/stages --expert $stage --out loras/$stage; done
-    python eval/fusion_search.py loras --out eval/results/fusion_search.json
+    for seed in 0 1 2; do
+      molora train recipes/stages.yaml seed=$seed output=staged/$seed
+      for stage in general domain preferences; do
+        molora export staged/$seed/stages --expert $stage --out loras/$seed/$stage
+      done
+    done
+    python -m eval.fusion_search loras --out eval/results/fusion_search.json
 
-Each seed draws the records that are chosen on, and seeds the search. What is compared is the mean loss per target token, averaged
-over the tasks of recipes/stages_gate.yaml, on records that took no part. The experts are the same for all seeds.
+Each seed trains experts of its own, draws the records that are chosen on, and seeds the search. What is compared is the mean loss
+per target token, averaged over the tasks of recipes/stages_gate.yaml, on records that took no part in the choice.
 """
 
 from __future__ import annotations
@@ -41,11 +45,11 @@ def compare(config: RunConfig, loras: Path, trials: int, records: int) -> list[d
     tasks = tasks_of(config)
     half = min(len(task.eval) for task in tasks) // 2
     chosen_on, others = part(tasks, 0, half), part(tasks, half, 2 * half)
-    folders = {name: loras / name for name in STAGES}
     batches = held_out(others, tokenizer, half, config.data.max_length, config.eval.batch_size, 0)
     rows = []
     for search in SEARCHES:
         for seed in SEEDS:
+            folders = {name: loras / str(seed) / name for name in STAGES}
             found = molora.find_weights(
                 base, tokenizer, folders, chosen_on, search=search, step=0.25, trials=trials, records=records,
                 seed=seed, max_length=config.data.max_length, batch_size=config.eval.batch_size,
@@ -64,7 +68,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("loras", type=Path, help="the folder with an exported LoRA of each stage")
+    parser.add_argument("loras", type=Path, help="the folder with <seed>/<stage>, an exported LoRA of each")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--trials", type=int, default=40)
     parser.add_argument("--records", type=int, default=32)
@@ -76,6 +80,7 @@ def main() -> None:
         "trials": given.trials,
         "records": given.records,
         "seeds": len(SEEDS),
+        "experts": "of a run for each seed",
         "wins": wins,
         "rows": rows,
     }
