@@ -29,15 +29,13 @@ from molora.disk.atomic import write_folder, write_json
 from molora.disk.manifest import read_json, verify_folder
 from molora.errors import AdapterError, ConfigError
 from molora.models.base import load_base, load_tokenizer
-from molora.models.build import build_model, build_skeleton, labels_of_tasks, tasks_of
+from molora.models.build import build_model, build_skeleton, labels_of_tasks
 from molora.progress import phase, say
 from molora.store.adapter import load
 from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
-from molora.training.optimise import check_device
 from molora.training.resume import find_run
-from molora.training.trackers import check_loggers
-from molora.training.train import check_output, start_run, with_labels
+from molora.training.train import opened, start_run
 
 ROW_FILE = "row.json"
 
@@ -190,12 +188,8 @@ def train_in_turns(
 
     Raises ConfigError or DataError before anything is written; DivergedError, InterruptedRun: as `molora.train`.
     """
-    check_device(config.train)
-    check_loggers(config.train)
-    check_output(Path(config.output))
-    tasks = tasks_of(config)
+    config, tasks = opened(config)
     kind.check(config, tasks)
-    config = with_labels(config, tasks)
     with at_work():
         run = find_run(config, resume)
         _check_same(config, run)

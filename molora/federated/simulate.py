@@ -30,7 +30,7 @@ from molora.federated.partition import split
 from molora.federated.record import send
 from molora.federated.round import Round
 from molora.models.base_check import check_base, check_lengths
-from molora.models.build import build_model, labels_of_tasks, tasks_of
+from molora.models.build import build_model, labels_of_tasks
 from molora.progress import Phase, phase, say
 from molora.report.plots import LOSSES, plot_loss, read_metrics
 from molora.store.adapter import save
@@ -39,9 +39,9 @@ from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
 from molora.training.evaluate import evaluate_run
 from molora.training.loggers import MetricsCsv
-from molora.training.optimise import check_device, optimise
+from molora.training.optimise import optimise
 from molora.training.resume import find_run
-from molora.training.train import check_output, encoded, start_run, with_labels, write_config
+from molora.training.train import encoded, opened, start_run, write_config
 
 _WORTH_SAYING = 1e-6  # of an update, beyond rounding
 
@@ -65,10 +65,7 @@ def federate(
     if config.federated is None:
         hint = "add `federated: {clients: 8, rounds: 10}`, or use `molora train`."
         raise ConfigError("the recipe has no `federated` section.", hint=hint)
-    check_device(config.train)
-    check_output(Path(config.output))
-    tasks = tasks_of(config)
-    config = with_labels(config, tasks)
+    config, tasks = opened(config)
     prepare_process(config.seed)
     with at_work():
         run = find_run(config, resume)

@@ -78,17 +78,25 @@ def train(
         raise ConfigError(
             "the recipe has stages.", hint="molora train RECIPE, or in Python molora.train_stages."
         )
-    check_device(config.train)
-    check_loggers(config.train)
-    check_output(Path(config.output))
-    tasks = tasks_of(config)
-    config = with_labels(config, tasks)
+    config, tasks = opened(config)
     prepare_process(config.seed)
     with at_work():
         run = find_run(config, resume)
         model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
         check_base(config, model, tokenizer)
         return fit(config, model, tokenizer, tasks, run)
+
+
+def opened(config: RunConfig) -> tuple[RunConfig, TaskSet]:
+    """What every training begins with: the recipe with the labels of its data, and its tasks.
+
+    Raises ConfigError where this machine cannot train it or write its runs, DataError where its data cannot be read.
+    """
+    check_device(config.train)
+    check_loggers(config.train)
+    check_output(Path(config.output))
+    tasks = tasks_of(config)
+    return with_labels(config, tasks), tasks
 
 
 def fit(
