@@ -17,7 +17,7 @@ from molora.evaluation.similarity import Similarity
 from molora.report.html_parts import NUMBERED_UP_TO, choice, folded, heat, paragraph, picture, section, table
 from molora.report.plots import heatmap_png, small_multiples_png
 from molora.report.style import STYLE
-from molora.report.tables import routing_lines, routing_title, score_cells, shown_scores
+from molora.report.tables import fact, routing_lines, routing_title, score_cells, shown_scores
 
 Part = tuple[str, str, str]  # anchor, heading, what is in it
 GENERATOR = "<meta name='generator' content='molora'>"
@@ -75,7 +75,7 @@ def _parts(report: Report, curves: str, config: str, prefix: str = "") -> Iterat
         ("facts", "Facts", report.facts), ("environment", "Environment", report.environment),
     ):  # fmt: skip
         if values:
-            inside = table(["what", "value"], [[str(k), str(v)] for k, v in values.items()], names=2)
+            inside = table(["what", "value"], [[str(k), fact(v)] for k, v in values.items()], names=2)
             yield anchor, heading, inside if anchor == "facts" else folded("Where this was made", inside)
     if config:
         yield "recipe", "Recipe", folded("The whole recipe", f"<pre tabindex=0>{escape(config)}</pre>")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TextIO
 
 from rich import box
@@ -44,7 +44,7 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
         if report.routing is None or line not in routing_lines(report.routing, grown=bool(report.before)):
             to.print(f"warning: {line}", markup=False)
     for name, value in report.facts.items():
-        to.print(f"{name}: {_fact(value)}", markup=False)
+        to.print(f"{name}: {fact(value)}", markup=False)
     for note in report.notes:
         to.print(f"note: {note}", markup=False)
 
@@ -220,5 +220,12 @@ def _plain(name: str) -> str:
     return name.replace("[", r"\[")
 
 
-def _fact(value: object) -> str:
-    return {True: "yes", False: "NO"}[value] if isinstance(value, bool) else str(value)
+def fact(value: object) -> str:
+    """A value of a report's facts or environment, as a reader would write it."""
+    if isinstance(value, bool):
+        return "yes" if value else "NO"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {fact(one)}" for key, one in value.items())
+    if isinstance(value, list | tuple):
+        return ", ".join(map(fact, value)) or "none"
+    return str(value)

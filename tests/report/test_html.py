@@ -133,3 +133,9 @@ def test_a_large_report_stays_small_and_quick():
     assert len(page) < 5e6 and len(Page(page).images) == 2
     for picture in Page(page).images:
         assert base64.b64decode(picture.split(",", 1)[1]).startswith(b"\x89PNG")
+
+
+def test_the_environment_is_written_out(report):
+    report.environment = {"versions": {"torch": "2.13.0", "peft": "0.21.2"}, "devices": [], "threads": 1}
+    shown = "".join(Page(render(report, title="t")).text)
+    assert "torch 2.13.0, peft 0.21.2" in shown and "none" in shown and "{'" not in shown
