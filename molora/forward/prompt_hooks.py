@@ -104,9 +104,12 @@ class PromptHooks:
         whole = prefix.attended(mask)
         inputs |= {"inputs_embeds": prefix.embedded(x, vectors.to(x.device)), "attention_mask": whole}
         self._place(prefix, inputs, whole, prefix.tokens + lead[1])
-        for name in ("labels", "shift_labels"):
-            if isinstance(inputs.get(name), Tensor):
-                inputs[name] = prefix.labelled(inputs[name])
+        if isinstance(inputs.get("labels"), Tensor):
+            inputs["labels"] = prefix.labelled(inputs["labels"])
+        if isinstance(
+            inputs.get("shift_labels"), Tensor
+        ):  # moved already: each says what follows its own position
+            inputs["shift_labels"] = prefix.room(inputs["shift_labels"], -100)
         kept = inputs.get("logits_to_keep")
         if isinstance(kept, Tensor):  # positions, those below 0 from the end
             inputs["logits_to_keep"] = torch.where(kept < 0, kept, kept + prefix.tokens)
