@@ -28,7 +28,7 @@ from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.loan import own
 from molora.tuner.parts import new_expert
 from molora.tuner.placement import blocks_at, experts_at, frozen_at, frozen_rows_at, place, task_blocks
-from molora.tuner.prompts import grown, reassigned, refuse_prompts
+from molora.tuner.prompts import grown, reassigned
 
 
 def add_expert(
@@ -59,8 +59,6 @@ def add_expert(
         factors: maps (layer name, fresh expert) to the expert to use instead (imports).
     """
     config = own(model, context, adapter)
-    if factors is not None:
-        refuse_prompts(config)
     _check_growable(model, config, adapter, spec, mean=init == "mean", imported=factors is not None)
     source = _source(config, init)
     if source is not None:

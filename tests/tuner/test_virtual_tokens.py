@@ -15,6 +15,8 @@ from transformers import BloomConfig, BloomForCausalLM
 
 import molora
 from molora import ConfigError, GateConfig, RoutingError
+from molora.config.adapter import AdapterConfig
+from molora.config.load import load_section
 from tests.zoo import TASKS, VOCAB, base_model, batch_for, config_for, molora_model
 
 TOKENS = 3
@@ -353,6 +355,18 @@ REFUSED = {
         lambda: molora.export_lora(mixed(), "out", expert="expert_0"),
         ConfigError,
         "no part of any weight",
+    ),
+    "importing": (
+        lambda: molora.import_lora(mixed(), "a_lora", expert="new"),
+        ConfigError,
+        "no part of any weight",
+    ),
+    "composing": (
+        lambda: load_section(
+            AdapterConfig, {"from_loras": {"a": "a_lora"}, "gate": "sequence", "num_virtual_tokens": 2}
+        ),
+        ConfigError,
+        "would be others behind them",
     ),
     "a fixed cache": (
         lambda: mixed().generate(
