@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from molora.calls.prefix import Prefix
 from molora.calls.record import GateRecord
 from molora.calls.shapes import Shape
 from molora.calls.task_ids import TaskIds
@@ -108,6 +109,7 @@ class Call:
         default_factory=dict
     )  # by gate: as the forward began, for recomputing
     unnamed: tuple[str, ...] = ()  # adapters that need task ids, were given none, and have a router
+    prefix: Prefix | None = None  # the virtual tokens that this call's rows begin with
     first_pass: bool = False  # the base runs alone, for features
     stops_after: nn.Module | None = None  # the block after which such a run is not needed any more
     base_cache: object = None  # the base's own key-value cache of this call's first pass

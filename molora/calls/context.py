@@ -32,6 +32,7 @@ class AdapterRouting:
     router: Any = None  # the forward's TaskRouter, where the adapter has one
     read: nn.Module | None = None  # the block whose hidden states that reads
     along: bool = False  # whether that block says the same in the model's own forward: no expert comes before
+    prompts: Any = None  # the forward's Prompts, where its experts have virtual tokens
     _partial: dict[tuple[str, ...], TaskMap] = field(default_factory=dict)
 
     def map_at(self, names: tuple[str, ...] | None) -> TaskMap:

@@ -24,4 +24,7 @@ class TokenRecord(RoutingRecord):
         for gate, record in records:
             here = [task_map.experts.index(name) for name in record.task_map.experts]
             weights, _, _ = full_weights(record.routing, here, len(task_map.experts))
-            self.weights[gate] = by_token(weights, record.lead).float().cpu()
+            weights = by_token(weights, record.lead)
+            if record.mask is not None:  # virtual tokens are none of the text's
+                weights = weights[record.mask]
+            self.weights[gate] = weights.float().cpu()

@@ -85,6 +85,7 @@ def describe(model: Any) -> dict[str, Any]:
         "parameters": {**roles, "all": sum(p.numel() for p in model.parameters())},
         "layers": len(model.base_model.targeted_module_names),
         "gate": {"scope": config.gate.scope, "select": config.gate.select, "share": config.gate.share},
+        "virtual_tokens": config.num_virtual_tokens,
         "experts": {name: "frozen" if name in frozen else "trainable" for name in model.expert_names},
         "tasks": {name: {"id": ids[name], "experts": experts} for name, experts in model.tasks.items()},
         "router": _router(model),
@@ -114,6 +115,8 @@ def _print_facts(facts: dict[str, Any], say: Callable[[str], None]) -> None:
     say(f"parameters: {facts['parameters']['all']:,}, trainable {sum(counts.values()):,} ({parts})")
     say(f"layers: {facts['layers']}; gate: {', '.join(f'{k} {v}' for k, v in facts['gate'].items())}")
     say(f"experts: {', '.join(f'{name} ({state})' for name, state in facts['experts'].items())}")
+    if facts["virtual_tokens"] is not None:
+        say(f"virtual tokens: {facts['virtual_tokens']} of each expert, before a sample's own")
     for name, task in facts["tasks"].items():
         experts = ", ".join(f"{expert} {weight:.2f}" for expert, weight in task["experts"].items())
         say(f"task {name} (id {task['id']}): {experts}")

@@ -72,6 +72,11 @@ class Mixture:
         None,
         "RouterConfig, or a map of its fields, or its kind: names the task of prompts that come without an id.",
     )
+    num_virtual_tokens: Width | None = setting(
+        None,
+        "trained vectors of each expert that stand before a sample's own tokens, weighed as the expert is: prompt tuning beside "
+        "the LoRAs. Of causal models, for gates whose weights are one per sample.",
+    )
     combine: Literal["outputs", "factors"] = setting(
         "outputs",
         "`outputs` (a sum of the experts' outputs), or `factors`: each sample has one LoRA whose A and B are the experts' "

@@ -21,6 +21,7 @@ def mixture_problems(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
     yield from ((("gate", name), text) for name, text in size_problems(gate, mixture.most_experts))
     yield from _combination(mixture, gate)
     yield from _kind(mixture)
+    yield from ((("num_virtual_tokens",), text) for text in _virtual_tokens(mixture, gate))
     yield from ((("aux_losses", *path), text) for path, text in fit_problems(mixture, gate))
     yield from _names(mixture)
     yield from _tasks(mixture)
@@ -105,6 +106,28 @@ def _combination(mixture: Mixture, gate: GateSettings) -> Iterator[Problem]:
         yield ("task_cores",), "do not go with ffn_targets."
     if mixture.share_A and mixture.init == "svd_segments":
         yield ("share_A",), "does not go with init: svd_segments, which gives each expert an A of its own."
+
+
+def _virtual_tokens(mixture: Mixture, gate: GateSettings) -> Iterator[str]:
+    """Why these experts cannot have virtual tokens, which are weighed once per sample, before the first block."""
+    if mixture.num_virtual_tokens is None:
+        return
+    if gate.scope not in BY_SAMPLE:
+        yield (
+            f"stand before a whole sample, and a gate of scope {gate.scope} decides by token; use scope "
+            f"{', '.join(BY_SAMPLE)}."
+        )
+    elif not gate.sums_to_one:
+        yield "are averaged, so weights must sum to 1; use gate.renorm: sum, or gate.select: dense or hard."
+    if gate.splits > 1:
+        yield "are not cut into parts: leave gate.splits out."
+    if gate.balance_rate:
+        yield "have a gate of their own, which gate.balance_rate does not move; use aux_losses: {balance: 0.01}."
+    numbers = mixture.num_experts, gate.top_k
+    if not all(isinstance(n, int) for n in numbers) or getattr(mixture, "experts_by_layer", None) is not None:
+        yield "lie in no layer: give num_experts and gate.top_k as one number each."
+    if mixture.router is not None and mixture.router.passes == 1:
+        yield "depend on the task, which router.passes: 1 names behind the first blocks; leave router.passes out."
 
 
 def _kind(mixture: Mixture) -> Iterator[Problem]:

@@ -59,6 +59,8 @@ class TrainConfig(Section):
     """Largest learning rate of the experts (AdamW)."""
     gate_lr: Positive | None = None
     """That of the gates, where it differs."""
+    prompt_lr: Positive | None = None
+    """That of the experts' virtual tokens, where it differs; vectors before the text often want a higher one."""
     head_lr: Positive | None = None
     """That of classification heads and `modules_to_save`, where it differs."""
     lora_plus_ratio: Positive = 1.0

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from molora.errors import AdapterError
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_BANKS = ("molora_experts", "molora_gate", "molora_router")
+_BANKS = ("molora_experts", "molora_gate", "molora_router", "molora_prompt")
 _PREFIX = "base_model.model."
 _HINT = "the file is damaged or belongs to another adapter; copy it again."
 

@@ -16,6 +16,7 @@ from molora.calls.task_map import TaskMap
 from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
 from molora.experts.stack import Stack
+from molora.forward.prompts import Prompts
 from molora.forward.task_router import TaskRouter
 from molora.gates.gate import Gate
 from molora.gates.rows import GateRows
@@ -39,6 +40,7 @@ class Mount:
     bank: ExpertBank
     gate: Gate | None = None  # its own, where it leads a group whose weights are learned
     router: TaskRouter | None = None  # the adapter's, at the first layer of it
+    prompts: Prompts | None = None  # the adapter's, the same
     plain: bool = False  # one ordinary LoRA, no gate
     names: tuple[str, ...] | None = None  # the experts this layer has, where that is not all of them
     frozen_rows: tuple[bool, ...] = ()  # per expert of the layer, whether its gate row is frozen

@@ -19,10 +19,11 @@ from molora.calls.context import AdapterRouting, RoutingContext, new_call
 from molora.calls.prompt import attach, named_inputs, with_inputs
 from molora.calls.record import GateRecord
 from molora.calls.request import RoutingRequest
-from molora.forward import task_naming
+from molora.forward import prompt_hooks, task_naming
 from molora.forward.auxiliary import aux_losses_of, balance_experts, weighted_sum
 from molora.forward.first_pass import first_pass, off, remember
 from molora.forward.mount import Mount, MountPoint
+from molora.forward.prompts import PROMPTS
 
 _CHECKPOINT_ATTRIBUTES = ("_gradient_checkpointing_func", "checkpoint_fn")
 
@@ -79,7 +80,7 @@ class RootHooks:
         if not call.recording:
             return None
         mounts = {adapter: mounts_of(context, module, adapter) for adapter in context.active}
-        records = {adapter: _collect(call.cache, mounts[adapter]) for adapter in mounts}
+        records = {adapter: _collect(call.cache, adapter, mounts[adapter]) for adapter in mounts}
         for recorder in context.recorders:
             for adapter, named in records.items():
                 recorder.add(context.adapters[adapter].task_map, named)
@@ -124,7 +125,7 @@ class RootHooks:
                 function.refuse_lost_gradients()
 
 
-_OURS = (RootHooks, task_naming.AfterBlock)
+_OURS = (RootHooks, task_naming.AfterBlock, prompt_hooks.PromptHooks)
 
 
 def install(model: nn.Module, context: RoutingContext) -> None:
@@ -145,6 +146,8 @@ def install(model: nn.Module, context: RoutingContext) -> None:
             task_naming.install(
                 model, context, adapter, [mount.key for mount in mounts_of(context, model, adapter)]
             )
+        if found.prompts is not None:
+            prompt_hooks.install(model, context, adapter, mounts_of(context, model, adapter))
 
 
 def uninstall(model: nn.Module) -> None:
@@ -226,9 +229,10 @@ def _own_request(kwargs: dict[str, Any]) -> RoutingRequest | None:
     return RoutingRequest(task_ids=ids, given=ids is not None, features=features, prompt_mask=prompt)
 
 
-def _collect(cache: CallCache, mounts: list[Mount]) -> list[tuple[str, GateRecord]]:
-    """Records by module name, in the model's order whatever the order of the calls."""
-    return [(mount.key, cache.records[mount.place]) for mount in mounts if mount.place in cache.records]
+def _collect(cache: CallCache, adapter: str, mounts: list[Mount]) -> list[tuple[str, GateRecord]]:
+    """Records by module name, in the model's order whatever the order of the calls; that of the prompts comes first."""
+    keys = [PROMPTS, *(mount.key for mount in mounts)]
+    return [(key, cache.records[adapter, key]) for key in keys if (adapter, key) in cache.records]
 
 
 def _say_unread(kwargs: dict[str, Any]) -> None:

@@ -73,7 +73,10 @@ def install(model: nn.Module, context: RoutingContext, adapter: str, keys: Itera
     found = context.adapters[adapter]
     found.read = block_at(model, found.config.router.depth)
     early = modules_until(model, found.read)
-    found.along = found.config.router.passes != 2 and not any(key in early for key in keys)
+    first = found.prompts is not None or any(
+        key in early for key in keys
+    )  # something of the adapter's comes before
+    found.along = found.config.router.passes != 2 and not first
     hooks = found.read._forward_hooks.values()
     if not any(isinstance(getattr(hook, "__self__", None), AfterBlock) for hook in hooks):
         found.read.register_forward_hook(AfterBlock(context).leave)

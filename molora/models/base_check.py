@@ -24,7 +24,7 @@ def check_base(config: RunConfig, model: Any, tokenizer: PreTrainedTokenizerBase
     """
     refuse_encoder(config.base, model)
     _check_vocabulary(config, model, tokenizer)
-    limit = positions_of(model)
+    limit = _room(config, model)
     given = "max_length" in config.data.model_fields_set
     if limit is not None and given and config.data.max_length > limit:
         raise _too_long(config, f"data.max_length is {config.data.max_length}", limit)
@@ -37,7 +37,7 @@ def check_lengths(config: RunConfig, model: Any, summary: Iterable[SplitSummary]
         ConfigError: one is longer than the base's positions.
         DataError: `max_length` leaves nothing of the prompts of a task.
     """
-    limit = positions_of(model)
+    limit = _room(config, model)
     for split in summary:
         if limit is not None and split.longest > limit:
             what = f"a record of task {split.task!r} ({split.split}) has {split.longest} tokens"
@@ -48,6 +48,12 @@ def check_lengths(config: RunConfig, model: Any, summary: Iterable[SplitSummary]
                 f"its {split.records} prompts, since its targets fill it.",
                 hint="raise data.max_length, or shorten the targets.",
             )
+
+
+def _room(config: RunConfig, model: Any) -> int | None:
+    """Positions for a sample's own tokens."""
+    positions = positions_of(model)
+    return None if positions is None else positions - (config.adapter.num_virtual_tokens or 0)
 
 
 def positions_of(model: Any) -> int | None:
@@ -69,8 +75,10 @@ def _unused(table: nn.Embedding) -> int:
 
 
 def _too_long(config: RunConfig, what: str, limit: int) -> ConfigError:
+    virtual = config.adapter.num_virtual_tokens
+    behind = f" behind {virtual} virtual ones" if virtual else ""
     return ConfigError(
-        f"{what}, but {config.base.model!r} has positions for {limit} tokens.",
+        f"{what}, but {config.base.model!r} has positions for {limit} tokens{behind}.",
         hint=f"set data.max_length: {limit} or less.",
     )
 

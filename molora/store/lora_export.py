@@ -91,7 +91,8 @@ def export_lora(
             rsLoRA or patterns: for engines that read only `r` and `lora_alpha`.
 
     Raises:
-        ConfigError: unknown names, more than one of expert, task and weights, or weights that depend on the input;
+        ConfigError: unknown names, more than one of expert, task and weights, or weights that depend on the input, or
+            virtual tokens;
             `out` may not be replaced.
     """
     check_target(out)

@@ -21,6 +21,7 @@ from molora.tuner.grow import add_expert
 from molora.tuner.layer import MoLoraLayer
 from molora.tuner.loan import own
 from molora.tuner.placement import experts_at, frozen_at
+from molora.tuner.prompts import refuse_prompts
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,13 @@ def import_lora(
 
     Raises:
         AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.
-        ConfigError: a bad name.
+        ConfigError: a bad name, or a mixture whose experts have virtual tokens.
     """
     wrapped = peft_model(model)
     adapter = active_adapter(wrapped, adapter_name)
     context = find_context(wrapped)
     config = own(wrapped, context, adapter)
+    refuse_prompts(config)
     lora = read_lora(folder)
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     mounts = {layer.mounts[adapter].key: layer.mounts[adapter] for layer in layers}

@@ -15,14 +15,15 @@ from molora.errors import ConfigError
 from molora.experts.stack import Stack
 from molora.gates.gate import Gate
 
-ROLES = ("experts_A", "experts_B", "gates", "heads")
+ROLES = ("experts_A", "experts_B", "experts_prompts", "gates", "heads")
 
 
 def parameters_by_role(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     """Every trainable parameter under exactly one of ROLES, by the module that owns it.
 
     `experts_A` and `experts_B` are an ExpertBank's factors (plain LoRA targets are banks of one; tasks' cores count as A),
-    `gates` is all that a Gate holds, and everything else that trains (`modules_to_save`) is a head.
+    `experts_prompts` are their virtual tokens, `gates` is all that a Gate holds, and everything else that trains
+    (`modules_to_save`) is a head.
     """
     roles: dict[str, list[nn.Parameter]] = {role: [] for role in ROLES}
     seen: set[nn.Parameter] = set()
@@ -45,6 +46,7 @@ def parameter_groups(model: nn.Module, settings: TrainConfig) -> list[dict[str, 
     rates = {
         "experts_A": lr,
         "experts_B": lr * settings.lora_plus_ratio,
+        "experts_prompts": lr if settings.prompt_lr is None else settings.prompt_lr,
         "gates": lr if settings.gate_lr is None else settings.gate_lr,
         "heads": lr if settings.head_lr is None else settings.head_lr,
     }

@@ -71,6 +71,7 @@ class MoLoraConfig(SavedMixture, PeftConfig):
             del plain["kind"], plain["kind_settings"]
         for name in (
             "router",
+            "num_virtual_tokens",
             "added_for",
             "trainable_token_indices",
             "ensure_weight_tying",

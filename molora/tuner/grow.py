@@ -20,6 +20,7 @@ from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
 from molora.experts.init import low_rank, mean_delta
 from molora.forward.mount import Mount, MountPoint
+from molora.forward.prompts import PROMPTS
 from molora.gates.gate import Gate
 from molora.gates.starts import std_of
 from molora.tuner.api import config_of
@@ -27,6 +28,7 @@ from molora.tuner.config import ExpertSpec, MoLoraConfig, as_sequence
 from molora.tuner.loan import own
 from molora.tuner.parts import new_expert
 from molora.tuner.placement import blocks_at, experts_at, frozen_at, frozen_rows_at, place, task_blocks
+from molora.tuner.prompts import grown, reassigned
 
 
 def add_expert(
@@ -80,6 +82,12 @@ def add_expert(
             bank.cores.grow(*task_blocks(config))
         if mount.gate is not None:
             _grow_gate(config, mount.gate, mount.key, local)
+    prompts = context.adapters[adapter].prompts
+    if prompts is not None:
+        local = None if source is None else config.roster.index(source)
+        grown(config, model, prompts, init, local)
+        if prompts.gate is not None:
+            _grow_gate(config, prompts.gate, PROMPTS, local)
     if freeze_others:
         freeze_heads(model, adapter)
     _refresh(model, context, adapter)
@@ -139,7 +147,7 @@ def remove_expert(
         warnings.simplefilter("ignore")  # said when the config was made
         normalise(trial)  # what could not be loaded again is refused before anything changes
     shrunk.write(config)
-    _reassign(model, adapter, config, before)
+    _reassign(model, context, adapter, config, before)
     _refresh(model, context, adapter)
 
 
@@ -156,7 +164,7 @@ def set_frozen(
             if mount.plain:
                 mount.bank.assign(mount.bank.rows(), [False])
         freeze_heads(model, adapter, frozen=False)
-    _reassign(model, adapter, config, _experts_of_layers(model, adapter, config))
+    _reassign(model, context, adapter, config, _experts_of_layers(model, adapter, config))
     _refresh(model, context, adapter)
 
 
@@ -185,7 +193,7 @@ def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     config = config_of(context, adapter)
     before = context.adapters[adapter]
     context.adapters[adapter] = AdapterRouting(
-        config.task_map(), config, before.router, before.read, before.along
+        config.task_map(), config, before.router, before.read, before.along, before.prompts
     )
     if before.router is not None:
         before.router.set_tasks([*(config.task_ids or {}).values()])
@@ -246,11 +254,15 @@ def _initial(
 
 def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:
     keys = [mount.key for mount in _mounts(model, adapter) if not mount.plain]
-    return {key: experts_at(config, key) for key in keys}
+    return {PROMPTS: config.roster.names, **{key: experts_at(config, key) for key in keys}}
 
 
 def _reassign(
-    model: nn.Module, adapter: str, config: MoLoraConfig, before: Mapping[str, Sequence[str]]
+    model: nn.Module,
+    context: RoutingContext,
+    adapter: str,
+    config: MoLoraConfig,
+    before: Mapping[str, Sequence[str]],
 ) -> None:
     """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
     for mount in _mounts(model, adapter):
@@ -264,6 +276,12 @@ def _reassign(
             bank.cores.assign(bank.cores.weight.detach(), *task_blocks(config))
         if mount.gate is not None:
             _shrink_gate(config, mount.gate, key, kept)
+    prompts = context.adapters[adapter].prompts
+    if prompts is not None:
+        kept = [i for i, name in enumerate(before[PROMPTS]) if name in (config.expert_names or ())]
+        reassigned(config, prompts, kept)
+        if prompts.gate is not None:
+            _shrink_gate(config, prompts.gate, PROMPTS, kept)
 
 
 def _shrink_gate(config: MoLoraConfig, gate: Gate, key: str, kept: list[int]) -> None:

@@ -27,7 +27,7 @@ from molora.tuner.scale import configured_scalings, set_scalings
 class MoLoraLayer(BaseTunerLayer, MountPoint):
     """Base of the adapted layers: adds the mounts' mixtures to the base layer's output."""
 
-    adapter_layer_names = ("molora_experts", "molora_gate", "molora_router")
+    adapter_layer_names = ("molora_experts", "molora_gate", "molora_router", "molora_prompt")
     other_param_names = ("mounts", "static_weights", "static_shares")
 
     def __init__(self, base_layer: nn.Module, context: RoutingContext) -> None:
@@ -38,6 +38,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         )  # adapter -> ExpertBank, as PEFT and state dicts find them
         self.molora_gate: Any = nn.ModuleDict({})  # adapter -> Gate, where this layer leads its group
         self.molora_router: Any = nn.ModuleDict({})  # adapter -> TaskRouter, in the adapter's first layer
+        self.molora_prompt: Any = nn.ModuleDict({})  # adapter -> Prompts, the same
         self.mounts: dict[str, Mount] = {}
         self.static_weights: dict[str, Tensor] = {}  # (splits, expert), set by the model just before merging
         self.static_shares: dict[str, Tensor | None] = {}  # (1, task), the same
@@ -54,6 +55,8 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             self.molora_gate[adapter] = mount.gate
         if mount.router is not None:
             self.keep_router(adapter, mount.router)
+        if mount.prompts is not None:
+            self.molora_prompt[adapter] = mount.prompts
         self._move_adapter_to_device_of_base_layer(adapter)
         if active:
             self.set_adapter(self.active_adapters)
@@ -69,6 +72,8 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             mount.bank.apply_freeze()
             if mount.gate is not None:
                 mount.gate.apply_freeze()
+            if mount.prompts is not None:
+                mount.prompts.apply_freeze()
 
     @property
     def in_features(self) -> int | None:

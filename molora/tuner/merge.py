@@ -17,6 +17,7 @@ from molora.errors import ConfigError
 from molora.forward.mount import Mount
 from molora.gates.gate import Gate
 from molora.tuner.placement import experts_at
+from molora.tuner.prompts import refuse_prompts
 
 ExpertWeights = Mapping[str, float] | Sequence[float]
 """`{expert: weight}`, the others 0; or a weight for each expert."""
@@ -43,6 +44,7 @@ def static_weights(
     Raises:
         ConfigError: they do depend on x; the message says which calls are exact.
     """
+    refuse_prompts(mount.config)
     if mount.plain:
         return torch.ones(1, 1)
     names = experts_at(mount.config, mount.key)

@@ -36,6 +36,7 @@ from molora.tuner.loan import borrow, give_back, lend, note_base
 from molora.tuner.merge import ExpertWeights
 from molora.tuner.mounting import Mounting
 from molora.tuner.placement import fit_to_base
+from molora.tuner.prompts import give_prompts
 from molora.tuner.replication import replicate, replicated
 from molora.tuner.router import make_known, modules_before_experts
 from molora.tuner.targets import check_targets, is_target
@@ -88,6 +89,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         existing = (m.context for m in model.modules() if isinstance(m, MoLoraLayer))
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
+        give_prompts(model, self.context, adapter_name, config)
         encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
         streams, late = streams_of(model, encoder_decoder=encoder_decoder), late_ones(config, model)
         self._mounting = Mounting(adapter_name, config, self.context, streams=streams, late=late)

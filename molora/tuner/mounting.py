@@ -10,6 +10,7 @@ from torch import nn
 from molora.calls.context import RoutingContext
 from molora.errors import ConfigError
 from molora.forward.mount import InputGroup, Mount
+from molora.forward.prompts import Prompts
 from molora.forward.task_router import TaskRouter
 from molora.tuner import parts
 from molora.tuner.config import MoLoraConfig
@@ -45,6 +46,7 @@ class Mounting:
         ] = {}  # by group: late ones that were asked for before its leader
         self.kind = parts.kind_of(config)
         self._router: TaskRouter | None = context.adapters[adapter].router
+        self._prompts: Prompts | None = context.adapters[adapter].prompts
         self._leaders: dict[str, Mount] = {}  # by group that shares a gate
         self._readers: dict[str, InputGroup] = {}  # by input
 
@@ -62,7 +64,8 @@ class Mounting:
         bank = parts.new_bank(config, self.kind, key, base, plain=plain)
         mount = Mount(self.adapter, key, stream, d_in, self.context, bank, plain=plain)
         place(mount, config)
-        mount.router, self._router = self._router, None  # the first layer keeps it
+        mount.router, self._router = self._router, None  # the first layer keeps both
+        mount.prompts, self._prompts = self._prompts, None
         self._among_readers(mount)
         if not plain:
             self._into_group(mount)

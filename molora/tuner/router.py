@@ -61,8 +61,8 @@ def give_router(model: nn.Module, context: RoutingContext, adapter: str, router:
     if settings.passes == 1 and not context.adapters[adapter].along:
         config.router, context.adapters[adapter].router = None, None
         raise ConfigError(
-            f"adapter {adapter!r} has experts at or before the block that router.depth={settings.depth:.3g} reads, so "
-            "router.passes cannot be 1.",
+            f"adapter {adapter!r} has experts, or virtual tokens, at or before the block that router.depth="
+            f"{settings.depth:.3g} reads, so router.passes cannot be 1.",
             hint="leave router.passes out: the base then reads a prompt first.",
         )
     first = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts)

@@ -42,6 +42,7 @@ def test_none_is_missing() -> None:
         "own_classifier",
         "own_data",
         "preferences",
+        "prompt_experts",
         "quickstart",
         "rank_growth",
         "soft_mixture",
