@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from typer import Argument
@@ -49,6 +49,56 @@ def table() -> str:
 def show_table() -> None:
     """Every kind as a Markdown table."""
     typer.echo(table())
+
+
+# Settings that not every kind goes with: what they are called, and an adapter that has them.
+_SETTINGS: dict[str, dict[str, Any]] = {
+    "combine: factors": {"combine": "factors", "gate": {"kind": "sequence"}},
+    "share_A": {"share_A": True},
+    "task_cores": {"task_cores": True, "share_A": True, "gate": {"kind": "task_table"}},
+    "ffn_targets": {"ffn_targets": ["up_proj", "down_proj"], "target_modules": ["up_proj", "down_proj"]},
+    "init: svd_segments": {"init": "svd_segments"},
+}
+
+
+def _goes_with(name: str, settings: dict[str, Any]) -> bool:
+    from molora.config.adapter import AdapterConfig
+    from molora.config.choices import KINDS
+    from molora.config.load import load_section
+    from molora.errors import ConfigError
+
+    losses = {"aux_losses": {"orthonormal": 0.1}} if KINDS[name].orthonormal else {}
+    try:
+        load_section(AdapterConfig, {"target_modules": ["up_proj"], **losses, **settings, "kind": name})
+    except ConfigError:
+        return False
+    return True
+
+
+def fits() -> str:
+    """Which kinds go with what not all of them go with, as a Markdown table."""
+    from molora.config.choices import KINDS
+    from molora.config.federated import AGGREGATORS, aggregate_problems
+    from molora.config.mixture import Mixture
+
+    def marks(name: str) -> list[bool]:
+        kind, mixture = KINDS[name], Mixture(kind=name)
+        rounds = any(not [*aggregate_problems(way, mixture)] for way in AGGREGATORS)
+        return [
+            *(_goes_with(name, settings) for settings in _SETTINGS.values()),
+            kind.imports is None, kind.grows, rounds,
+        ]  # fmt: skip
+
+    head = ("kind", *(f"`{setting}`" for setting in _SETTINGS), "import a LoRA", "`rank_growth`", "federate")
+    return markdown(
+        head, *((f"`{name}`", *("yes" if mark else "no" for mark in marks(name))) for name in KINDS)
+    )
+
+
+@command.command("fits")
+def show_fits() -> None:
+    """Which kinds go with settings that not all of them go with, as a Markdown table."""
+    typer.echo(fits())
 
 
 @command.command()

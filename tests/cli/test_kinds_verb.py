@@ -28,3 +28,11 @@ def test_show_prints_paper_use_and_an_adapter_section(name: str, cli: Cli) -> No
 def test_an_unknown_kind_names_the_nearest(cli: Cli) -> None:
     result = cli("kinds", "show", "veera")
     assert result.code == 2 and "Did you mean 'vera'?" in result.err
+
+
+def test_what_kinds_go_with_is_what_recipes_may_say(cli):
+    rows = {line.split("|")[1].strip(): line for line in cli("kinds", "fits").out.splitlines()}
+    yes = {name: rows[f"`{name}`"].split("|")[2:-1] for name in ("lora", "dora", "sparse")}
+    assert {cell.strip() for cell in yes["lora"]} == {"yes"}
+    assert [cell.strip() for cell in yes["dora"]] == ["no"] * 5 + ["yes", "yes", "yes"]
+    assert yes["sparse"][-1].strip() == "no"  # `federated_problems` says why

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from molora.cli.kinds import fits
 from molora.cli.kinds import table as kinds_table
 from molora.cli.presets import releases, table
 from molora.config.gate import GateSettings
@@ -51,6 +52,7 @@ def test_the_table_is_the_presets() -> None:
 
 def test_the_kinds_are_the_registered_ones() -> None:
     assert kinds_table() in TEXT, "run `molora kinds table` and put it into docs/methods.md"
+    assert fits() in TEXT, "run `molora kinds fits` and put it into docs/methods.md"
 
 
 @pytest.mark.parametrize("declared", [GateSettings, Mixture], ids=lambda c: c.__name__)
