@@ -39,7 +39,8 @@ small { color: var(--soft) }
   padding: .4rem .8rem; margin: 0 }
 .choice legend { color: var(--soft) }
 .choice label { order: 1; cursor: pointer }
-.panel { order: 2; overflow-x: auto; max-width: 100% }
+.choice::after { order: 2; flex-basis: 100%; content: "" }
+.panel { order: 3; overflow-x: auto; max-width: 100% }
 .choice:not(.some) .panel { flex-basis: 100% }
 .panel .heat { font-size: .8rem }
 .panel .heat td { min-width: 2.4rem; padding: .1rem .3rem }
