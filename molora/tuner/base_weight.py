@@ -34,7 +34,12 @@ class BaseWeight:
         held = getattr(self.base, "weight", None)
         if type(held) is nn.Parameter and held.is_floating_point():
             return held
-        return dequantize_module_weight(self.base) if held is not None or hasattr(self.base, "W_q") else None
+        if held is None:
+            return dequantize_module_weight(self.base) if hasattr(self.base, "W_q") else None
+        found: Tensor = dequantize_module_weight(self.base)
+        # On a CPU, PEFT leaves a copy in its place, whose scales bitsandbytes loses once its first forward has taken them.
+        self.base.weight = held
+        return found
 
     @property
     def is_meta(self) -> bool:

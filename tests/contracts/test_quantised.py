@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
+from molora.config.choices import KINDS
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import base_model, batch_for, config_for, gradients, randomise, routed
 
@@ -102,3 +103,25 @@ def test_merged_weights_are_the_experts_but_for_rounding(load, base):
     assert torch.equal(logits(model, routing_task_ids=["beta"] * 3), expected)
     merged = model.merge_and_unload(task="beta")
     assert not torch.allclose(logits(merged), logits(load(base)), atol=0.1)
+
+
+@pytest.mark.parametrize(
+    ("base", "kind"),
+    [
+        pytest.param(base, kind, marks=() if (base, kind) == ("int8", "dora") else pytest.mark.slow)
+        for base in BASES
+        for kind in KINDS
+    ],
+)
+def test_every_kind_learns_is_merged_and_taken_out_again(load, base, kind):
+    losses = {"aux_losses": {"orthonormal": 0.1}} if KINDS[kind].orthonormal else {}
+    prepared = prepare_model_for_kbit_training(load(base), use_gradient_checkpointing=False)
+    model = wrapped(prepared, "constant-linear", kind=kind, num_experts=2, tasks=[], **losses).train()
+    model(**batch_for("llama")).loss.backward()
+    assert all(gradient.isfinite().all() for gradient in gradients(model).values())
+    before = logits(model)
+    for _ in range(2):
+        model.merge_adapter()
+        assert (logits(model) - before).norm() <= (0.05 if base == "int8" else 0.5) * before.norm()
+        model.unmerge_adapter()
+        assert torch.equal(logits(model), before)
