@@ -75,8 +75,9 @@ class Judge:
         told = json.dumps({"prompt": prompt, "answer": answer, "record": dict(record)}, default=str)
         try:
             return subprocess.run(
-                [*self.task.check], input=told.encode(), capture_output=True, timeout=self.timeout
-            )
+                [*self.task.check], input=told.encode(), timeout=self.timeout,
+                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+            )  # fmt: skip
         except OSError as error:
             raise ConfigError(
                 f"task {self.task.name!r}: check {self._shown} cannot be run: {error.strerror}.",

@@ -131,7 +131,7 @@ class HeldOut:
     def _drawn(self, records: Sequence[int], judge: Judge) -> Iterator[tuple[int, Drawn]]:
         """Several drawn answers to each record, and whether each is right."""
         times = self.limits.sampling.samples
-        texts = [text.strip() for text in self._texts(records, times)]
+        texts = self._texts(records, times)  # as they are: the space before a line of code means something
         asked = [self.task.eval[record] for record in records for _ in range(times)]
         judged = [*zip(texts, judge.all([*zip(asked, texts, strict=True)]), strict=True)]
         for place, record in enumerate(records):

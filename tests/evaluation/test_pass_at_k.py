@@ -55,6 +55,8 @@ def test_drawn_answers_are_judged_and_the_same_whenever_they_are_drawn(tokenizer
     found = first.predictions
     assert found == second.predictions
     assert len({text for one in found for text, _ in one.drawn}) > 3  # they are drawn
+    # The space around an answer is the answer's.
+    assert any(text != text.strip() for one in found for text, _ in one.drawn)
     for one in found:
         assert [right for _, right in one.drawn] == ["a" in text for text, _ in one.drawn]
         assert one.score == pass_at_k(4, sum(right for _, right in one.drawn), 2)
