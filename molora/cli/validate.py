@@ -124,10 +124,8 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
     from molora.training.forecast import at_largest, first_encoded, length_lines, memory_line, time_line
-    from molora.training.optimise import check_device
     from molora.training.steps import notes_on_length
-    from molora.training.trackers import check_loggers
-    from molora.training.train import check_output, check_validation
+    from molora.training.train import check_machine, check_validation
     from molora.tuner.router import where_it_reads
 
     try:
@@ -152,9 +150,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     with quiet_libraries():
         model = build_skeleton(at_largest(first), ids, labels)
     check_base(config, model, tokenizer)
-    check_device(config.train)
-    check_loggers(config.train)
-    check_output(Path(config.output))
+    check_machine(config)
     check_judges(config, tasks)
     check_validation(config, [task for task in tasks if len(task.eval)])
     examples, summary = first_encoded(config, tasks, tokenizer)

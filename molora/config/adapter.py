@@ -107,14 +107,8 @@ class AdapterConfig(Section, Mixture):
         if self.from_loras is not None and not self.from_loras:
             refuse([(("from_loras",), "names no LoRA; give {name: folder}, or leave it out.")])
         if self.from_loras is not None and self.num_virtual_tokens is not None:
-            refuse(
-                [
-                    (
-                        ("num_virtual_tokens",),
-                        "LoRAs that were trained without any would be others behind them; leave it out.",
-                    )
-                ]
-            )
+            text = "LoRAs that were trained without any would be others behind them; leave it out."
+            refuse([(("num_virtual_tokens",), text)])
         problems = mixture_problems(self, self.gate), pattern_problems(self), rank_problems(self)
         refuse(chain(*problems, self._empty()))
         return self

@@ -47,10 +47,10 @@ class Judge:
     def __post_init__(self) -> None:
         """Raises ConfigError where the command cannot be run, or finds the right answer of the first record wrong."""
         record: Mapping[str, Any] = self.task.eval[0]
-        if not self.passes(record, render(self.task, record)[1]):
-            why = self._last_words(record)
+        fault = self._fault(record, render(self.task, record)[1])
+        if fault is not None:
             raise ConfigError(
-                f"task {self.task.name!r}: check {self._shown} finds the first record's own target wrong: {why}",
+                f"task {self.task.name!r}: check {self._shown} finds the first record's own target wrong: {fault}",
                 hint="it has to end with 0 for a right answer; a record's `target` has to be one.",
             )
 
@@ -65,29 +65,25 @@ class Judge:
 
     def passes(self, record: Mapping[str, Any], answer: str) -> bool:
         """Whether the command ends with 0."""
-        try:
-            return self._run(record, answer).returncode == 0
-        except subprocess.TimeoutExpired:
-            return False
+        return self._fault(record, answer) is None
 
-    def _run(self, record: Mapping[str, Any], answer: str) -> subprocess.CompletedProcess[bytes]:
+    def _fault(self, record: Mapping[str, Any], answer: str) -> str | None:
+        """How the command ended, where that was not with 0."""
         prompt = render(self.task, record)[0]
         told = json.dumps({"prompt": prompt, "answer": answer, "record": dict(record)}, default=str)
         try:
-            return subprocess.run(
+            done = subprocess.run(
                 [*self.task.check], input=told.encode(), timeout=self.timeout,
                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
             )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"it took longer than {self.timeout:g} s."
         except OSError as error:
             raise ConfigError(
                 f"task {self.task.name!r}: check {self._shown} cannot be run: {error.strerror}.",
                 hint="name a program and its arguments, as in check: [python, check.py].",
             ) from error
-
-    def _last_words(self, record: Mapping[str, Any]) -> str:
-        try:
-            done = self._run(record, render(self.task, record)[1])
-        except subprocess.TimeoutExpired:
-            return f"it took longer than {self.timeout:g} s."
+        if done.returncode == 0:
+            return None
         said = done.stderr.decode(errors="replace").strip().splitlines()
         return f"it ended with {done.returncode}" + (f", saying {said[-1]!r}." if said else ".")

@@ -39,9 +39,7 @@ class Prediction:
     count: int = 1
     experts: dict[str, float] | None = None
     text: str | None = None  # what was written, where the prediction is the label that it names
-    drawn: Sequence[tuple[str, bool]] | None = (
-        None  # where several answers were: each, and whether it is right
-    )
+    drawn: Sequence[tuple[str, bool]] | None = None  # several answers: each, and whether it is right
 
 
 def predictions(

@@ -31,9 +31,8 @@ class Prompts(nn.Module):
     def __init__(self, tokens: VirtualTokens, gate: Gate | None) -> None:
         super().__init__()
         self.tokens, self.gate = tokens, gate
-        self.shared: tuple[
-            Gate, ...
-        ] = ()  # the one gate of the whole model; a tuple: it is a part of its layer
+        # The one gate of the whole model; in a tuple, because it is a part of its layer, not of this module.
+        self.shared: tuple[Gate, ...] = ()
 
     def of_samples(self, adapter: str, found: AdapterRouting, call: Call, x: Tensor) -> tuple[Tensor, Tensor]:
         """The vectors (batch, tokens, d_model) before each sample, and whether it has any (batch,).

@@ -73,10 +73,8 @@ def install(model: nn.Module, context: RoutingContext, adapter: str, keys: Itera
     found = context.adapters[adapter]
     found.read = block_at(model, found.config.router.depth)
     early = modules_until(model, found.read)
-    first = found.prompts is not None or any(
-        key in early for key in keys
-    )  # something of the adapter's comes before
-    found.along = found.config.router.passes != 2 and not first
+    comes_before = found.prompts is not None or any(key in early for key in keys)
+    found.along = found.config.router.passes != 2 and not comes_before
     hooks = found.read._forward_hooks.values()
     if not any(isinstance(getattr(hook, "__self__", None), AfterBlock) for hook in hooks):
         found.read.register_forward_hook(AfterBlock(context).leave)

@@ -92,9 +92,7 @@ def opened(config: RunConfig) -> tuple[RunConfig, TaskSet]:
 
     Raises ConfigError where this machine cannot train it or write its runs, DataError where its data cannot be read.
     """
-    check_device(config.train)
-    check_loggers(config.train)
-    check_output(Path(config.output))
+    check_machine(config)
     tasks = tasks_of(config)
     return with_labels(config, tasks), tasks
 
@@ -208,6 +206,13 @@ def start_run(config: RunConfig) -> Run:
 def write_config(run: Run, config: RunConfig) -> None:
     """Write the resolved recipe atomically; a resumed run may have been given more steps."""
     write_file(run.path / CONFIG_FILE, recipe_text(config).encode())
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raise ConfigError where this machine cannot train a recipe, lacks its loggers, or cannot write its runs."""
+    check_device(config.train)
+    check_loggers(config.train)
+    check_output(Path(config.output))
 
 
 def check_output(output: Path) -> None:

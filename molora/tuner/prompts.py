@@ -60,11 +60,8 @@ def drawn(model: Any, count: int) -> Tensor:
     ids = torch.randint(0, getattr(table, "num_embeddings", len(weight)), (count,), device="cpu")
     if weight.is_meta:
         return weight.new_empty(count, table.embedding_dim)
-    return (
-        table(ids.to(weight.device)).detach().float()
-        if weight.dtype != torch.float64
-        else table(ids.to(weight.device))
-    )
+    rows: Tensor = table(ids.to(weight.device))
+    return rows if rows.dtype == torch.float64 else rows.float()
 
 
 def grown(config: SavedMixture, model: nn.Module, prompts: Prompts, init: str, source: int | None) -> None:
