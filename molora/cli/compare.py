@@ -87,7 +87,7 @@ def _table(rows: list[Comparison]) -> object:
     for name in ("records", "before", "after", "change (95 %)", "gained", "lost", "p"):
         table.add_column(name, justify="right")
     for row in rows:
-        scale = 1.0 if row.p is None else 100.0
+        scale = 100.0 if row.share else 1.0
         values = [
             scale * value for value in (row.before, row.after, row.after - row.before, row.low, row.high)
         ]

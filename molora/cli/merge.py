@@ -39,6 +39,7 @@ def command(
     from molora.disk.atomic import write_folder
     from molora.models.build import load_trained
     from molora.training.environment import quiet_libraries
+    from molora.tuner.merge import UndecidedError
 
     check_out_of(run, out, mark="config.json")
     with quiet_libraries():
@@ -50,7 +51,7 @@ def command(
             )
         try:
             plain = model.merge_and_unload(task=task, expert_weights=weights or None)
-        except ConfigError as error:
+        except UndecidedError as error:
             if task is not None or weights:
                 raise
             hint = "say what is merged: --expert NAME=WEIGHT (may be repeated), or under a task gate --task NAME."

@@ -23,7 +23,7 @@ class SamplingConfig(Section):
     """Below 1, likely tokens become likelier."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Tokens are drawn from the likeliest that together have this probability."""
-    timeout: Positive = 10.0
+    timeout: Annotated[float, Field(gt=0, le=86_400)] = 10.0
     """Seconds after which the check of an answer counts as failed."""
 
     @model_validator(mode="after")

@@ -3,35 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import contextmanager
 from typing import Any
 
-import torch
-from transformers import GenerationConfig, PreTrainedTokenizerBase
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedTokenizerBase
 
 from molora.data.collate import batches_by_length, pad_token, padded
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn: by their probabilities at this temperature, from the likeliest that together have `top_p`."""
-
-    temperature: float
-    top_p: float = 1.0
-    seed: int = 0
-
-    def into(self, config: GenerationConfig) -> None:
-        """Let a greedy config draw."""
-        config.update(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
-
-
-@contextmanager
-def drawn_from(seed: int, device: torch.device) -> Iterator[None]:
-    """Random numbers of a stream of their own; what was drawn before and after stays what it was."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
+from molora.evaluation.draws import Draws
 
 
 def generate_answers(
@@ -42,28 +20,25 @@ def generate_answers(
     batch_size: int,
     max_new_tokens: int,
     num_beams: int = 1,
-    sampling: Sampling | None = None,
+    draws: Draws | None = None,
     after_batch: Callable[[Sequence[int]], None] | None = None,
 ) -> list[str]:
     """The generated text of each prompt (token ids), special tokens removed, in the order given.
 
-    sampling: tokens are drawn as it says, the same on every call with the same prompts; without it nothing is sampled.
+    draws: how they are drawn; without it nothing is sampled.
     after_batch: called with the places of the prompts that have just been answered together.
     Prompts are left-padded; which prompts share a batch depends on their lengths only.
     """
     pad = pad_token(tokenizer)
     config = greedy(model, tokenizer, max_new_tokens=max_new_tokens, num_beams=num_beams, pad_token_id=pad)
-    if sampling is not None:
-        sampling.into(config)
     answers = [""] * len(prompts)
-    draws = nullcontext() if sampling is None else drawn_from(sampling.seed, model.device)
-    with draws:
-        for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
-            texts = answer_together(model, tokenizer, [prompts[i] for i in chosen], config)
-            for i, text in zip(chosen, texts, strict=True):
-                answers[i] = text
-            if after_batch is not None:
-                after_batch(chosen)
+    for chosen in batches_by_length([len(prompt) for prompt in prompts], batch_size):
+        drawn = None if draws is None else draws.processors(chosen, max_new_tokens)
+        texts = answer_together(model, tokenizer, [prompts[i] for i in chosen], config, processors=drawn)
+        for i, text in zip(chosen, texts, strict=True):
+            answers[i] = text
+        if after_batch is not None:
+            after_batch(chosen)
     return answers
 
 
@@ -72,7 +47,9 @@ def answer_together(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Sequence[int]],
     config: GenerationConfig,
+    *,
     streamer: Any = None,
+    processors: LogitsProcessorList | None = None,
 ) -> list[str]:
     """The generated texts of one batch of prompts (token ids), left-padded, by this config alone."""
     input_ids = padded(rows, pad_token(tokenizer), side="left")
@@ -83,6 +60,7 @@ def answer_together(
             attention_mask=mask.to(model.device),
             generation_config=config,
             streamer=streamer,
+            logits_processor=processors,
         )
     starts_fresh = bool(getattr(model.config, "is_encoder_decoder", False))
     new = output if starts_fresh else output[:, input_ids.shape[1] :]

@@ -19,8 +19,9 @@ _CHUNK = 1_000_000  # drawn numbers held at once
 class Comparison:
     """One task in one mode, before and after, over `count` records that both have.
 
-    gained, lost: records that only the second, only the first had right. p: of McNemar's exact test; None for a loss.
-    low, high: 95 % interval of the difference of the scores, by a paired bootstrap over records.
+    gained, lost: records that only the second, only the first had right. p: of McNemar's exact test; None where a record is not
+    right or wrong as a whole. share: the score is one of 1, not a loss. low, high: 95 % interval of the difference of the
+    scores, by a paired bootstrap over records.
     """
 
     task: str
@@ -31,6 +32,7 @@ class Comparison:
     gained: int
     lost: int
     p: float | None
+    share: bool
     low: float
     high: float
 
@@ -73,10 +75,11 @@ def _compared(task: str, mode: str, pairs: Sequence[tuple[Prediction, Prediction
     scores = torch.tensor([[one.score, two.score] for one, two in pairs], dtype=torch.float64)
     sums = scores * counts.unsqueeze(1)
     total = counts.sum().clamp(min=1)
+    whole = pairs[0][0].right is not None
     low, high = bootstrap(sums[:, 1] - sums[:, 0], counts)
     return Comparison(
         task, mode, len(pairs), float(sums[:, 0].sum() / total), float(sums[:, 1].sum() / total),
-        gained, lost, None if pairs[0][0].right is None else mcnemar(gained, lost), low, high,
+        gained, lost, mcnemar(gained, lost) if whole else None, whole or pairs[0][0].drawn is not None, low, high,
     )  # fmt: skip
 
 

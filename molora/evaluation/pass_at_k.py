@@ -12,17 +12,20 @@ from __future__ import annotations
 import json
 import math
 import os
-import subprocess
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import shlex
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from tempfile import TemporaryFile
+from typing import IO, Any
 
 from molora.config import RunConfig
 from molora.config.evaluation import SamplingConfig
+from molora.data.records import where_of
 from molora.data.render import render
 from molora.data.tasks import Task
-from molora.errors import ConfigError
+from molora.errors import ConfigError, DataError
+from molora.evaluation.judging import Commands
 
 
 def pass_at_k(samples: int, passed: int, k: int) -> float:
@@ -47,8 +50,14 @@ class Judge:
     def __post_init__(self) -> None:
         """Raises ConfigError where the command cannot be run, or finds the right answer of the first record wrong."""
         record: Mapping[str, Any] = self.task.eval[0]
-        fault = self._fault(record, render(self.task, record)[1])
-        if fault is not None:
+        told = self._told(record, render(self.task, record)[1])
+        with TemporaryFile() as stderr, self._started():
+            ended = Commands().run(self.task.check, told, self.timeout, stderr)
+            said = _last_line(stderr)
+        if ended != 0:
+            fault = f"it ended with {ended}" + (f", saying {said!r}." if said else ".")
+            if ended is None:
+                fault = f"it took longer than {self.timeout:g} s."
             raise ConfigError(
                 f"task {self.task.name!r}: check {self._shown} finds the first record's own target wrong: {fault}",
                 hint="it has to end with 0 for a right answer; a record's `target` has to be one.",
@@ -56,34 +65,40 @@ class Judge:
 
     @property
     def _shown(self) -> str:
-        return " ".join(self.task.check)
+        return shlex.join(self.task.check)
 
     def all(self, asked: Sequence[tuple[Mapping[str, Any], str]]) -> list[bool]:
-        """Of each (record, answer), whether it passes; several are looked at at once."""
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            return [*pool.map(lambda one: self.passes(*one), asked)]
+        """Of each (record, answer), whether the command ends with 0."""
+        jobs = [(self.task.check, self._told(*one)) for one in asked]
+        with self._started():
+            return [ended == 0 for ended in Commands().all(jobs, self.timeout)]
 
-    def passes(self, record: Mapping[str, Any], answer: str) -> bool:
-        """Whether the command ends with 0."""
-        return self._fault(record, answer) is None
-
-    def _fault(self, record: Mapping[str, Any], answer: str) -> str | None:
-        """How the command ended, where that was not with 0."""
+    def _told(self, record: Mapping[str, Any], answer: str) -> bytes:
         prompt = render(self.task, record)[0]
-        told = json.dumps({"prompt": prompt, "answer": answer, "record": dict(record)}, default=str)
         try:
-            done = subprocess.run(
-                [*self.task.check], input=told.encode(), timeout=self.timeout,
-                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired:
-            return f"it took longer than {self.timeout:g} s."
-        except OSError as error:
+            told = json.dumps({"prompt": prompt, "answer": answer, "record": dict(record)}, default=str)
+        except (TypeError, ValueError) as error:
+            raise DataError(
+                f"{where_of(record)}: a check is told the record as JSON, which it cannot be written as: {error}.",
+                hint="name its fields by text.",
+            ) from error
+        return told.encode()
+
+    @contextmanager
+    def _started(self) -> Iterator[None]:
+        """ConfigError for a command that cannot be started."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else str(error)
             raise ConfigError(
-                f"task {self.task.name!r}: check {self._shown} cannot be run: {error.strerror}.",
+                f"task {self.task.name!r}: check {self._shown} cannot be run: {why}.",
                 hint="name a program and its arguments, as in check: [python, check.py].",
             ) from error
-        if done.returncode == 0:
-            return None
-        said = done.stderr.decode(errors="replace").strip().splitlines()
-        return f"it ended with {done.returncode}" + (f", saying {said[-1]!r}." if said else ".")
+
+
+def _last_line(file: IO[bytes]) -> str:
+    """Of the end of a file, however long it is."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 2000, 0))
+    return (file.read().decode(errors="replace").strip().splitlines() or [""])[-1]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +23,10 @@ class Prediction:
     """One record's answer in one mode.
 
     record: its place among the task's held-out records. answer: what it should have been; prediction: what was said, None
-    where that names no label, or where the metric is the loss of the answer. right: all of it; None for a loss. score:
-    the metric's value for this record alone, over `count` things (tokens of the answer for a loss, else 1). experts: mean
-    gate weight over the record's tokens and all gates, None where it was not recorded.
+    where that names no label, where the metric is the loss of the answer, and where several answers were drawn. right: all of
+    it; None for a loss and for several answers. score: the metric's value for this record alone, over `count` things (tokens
+    of the answer for a loss, else 1). experts: mean gate weight over the record's tokens and all gates, None where it was not
+    recorded.
     """
 
     task: str
@@ -49,12 +50,12 @@ def predictions(
     found = []
     for result in results:
         prompt, answer = render(task, task.eval[result.record])
-        loss = task.metric == "loss"
+        graded = task.metric == "loss" or result.drawn is not None
         score = METRICS[task.metric](result) / max(result.count, 1)
         found.append(
             Prediction(
                 task.name, mode, result.record, prompt, answer, _said(task, result),
-                None if loss else score > 1 - 1e-9, score, result.count,
+                None if graded else score > 1 - 1e-9, score, result.count,
                 None if experts is None else experts.get(result.record), result.text, result.drawn,
             )
         )  # fmt: skip
@@ -95,12 +96,19 @@ def from_jsonl(path: Path) -> list[Prediction]:
 
 
 def examples(found: Sequence[Prediction], most: int) -> dict[str, list[Prediction]]:
-    """Up to `most` right and as many wrong predictions of each task, in the first mode, those that have both."""
+    """Up to `most` right and as many wrong answers of each task in the first mode; each drawn one counts by itself."""
     chosen: dict[str, list[Prediction]] = {}
     modes = [prediction.mode for prediction in found]
-    for prediction in found:
+    for prediction in (answer for one in found for answer in _answers(one)):
         if prediction.mode == modes[0] and prediction.right is not None:
             same = chosen.setdefault(prediction.task, [])
             if sum(other.right == prediction.right for other in same) < most:
                 same.append(prediction)
     return {task: sorted(kept, key=lambda p: not p.right) for task, kept in chosen.items()}
+
+
+def _answers(one: Prediction) -> list[Prediction]:
+    """Every answer to one record."""
+    if one.drawn is None:
+        return [one]
+    return [replace(one, prediction=text, right=right, drawn=None) for text, right in one.drawn]

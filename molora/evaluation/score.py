@@ -20,7 +20,8 @@ from molora.data.prompts import IGNORED, Example, encode
 from molora.data.render import render
 from molora.data.tasks import Task
 from molora.errors import DataError
-from molora.evaluation.generate import Sampling, generate_answers
+from molora.evaluation.draws import Draws
+from molora.evaluation.generate import generate_answers
 from molora.evaluation.metrics import Result, match_label, overall, token_nll
 from molora.evaluation.pass_at_k import Judge, pass_at_k
 from molora.progress import advance
@@ -107,15 +108,16 @@ class HeldOut:
             return dict(self._drawn(records, self.judge))
         return dict(zip(records, self._texts(records), strict=True))
 
-    def _texts(self, records: Sequence[int], times: int = 1) -> list[str]:
-        """What the model writes to each record; with `times` above 1, so many drawn answers to each, one after another."""
-        limits, asked = self.limits, [record for record in records for _ in range(times)]
-        own = limits.sampling
-        draws = None if self.judge is None else Sampling(own.temperature, own.top_p, limits.seed)
+    def _texts(self, records: Sequence[int], times: int | None = None) -> list[str]:
+        """What the model writes to each record; with `times`, so many drawn answers to each, one after another."""
+        limits, asked, draws = self.limits, [record for record in records for _ in range(times or 1)], None
+        if times is not None:
+            keys = [(limits.seed, record, i) for record in records for i in range(times)]
+            draws = Draws(limits.sampling.temperature, limits.sampling.top_p, keys)
 
         def after(places: Sequence[int]) -> None:
             self._answered([asked[i] for i in places])
-            advance(sum((i + 1) % times == 0 for i in places), "records")
+            advance(sum((i + 1) % (times or 1) == 0 for i in places), "records")
 
         return generate_answers(
             self.model,
@@ -124,7 +126,7 @@ class HeldOut:
             batch_size=limits.batch_size,
             max_new_tokens=limits.max_new_tokens,
             num_beams=1 if draws else limits.num_beams,
-            sampling=draws,
+            draws=draws,
             after_batch=after,
         )
 
@@ -192,7 +194,7 @@ class HeldOut:
         if self.judge is not None and isinstance(answer, tuple):
             drawn, target = cast(Drawn, answer), render(task, task.eval[record])[1].strip()
             value = pass_at_k(len(drawn), sum(right for _, right in drawn), self.limits.sampling.k)
-            return Result(record, drawn[0][0], target, value=value, drawn=drawn)
+            return Result(record, target=target, value=value, drawn=drawn)
         if isinstance(answer, tuple):
             nll, count = cast(Likelihood, answer)
             return Result(record, nll=nll, count=count)

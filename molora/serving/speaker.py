@@ -18,7 +18,7 @@ from molora.data.collate import batches_by_length, pad_token
 from molora.data.prompts import chat_prompt, prompt_within
 from molora.data.templates import fill_template, parse_template
 from molora.errors import ConfigError
-from molora.evaluation.generate import Sampling, answer_together, greedy
+from molora.evaluation.generate import answer_together, greedy
 from molora.evaluation.routing import summarise
 from molora.evaluation.tokens import TokenView, token_view
 from molora.models.build import load_trained
@@ -43,7 +43,7 @@ class Search:
             model, tokenizer, max_new_tokens=self.max_new_tokens, pad_token_id=pad_token(tokenizer)
         )
         if self.temperature:
-            Sampling(self.temperature, self.top_p).into(found)
+            found.update(do_sample=True, temperature=self.temperature, top_p=self.top_p, top_k=0)
         return found
 
 
@@ -205,7 +205,7 @@ class Speaker:
         if positions is not None and not getattr(self.model.config, "is_encoder_decoder", False):
             config.max_new_tokens = max(1, min(search.max_new_tokens, positions - max(map(len, rows))))
         with inference(self.model), self._chosen():
-            return answer_together(self.model, self.tokenizer, rows, config, streamer)
+            return answer_together(self.model, self.tokenizer, rows, config, streamer=streamer)
 
     @contextmanager
     def _chosen(self) -> Iterator[None]:

@@ -23,6 +23,10 @@ ExpertWeights = Mapping[str, float] | Sequence[float]
 """`{expert: weight}`, the others 0; or a weight for each expert."""
 
 
+class UndecidedError(ConfigError):
+    """What is merged has to be said: experts with weights, or a task."""
+
+
 def named_weights(config: SavedMixture, given: ExpertWeights, names: Sequence[str]) -> list[float]:
     """The weights given to the experts `names`."""
     known = config.expert_names or []
@@ -54,7 +58,7 @@ def static_weights(
         weights = _decided(mount, task, names)
     if mount.feed_forward is not None and (weights != 0).sum() != 1:
         text = "experts of whole feed-forwards are mixed after a non-linearity, so a mixture of them is no weight matrix."
-        raise ConfigError(text, hint="merge or export one expert at a time: expert_weights={name: 1.0}.")
+        raise UndecidedError(text, hint="merge or export one expert at a time: expert_weights={name: 1.0}.")
     return weights
 
 
@@ -70,7 +74,7 @@ def static_shares(mount: Mount, task: str | None) -> Tensor | None:
     task = _only_task(task_map) if task is None else task
     if task is None:
         tasks = ", ".join(task_map.ids)
-        raise ConfigError(f"each task has a core of its own; name one: task=... Tasks: {tasks}.")
+        raise UndecidedError(f"each task has a core of its own; name one: task=... Tasks: {tasks}.")
     ids = torch.arange(cores.num_experts)
     return (ids == task_map.resolve(task)).float().unsqueeze(0)
 
@@ -88,7 +92,7 @@ def _decided(mount: Mount, task: str | None, names: Sequence[str]) -> Tensor:
     if gate is None:
         if task_id is None:
             what = "the weights depend on the task id; name one: merge_and_unload(task=...)."
-            raise ConfigError(f"{what} Tasks: {tasks}.")
+            raise UndecidedError(f"{what} Tasks: {tasks}.")
         chosen = task_map.experts_of(task_id)
         return torch.tensor([[chosen.get(i, 0.0) for i in range(len(names))]])
     visible = None if task_id is None else task_map.visible(task_id, own_only=True)
@@ -99,12 +103,12 @@ def _decided(mount: Mount, task: str | None, names: Sequence[str]) -> Tensor:
     if scope == "constant" and task_id is not None:
         raise ConfigError("a constant gate gives all tasks the same weights; leave the task out.")
     if scope == "task" and task_id is None:
-        raise ConfigError(f"the weights depend on the task; name one: task=... Tasks: {tasks}.")
+        raise UndecidedError(f"the weights depend on the task; name one: task=... Tasks: {tasks}.")
     if scope in ("constant", "task"):
         return _of_gate(gate, task_map, task_id, visible)
     text = f"the gate's weights depend on the input (gate.scope={scope!r}), so no merged weight equals the mixture."
     hint = "merge fixed weights with expert_weights={...}, or keep the adapter unmerged."
-    raise ConfigError(text, hint=hint)
+    raise UndecidedError(text, hint=hint)
 
 
 @torch.no_grad()

@@ -70,7 +70,7 @@ def test_it_loads_without_molora(cli: Cli, run: Path, tmp_path: Path) -> None:
         (["--expert", "expert_0=1", "--expert", "expert_0=2"], "twice"),
         (["--task", "cpy"], "cpy"),
         (["--expert", "expert_9"], "expert_9"),
-        ([], "merge"),
+        ([], "hint: say what is merged: --expert NAME=WEIGHT"),
     ],
     ids=str,
 )
@@ -86,3 +86,12 @@ def test_the_run_is_never_replaced(cli: Cli, run: Path) -> None:
     for out in (run, run / "adapter", run.parent):
         result = cli("merge", str(run), "--task", "copy", "--out", str(out))
         assert result.code == 2 and "the source" in result.err
+
+
+def test_an_adapter_that_no_choice_makes_mergeable_says_why(cli: Cli, tmp_path: Path) -> None:
+    write_base(tmp_path / "base")
+    recipe = recipe_for(tmp_path / "base", tmp_path / "runs", max_steps=1)
+    recipe["adapter"] = {"num_experts": 2, "r": 2, "gate": "task", "num_virtual_tokens": 2}
+    recipe["eval"]["modes"] = ["task"]
+    result = cli("merge", str(train(recipe).path), "--out", str(tmp_path / "model"))
+    assert result.code == 2 and "virtual tokens" in result.err and "--expert" not in result.err, result.err
