@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from molora.data.records import read_jsonl
+from molora.data.records import read_lines
 from molora.data.render import render
 from molora.data.tasks import Task
 from molora.errors import AdapterError, DataError
@@ -84,8 +84,8 @@ def from_jsonl(path: Path) -> list[Prediction]:
     """The inverse of `to_jsonl`; AdapterError for a file that is not of this form."""
     found = []
     try:
-        for line in read_jsonl(path):
-            plain: dict[str, Any] = dict(line)
+        for _, line in read_lines(path):  # no records: what a model writes may have NULs
+            plain: dict[str, Any] = json.loads(line)
             plain["score"] = math.nan if plain["score"] is None else float(plain["score"])
             found.append(Prediction(**plain))
     except KeyError as error:
@@ -96,7 +96,7 @@ def from_jsonl(path: Path) -> list[Prediction]:
 
 
 def examples(found: Sequence[Prediction], most: int) -> dict[str, list[Prediction]]:
-    """Up to `most` right and as many wrong answers of each task in the first mode; each drawn one counts by itself."""
+    """Up to `most` right and as many wrong answers of each task in the first mode."""
     chosen: dict[str, list[Prediction]] = {}
     modes = [prediction.mode for prediction in found]
     for prediction in (answer for one in found for answer in _answers(one)):
@@ -108,7 +108,8 @@ def examples(found: Sequence[Prediction], most: int) -> dict[str, list[Predictio
 
 
 def _answers(one: Prediction) -> list[Prediction]:
-    """Every answer to one record."""
+    """The answer to one record; of several that were drawn, the first right and the first wrong one."""
     if one.drawn is None:
         return [one]
-    return [replace(one, prediction=text, right=right, drawn=None) for text, right in one.drawn]
+    first = {right: text for text, right in reversed(one.drawn)}
+    return [replace(one, prediction=text, right=right, drawn=None) for right, text in first.items()]

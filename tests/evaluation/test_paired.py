@@ -76,7 +76,7 @@ def test_only_the_same_records_are_compared() -> None:
 
 
 def test_predictions_survive_the_file(tmp_path: Path) -> None:
-    found = [*made("10"), *losses(nan), replace(made("1")[0], experts={"e": 0.5}, prompt="ä\n")]
+    found = [*made("10"), *losses(nan), replace(made("1")[0], experts={"e": 0.5}, prompt="ä\n", text="\0")]
     file = tmp_path / "p.jsonl"
     file.write_text(to_jsonl(found), encoding="utf-8")
     again = from_jsonl(file)
