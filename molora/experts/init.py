@@ -6,10 +6,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from einops import reduce
 from torch import Tensor, nn
-
-from molora.experts.kinds.kind import Expert
 
 INIT_KINDS = ("kaiming", "gaussian", "rescaled", "orthogonal", "svd_segments")
 
@@ -43,15 +40,6 @@ def init_A(A: Tensor, kind: str = "kaiming", std: float = 0.02, gain: float = 1.
     return A.normal_(std=expected_std(kind, d_in, r, std, gain))
 
 
-def low_rank(delta: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Best rank-r factors of `delta` (d_out, d_in): `A` (r, d_in) and `B` (d_out, r), B·A ≈ delta."""
-    U, S, Vh = torch.linalg.svd(delta.float(), full_matrices=False)
-    root = S[:r].sqrt()
-    A, B = root.unsqueeze(1) * Vh[:r], U[:, :r] * root
-    short = r - root.numel()  # r may exceed min(d_out, d_in)
-    return nn.functional.pad(A, (0, 0, 0, short)), nn.functional.pad(B, (0, short))
-
-
 @torch.no_grad()
 def svd_segments(
     weight: Tensor, ranks: Sequence[int], scalings: Sequence[float], rho: float = 10.0
@@ -77,9 +65,3 @@ def svd_segments(
         A, B, short = root.unsqueeze(1) * Vh[part], U[:, part] * root, rank - len(root)
         factors.append((nn.functional.pad(A, (0, 0, 0, short)), nn.functional.pad(B, (0, short))))
     return factors
-
-
-def mean_delta(experts: Sequence[Expert]) -> Tensor:
-    """Mean weight update (d_out, d_in) of several experts, in float32."""
-    stacked = torch.stack([e._replace(A=e.A.float(), B=e.B.float()).delta() for e in experts])
-    return reduce(stacked, "expert d_out d_in -> d_out d_in", "mean")

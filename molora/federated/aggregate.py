@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from molora.config.federated import AGGREGATORS
-from molora.fusion.products import Product, stacked, truncated
+from molora.experts.products import Product, stacked, truncated
 
 State = Mapping[str, Tensor]
 A, B = "molora_experts.A", "molora_experts.B"

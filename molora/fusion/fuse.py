@@ -16,9 +16,9 @@ from molora.config.suggest import options
 from molora.disk.card import CONFIG_FILE
 from molora.disk.out_folder import check_out
 from molora.errors import ConfigError
+from molora.experts.products import Cut, Product, factored, truncated
 from molora.fusion.lora_out import Fused, check_fits, chosen_heads, write_lora
 from molora.fusion.methods import FUSIONS, Call, default_weight, settings_of
-from molora.fusion.products import Cut, Product, factored, truncated
 from molora.fusion.sources import Folders, Source, check_alike, read_sources
 
 Rank = int | Literal["full"] | None

@@ -21,7 +21,7 @@ from molora.disk.atomic import write_file, write_folder, write_json
 from molora.disk.card import WEIGHTS_FILE
 from molora.disk.fingerprint import base_modules
 from molora.errors import AdapterError, ConfigError
-from molora.fusion.products import Cut, Product
+from molora.experts.products import Cut, Product
 from molora.fusion.sources import Source
 from molora.store.export_check import check_loadable
 from molora.store.lineage import FUSION_FILE

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from molora.config.suggest import options
 from molora.errors import ConfigError
-from molora.fusion.products import Product, balanced, stacked
+from molora.experts.products import Product, balanced, stacked
 from molora.registry import Registry
 
 SIGNS = ("total", "frequency")

@@ -18,7 +18,7 @@ from molora.config.roster import added, removed, weighed
 from molora.config.roster import frozen as with_frozen
 from molora.errors import ConfigError
 from molora.experts.bank import Expert, ExpertBank, ExpertRows
-from molora.experts.init import low_rank, mean_delta
+from molora.experts.products import weighed as weighed_experts
 from molora.forward.mount import Mount, MountPoint
 from molora.forward.prompts import PROMPTS
 from molora.gates.gate import Gate
@@ -246,9 +246,8 @@ def _initial(
     if init == "mean" and bank.kind.shares_A:
         return Expert(A, torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0), fresh.scaling)
     if init == "mean":
-        with torch.no_grad():
-            A, B = low_rank(mean_delta(bank.experts()) / fresh.scaling, fresh.rank)
-        return Expert(A.to(like.A.dtype), B.to(like.A.dtype), fresh.scaling)
+        experts = bank.experts()
+        return weighed_experts(experts, [1 / len(experts)] * len(experts), fresh.rank, fresh.scaling)
     return fresh
 
 

@@ -12,7 +12,7 @@ from torch.testing import assert_close
 
 import molora
 from molora import MoLoraConfig
-from molora.experts.init import INIT_KINDS, expected_std, init_A, low_rank, svd_segments
+from molora.experts.init import INIT_KINDS, expected_std, init_A, svd_segments
 from tests.zoo import base_model, batch_for, molora_model
 
 
@@ -76,14 +76,6 @@ def test_the_report_knows_untouched_from_changed_experts():
     assert set(rows[0]) == {"name", "expert", "r", "std", "expected", "ratio", "ok"}
     next(p for n, p in model.named_parameters() if "lora_A" in n).data.mul_(3)
     assert sum(not row["ok"] for row in molora.init_std_report(model)) == 3
-
-
-def test_low_rank_is_exact_where_the_rank_suffices():
-    delta = torch.randn(6, 2) @ torch.randn(2, 5)
-    A, B = low_rank(delta, 3)
-    assert A.shape == (3, 5) and B.shape == (6, 3) and torch.allclose(B @ A, delta, atol=1e-5)
-    A, B = low_rank(delta, 9)
-    assert A.shape == (9, 5) and B.shape == (6, 9) and torch.allclose(B @ A, delta, atol=1e-5)
 
 
 @pytest.mark.parametrize(("experts", "rank"), [(8, 2), (3, 5), (7, 4)])

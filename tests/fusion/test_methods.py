@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from molora.errors import ConfigError
+from molora.experts.products import Product, balanced, factored, stacked, truncated
 from molora.fusion.methods import FUSIONS, Call, default_weight, register_fusion, settings_of
-from molora.fusion.products import Product, balanced, factored, stacked, truncated
 
 OUT, IN, RANKS = 9, 7, (2, 3, 1)
 WEIGHTS = [0.7, -0.4, 1.3]

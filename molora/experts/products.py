@@ -1,4 +1,4 @@
-"""Product: an expert's weight update as two factors in float64, and what leaves the product as it is or nearly so.
+"""Product: an expert's weight update as two factors, and what leaves the product as it is or nearly so.
 
 Nothing here, and no method of fusion, looks at a factor alone: B R and R^-1 A are the same expert for every R.
 """
@@ -10,6 +10,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+from molora.experts.kinds.kind import Expert
 
 
 class Product(NamedTuple):
@@ -65,3 +68,17 @@ def factored(matrix: Tensor, rank: int) -> Cut:
     root, energy = S[:rank].sqrt(), S.square()
     product = Product(U[:, :rank] * root, root[:, None] * Vh[:rank])
     return Cut(product, float(energy[rank:].sum()), float(energy.sum()))
+
+
+@torch.no_grad()
+def weighed(experts: Sequence[Expert], weights: Sequence[float], rank: int, scaling: float) -> Expert:
+    """The expert of this rank and scaling that is nearest to the weighted sum of the updates of others, in their dtype.
+
+    Exact from the sum of their ranks on.
+    """
+    dtype = experts[0].A.dtype
+    compute = torch.promote_types(dtype, torch.float32)
+    products = [Product(e.B.to(compute) * (e.scaling / scaling), e.A.to(compute)) for e in experts]
+    B, A = truncated(stacked(products, weights), rank).product
+    short = rank - len(A)  # it may exceed the sum of the ranks, and the sizes of the layer
+    return Expert(pad(A, (0, 0, 0, short)).to(dtype), pad(B, (0, short)).to(dtype), scaling)
