@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer import Option
 
-from molora.cli.options import OtherBase, RunFolder, check_out_of
+from molora.cli.options import OtherBase, RunFolder, check_out_of, weights_of
 from molora.errors import ConfigError
 
 
@@ -29,10 +28,7 @@ def command(
 
     Example: molora merge runs/task_routed --task capitals --out models/capitals
     """
-    named = [_weight(text) for text in expert or ()]
-    weights = dict(named)
-    if len(weights) < len(named) or not all(map(isfinite, weights.values())):
-        raise ConfigError("--expert names an expert twice, or a weight that is not finite.")
+    weights = weights_of(expert or (), "--expert")
     if task is not None and weights:
         raise ConfigError("--task and --expert both say what is merged.", hint="give one of them.")
 
@@ -61,12 +57,3 @@ def command(
             plain.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
     typer.echo(f"model: {out}")
-
-
-def _weight(text: str) -> tuple[str, float]:
-    """`NAME`, or `NAME=WEIGHT`."""
-    name, given, value = text.rpartition("=")
-    try:
-        return (name, float(value)) if given else (text, 1.0)
-    except ValueError:
-        raise ConfigError(f"--expert {text!r} is not NAME or NAME=WEIGHT, such as pig=0.5.") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +64,22 @@ def read_prompts(prompts: Sequence[str] | None, file: Path | None) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--file {file} cannot be read as UTF-8 text: {error}.") from error
     return [*given, *(line for line in text.splitlines() if line.strip())]
+
+
+def weights_of(given: Iterable[str], what: str) -> dict[str, float]:
+    """Texts `NAME` (weight 1) or `NAME=WEIGHT` as a map; ConfigError, which calls them `what`, for others."""
+    found: dict[str, float] = {}
+    for text in given:
+        name, weighed, value = text.rpartition("=")
+        try:
+            weight = float(value) if weighed else 1.0
+        except ValueError:
+            raise ConfigError(f"{what} {text!r} is not NAME or NAME=WEIGHT, such as pig=0.5.") from None
+        name = name if weighed else text
+        if name in found or not isfinite(weight):
+            raise ConfigError(f"{what} names {name!r} twice, or a weight that is not finite.")
+        found[name] = weight
+    return found
 
 
 def check_parent(out: Path) -> None:

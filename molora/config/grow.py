@@ -34,21 +34,25 @@ class NewTask(TaskConfig):
         return TaskConfig.model_validate(self.model_dump(exclude={"name"}))
 
 
+STARTS = ("new", "mean", "nearest")
+
+
 class NewExpert(Section):
     """The new expert: its name, its start, and whether older tasks see it."""
 
     name: ExpertName | None = None
     """The new expert's name; null: the task's."""
     init: str = "new"
-    """`new`, `mean` of the old ones, or `copy:<expert>`."""
+    """`new`, `mean` of the old ones, `copy:<expert>`, or `nearest`: a copy of the expert of that task which the router takes most
+    of the new prompts for."""
     isolate: bool | None = None
     """Hide it from older tasks; null: where a router tells their prompts apart, so that the gate works for them as before."""
 
     @field_validator("init")
     @classmethod
     def _check_init(cls, value: str) -> str:
-        if value not in ("new", "mean") and not (value.startswith("copy:") and value != "copy:"):
-            refuse([((), f"{value!r} is not a start.{options(value, ('new', 'mean', 'copy:<expert>'))}")])
+        if value not in STARTS and not (value.startswith("copy:") and value != "copy:"):
+            refuse([((), f"{value!r} is not a start.{options(value, (*STARTS, 'copy:<expert>'))}")])
         return value
 
 

@@ -197,6 +197,26 @@ def removed(roster: Roster, name: str, *, drop_tasks: bool = False) -> Roster:
     return replace(roster, experts=tuple(row for row in roster.experts if row.name != name), tasks=tasks)
 
 
+def merged(roster: Roster, names: Sequence[str], into: str, *, spec: ExpertSpec | None = None) -> Roster:
+    """The roster with one expert in place of several, for all of their tasks; it stands last.
+
+    Raises:
+        ConfigError: no such expert, or the new name is none or taken.
+    """
+    old = [roster.experts[roster.index(name)] for name in names]
+    is_frozen, isolated = all(row.frozen for row in old), all(row.isolated for row in old)
+    grown = added(roster, into, learned=False, spec=spec, freeze_others=False, isolate=isolated)
+    new = replace(grown.experts[-1], frozen=is_frozen)
+    tasks = {
+        task: replace(
+            row, experts=_joined(row.experts, names, into), own=None if row.own in names else row.own
+        )
+        for task, row in roster.tasks.items()
+    }
+    kept = tuple(row for row in roster.experts if row.name not in names)
+    return replace(roster, experts=(*kept, new), tasks=tasks)
+
+
 def frozen(roster: Roster, names: Iterable[str], state: bool = True) -> Roster:
     """The roster with some experts frozen, or training again, together with their gate rows.
 
@@ -245,3 +265,15 @@ def _without(share: Share, name: str) -> Share:
     kept = {expert: weight for expert, weight in share.items() if expert != name}
     scale = sum(share.values()) / (sum(kept.values()) or 1.0)
     return {expert: weight * scale for expert, weight in kept.items()}
+
+
+def _joined(share: Share, names: Sequence[str], into: str) -> Share:
+    """The newcomer has the weight that those it replaces had together."""
+    weights = dict(share) if isinstance(share, Mapping) else dict.fromkeys(share, 1.0)
+    gone = [weights.pop(name) for name in names if name in weights]
+    if not gone:
+        return share
+    if not isinstance(share, Mapping) and (len(gone) == 1 or not weights):
+        return [*weights, into]
+    total = 1.0 if isinstance(share, Mapping) else len(share)
+    return {**{name: weight / total for name, weight in weights.items()}, into: sum(gone) / total}

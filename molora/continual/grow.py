@@ -18,7 +18,7 @@ from molora.config import GrowConfig, RunConfig, load_grow, load_recipe
 from molora.continual.registry import build_strategy
 from molora.continual.scoring import probe_logits
 from molora.continual.strategy import Turn
-from molora.continual.turn import passes, play_turn, teach_old_tasks
+from molora.continual.turn import passes, play_turn, started, teach_old_tasks
 from molora.data.tasks import Task
 from molora.errors import ConfigError
 from molora.evaluation.report import Score
@@ -80,6 +80,7 @@ def add_expert(
         known = [task for task in old_tasks if len(task.eval)]
         before = _scores_before(config, model, tokenizer, known, new)
         teach_old_tasks(config, model, tokenizer, old_tasks)
+        expert, start = started(config, model, tokenizer, new, grow.expert)
 
         def probed(model: PeftModel) -> list[Tensor]:
             length = config.data.max_length
@@ -92,7 +93,10 @@ def add_expert(
             report = score(config, grown, tokenizer, [*known, *([new] if len(new.eval) else [])])
             report.before, report.added = before, [new.name]
             same = all(map(torch.equal, probed(grown), logits))
-            report.facts |= {"parent": f"{parent.path.parent.name}/{parent.path.name}", UNCHANGED: same}
+            report.facts |= {
+                "parent": f"{parent.path.parent.name}/{parent.path.name}",
+                UNCHANGED: same,
+            } | start
             write_report(report, done.path, config)
 
         model.active_peft_config.aux_losses = dict(grow.aux_losses)
@@ -105,7 +109,7 @@ def add_expert(
             build_strategy(grow.strategy),
             conclude,
             known_ids=tasks.known_ids,
-            expert=grow.expert,
+            expert=expert,
             softmax=grow.softmax,
             run=target,
         )

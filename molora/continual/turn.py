@@ -6,6 +6,7 @@ Sequences and staged runs play one turn after another, `add_expert` a single one
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -18,10 +19,12 @@ from molora.config.grow import NewExpert
 from molora.continual.strategy import Strategy, Turn, hold_sum
 from molora.data.prompts import Example, encode
 from molora.data.tasks import Task, TaskSet
+from molora.errors import ConfigError
 from molora.evaluation.score import inputs_of
 from molora.models.build import ready_to_train
 from molora.models.label_match import compete
-from molora.models.task_router import learn_prompts, names_tasks
+from molora.models.task_router import learn_prompts, named_prompts, names_tasks
+from molora.progress import say
 from molora.store.adapter import save
 from molora.store.runs import Run
 from molora.training.environment import prepare_process
@@ -117,6 +120,32 @@ def teach_old_tasks(
         for task in tasks
     }
     learn_prompts(model, tokenizer, prompts, adapter, config.eval.batch_size)
+
+
+def started(
+    config: RunConfig, model: PeftModel, tokenizer: PreTrainedTokenizerBase, task: Task, expert: NewExpert
+) -> tuple[NewExpert, dict[str, str]]:
+    """The expert with its start worked out, and what to say of it: `nearest` copies the expert that serves most of the task.
+
+    Raises:
+        ConfigError: the adapter has no router that could say whose prompts the new ones are like.
+    """
+    if expert.init != "nearest":
+        return expert, {}
+    router = config.adapter.router
+    if router is None or not names_tasks(model):
+        text = "expert.init: nearest asks the adapter's router, and it has none."
+        raise ConfigError(text, hint="leave `router` at its default, or name the expert: copy:<expert>.")
+    prompts = [list(example.prompt) for example in drawn(config, tokenizer, task, router.records)]
+    found = named_prompts(model, tokenizer, prompts, batch_size=config.eval.batch_size)
+    like, share = Counter(max(row.posteriors, key=row.posteriors.__getitem__) for row in found).most_common(
+        1
+    )[0]
+    weights = model.tasks[like]
+    source = max(weights, key=weights.__getitem__)
+    said = f"as {source}: {share} of {len(found)} of its prompts are most like those of {like}"
+    say(f"the new expert starts {said}")
+    return expert.model_copy(update={"init": f"copy:{source}"}), {"the new expert started": said}
 
 
 def _isolates(model: PeftModel) -> bool:

@@ -47,7 +47,7 @@ def _grown(report: Report, mode: str) -> str | None:
 
 def warnings(report: Report) -> list[str]:
     """What is wrong, with the remedy; empty where nothing is."""
-    return [*_of_routing(report), *_of_experts(report), *_of_gate(report)]
+    return [*_of_routing(report), *_of_tasks(report), *_of_experts(report), *_of_gate(report)]
 
 
 def _of_routing(report: Report) -> Iterator[str]:
@@ -72,6 +72,14 @@ def collapse(rows: Sequence[Mapping[str, Any]]) -> str | None:
         f"{count} of them. Raise adapter.aux_losses.balance, give adapter.aux_losses.task_label where tasks are known, or lower "
         "train.gate_lr."
     )
+
+
+def _of_tasks(report: Report) -> Iterator[str]:
+    for a, b, share in report.naming.alike() if report.naming else ():
+        yield (
+            f"The router takes {100 * share:.0f} % of the prompts of {a} and {b} for the other one's. If they are one skill, one "
+            "expert could serve both: `molora merge-experts` makes it of theirs under a task gate."
+        )
 
 
 def _of_experts(report: Report) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,15 @@ class Naming:
         return [name for name in (*self.named, NOTHING) if name in found or name in self.named] + sorted(
             found - {*self.named, NOTHING}
         )
+
+    def alike(self, above: float = 0.1) -> list[tuple[str, str, float]]:
+        """Pairs of tasks whose prompts are taken for each other, and the share of all their prompts; the most alike first."""
+        sizes = {task: sum(counts.values()) for task, counts in self.named.items()}
+        found = [
+            (a, b, (self.named[a].get(b, 0) + self.named[b].get(a, 0)) / (sizes[a] + sizes[b]))
+            for a, b in combinations((task for task in self.named if sizes[task]), 2)
+        ]
+        return sorted((pair for pair in found if pair[2] > above), key=lambda pair: -pair[2])
 
     def facts(self) -> dict[str, str]:
         """For people: `shout 200 of 200, loud 198 of 200 (2 as shout)`, and the shares that would be refused."""

@@ -66,7 +66,7 @@ def add_expert(
     how = {"learned": config.gate.learned, "freeze_others": freeze_others, "isolate": isolate}
     added(config.roster, name, tasks, spec=spec, **how).write(config)
     config.inference_mode = False
-    for mount in _mounts(model, adapter):
+    for mount in mounts_of(model, adapter):
         bank = mount.bank
         if mount.plain:
             bank.assign(bank.rows(), [config.frozen_extras])
@@ -90,7 +90,7 @@ def add_expert(
             _grow_gate(config, prompts.gate, PROMPTS, local)
     if freeze_others:
         freeze_heads(model, adapter)
-    _refresh(model, context, adapter)
+    refresh(model, context, adapter)
 
 
 def _grow_gate(config: MoLoraConfig, gate: Gate, key: str, source: int | None) -> None:
@@ -136,7 +136,7 @@ def remove_expert(
     """Remove one expert, its gate row, and its place in every task; ids of dropped tasks are not re-used."""
     config = own(model, context, adapter)
     shrunk = removed(config.roster, name, drop_tasks=drop_tasks)
-    for mount in _mounts(model, adapter):
+    for mount in mounts_of(model, adapter):
         if not mount.plain and experts_at(config, mount.key) == [name]:
             raise ConfigError(f"{name!r} is the only expert of {mount.key}.")
     _check_growable(model, config, adapter, None)
@@ -148,7 +148,7 @@ def remove_expert(
         normalise(trial)  # what could not be loaded again is refused before anything changes
     shrunk.write(config)
     _reassign(model, context, adapter, config, before)
-    _refresh(model, context, adapter)
+    refresh(model, context, adapter)
 
 
 def set_frozen(
@@ -160,12 +160,12 @@ def set_frozen(
     after = with_frozen(before, as_sequence(names), frozen)
     after.write(config)
     if before.frozen_extras and not after.frozen_extras:
-        for mount in _mounts(model, adapter):
+        for mount in mounts_of(model, adapter):
             if mount.plain:
                 mount.bank.assign(mount.bank.rows(), [False])
         freeze_heads(model, adapter, frozen=False)
     _reassign(model, context, adapter, config, _experts_of_layers(model, adapter, config))
-    _refresh(model, context, adapter)
+    refresh(model, context, adapter)
 
 
 def weigh_tasks(
@@ -174,7 +174,7 @@ def weigh_tasks(
     """Give tasks other experts, or other weights, and nothing else: no parameter changes."""
     config = own(model, context, adapter)
     weighed(config.roster, tasks).write(config)
-    _refresh(model, context, adapter)
+    refresh(model, context, adapter)
 
 
 def freeze_heads(model: nn.Module, adapter: str, *, frozen: bool = True) -> None:
@@ -184,12 +184,14 @@ def freeze_heads(model: nn.Module, adapter: str, *, frozen: bool = True) -> None
             module.set_requires_grad([adapter], requires_grad=not frozen)
 
 
-def _mounts(model: nn.Module, adapter: str) -> list[Mount]:
+def mounts_of(model: nn.Module, adapter: str) -> list[Mount]:
+    """One adapter at every layer that has it."""
     points = (m for m in model.modules() if isinstance(m, MountPoint) and adapter in m.mounts)
     return [point.mounts[adapter] for point in points]
 
 
-def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
+def refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
+    """Let the forward path see what the config says by now."""
     config = config_of(context, adapter)
     before = context.adapters[adapter]
     context.adapters[adapter] = AdapterRouting(
@@ -197,7 +199,7 @@ def _refresh(model: nn.Module, context: RoutingContext, adapter: str) -> None:
     )
     if before.router is not None:
         before.router.set_tasks([*(config.task_ids or {}).values()])
-    for mount in _mounts(model, adapter):
+    for mount in mounts_of(model, adapter):
         place(mount, config)
 
 
@@ -212,7 +214,7 @@ def _check_growable(
 ) -> None:
     if config.share_A and spec is not None:
         raise ConfigError("experts that share A have one rank and scaling; this one would have its own.")
-    for mount in _mounts(model, adapter):
+    for mount in mounts_of(model, adapter):
         kind = mount.bank.kind
         reason = kind.imports or (kind.averages if mean else None)
         if (mean or imported) and reason is not None:
@@ -252,7 +254,7 @@ def _initial(
 
 
 def _experts_of_layers(model: nn.Module, adapter: str, config: MoLoraConfig) -> dict[str, list[str]]:
-    keys = [mount.key for mount in _mounts(model, adapter) if not mount.plain]
+    keys = [mount.key for mount in mounts_of(model, adapter) if not mount.plain]
     return {PROMPTS: config.roster.names, **{key: experts_at(config, key) for key in keys}}
 
 
@@ -264,7 +266,7 @@ def _reassign(
     before: Mapping[str, Sequence[str]],
 ) -> None:
     """Rebuild banks and gates under the config's present experts and freezing; `before`: a layer's experts so far."""
-    for mount in _mounts(model, adapter):
+    for mount in mounts_of(model, adapter):
         if mount.plain:
             continue
         bank, key, now = mount.bank, mount.key, experts_at(config, mount.key)

@@ -12,6 +12,7 @@ from molora.errors import ConfigError
 from molora.tuner import grow
 from molora.tuner.adapter_name import only_one
 from molora.tuner.config import MoLoraConfig
+from molora.tuner.merge_experts import merge_experts
 
 
 class ExpertVerbs:
@@ -72,6 +73,18 @@ class ExpertVerbs:
         With drop_tasks, the tasks it was added for are forgotten too.
         """
         grow.remove_expert(*self._place(adapter_name), name, drop_tasks=drop_tasks)
+
+    def merge_experts(
+        self,
+        names: Sequence[str],
+        into: str,
+        *,
+        weights: Mapping[str, float] | None = None,
+        rank: int | None = None,
+        adapter_name: str | None = None,
+    ) -> None:
+        """Replace experts of a task gate by one, their weighted mean; see `tuner.merge_experts`."""
+        merge_experts(*self._place(adapter_name), names, into, weights=weights, rank=rank)
 
     def freeze_experts(self, names: str | Sequence[str], *, adapter_name: str | None = None) -> None:
         """Freeze experts and their gate rows. Replaces Parameters: build the optimiser afterwards."""

@@ -1,4 +1,4 @@
-"""`molora merge`: a plain model with the very logits of the mixture, which loads without molora."""
+"""`molora merge`: a plain model with the very logits of the mixture; `molora merge-experts`: one expert instead of several."""
 
 from __future__ import annotations
 
@@ -95,3 +95,25 @@ def test_an_adapter_that_no_choice_makes_mergeable_says_why(cli: Cli, tmp_path: 
     recipe["eval"]["modes"] = ["task"]
     result = cli("merge", str(train(recipe).path), "--out", str(tmp_path / "model"))
     assert result.code == 2 and "virtual tokens" in result.err and "--expert" not in result.err, result.err
+
+
+def test_merged_experts_serve_the_tasks_of_both(cli: Cli, run: Path, tmp_path: Path) -> None:
+    model, tokenizer, _ = load_trained(run, device="cpu")
+    inputs = tokenizer(["copy(ab)=", "reverse(abc)="], return_tensors="pt", padding=True)
+    with torch.no_grad(), molora.routing(model, experts={"expert_0": 0.75, "expert_1": 0.25}):
+        expected = model(**inputs).logits
+    out, given = str(tmp_path / "adapter"), ["expert_0=3", "expert_1", "--into", "both"]
+    result = cli("merge-experts", str(run), *given, "--rank", "4", "--out", out)
+    assert result.code == 0 and "both: the mean of expert_0, expert_1, for copy, reverse" in result.out, (
+        result.err
+    )
+    again, _, _ = load_trained(tmp_path / "adapter", device="cpu")
+    for task in ("copy", "reverse"):
+        with torch.no_grad(), molora.routing(again, task):
+            assert torch.allclose(again(**inputs).logits, expected, atol=1e-5)
+    for bad, words in (
+        (["expert_0", "--into", "x"], "two or more"),
+        (["a=1", "a", "--into", "x"], "'a' twice"),
+    ):
+        result = cli("merge-experts", str(run), *bad, "--out", str(tmp_path / "none"))
+        assert result.code == 2 and words in result.err and not (tmp_path / "none").exists(), result.err

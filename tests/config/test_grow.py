@@ -60,7 +60,7 @@ def test_the_task_becomes_one_of_the_run(run: RunConfig) -> None:
         ({}, "task: is missing, and has no default."),
         ({"task": {**TASK, "name": "../x"}}, "task.name: task name '../x'"),
         ({"task": {k: v for k, v in TASK.items() if k != "name"}}, "task.name: is missing"),
-        ({"task": TASK, "expert": {"init": "old"}}, "expert.init: 'old' is not a start. Allowed: new, mean, copy:<expert>."),
+        ({"task": TASK, "expert": {"init": "old"}}, "'old' is not a start. Allowed: new, mean, nearest, copy:<expert>."),
         ({"task": TASK, "expert": {"init": "copy:"}}, "expert.init: 'copy:' is not a start."),
         ({"task": TASK, "expert": {"nmae": "x"}}, "expert.nmae: not a setting. Did you mean 'name'?"),
         ({"task": TASK, "aux_losses": {"ortogonal": 1}}, "aux_losses.ortogonal: not an auxiliary loss. Did you mean"),

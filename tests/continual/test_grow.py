@@ -95,6 +95,34 @@ def test_a_router_that_could_not_learn_is_refused_before_anything_costs_time(tra
         add_expert(trained, {"task": TASK, "router": "prototypes"})
 
 
+def test_the_nearest_expert_is_that_of_the_task_the_prompts_are_like(tmp_path):
+    recipe = recipe_for(write_base(tmp_path / "base"), tmp_path / "out", max_steps=2)
+    tasks = {"copy": ["one"], "reverse": {"one": 0.2, "two": 0.8}}
+    recipe["adapter"] = {
+        "num_experts": 2,
+        "expert_names": ["one", "two"],
+        "r": 2,
+        "gate": "task",
+        "tasks": tasks,
+    }
+    recipe["eval"]["modes"] = ["task"]
+    trained = molora.train(recipe)
+    again = {**TASK, "name": "again", "generator": "reverse"}
+    train = {"max_steps": 1, "lr": 1e-7}
+    run = add_expert(trained, {"task": again, "expert": {"init": "nearest"}, "train": train})
+    assert run.report["facts"]["the new expert started"] == (
+        "as two: 12 of 12 of its prompts are most like those of reverse"
+    )
+    model, _, _ = load_trained(run.path)
+    for module in model.modules():
+        if hasattr(module, "molora_experts") and "default" in module.molora_experts:
+            bank = module.molora_experts["default"]
+            torch.testing.assert_close(bank.expert(2).delta(), bank.expert(1).delta(), atol=1e-5, rtol=1e-3)
+            assert (bank.expert(2).delta() - bank.expert(0).delta()).abs().max() > 1e-3
+    with pytest.raises(ConfigError, match=r"expert\.init: nearest asks the adapter's router"):
+        add_expert(trained, {"task": again, "expert": {"init": "nearest"}, "router": None})
+
+
 def test_growing_twice_under_one_name_is_refused_and_writes_nothing(trained, grown, tmp_path):
     known = sorted((trained.path.parents[1]).iterdir())
     with pytest.raises(ConfigError, match="has task 'upper' already"):

@@ -9,6 +9,7 @@ from molora import routing
 from molora.data.clusters import inference
 from molora.evaluation.counterfactual import AS_IT_IS, BASE, EVEN, Counterfactuals, counterfactuals
 from molora.evaluation.findings import headline, warnings
+from molora.evaluation.naming import Naming
 from molora.evaluation.report import Report, Score
 from molora.evaluation.routing import RoutingSummary
 from molora.evaluation.score import Limits
@@ -107,6 +108,14 @@ def test_experts_that_do_the_same_and_a_gate_that_does_nothing_are_named():
         report({"a": 0.5, "b": 0.5}, similarity=Similarity(pairs, pairs), counterfactuals=changed)
     )
     assert found[0].startswith("a and b do nearly the same") and "10.0 points better" in found[1]
+
+
+def test_tasks_that_are_taken_for_each_other_are_named():
+    named = {"x": {"x": 70, "y": 30}, "y": {"y": 90, "x": 10}, "z": {"z": 50, "x": 5}}
+    (found,) = warnings(report({"a": 0.5, "b": 0.5}, naming=Naming(named)))
+    assert found.startswith("The router takes 20 % of the prompts of x and y for the other one's.")
+    assert "molora merge-experts" in found
+    assert Naming(named).alike(above=0.0) == [("x", "y", 0.2), ("x", "z", 5 / 155)]
 
 
 def test_growth_is_told_in_the_headline():
