@@ -172,6 +172,11 @@ class TaskConfig(Section):
                 ("check",),
                 text if self.check is None else "acts only with metric: pass_at_k; leave it out.",
             )
+        if self.check is not None and not self.check[0].strip():
+            yield (
+                ("check", 0),
+                "names no program; write a program and its arguments, as in [python, check.py].",
+            )
         for key in ("prompt", "target"):
             if self.messages is not None and key in given:
                 yield (key,), "is not read when `messages` gives the conversation; write only one of them."

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from molora.config.section import ExpertCount, Positive, PositiveInt, Section, refuse
+from molora.config.section import ExpertCount, PositiveInt, Section, refuse
 
 Mode = Literal["gate", "task", "base"]
 MODES: tuple[Mode, ...] = ("gate", "task", "base")
@@ -19,7 +19,7 @@ class SamplingConfig(Section):
     """Answers to each record."""
     k: PositiveInt = 1
     """The score is the chance that one of so many is right."""
-    temperature: Positive = 0.8
+    temperature: float = Field(default=0.8, ge=0.01, le=1e4)
     """Below 1, likely tokens become likelier."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 0.95
     """Tokens are drawn from the likeliest that together have this probability."""

@@ -234,7 +234,7 @@ def _chat_texts(
     if not tokenizer.chat_template:
         raise ConfigError(
             f"the tokenizer of {tokenizer.name_or_path!r} has no chat template.",
-            hint="leave out chat_template and write a prompt, or use an instruction-tuned base",
+            hint="use an instruction-tuned base, or write a prompt instead of messages or chat_template",
         )
     try:
         before = str(tokenizer.apply_chat_template(turns[:-1], tokenize=False, add_generation_prompt=True))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -44,6 +45,22 @@ class Counterfactuals:
         """How much better the gate is than even weights, averaged over the tasks whose metric is a share."""
         pairs = [row for task, row in self.changed.items() if self.metrics[task] != "loss"]
         return sum(row[AS_IT_IS] - row[EVEN] for row in pairs) / len(pairs) if pairs else None
+
+    def one_skill(self, within: float = 0.02) -> list[tuple[str, str, str, str]]:
+        """Pairs of tasks, and the expert that is best alone at each, where either expert does the other's task as well.
+
+        As well: it scores at most `within` less. Both experts are better than none by more than that.
+        """
+        rows = {task: row for task, row in self.alone.items() if row and self.metrics[task] != "loss"}
+        best = {task: max(row, key=row.__getitem__) for task, row in rows.items()}
+        learned = [t for t in rows if rows[t][best[t]] > self.changed[t][BASE] + within]
+        return [
+            (a, b, best[a], best[b])
+            for a, b in combinations(learned, 2)
+            if best[a] != best[b]
+            and rows[a][best[b]] >= rows[a][best[a]] - within
+            and rows[b][best[a]] >= rows[b][best[b]] - within
+        ]
 
 
 def counterfactuals(

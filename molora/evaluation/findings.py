@@ -81,6 +81,12 @@ def _of_tasks(report: Report) -> Iterator[str]:
             "expert could serve both: `molora merge-experts` makes it of theirs under a task gate."
         )
 
+    for a, b, first, second in report.counterfactuals.one_skill() if report.counterfactuals else ():
+        yield (
+            f"{a} and {b} look like one skill: {first} and {second} each do both as well alone. One expert could serve both: "
+            "`molora merge-experts` makes it of theirs under a task gate."
+        )
+
 
 def _of_experts(report: Report) -> Iterator[str]:
     for a, b in report.similarity.alike() if report.similarity else ():

@@ -65,7 +65,7 @@ class Judge:
 
     @property
     def _shown(self) -> str:
-        return shlex.join(self.task.check)
+        return shlex.join(self.task.check).replace("\0", "\\0")
 
     def all(self, asked: Sequence[tuple[Mapping[str, Any], str]]) -> list[bool]:
         """Of each (record, answer), whether the command ends with 0."""

@@ -45,7 +45,7 @@ class RoutingSummary:
         """Mean gate weight, layer x expert; the gates of one layer are averaged."""
         cells: dict[tuple[str, str], list[float]] = {}
         for row in self.gates:
-            cells.setdefault((str(row["layer"]), row["expert"]), []).append(row["mean_weight"])
+            cells.setdefault((_layer_of(row), row["expert"]), []).append(row["mean_weight"])
         layers, experts = _ordered(layer for layer, _ in cells), _experts(self.gates)
         return Matrix(layers, experts, [[_mean(cells.get((r, c), [])) for c in experts] for r in layers])
 
@@ -57,7 +57,7 @@ class RoutingSummary:
         """Layer -> entropy of its gates' probabilities, and of what they selected (None in earlier reports), in nats."""
         found: dict[str, dict[str, tuple[float, float | None]]] = {}
         for row in self.gates:
-            found.setdefault(str(row["layer"]), {})[row["gate"]] = row["entropy"], row.get("entropy_after")
+            found.setdefault(_layer_of(row), {})[row["gate"]] = row["entropy"], row.get("entropy_after")
         means = {}
         for layer, gates in found.items():
             after = [selected for _, selected in gates.values() if selected is not None]
@@ -88,8 +88,8 @@ def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str,
     by_task, layers = {}, dict[str, dict[str, dict[str, float]]]()
     for task, (tokens, gates) in recorded.items():
         by_task[task] = _mean_of("mean_weight", gates)
-        for layer in _ordered(str(gate["layer"]) for gate in gates):
-            means = _mean_of("mean_weight", [gate for gate in gates if str(gate["layer"]) == layer])
+        for layer in _ordered(_layer_of(gate) for gate in gates):
+            means = _mean_of("mean_weight", [gate for gate in gates if _layer_of(gate) == layer])
             layers.setdefault(layer, {})[task] = {e: round(value, _DIGITS) for e, value in means.items()}
         for gate in gates:
             averaged = [name for name in (*STATISTICS, "entropy_after") if name in gate]
@@ -102,6 +102,11 @@ def summarise(mode: str, recorded: Mapping[str, tuple[int, Sequence[Mapping[str,
 def expert_shares(gates: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Rows of gate x expert statistics -> expert -> mean share over the gates that know the expert."""
     return _mean_of("share", gates)
+
+
+def _layer_of(row: Mapping[str, Any]) -> str:
+    """The number of the block a gate stands in; the gate's own name where it stands in none."""
+    return str(row["gate"] if row["layer"] is None else row["layer"])
 
 
 def _matrix(rows: Mapping[str, Mapping[str, float]]) -> Matrix:

@@ -8,6 +8,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger
 from peft import PeftModel
@@ -26,13 +27,26 @@ from molora.training.steps import processes, total_steps
 
 
 def check_device(settings: TrainConfig) -> None:
-    """Raise ConfigError for a precision the device cannot train in."""
+    """Raise ConfigError for a device that is not here, or a precision it cannot train in."""
+    if not _is_here(settings.accelerator):
+        here = [name for name in ("cpu", "cuda", "mps") if _is_here(name)]
+        raise ConfigError(
+            f"train.accelerator: {settings.accelerator} finds no such device. On this machine: auto, {', '.join(here)}.",
+            hint="leave it out to take what there is; for a GPU, torch has to be a build that knows it.",
+        )
     cuda = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu", "cuda")
     if settings.precision == "16-mixed" and not cuda:
         raise ConfigError(
             "train.precision: 16-mixed scales gradients for CUDA devices, and none is used here.",
             hint="use bf16-mixed, which needs no scaling, or 32-true.",
         )
+
+
+def _is_here(accelerator: str) -> bool:
+    if accelerator == "auto":
+        return True
+    names = ("cuda", "mps") if accelerator == "gpu" else (accelerator,)
+    return any(AcceleratorRegistry.get(name).is_available() for name in names)
 
 
 def optimise(

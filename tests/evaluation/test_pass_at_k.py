@@ -216,6 +216,8 @@ def test_a_name_that_is_no_programs_is_shown(command, said):
         ({}, {"samples": 3}, r"eval.sampling: acts only with a task of metric: pass_at_k"),
         ({"metric": "pass_at_k", "check": ["x"]}, {"samples": 3, "k": 4}, r"k: is more than samples = 3"),
         ({"metric": "pass_at_k", "check": ["x"]}, {"timeout": 1e10}, r"timeout: must be at most 86400"),
+        ({"metric": "pass_at_k", "check": ["x"]}, {"temperature": 1e-45}, r"temperature: must be at least 0.01"),
+        ({"metric": "pass_at_k", "check": ["", "x"]}, None, r"check.0: names no program"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_go_together_are_refused(tmp_path, task, own, said):

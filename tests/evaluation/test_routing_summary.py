@@ -36,6 +36,8 @@ def test_layer_matrix_averages_the_gates_of_a_layer():
     assert (matrix.rows, matrix.columns) == (["0", "1"], ["a", "b"])
     assert matrix.values[0] == pytest.approx([0.6, 0.4])
     assert matrix.values[1] == pytest.approx([1.0, 0.0])
+    prompts = row("prompts", None, "a", 1.0, 1.0)  # a gate that stands in no block is listed by its name
+    assert RoutingSummary("gate", 10, {}, [*GATES, prompts]).layer_expert().rows == ["0", "1", "prompts"]
 
 
 def test_task_matrix_fills_experts_a_task_never_met():

@@ -118,6 +118,21 @@ def test_tasks_that_are_taken_for_each_other_are_named():
     assert Naming(named).alike(above=0.0) == [("x", "y", 0.2), ("x", "z", 5 / 155)]
 
 
+def test_tasks_whose_experts_do_each_other_s_work_are_named():
+    alone = {
+        "x": {"a": 0.80, "b": 0.79, "c": 0.5}, "y": {"a": 0.69, "b": 0.70, "c": 0.1},
+        "z": {"a": 0.90, "b": 0.1, "c": 0.91},  # the expert of z does nothing for the others
+        "w": {"a": 0.11, "b": 0.1, "c": 0.12},  # no expert has learned it
+    }  # fmt: skip
+    changed = Counterfactuals(
+        "task", 5, dict.fromkeys(alone, "accuracy"), {t: {AS_IT_IS: 0.9, EVEN: 0.5, BASE: 0.11} for t in alone}, alone, {}
+    )  # fmt: skip
+    assert changed.one_skill() == [("x", "y", "a", "b")]
+    assert changed.one_skill(within=0.005) == []
+    (found,) = warnings(report({"a": 0.5, "b": 0.5}, counterfactuals=changed))
+    assert found.startswith("x and y look like one skill: a and b each do both as well alone.")
+
+
 def test_growth_is_told_in_the_headline():
     grown = report({"a": 0.5, "b": 0.5})
     grown.before = [Score("x", "gate", "exact_match", 0.8, 10)]

@@ -146,8 +146,13 @@ def test_bad_input_is_refused_before_anything_is_written(base: Path, tmp_path: P
     broken = tmp_path / "broken.jsonl"
     broken.write_text('{"prompt": "a", "target": "b"}\n{"prompt": "a", ')
     tasks = {"broken": {"source": "jsonl", "train": str(broken)}}
+    missing = "mps" if torch.cuda.is_available() else "cuda"  # no machine has both
     for change, words in (
         ({"train": {**recipe["train"], "precision": "16-mixed", "accelerator": "cpu"}}, "16-mixed"),
+        (
+            {"train": {**recipe["train"], "accelerator": missing}},
+            "finds no such device. On this machine: auto, cpu",
+        ),
         ({"base": str(tmp_path / "nowhere")}, "cannot load"),
         ({"adapter": {"target_modules": ["no_such_module"]}}, "no_such_module"),
         ({"data": {**recipe["data"], "tasks": tasks}}, r"broken\.jsonl:2"),
