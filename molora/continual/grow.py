@@ -118,9 +118,6 @@ def add_expert(
 def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, beside: Path) -> RunConfig:
     """The recipe of the grown run: the old one with a task, an expert, and the growth's own training settings.
 
-    It is written beside the run it grows from where that lies in its recipe's `output`. A run that was copied from
-    elsewhere is not: then it goes to `runs` of the working folder.
-
     Raises ConfigError where the task or the expert exists already, or does not fit the run.
     """
     name, expert = grow.task.name, grow.expert.name or grow.task.name
@@ -133,20 +130,13 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
             )
     if grow.softmax != "own" and config.base.head != "match":
         raise ConfigError("softmax acts only where the run's base has head: match; leave it out.")
-    plain = config.model_dump(mode="json")
-    if (
-        Path(config.output).resolve() != beside.parents[1].resolve()
-    ):  # <output>/<name>/<time>; else it is a copy
-        plain["output"] = "runs"
-    plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
+    plain = derived(config, expert, beside)
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
-    plain["continual"] = plain["stages"] = None  # what grows by hand is a run like any other from here on
     section = plain["adapter"]
     section["expert_names"] = [*experts, expert]
     section["num_experts"] = len(experts) + 1
     section["aux_losses"] = dict(grow.aux_losses)
-    section["from_loras"] = None  # they are in the adapter that grows
     router = asdict(adapter.router) if adapter.router is not None else None
     section["router"] = router or (grow.router and grow.router.model_dump(mode="json"))
     if config.continual is not None:
@@ -156,6 +146,21 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     if section["tasks"] is not None:
         section["tasks"][name] = [expert] if not adapter.gate.learned else section["expert_names"]
     return load_recipe(plain)
+
+
+def derived(config: RunConfig, expert: str, beside: Path) -> dict[str, Any]:
+    """The recipe, as plain data, of a run that is made of another one and named after an expert.
+
+    It is written beside that run where it lies in its recipe's `output`. A run that was copied from elsewhere does not: then the
+    new one goes to `runs` of the working folder.
+    """
+    plain = config.model_dump(mode="json")
+    if Path(config.output).resolve() != beside.parents[1].resolve():  # <output>/<name>/<time>; else a copy
+        plain["output"] = "runs"
+    plain["name"] = f"{config.name}-{expert}"[:64].rstrip(". ")
+    plain["continual"] = plain["stages"] = None  # what is made by hand is a run like any other from here on
+    plain["adapter"]["from_loras"] = None  # they are in the adapter by now
+    return plain
 
 
 def _scores_before(

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import molora
 from molora.disk.manifest import verify_folder
 from molora.models.build import load_trained
+from molora.store.runs import Run
 from molora.training.train import train
 from tests.cli.conftest import Cli
 from tests.training.runs import recipe_for, write_base
@@ -97,23 +98,27 @@ def test_an_adapter_that_no_choice_makes_mergeable_says_why(cli: Cli, tmp_path: 
     assert result.code == 2 and "virtual tokens" in result.err and "--expert" not in result.err, result.err
 
 
-def test_merged_experts_serve_the_tasks_of_both(cli: Cli, run: Path, tmp_path: Path) -> None:
+def test_merged_experts_serve_the_tasks_of_both_in_a_run_of_their_own(cli: Cli, run: Path) -> None:
     model, tokenizer, _ = load_trained(run, device="cpu")
     inputs = tokenizer(["copy(ab)=", "reverse(abc)="], return_tensors="pt", padding=True)
     with torch.no_grad(), molora.routing(model, experts={"expert_0": 0.75, "expert_1": 0.25}):
         expected = model(**inputs).logits
-    out, given = str(tmp_path / "adapter"), ["expert_0=3", "expert_1", "--into", "both"]
-    result = cli("merge-experts", str(run), *given, "--rank", "4", "--out", out)
-    assert result.code == 0 and "both: the mean of expert_0, expert_1, for copy, reverse" in result.out, (
-        result.err
-    )
-    again, _, _ = load_trained(tmp_path / "adapter", device="cpu")
+    result = cli("merge-experts", str(run), "expert_0=3", "expert_1", "--into", "both", "--rank", "4")
+    assert result.code == 0 and "expert_0, expert_1 into both" in result.out, result.err
+    made = Run.find(run.parents[1] / "small-both")
+    assert made.config.adapter.tasks == {"copy": ["both"], "reverse": ["both"]}
+    assert {row["task"] for row in made.report["before"]} == {"copy", "reverse"}
+    assert len(made.report["scores"]) == len(made.report["before"])
+    again, _, _ = load_trained(made.path, device="cpu")
     for task in ("copy", "reverse"):
         with torch.no_grad(), molora.routing(again, task):
             assert torch.allclose(again(**inputs).logits, expected, atol=1e-5)
+    assert cli("eval", str(made.path)).code == 0  # it is a run like any other
+    made = sorted(run.parents[1].iterdir())
     for bad, words in (
         (["expert_0", "--into", "x"], "two or more"),
         (["a=1", "a", "--into", "x"], "'a' twice"),
     ):
-        result = cli("merge-experts", str(run), *bad, "--out", str(tmp_path / "none"))
-        assert result.code == 2 and words in result.err and not (tmp_path / "none").exists(), result.err
+        result = cli("merge-experts", str(run), *bad)
+        assert result.code == 2 and words in result.err, result.err
+    assert sorted(run.parents[1].iterdir()) == made
