@@ -2,9 +2,9 @@
 
     python -m eval.search_quickstart [--trials 12] [--folder runs/quickstart-search]
 
-The space is the one `molora search` makes of the recipe; the recipe itself is the first trial. Scores are the mean greedy exact
-match of the four tasks on held-out items, without task ids. A search that is in the folder already goes on, and one that is
-finished is only written down. Writes eval/results/search.json.
+The space is ranks and rates around the recipe's, or with --default-space what `molora search` makes of the recipe; the recipe
+itself is the first trial. Scores are the mean greedy exact match of the four tasks on held-out items, without task ids. A search
+that is in the folder already goes on, and one that is finished is only written down. Writes eval/results/search.json.
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from molora.config import load_recipe
-from molora.config.search_space import as_plain, default_space
+from molora.config.search_space import Range, Space, as_plain, default_space
 from molora.disk.atomic import write_json
 from molora.training.environment import describe_environment
 from molora.training.search import SETTINGS, Search, Tried
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
+SPACE: Space = {"adapter.r": [8, 4, 5, 6], "train.lr": Range(4e-3, 1e-2, log=True)}
 RESULT = Path(__file__).parent / "results" / "search.json"
 
 
@@ -42,11 +43,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--trials", type=int, default=12)
+    parser.add_argument("--default-space", action="store_true")
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart-search"))
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
     config = load_recipe(RECIPE)
-    space = default_space(config)
+    space = default_space(config) if args.default_space else SPACE
     search = Search(config, space, args.folder, args.trials)
     tried = search.run(resume=(args.folder / SETTINGS).is_file())
     result: dict[str, Any] = {
