@@ -179,10 +179,15 @@ def test_an_interrupt_ends_the_checks_that_run(tmp_path):
         started(tmp_path, 1)
         os.kill(os.getpid(), signal.SIGINT)
 
-    Thread(target=interrupt).start()
+    # Shells start what runs in the background with the signal ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     start = time.monotonic()
-    with pytest.raises(KeyboardInterrupt):
-        judge.all([(RECORDS[0], "b")] * 20)
+    try:
+        Thread(target=interrupt).start()
+        with pytest.raises(KeyboardInterrupt):
+            judge.all([(RECORDS[0], "b")] * 4)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert time.monotonic() - start < 30
     assert all(gone(pid) for pid in started(tmp_path, 1))
 

@@ -123,6 +123,7 @@ def test_A4_every_verb_that_loads_an_adapter_has_the_option():
         "generate",
         "inspect",
         "merge",
+        "merge-experts",
         "route",
         "tokens",
     }
