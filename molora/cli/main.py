@@ -22,7 +22,7 @@ from molora.version import __version__
 INTERRUPTED = InterruptedRun.exit_code
 VERBS = (
     "train", "continual", "federate", "validate", "eval", "inspect", "route", "add-expert", "compose", "export", "merge",
-    "merge-experts",     "compare", "init", "generate", "chat", "tokens", "report", "runs", "recipes", "presets", "schema",
+    "merge-experts", "compare", "init", "generate", "chat", "tokens", "report", "runs", "recipes", "presets", "schema",
     "fuse", "kinds", "library", "push", "pull", "rank", "search",
 )  # fmt: skip
 

@@ -71,11 +71,16 @@ def factored(matrix: Tensor, rank: int) -> Cut:
 
 
 @torch.no_grad()
-def weighed(experts: Sequence[Expert], weights: Sequence[float], rank: int, scaling: float) -> Expert:
+def weighed(
+    experts: Sequence[Expert], weights: Sequence[float], rank: int, scaling: float, *, shares_A: bool = False
+) -> Expert:
     """The expert of this rank and scaling that is nearest to the weighted sum of the updates of others, in their dtype.
 
-    Exact from the sum of their ranks on.
+    Exact from the sum of their ranks on, and where they share one A, which stays as it is.
     """
+    if shares_A:
+        parts = [w * e.scaling / scaling * e.B for w, e in zip(weights, experts, strict=True)]
+        return Expert(experts[0].A, torch.stack(parts).sum(dim=0), scaling)
     dtype = experts[0].A.dtype
     compute = torch.promote_types(dtype, torch.float32)
     products = [Product(e.B.to(compute) * (e.scaling / scaling), e.A.to(compute)) for e in experts]

@@ -245,11 +245,10 @@ def _initial(
     like = bank.expert(0)
     A, B = like.A, like.B
     fresh = new_expert(config, bank.kind, name, key, A.shape[1], B.shape[0], dtype=A.dtype, device=A.device)
-    if init == "mean" and bank.kind.shares_A:
-        return Expert(A, torch.stack([e.B.detach() for e in bank.experts()]).mean(dim=0), fresh.scaling)
     if init == "mean":
-        experts = bank.experts()
-        return weighed_experts(experts, [1 / len(experts)] * len(experts), fresh.rank, fresh.scaling)
+        experts, shares_A = bank.experts(), bank.kind.shares_A
+        even = [1 / len(experts)] * len(experts)
+        return weighed_experts(experts, even, fresh.rank, fresh.scaling, shares_A=shares_A)
     return fresh
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from math import isfinite
 
-import torch
 from torch import nn
 
 from molora.calls.context import RoutingContext
@@ -118,7 +117,4 @@ def _mean(
         return new_expert(config, bank.kind, into, key, *sizes, dtype=like.A.dtype, device=like.A.device)
     rank, scaling = rank_of(config, into, key), scaling_of(config, into, key)
     parts, experts = zip(*present, strict=True)
-    if bank.kind.shares_A:
-        B = torch.stack([part * expert.scaling / scaling * expert.B.detach() for part, expert in present])
-        return Expert(experts[0].A, B.sum(dim=0), scaling)
-    return weighed(experts, parts, rank, scaling)
+    return weighed(experts, parts, rank, scaling, shares_A=bank.kind.shares_A)
