@@ -20,35 +20,26 @@ from molora.gates.pooling import pool
 
 
 def experts_in_use(
-    task_map: TaskMap, tasks: TaskIds | None, call: Call, *, scope: str, learned: bool
+    task_map: TaskMap, tasks: TaskIds | None, call: Call, settings: GateSettings
 ) -> tuple[int, ...] | None:
     """The experts a whole batch is limited to, so that only they are computed; None: any of them.
 
     Raises:
         RoutingError: a task gate, or `by="task"`, without task ids.
     """
-    found = _limited(task_map, tasks, call, scope=scope, learned=learned)
-    if not call.without or call.experts is not None:
+    if call.experts is not None:
+        return tuple(i for i, name in enumerate(task_map.experts) if name in call.experts)
+    own_only, found = call.by_task or settings.scope == "task", None
+    if tasks is None:
+        if own_only:
+            _refuse_without_ids(task_map, settings.scope)
+    elif tasks.single is not None and (own_only or task_map.isolated or not settings.learned):
+        # Named even where it is all experts: the same slice is then computed after the bank has grown.
+        found = task_map.visible(tasks.single, own_only=own_only)
+    if not call.without:
         return found
     columns = range(len(task_map.experts)) if found is None else found
     return tuple(i for i in columns if task_map.experts[i] not in call.without)
-
-
-def _limited(
-    task_map: TaskMap, tasks: TaskIds | None, call: Call, *, scope: str, learned: bool
-) -> tuple[int, ...] | None:
-    """The same, whatever the call leaves out."""
-    if call.experts is not None:
-        return tuple(i for i, name in enumerate(task_map.experts) if name in call.experts)
-    own_only = call.by_task or scope == "task"
-    if tasks is None:
-        if own_only:
-            _refuse_without_ids(task_map, scope)
-        return None
-    if tasks.single is None or (learned and not (own_only or task_map.isolated)):
-        return None
-    # Named even where it is all experts: the same slice is then computed after the bank has grown.
-    return task_map.visible(tasks.single, own_only=own_only)
 
 
 def decided(settings: GateSettings, task_map: TaskMap, call: Call, experts: tuple[int, ...] | None) -> bool:
@@ -113,7 +104,7 @@ def route(
     weigh = partial(gate, products=products, balance=call.balances.get(id(gate)), beside=beside)
     if task_map.always:
         return _with_always(weigh, task_map, read, experts, allowed)
-    return _gated(weigh, read, experts, allowed)
+    return weigh(read, experts=experts) if allowed is None else _gated(weigh, read, experts, allowed)
 
 
 def gate_input(x: Tensor, gate: Gate, tasks: TaskIds | None, call: Call, stream: str = "decoder") -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
@@ -17,14 +16,6 @@ _RIGHT_PADDERS = ("_pad_to_window_size", "_pad_to_block_size", "_pad_to_mult_of_
 
 _FRAMES = "_get_feature_vector_attention_mask"
 """Method of speech models: which of their frames a mask of the sound leaves."""
-
-_TIME_FIRST = {
-    "xlnet": re.compile(r"\blayer\.\d+\."),
-    "longformer": re.compile(r"\.self\.(query|key|value)(_global)?$"),
-    "led": re.compile(r"longformer_self_attn\.(query|key|value)(_global)?$"),
-    "fsmt": re.compile(r"\blayers\.\d+\."),
-}
-"""By model type: layers whose input is (seq, batch, d). It matters where both are equal, which no shape tells apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,11 +52,6 @@ class Shape:
         if mask is None or mask.shape[1] == length:
             return mask
         return mask[:, mask.shape[1] - length :] if length == self.kept else None
-
-    def time_first(self, key: str) -> bool:
-        """Whether the model is known to call this layer with (seq, batch, d)."""
-        found = _TIME_FIRST.get(getattr(getattr(self.model, "config", None), "model_type", ""))
-        return found is not None and found.search(key) is not None
 
     def _frames(self, mask: Tensor, length: int) -> Tensor | None:
         if mask.shape[1] == length:

@@ -105,17 +105,18 @@ class ExpertBank(Stacked):
             self._by_name[name].assign(rows, blocks, held)
             return
         stack = self.kind.stack(
-            name,
-            members[0].rows,
-            rows,
-            blocks,
-            held,
+            name, members[0].rows, rows, blocks, held,
             names=(f"frozen_{name}", f"lora_{name}"),  # PEFT's own tools find A and B by such names
             axes=None if spec.on_disk is None else (spec.on_disk, spec.axes),
             role=spec.role,
-        )
+        )  # fmt: skip
         self._by_name[name] = stack
         self.get_submodule("stacks").add_module(name, stack)
+
+    @property
+    def is_meta(self) -> bool:
+        """Whether its values are not here."""
+        return next(iter(self._by_name.values())).is_meta
 
     @property
     def num_experts(self) -> int:
@@ -258,8 +259,7 @@ class ExpertBank(Stacked):
         widths = [self.ranks[i] if experts is not None else max(self.ranks) for i in order]
         dtype = torch.float64 if key[-1] else torch.float32
         expansion = torch.zeros(len(rows), sum(widths), dtype=dtype, device=x.device)
-        for index, width, end in zip(order, widths, accumulate(widths), strict=True):
-            start = end - width
+        for index, start in zip(order, accumulate(widths, initial=0), strict=False):
             expansion[rows.index(index), start : start + self.ranks[index]] = self.scalings[index]
         if not torch.compiler.is_compiling():  # tensors made while a graph is traced are symbols
             if len(self._expansions) > 4 * self.num_experts:
@@ -279,8 +279,8 @@ class ExpertBank(Stacked):
         self._expand()
 
     def _expand(self) -> None:
-        like = next(iter(self._by_name.values())).blocks[0]
-        if not like.is_meta:
+        if not self.is_meta:
+            like = next(iter(self._by_name.values())).blocks[0]
             for experts in (None, *((i,) for i in range(self.num_experts))):
                 self.expansion(experts, like.detach())
 

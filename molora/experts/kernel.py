@@ -88,14 +88,16 @@ def may_overwrite(y: Tensor, h: Tensor) -> bool:
 
 def weigh(h: Tensor, weights: Tensor, expansion: Tensor) -> Tensor:
     """`h ∘ (weights · expansion)`, (tokens, rank) in h's dtype; the product in brackets in the gate's float32."""
-    with as_written(h):
-        return h * _factor(weights, expansion, h.dtype)
+    if torch.is_autocast_enabled(h.device.type):
+        with as_written(h):
+            return weigh(h, weights, expansion)
+    return h * _factor(weights, expansion, h.dtype)
 
 
 def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """Stacks below each other in `dtype`; a view where there is but one of that dtype."""
     if len(stacks) == 1:
-        return cast(stacks[0], dtype)
+        return stacks[0] if stacks[0].dtype == dtype else stacks[0].to(dtype)
     return torch.cat([cast(stack, dtype) for stack in stacks])
 
 
@@ -118,21 +120,25 @@ def linear_dtype(x: Tensor) -> torch.dtype:
 
 
 def as_written(x: Tensor) -> AbstractContextManager[Any]:
-    """Every dtype as the code says. Entering a context costs microseconds: none where there is no autocast."""
+    """Every dtype as the code says. Entering a context, even an empty one, costs microseconds: see `weigh`."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _NOTHING
 
 
 def _logits(x: Tensor, rows: Sequence[Tensor]) -> Tensor:
+    if torch.is_autocast_enabled(x.device.type):
+        with as_written(x):
+            return _logits(x, rows)
     exact = x if x.dtype in (torch.float32, torch.float64) else x.float()
-    with as_written(x):
-        parts = [F.linear(exact, cast(block, exact.dtype)) for block in rows]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+    if len(rows) == 1:
+        return F.linear(exact, cast(rows[0], exact.dtype))
+    return torch.cat([F.linear(exact, cast(block, exact.dtype)) for block in rows], dim=-1)
 
 
 def _factor(weights: Tensor, expansion: Tensor, dtype: torch.dtype) -> Tensor:
     """Each column's factor in rank space, (tokens, rank); the product is taken in the gate's float32."""
-    return cast(weights @ cast(expansion, weights.dtype), dtype)
+    factor = weights @ (expansion if expansion.dtype == weights.dtype else expansion.to(weights.dtype))
+    return factor if factor.dtype == dtype else factor.to(dtype)
 
 
 def _stack_gradients(columns: Tensor, inputs: Tensor, stacks: Sequence[Tensor], needed: Any) -> list[Any]:

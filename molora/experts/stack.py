@@ -144,6 +144,14 @@ class Stack(Stacked):
         return [block for block in self._parameters.values() if block is not None]
 
     @property
+    def is_meta(self) -> bool:
+        """Whether its values are not here: they were offloaded, or never loaded."""
+        for block in self._parameters.values():
+            if block is not None:
+                return block.is_meta
+        return False
+
+    @property
     def rows(self) -> Tensor:
         """All rows in expert order, laid out as in memory, (expert, ...)."""
         blocks = self.blocks
@@ -214,3 +222,8 @@ class Stack(Stacked):
 
     def extra_repr(self) -> str:
         return f"rows={self.num_experts}, blocks={self.order}, frozen={self.frozen_blocks}"
+
+
+def blocks_of(stacks: Sequence[Stack]) -> list[nn.Parameter]:
+    """The Parameters of all of these."""
+    return [block for stack in stacks for block in stack._parameters.values() if block is not None]

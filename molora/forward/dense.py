@@ -36,16 +36,16 @@ class DensePart:
 
 def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -> dict[str, Part]:
     """By module name, the parts of all members of a plan; `weights`: by slot, where they are known already."""
-    plan, x, experts = reading.plan, reading.x, reading.experts
-    operands = _operands(plan, experts, x)
-    mount = reading.mount
+    plan, mount, experts = reading.plan, reading.mount, reading.experts
+    operands = _operands(reading)
     routed = weights is not None or decided(mount.config.gate, mount.task_map, reading.call, experts)
     h, products = _shrink(reading, operands, routed=routed)
     if weights is None:
         weights = _weights(reading, products)
     joint = operands.joint
     if joint is not None:  # without gradients the whole group is weighted at once
-        h = weigh(h, _side_by_side([*weights.values()]), joint)
+        every = [*weights.values()]
+        h = weigh(h, every[0] if len(every) == 1 else _side_by_side(every), joint)
     columns = (h,) if len(plan.members) == 1 else h.split_with_sizes(operands.widths, -1)
     parts: dict[str, Part] = {}
     for (key, B), slot, own in zip(operands.B.items(), plan.slots, columns, strict=True):
@@ -56,26 +56,26 @@ def dense_parts(reading: Reading, weights: Mapping[str, Tensor] | None = None) -
     return parts
 
 
-def _operands(plan: Plan, experts: tuple[int, ...] | None, x: Tensor) -> GroupOperands:
+def _operands(reading: Reading) -> GroupOperands:
     """The members' factors as views; for the steps of a decoding joined and cast, once.
 
     A forward over several positions reads the Parameters anew and ends the keeping, so only `.data` edits between
     the steps of one generation could go unnoticed; all other changes show in the stamp.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    plan, experts, x = reading.plan, reading.experts, reading.x
+    if reading.traced or torch.is_grad_enabled():
         return _new_operands(plan, experts, x)
     if x.shape[-2:-1] != (1,):
         plan.kept = None
         return _new_operands(plan, experts, x)
     dtype = linear_dtype(x)
-    stamp = (experts, dtype, x.device, *plan.stamp())
-    kept = plan.kept  # read once: another thread may replace it
-    if kept is None or kept[0] != stamp:
-        operands = _new_operands(plan, experts, x)
-        operands.A = [joined(operands.A, dtype)]
-        operands.B = {key: [_for_one_row(joined(B, dtype))] for key, B in operands.B.items()}
-        kept = plan.kept = stamp, operands
-    return kept[1]
+    facts, kept = (experts, dtype, x.device), plan.kept  # read once: another thread may replace it
+    if kept is not None and kept.holds(facts):
+        return kept.value
+    operands = _new_operands(plan, experts, x)
+    operands.A = [joined(operands.A, dtype)]
+    operands.B = {key: [_for_one_row(joined(B, dtype))] for key, B in operands.B.items()}
+    return plan.keep(facts, operands)
 
 
 def _for_one_row(B: Tensor) -> Tensor:
@@ -117,8 +117,6 @@ def _joint_expansion(parts: Sequence[Tensor], slots: Sequence[str]) -> Tensor:
 
 
 def _side_by_side(weights: Sequence[Tensor]) -> Tensor:
-    if len(weights) == 1:
-        return weights[0]
     tokens = max(len(w) for w in weights)
     return torch.cat([w.expand(tokens, -1) for w in weights], dim=-1)
 
@@ -148,7 +146,8 @@ def _shrink(
     if products is None:
         return h, {}
     if len(readers) == 1:
-        return h, {slot: rows.in_order(products) for slot, rows in readers.items()}
+        ((slot, rows),) = readers.items()
+        return h, {slot: rows.in_order(products)}
     split = products.split([rows.num_experts for rows in readers.values()], dim=-1)
     return h, {slot: rows.in_order(part) for (slot, rows), part in zip(readers.items(), split, strict=True)}
 

@@ -64,11 +64,22 @@ def dispatched() -> str | None:
 
 
 def way_of(reading: Reading) -> Way:
-    """The way for what is read now."""
-    leaders, traced = reading.plan.leaders, torch.compiler.is_compiling()
+    """The way for what is read now; looked up where it was the same the last time."""
+    plan, call, forced = reading.plan, reading.call, dispatched()
+    if reading.traced or reading.tasks is not None or call.experts is not None or call.features:
+        return _way(reading, forced)
+    learns, ranks = torch.is_grad_enabled() or reading.mount.bank.training, reading.mount.bank.ranks
+    facts, known = (forced, learns, ranks, reading.experts, reading.lead), plan.way
+    if known is None or known[0] != facts:
+        known = plan.way = facts, _way(reading, forced)
+    return known[1]
+
+
+def _way(reading: Reading, forced: str | None) -> Way:
+    leaders, traced = reading.plan.leaders, reading.traced
     if not leaders or (not traced and (reading.x.dim() < 2 or 0 in reading.x.shape)):
         return Way("dense")
-    forced, first = dispatched(), next(iter(leaders.values()))
+    first = next(iter(leaders.values()))
     if not forced and reading.experts is not None and len(reading.experts) == 1:
         return Way("dense")
     rows, slots = rows_of(first, reading), slots_of(first, reading)
@@ -203,4 +214,4 @@ def _usual(mount: Mount, samples: int, seq: int) -> str:
         return "by_sample"
     x = torch.empty(1, device="meta").expand(samples, seq, mount.d_in)
     with torch.no_grad():
-        return way_of(Reading.alone(mount, call, x, mount.experts(call))).name
+        return way_of(Reading(mount, call, x, mount.experts(call), alone=True)).name

@@ -18,6 +18,7 @@ from molora.forward.reading import Reading
 from molora.forward.rows import replaces
 from molora.gates.gate import Routing
 from molora.gates.pooling import pool
+from molora.gates.rows import GateRows
 
 _READ_X = ("similarity",)  # losses that look at what the gate read
 
@@ -46,7 +47,7 @@ def routing_of(
         products: (tokens, expert) of x and the gate's rows, where they are known already.
         by_sample: give the weights of task ids one row per sample, not per token.
     """
-    leader, call, lead = member.leader, reading.call, reading.lead
+    leader, call, lead = member.group[0], reading.call, reading.lead
     routing = _decide(leader, reading, products, by_sample=by_sample or leader.factors)
     if call.recording and leader is member and _to_be_noted(leader, reading):
         tasks = leader.tasks(call)
@@ -109,20 +110,21 @@ def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_samp
 
 
 def _fresh(leader: Mount, reading: Reading, products: Tensor | None, *, by_sample: bool) -> Routing:
-    call, stream = reading.call, reading.plan.stream
+    call, gate = reading.call, leader.gate
+    beside = None if gate is None or gate.second is None else _beside(leader, gate.second, reading)
     routing = route(
-        reading.x, leader.gate, leader.task_map, leader.tasks(call), call, reading.experts,
-        products=products, stream=stream, by_sample=by_sample, beside=_beside(leader, reading),
+        reading.x, gate, leader.task_map, reading.tasks, call, reading.experts,
+        products=products, stream=reading.plan.stream, by_sample=by_sample, beside=beside,
     )  # fmt: skip
     if leader.pools and call.begun is not None:
         call.begun.routings[leader.place] = replace(routing, weights=routing.weights.detach())
     return routing
 
 
-def _beside(leader: Mount, reading: Reading) -> Tensor | None:
+def _beside(leader: Mount, second: GateRows, reading: Reading) -> Tensor | None:
     """Logits (batch, expert) of the gate that is blended in: of the sequence, or of the prompt that is continued."""
-    gate, call = leader.gate, reading.call
-    if gate is None or gate.second is None or call.experts is not None:
+    call = reading.call
+    if call.experts is not None:
         return None
     if call.continued is not None:
         kept = call.continued.logits.get(leader.place)
@@ -130,7 +132,7 @@ def _beside(leader: Mount, reading: Reading) -> Tensor | None:
             raise _foreign_cache(leader.key)
         return kept
     pooled = call.pooled(reading.plan.stream, reading.lead)
-    logits = gate.second.logits(pool(reading.x, pooled, gate.settings.pool))
+    logits = second.logits(pool(reading.x, pooled, leader.config.gate.pool))
     if call.begun is not None:
         call.begun.logits[leader.place] = logits.detach()
     return logits

@@ -28,7 +28,7 @@ def add_experts(mount: Mount, call: Call, x: Tensor, y: Tensor) -> Tensor:
         x: (..., d_in) the layer's input.
         y: (..., d_out) the base layer's output; may be overwritten.
     """
-    tasks = mount.tasks(call)
+    tasks = call.tasks.get(mount.adapter)
     if call.first_pass or (tasks is not None and tasks.all_base):
         return y
     rows = rows_of(mount, call, x)
@@ -43,26 +43,29 @@ def _add_by_sample(mount: Mount, call: Call, given: Tensor, x: Tensor, y: Tensor
     """`add_experts` of x (batch, ..., d_in), which is the `given` input, laid by sample."""
     projections, key = call.cache.projections, mount.key
     shared = projections.get(mount.adapter)
-    if shared is not None and shared.x is given and key in shared.parts:
-        if len(shared.parts) == 1:  # nobody else waits for it
+    known = shared is not None and key in shared.parts
+    if shared is not None and known and shared.x is given:
+        part = shared.parts.pop(key)
+        if not shared.parts:  # nobody else waits for it
             del projections[mount.adapter]
-        return _added(mount, call, x, y, shared.parts.pop(key))
-    experts = mount.experts(call)
-    if experts == () and not mount.plain:  # none of the task's experts is here, or all are left out
-        return y
-    if mount.feed_forward is not None:
-        return mix(Reading.alone(mount, call, x, experts), y)
-    if mount.factors:
-        routing = sample_routing(Reading.alone(mount, call, x, experts))
-        return add_mixed(mount.bank, x, y, routing.weights, experts, routing.splits)
-    # Computed already, but of another x: it does not read what the first one of its group reads.
-    differs = shared is not None and key in shared.parts
-    # Outside a root forward nobody says when x or the Parameters changed: there each layer is alone.
-    plan = mount.inputs.plan(mount, alone=differs or call.owner is None)
-    parts = parts_of(Reading(plan, mount, call, x, experts))
-    if len(parts) > 1:
-        projections[mount.adapter] = Projection(given, parts)
-    return _added(mount, call, x, y, parts.pop(key))
+    else:
+        experts = mount.experts(call)
+        if experts == () and not mount.plain:  # none of the task's experts is here, or all are left out
+            return y
+        if mount.feed_forward is not None:
+            return mix(Reading(mount, call, x, experts, alone=True), y)
+        if mount.factors:
+            routing = sample_routing(Reading(mount, call, x, experts, alone=True))
+            return add_mixed(mount.bank, x, y, routing.weights, experts, routing.splits)
+        # Alone where it was computed already, but of another x: it does not read what the first one of its group reads;
+        # and outside a root forward, where nobody says when x or the Parameters changed.
+        parts = parts_of(Reading(mount, call, x, experts, alone=known or call.owner is None))
+        part = parts.pop(key)
+        if parts:
+            projections[mount.adapter] = Projection(given, parts)
+    if call.recording and part.weights is not None and not mount.plain:
+        note_sample(mount, call, x, part.weights)
+    return part.add(y)
 
 
 def parts_of(reading: Reading) -> dict[str, Part]:
@@ -73,9 +76,3 @@ def parts_of(reading: Reading) -> dict[str, Part]:
     if way.name == "by_token":
         return by_token_parts(reading, way)
     return dense_parts(reading if way.experts is None else replace(reading, experts=way.experts))
-
-
-def _added(mount: Mount, call: Call, x: Tensor, y: Tensor, part: Part) -> Tensor:
-    if call.recording and part.weights is not None and not mount.plain:
-        note_sample(mount, call, x, part.weights)
-    return part.add(y)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,7 +16,7 @@ from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
 from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
-from molora.experts.stack import Stack
+from molora.experts.stack import Stack, blocks_of
 from molora.forward.prompts import Prompts
 from molora.forward.task_router import TaskRouter
 from molora.gates.gate import Gate
@@ -49,7 +50,7 @@ class Mount:
     factors: bool = False  # experts are mixed by their factors, one LoRA per sample
     feed_forward: str | None = None  # the name of the feed-forward whose outputs are mixed as a whole
     leaves: bool = False  # the last linear of that feed-forward
-    time_first: bool = False  # its input was seen to be (seq, batch, d)
+    time_first: bool = False  # its input is (seq, batch, d): known by the model's type, or seen
     group: list[Mount] = field(default_factory=list)  # share one gate; the leader comes first
     spreads: bool = False  # the group goes beyond one input: all follow what the gate read at the leader
     inputs: InputGroup = field(default_factory=lambda: InputGroup())  # the mounts that read the same x
@@ -63,6 +64,7 @@ class Mount:
 
     def refresh(self) -> None:
         """Look up the adapter as it is now: growing replaces it."""
+        self.inputs.plans.clear()
         self.routing = self.context.adapters[self.adapter]
         self.config, self.task_map = self.routing.config, self.routing.map_at(self.names)
 
@@ -81,8 +83,7 @@ class Mount:
 
     def experts(self, call: Call) -> tuple[int, ...] | None:
         """The experts of this layer that a call is limited to; None: any of them."""
-        gate = self.config.gate
-        return experts_in_use(self.task_map, self.tasks(call), call, scope=gate.scope, learned=gate.learned)
+        return experts_in_use(self.task_map, call.tasks.get(self.adapter), call, self.config.gate)
 
 
 @dataclass
@@ -100,16 +101,42 @@ class GroupOperands:
     deviations: dict[str, torch.Tensor] = field(default_factory=dict)  # by site: of output scales from 1
 
 
+class Kept:
+    """What the steps of a decoding multiply by, good as long as what it was made from is the same.
+
+    Writing to a Parameter, moving it or putting another in its place shows here, writing through `.data` does not.
+    """
+
+    def __init__(self, facts: tuple[object, ...], stacks: Sequence[Stack], value: Any) -> None:
+        self.facts, self.stacks, self.value = facts, stacks, value
+        self.blocks = blocks_of(stacks)
+        # Tensors made in inference mode count no writings.
+        self.counted = [block for block in self.blocks if not block.is_inference()]
+        self.places = [block.data_ptr() for block in self.blocks]
+        self.versions = [block._version for block in self.counted]
+
+    def holds(self, facts: tuple[object, ...]) -> bool:
+        """Whether it is what these facts, and the Parameters as they are, would give."""
+        if facts != self.facts:
+            return False
+        now = blocks_of(self.stacks)
+        if len(now) != len(self.blocks) or not all(map(is_, now, self.blocks)):
+            return False
+        moved = [block.data_ptr() for block in now] != self.places
+        return not moved and [block._version for block in self.counted] == self.versions
+
+
 @dataclass
 class Plan:
     """The mounts that compute together, and whose gates decide for them; looked up once."""
 
     members: list[Mount]
+    stream: str  # whose tokens its members read
     slots: list[str]  # per member, whose weights it uses: the key of the leader, or PLAIN
     leaders: dict[str, Mount]  # by slot
     readers: dict[str, tuple[Gate, GateRows | None]]  # by slot: gates that read this input, and their rows
-    stacks: list[Stack] | None = None  # of all members
-    kept: tuple[Any, Any] | None = None  # a stamp, and the operands of the last decoding step
+    way: tuple[tuple[object, ...], Any] | None = None  # what led to the way it last computed in, and that way
+    kept: Kept | None = None  # of the last decoding step
 
     @classmethod
     def of(cls, members: Sequence[Mount]) -> Plan:
@@ -117,6 +144,7 @@ class Plan:
         leaders = {mount.leader.key: mount.leader for mount in members if not mount.plain}
         return cls(
             members=list(members),
+            stream=members[0].stream,
             slots=slots,
             leaders=leaders,
             readers={
@@ -128,16 +156,11 @@ class Plan:
             },
         )
 
-    def stamp(self) -> list[int]:
-        """Changes with the members' Parameters, except through `.data`."""
-        if self.stacks is None:
-            self.stacks = [stack for member in self.members for stack in member.bank.named_stacks().values()]
-        return [mark for stack in self.stacks for mark in stack.stamp()]
-
-    @property
-    def stream(self) -> str:
-        """Whose tokens its members read."""
-        return self.members[0].stream
+    def keep(self, facts: tuple[object, ...], value: Any) -> Any:
+        """Keep, for as long as `facts` and the members' Parameters stay as they are, and return it."""
+        stacks = [stack for member in self.members for stack in member.bank.named_stacks().values()]
+        self.kept = Kept(facts, stacks, value)
+        return value
 
 
 @dataclass
@@ -151,15 +174,15 @@ class InputGroup:
     members: list[Mount] = field(default_factory=list)
     plans: dict[str, Plan] = field(default_factory=dict)  # by key of a mount alone; "" for the whole group
 
-    def plan(self, mount: Mount, *, alone: bool) -> Plan:
+    def plan(self, mount: Mount, *, alone: bool, traced: bool = False) -> Plan:
         """The plan of the whole group, or of one of its mounts."""
-        members = [mount] if alone else self.members
-        if torch.compiler.is_compiling():  # a cache that tracing fills compiles the model twice
-            return Plan.of(members)
         name = mount.key if alone else ""
-        if name not in self.plans:
-            self.plans[name] = Plan.of(members)
-        return self.plans[name]
+        plan = None if traced else self.plans.get(name)  # a cache that tracing fills compiles the model twice
+        if plan is None:
+            plan = Plan.of([mount] if alone else self.members)
+            if not traced:
+                self.plans[name] = plan
+        return plan
 
     def __getstate__(self) -> dict[str, Any]:
         return {"members": self.members, "plans": {}}

@@ -66,7 +66,7 @@ class Prompts(nn.Module):
     ) -> Routing:
         settings, task_map, lead = found.config.gate, found.task_map, x.shape[:-1]
         gate = next(iter(self.shared), self.gate)
-        experts = experts_in_use(task_map, tasks, call, scope=settings.scope, learned=settings.learned)
+        experts = experts_in_use(task_map, tasks, call, settings)
         routing = route(x, gate, task_map, tasks, call, experts, by_sample=True)
         if call.recording and self.gate is not None:
             call.cache.records[adapter, PROMPTS] = GateRecord(

@@ -17,28 +17,28 @@ class Reading:
     """A plan that reads x.
 
     Args:
-        plan: what computes together now: members that only follow need what their leader decided.
         mount: the member that was called.
         call: the current one.
         x: (batch, ..., d_in).
         experts: the experts in use, which the columns of weights stand for; None: all.
+        alone: the plan is of this mount by itself, not of all that read the same input.
     """
 
-    plan: Plan
     mount: Mount
     call: Call
     x: Tensor
     experts: tuple[int, ...] | None
+    alone: bool = False
+    traced: bool = field(init=False)  # into a graph, which must not be fixed to these sizes
+    plan: Plan = field(init=False)  # what computes together: followers need what the leader decided
     lead: torch.Size = field(init=False)  # the shape of x without its last axis
     tasks: TaskIds | None = field(init=False)  # the batch's task ids, if any were given
 
     def __post_init__(self) -> None:
-        self.lead, self.tasks = self.x.shape[:-1], self.mount.tasks(self.call)
-
-    @classmethod
-    def alone(cls, mount: Mount, call: Call, x: Tensor, experts: tuple[int, ...] | None) -> Reading:
-        """One mount by itself."""
-        return cls(mount.inputs.plan(mount, alone=True), mount, call, x, experts)
+        mount = self.mount
+        self.traced = torch.compiler.is_compiling()
+        self.plan = mount.inputs.plan(mount, alone=self.alone, traced=self.traced)
+        self.lead, self.tasks = self.x.shape[:-1], self.call.tasks.get(mount.adapter)
 
     def shares(self) -> Tensor | None:
         """Each sample's share of each task, (sample, task), where some members have a core for each task."""

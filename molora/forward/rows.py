@@ -9,6 +9,7 @@ nor statistics count them.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -19,6 +20,14 @@ from molora.calls.call import Call
 from molora.calls.shapes import Shape
 from molora.errors import RoutingError
 from molora.forward.mount import Mount
+
+_TIME_FIRST = {
+    "xlnet": re.compile(r"\blayer\.\d+\."),
+    "longformer": re.compile(r"\.self\.(query|key|value)(_global)?$"),
+    "led": re.compile(r"longformer_self_attn\.(query|key|value)(_global)?$"),
+    "fsmt": re.compile(r"\blayers\.\d+\."),
+}
+"""By model type: layers whose input is (seq, batch, d). It matters where both are equal, which no shape tells apart."""
 
 Lay = Callable[[Tensor], Tensor]
 
@@ -54,7 +63,7 @@ def rows_of(mount: Mount, call: Call, x: Tensor) -> Rows | None:
         return NOBODYS
     if not lead:
         return None
-    batch, known = shape.batch, mount.time_first or shape.time_first(mount.key)
+    batch, known = shape.batch, mount.time_first
     if mount.leaves:  # a mixed feed-forward has a copy of the batch for each slot
         slots = call.cache.slots.get((mount.adapter, mount.feed_forward or ""))
         batch = batch * (1 if slots is None else slots.count)
@@ -67,6 +76,12 @@ def rows_of(mount: Mount, call: Call, x: Tensor) -> Rows | None:
     if shape.seq is None or lead.numel() == batch * shape.seq:  # windows and chunks, sample by sample
         return None if lead[0] % max(batch, 1) == 0 else NOBODYS
     return None if lead[0] == batch else NOBODYS
+
+
+def is_time_first(model_type: str | None, key: str) -> bool:
+    """Whether models of this type are known to call the layer named `key` with (seq, batch, d)."""
+    found = _TIME_FIRST.get(model_type or "")
+    return found is not None and found.search(key) is not None
 
 
 def _seen_time_first(mount: Mount, shape: Shape, lead: torch.Size) -> bool:

@@ -110,10 +110,10 @@ def by_sample_parts(reading: Reading, way: Way) -> dict[str, Part]:
     if follows is None:
         plan.kept = None
         return _by_sample(reading, chosen(reading, way))
-    stamp = (*follows, kernel.linear_dtype(reading.x), reading.x.device, *plan.stamp())
-    if kept is None or kept[0] != stamp:
-        kept = plan.kept = stamp, _keep(reading, chosen(reading, way))
-    return _ready(reading, kept[1])
+    facts = (*follows, kernel.linear_dtype(reading.x), reading.x.device)
+    if kept is not None and kept.holds(facts):
+        return _ready(reading, kept.value)
+    return _ready(reading, plan.keep(facts, _keep(reading, chosen(reading, way))))
 
 
 def _samples(reading: Reading, x: Tensor, samples: int, rows: Tensor | None) -> Tensor:

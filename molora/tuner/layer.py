@@ -106,7 +106,8 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             set_scalings(mount, configured if scale is None else [scaling / scale for scaling in now])
 
     def _active_mounts(self) -> list[Mount]:
-        return [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
+        mounts = self.mounts
+        return [mounts[adapter] for adapter in self.active_adapters if adapter in mounts]
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -212,13 +213,14 @@ class Linear(nn.Module, MoLoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return y
-        mounts = self._active_mounts()
+        mounts = [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
         if len(mounts) > 1:
             refuse_beside_others(mounts)
             refuse_scaled_beside_others(mounts)
-        call = self.context.call
+        call = self.context.here.call or self.context.call
         for mount in mounts:
-            _refuse_offloaded(mount, x)
+            if mount.bank.is_meta and not x.is_meta:
+                raise _offloaded(mount)
             y = add_experts(mount, call, x, y)
         return y
 
@@ -226,12 +228,10 @@ class Linear(nn.Module, MoLoraLayer):
         return "molora." + super().__repr__()
 
 
-def _refuse_offloaded(mount: Mount, x: Tensor) -> None:
-    """Raise ConfigError where the experts' weights are not here: products with meta tensors are silently wrong."""
-    stack = next(iter(mount.bank.named_stacks().values()))
-    if stack.blocks[0].is_meta and not x.is_meta:
-        raise ConfigError(
-            f"the experts of {mount.adapter!r} at {mount.key} have no values here: they were offloaded, or never loaded.",
-            hint="offload the base first (accelerate's cpu_offload, disk_offload, device_map), then put the adapter on it: "
-            "experts stay on the device.",
-        )
+def _offloaded(mount: Mount) -> ConfigError:
+    """Products with meta tensors would be silently wrong."""
+    return ConfigError(
+        f"the experts of {mount.adapter!r} at {mount.key} have no values here: they were offloaded, or never loaded.",
+        hint="offload the base first (accelerate's cpu_offload, disk_offload, device_map), then put the adapter on it: "
+        "experts stay on the device.",
+    )

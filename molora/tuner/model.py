@@ -90,18 +90,18 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         self.context = next(existing, None) or RoutingContext()
         make_known(model, self.context, adapter_name, config)
         give_prompts(model, self.context, adapter_name, config)
-        encoder_decoder = bool(self.get_model_config(model).get("is_encoder_decoder", False))
-        streams, late = streams_of(model, encoder_decoder=encoder_decoder), late_ones(config, model)
-        self._mounting = Mounting(adapter_name, config, self.context, streams=streams, late=late)
+        base = self.get_model_config(model)
+        streams = streams_of(model, encoder_decoder=bool(base.get("is_encoder_decoder", False)))
+        self._mounting = Mounting(
+            adapter_name, config, self.context, streams, late_ones(config, model), base.get("model_type")
+        )
         for name in config.aux_losses:
             AUX_LOSSES[name].prepare()
         beside = left_out(config, model)
         without = modules_before_experts(model, config) | unseen | beside
         self._check_target_module_exists = partial(is_target, without=without)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        if (unseen or beside) and not isinstance(
-            config.target_modules, str
-        ):  # "all-linear" has become a list
+        if (unseen or beside) and not isinstance(config.target_modules, str):  # "all-linear" is a list now
             config.target_modules = {*(config.target_modules or ())} - unseen - beside  # type: ignore[assignment]
         del self._mounting
         self.context.forget_modules()

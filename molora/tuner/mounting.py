@@ -11,6 +11,7 @@ from molora.calls.context import RoutingContext
 from molora.errors import ConfigError
 from molora.forward.mount import InputGroup, Mount
 from molora.forward.prompts import Prompts
+from molora.forward.rows import is_time_first
 from molora.forward.task_router import TaskRouter
 from molora.tuner import parts
 from molora.tuner.config import MoLoraConfig
@@ -28,6 +29,7 @@ class Mounting:
         context: the model's.
         streams: by module name, whose tokens it reads.
         late: layers that are defined before one of their group that runs earlier.
+        model_type: the base's, if its config names one.
     """
 
     def __init__(
@@ -35,12 +37,12 @@ class Mounting:
         adapter: str,
         config: MoLoraConfig,
         context: RoutingContext,
-        *,
         streams: Mapping[str, str],
         late: Collection[str],
+        model_type: str | None,
     ) -> None:
         self.adapter, self.config, self.context = adapter, config, context
-        self.streams, self.late = streams, late
+        self.streams, self.late, self.model_type = streams, late, model_type
         self._waiting: dict[
             str, list[Mount]
         ] = {}  # by group: late ones that were asked for before its leader
@@ -63,6 +65,7 @@ class Mounting:
         check_room(config, key, base, d_in, d_out)
         bank = parts.new_bank(config, self.kind, key, base, plain=plain)
         mount = Mount(self.adapter, key, stream, d_in, self.context, bank, plain=plain)
+        mount.time_first = is_time_first(self.model_type, key)
         place(mount, config)
         mount.router, self._router = self._router, None  # the first layer keeps both
         mount.prompts, self._prompts = self._prompts, None

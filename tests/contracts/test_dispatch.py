@@ -454,6 +454,35 @@ def test_decoding_steps_keep_their_factors_until_tasks_or_parameters_change():
     kept(*TASKS)
 
 
+def _written(stack):
+    stack.trainable.mul_(-2)
+
+
+def _replaced(stack):
+    stack.lora_B = torch.nn.Parameter(stack.trainable * -2)
+
+
+def _put_in_place(stack):  # as accelerate does it: past every setter
+    stack._parameters["lora_B"] = torch.nn.Parameter(stack.trainable * -2)
+
+
+@pytest.mark.parametrize("change", [_written, _replaced, _put_in_place])
+@pytest.mark.parametrize("gate", ["task-group", "top2-group"])
+def test_factors_that_are_kept_follow_their_parameters(gate, change):
+    model = molora_model("llama", gate, dtype=torch.float64)
+    step, ids = batch_for("llama", seq=1), routed(gate)
+    with torch.no_grad():
+        before = model(**step, **ids).logits
+        for module in model.modules():
+            if isinstance(module, MoLoraLayer):
+                for mount in module.mounts.values():
+                    change(mount.bank.stacks["B"])
+        after = model(**step, **ids).logits
+        with molora.dispatch("by_token"):
+            assert_close(after, model(**step, **ids).logits, **EXACT)
+    assert not torch.allclose(before, after)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("gate", ["task-group", "top2-group"])
 def test_a_prompt_read_in_any_way_ends_the_keeping_of_factors(gate, way):

@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from eval.bench import common, ddp, decode, naming, peers, startup
+from eval.bench import checkouts, common, ddp, decode, naming, peers, startup
 from eval.bench.peers import BASE, MOLORA, PEFT_WIDE
 
 ROOT = Path(__file__).parents[2]
 SHAPE = decode.QUICK_SHAPES["quick"]
 
 
-def quick(name: str, path: Path, *, seconds: int) -> dict:
+def quick(name: str, path: Path, *more: str, seconds: int) -> dict:
     """The JSON of a quick run; one that does not end is stopped with the processes it started."""
-    command = [sys.executable, "-m", f"eval.bench.{name}", "--quick", "--output", str(path)]
+    command = [sys.executable, "-m", f"eval.bench.{name}", *more, "--quick", "--output", str(path)]
     process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL)
     try:
         assert process.wait(seconds) == 0
@@ -77,6 +77,16 @@ def test_data_parallel_runs_end(tmp_path):
     assert cases[BASE]["gradient bytes"] == 0
     # As much to reduce in both, but for the gates.
     assert 1 <= cases[MOLORA]["gradient bytes"] / cases[PEFT_WIDE]["gradient bytes"] < 1.1
+
+
+@pytest.mark.slow
+def test_a_checkout_keeps_as_much_as_itself(tmp_path):
+    found = quick("checkouts", tmp_path / "a.json", ".", ".", seconds=240)["after over before"]
+    assert {f"{gate}, {kind}" for gate in checkouts.GATES for kind in (*checkouts.KINDS, "saved")} == set(
+        found
+    )
+    assert found["top-2, saved"]["median"] == found["task, saved"]["median"] == 1
+    assert all(ratio["median"] > 0 for ratio in found.values())
 
 
 @pytest.mark.slow
