@@ -1,17 +1,20 @@
 """Draws how the cost of a training step grows when one thing grows, beside the growth of its FLOPs.
 
     python -m eval.bench.scaling
+    python -m eval.bench.scaling --panels width tasks
 
 Step (forward, backward, AdamW) of a Llama with random weights over that of the frozen base, for 2 to 512 experts,
 ranks 4 to 64, sequences, widths, and the number of tasks in a batch under a task gate. The FLOP bound counts every
 product with a weight and those of attention: six per element of A and B and token, of all experts (under a task gate, of
 one). A mixture of E experts of rank r, all of them computed, has the products of one LoRA of rank E r, which is drawn
-too, to rank 1024. The cases of a panel's point take turns in one run. Writes eval/results/scaling.json and scaling.png.
+too, to rank 1024. The cases of a panel's point take turns in one run. Writes eval/results/scaling.json and scaling.png; panels
+that are not asked for stay as they were measured, under their own date.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -182,6 +185,18 @@ def draw(curves: dict[str, dict[int, dict[str, Any]]], path: Path, machine: str)
     plt.close(figure)
 
 
+def earlier(
+    path: Path, panels: Sequence[Panel]
+) -> tuple[dict[str, dict[int, dict[str, Any]]], dict[str, str]]:
+    """Curves of an earlier run and when they were measured, by title."""
+    if not path.exists():
+        return {}, {}
+    found = json.loads(path.read_text(encoding="utf-8"))
+    titles = {panel.title for panel in panels} & set(found["curves"])
+    curves = {title: {int(value): row for value, row in found["curves"][title].items()} for title in titles}
+    return curves, {title: found["dates"][title] for title in titles}
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure every panel, and write and draw after each."""
     common.quiet_process()
@@ -189,24 +204,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--panels", nargs="+", help="what grows, by axis; default: all")
     parser.add_argument("--quick", action="store_true", help="tiny panels, two rounds")
     parser.add_argument("--output", type=Path, help="JSON to write; the picture goes beside it")
     options = parser.parse_args(arguments)
     panels, rounds = (QUICK_PANELS, 2) if options.quick else (PANELS, options.rounds)
     path = options.output or common.RESULTS / "scaling.json"
-    curves: dict[str, dict[int, dict[str, Any]]] = {}
+    axes = [panel.axis for panel in panels]
+    if unknown := set(options.panels or ()) - set(axes):
+        parser.error(f"unknown panels {sorted(unknown)}; there are: {', '.join(axes)}")
+    curves, dates = earlier(path, panels) if options.panels else ({}, {})
     for panel in panels:
+        if options.panels and panel.axis not in options.panels:
+            continue
         curves[panel.title] = {value: measure(panel.at(value), rounds) for value in panel.values}
+        dates[panel.title] = common.environment()["date"]
         rows = {
             f"{panel.axis} {v}": {k: x for k, x in row.items() if k != "ms"}
             for v, row in curves[panel.title].items()
         }
         print(f"\n{panel.title}\n{common.table(rows)}", flush=True)
-        first = curves[panels[0].title]
-        result = {"curves": curves, "growth": growth(first)}
+        in_order = [one.title for one in panels if one.title in curves]
+        curves, dates = ({title: one[title] for title in in_order} for one in (curves, dates))
+        result = {"curves": curves, "dates": dates}
+        if panels[0].title in curves:
+            result["growth"] = growth(curves[panels[0].title])
         common.write("scaling", result, path=path)
         draw(curves, path.with_suffix(".png"), common.environment()["machine"])
-    print(f"\n{growth(curves[panels[0].title])}")
+    print(f"\n{result.get('growth', '')}")
 
 
 if __name__ == "__main__":

@@ -31,13 +31,13 @@ def command(
 def _print(found: dict[str, Any], where: str) -> None:
     from molora.continual.tables import VIEWS
     from molora.evaluation.continual import AccuracyMatrix
-    from molora.report.tables import accuracy_table, console
+    from molora.report.tables import console, turn_table
 
     to = console()
     say = partial(to.print, markup=False)
     for view, plain in found["matrices"].items():
         matrix = AccuracyMatrix.from_dict(plain)
-        to.print(accuracy_table(matrix, VIEWS[view]))
+        to.print(turn_table(matrix, VIEWS[view]))
         say(", ".join(f"{name} {100 * v:.1f} %" for name, v in matrix.summary().items() if v is not None))
     if found["task_inference"] is not None:
         say(f"task named rightly: {100 * found['task_inference']:.1f} %")

@@ -51,12 +51,12 @@ def _in_stages(config: RunConfig, resume: bool | Path) -> None:
     from molora.continual.stages import train_stages
     from molora.disk.manifest import read_json
     from molora.evaluation.continual import StageScores
-    from molora.report.tables import accuracy_table, console
+    from molora.report.tables import console, turn_table
 
     done = train_stages(config, resume=resume or None).path
     found = read_json(done / "stages.json")
     to = console()
-    to.print(accuracy_table(StageScores(**found["scores"]), "task ids given"))
+    to.print(turn_table(StageScores(**found["scores"]), "task ids given"))
     changed = [task for task, same in found["unchanged"].items() if not same]
     text = f"logits changed since their own stage, with task ids given: {', '.join(changed)}"
     to.print(

@@ -70,4 +70,4 @@ def draw(matrix: TurnScores, out: Path, view: str) -> Path:
     names = ["base"] * bool(matrix.base) + [f"after {name}" for name in matrix.turn_names]
     values = [[math.nan if v is None else v for v in row] for _, row in matrix.turns()]
     shown = Matrix(names, list(matrix.tasks), values)
-    return plot_heatmap(shown, out, title=f"accuracy, {view}", xlabel="task", ylabel="", unit="accuracy")
+    return plot_heatmap(shown, out, title=f"scores, {view}", xlabel="task", ylabel="", unit="score")

@@ -49,9 +49,9 @@ def print_report(report: Report, *, to: Console | None = None) -> None:
         to.print(f"note: {note}", markup=False)
 
 
-def accuracy_table(matrix: TurnScores, title: str) -> Table:
+def turn_table(matrix: TurnScores, title: str) -> Table:
     """Scores after each turn in percent: turns from top to bottom, tasks from left to right."""
-    table = _table(f"accuracy, {title}", ["after"], matrix.tasks)
+    table = _table(f"score of each task in its own metric, {title}", ["after"], matrix.tasks)
     for name, row in matrix.turns():
         table.add_row(name, *("" if value is None else f"{100 * value:.1f}" for value in row))
     return table

@@ -82,6 +82,18 @@ def test_scaling_runs_and_draws(tmp_path):
     assert (tmp_path / "a.png").stat().st_size > 10_000
 
 
+def test_panels_that_are_not_measured_keep_their_curves_and_dates(tmp_path):
+    assert scaling.earlier(tmp_path / "a.json", scaling.PANELS) == ({}, {})
+    committed = scaling.common.RESULTS / "scaling.json"
+    curves, dates = scaling.earlier(committed, scaling.PANELS)
+    assert set(curves) == set(dates) == {panel.title for panel in scaling.PANELS}
+    assert all(tuple(curves[panel.title]) == panel.values for panel in scaling.PANELS)
+    assert scaling.earlier(committed, scaling.PANELS[:1]) == (
+        {"experts (r=8)": curves["experts (r=8)"]},
+        {"experts (r=8)": dates["experts (r=8)"]},
+    )
+
+
 @pytest.mark.slow
 def test_mixed_batches_run_in_every_mode(tmp_path):
     found = run("eval.bench.mixed", tmp_path / "a.json")["shapes"]
