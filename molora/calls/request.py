@@ -70,19 +70,15 @@ class Scoped(Generic[Value]):
     def __init__(self, name: str) -> None:
         self._entries: ContextVar[tuple[tuple[object, Value], ...]] = ContextVar(name, default=())
         self._traced: _Traced[Value] = _Traced()
-        self._used = False  # ever, by anyone
 
     def of(self, owner: object) -> list[Value]:
         """The owner's values here, the outermost first."""
-        if not self._used:
-            return []
         entries = self._traced.entries if torch.compiler.is_compiling() else self._entries.get()
         return [value for holder, value in entries if holder is owner] if entries else []
 
     @contextmanager
     def hold(self, owner: object, value: Value) -> Iterator[None]:
         """Add a value for the time of the block."""
-        self._used = True
         entry = (owner, value)
         self._entries.set((*self._entries.get(), entry))
         self._traced.entries = (*self._traced.entries, entry)

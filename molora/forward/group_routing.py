@@ -87,7 +87,7 @@ def _decide(leader: Mount, reading: Reading, products: Tensor | None, *, by_samp
     cache = call.cache
     if leader.pools and call.continued is not None and call.experts is None:
         kept = call.continued.routings.get(leader.place)
-        if kept is None:
+        if kept is None or (kept.experts is None and kept.weights.shape[-1] != leader.bank.num_experts):
             raise _foreign_cache(leader.key)
         return kept
     if leader.reads_input and not leader.spreads:
@@ -128,7 +128,7 @@ def _beside(leader: Mount, second: GateRows, reading: Reading) -> Tensor | None:
         return None
     if call.continued is not None:
         kept = call.continued.logits.get(leader.place)
-        if kept is None:
+        if kept is None or kept.shape[-1] != second.num_experts:
             raise _foreign_cache(leader.key)
         return kept
     pooled = call.pooled(reading.plan.stream, reading.lead)
@@ -140,7 +140,7 @@ def _beside(leader: Mount, second: GateRows, reading: Reading) -> Tensor | None:
 
 def _foreign_cache(key: str) -> RoutingError:
     return RoutingError(
-        f"the gate at {key} decides on the prompt, but this cache was not filled by a call of this adapter.",
+        f"the gate at {key} decides on the prompt, but this cache was not filled by this adapter with its present experts.",
         hint="start the generation with the adapter on, and keep one cache from the prompt on.",
     )
 

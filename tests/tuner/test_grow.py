@@ -6,9 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 from torch.testing import assert_close
+from transformers import DynamicCache
 
 import molora
-from molora import ConfigError, GateConfig
+from molora import ConfigError, GateConfig, RoutingError
 from molora.tuner.layer import MoLoraLayer
 from tests.zoo import GATES, TASKS, base_model, batch_for, gradients, molora_model, routed
 
@@ -297,3 +298,21 @@ def test_a_task_stays_unless_it_is_to_be_dropped():
     model.add_expert("new", tasks=["t"])
     model.remove_expert("new")
     assert "t" in model.tasks and model.active_peft_config.added_for == {}
+
+
+@pytest.mark.parametrize(
+    "gate",
+    [
+        GateConfig(scope="sequence", share="block", top_k=2),
+        GateConfig(scope="token", blend="sequence", select="dense", share="group"),
+    ],
+)
+def test_a_prompt_that_was_decided_on_before_growing_is_not_continued(gate):
+    model = molora_model("llama", gate, tasks=None).eval()
+    cache, ids = DynamicCache(), torch.randint(3, 50, (2, 5))
+    with torch.no_grad():
+        model(input_ids=ids, past_key_values=cache, use_cache=True)
+        model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
+        model.add_expert("late")
+        with pytest.raises(RoutingError, match="with its present experts"):
+            model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True)
