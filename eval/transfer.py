@@ -11,7 +11,7 @@ nearest   an expert that starts as a copy of the one whose task the router finds
 with old  an expert that starts from nothing, weighed with the frozen old ones by a learned table of tasks (`gate: task_table`)
 joint     one LoRA of rank 8, trained from nothing on the four tasks and the new one together, for the steps of both
 
-Scores are accuracies over 400 held-out records with the task's id given. What old tasks compute is unchanged but under `joint`.
+Scores are accuracies over 400 held-out records (300 of imdb), ids given. What old tasks compute is unchanged but under `joint`.
 Cells are in eval/results/transfer, the page is eval/results/transfer.md. FOLDER: see `eval.continual`.
 """
 

@@ -60,7 +60,7 @@ def _operands(reading: Reading) -> GroupOperands:
     """The members' factors as views; for the steps of a decoding joined and cast, once.
 
     A forward over several positions reads the Parameters anew and ends the keeping, so only `.data` edits between
-    the steps of one generation could go unnoticed; all other changes show in the stamp.
+    the steps of one generation could go unnoticed; `Kept` sees all others.
     """
     plan, experts, x = reading.plan, reading.experts, reading.x
     if reading.traced or torch.is_grad_enabled():
