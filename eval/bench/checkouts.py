@@ -8,6 +8,8 @@ eight experts of rank 8 on all linears. The processes take turns, so that only o
 token; "prefill": a forward of 4 x 64 tokens; "step": forward and backward of them. Under a top-2 gate, and under a task gate
 with one task. "saved" counts the bytes that a forward keeps for its backward pass, without Parameters. Printed is the second
 checkout over the first, the median of the rounds' ratios with quartiles; written to eval/results/checkouts.json.
+
+What a checkout's process runs uses nothing of `eval`, and of molora only what every version has: it has to run in old ones.
 """
 
 from __future__ import annotations
@@ -138,6 +140,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="a tiny model, two rounds")
     parser.add_argument("--output", type=Path, help="JSON to write")
     options = parser.parse_args()
+    for folder in options.checkouts:
+        if not (folder / "molora" / "__init__.py").is_file():
+            parser.error(f"{folder} is no checkout of molora: there is no {folder / 'molora'} package.")
     width, rounds = (64, 2) if options.quick else (512, options.rounds)
     from eval.bench import common
 

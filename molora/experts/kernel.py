@@ -102,7 +102,8 @@ def joined(stacks: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in `dtype`. Where it has that, even `x.to` costs as much as a small product."""
+    """x in `dtype`. Where it has that, even `x.to` costs as much as a small product; what every layer runs in a decoding step
+    (`joined`, `_factor`) is spared this call as well."""
     return x if x.dtype == dtype else x.to(dtype)
 
 

@@ -225,5 +225,5 @@ class Stack(Stacked):
 
 
 def blocks_of(stacks: Sequence[Stack]) -> list[nn.Parameter]:
-    """The Parameters of all of these."""
+    """The Parameters of all of these, without a call for each: every decoding step asks."""
     return [block for stack in stacks for block in stack._parameters.values() if block is not None]

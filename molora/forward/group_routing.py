@@ -50,7 +50,7 @@ def routing_of(
     leader, call, lead = member.group[0], reading.call, reading.lead
     routing = _decide(leader, reading, products, by_sample=by_sample or leader.factors)
     if call.recording and leader is member and _to_be_noted(leader, reading):
-        tasks = leader.tasks(call)
+        tasks = reading.tasks
         wanted = any(name in leader.config.aux_losses for name in _READ_X)
         call.cache.records[leader.place] = GateRecord(
             routing,

@@ -12,7 +12,6 @@ import torch
 from molora.calls.call import Call, Place
 from molora.calls.context import AdapterRouting, RoutingContext
 from molora.calls.decide import experts_in_use
-from molora.calls.task_ids import TaskIds
 from molora.calls.task_map import TaskMap
 from molora.config.mixture import SavedMixture
 from molora.experts.bank import ExpertBank
@@ -76,10 +75,6 @@ class Mount:
     def leader(self) -> Mount:
         """The mount whose gate decides here."""
         return self.group[0]
-
-    def tasks(self, call: Call) -> TaskIds | None:
-        """The batch's task ids for this adapter, if any were given."""
-        return call.tasks.get(self.adapter)
 
     def experts(self, call: Call) -> tuple[int, ...] | None:
         """The experts of this layer that a call is limited to; None: any of them."""

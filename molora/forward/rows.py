@@ -128,7 +128,7 @@ def of_nobody(mount: Mount, call: Call, lead: torch.Size) -> Call:
             f"but {reason}.",
             hint=f"give all samples of a batch the same task, or leave the layer out: exclude_modules=[{mount.key!r}].",
         )
-    tasks = mount.tasks(call)
+    tasks = call.tasks.get(mount.adapter)
     kept = {mount.adapter: tasks} if tasks is not None and _serves_all(call, tasks) else {}
     return replace(call, tasks=kept, recording=False)
 
@@ -138,7 +138,7 @@ def _serves_all(call: Call, tasks: object) -> bool:
 
 
 def _depends_on_sample(mount: Mount, call: Call, lead: torch.Size) -> str | None:
-    tasks, gate = mount.tasks(call), mount.config.gate
+    tasks, gate = call.tasks.get(mount.adapter), mount.config.gate
     several = tasks is not None and not _serves_all(call, tasks)
     if several and tasks is not None:
         by_task = call.by_task or not gate.learned or gate.scope == "task"

@@ -106,8 +106,7 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
             set_scalings(mount, configured if scale is None else [scaling / scale for scaling in now])
 
     def _active_mounts(self) -> list[Mount]:
-        mounts = self.mounts
-        return [mounts[adapter] for adapter in self.active_adapters if adapter in mounts]
+        return [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
 
     # -- merging ---------------------------------------------------------------------------------------
 
@@ -213,7 +212,7 @@ class Linear(nn.Module, MoLoraLayer):
         y = self.base_layer(x, *args, **kwargs)
         if self.merged_adapters:
             return y
-        mounts = [self.mounts[adapter] for adapter in self.active_adapters if adapter in self.mounts]
+        mounts = self._active_mounts()
         if len(mounts) > 1:
             refuse_beside_others(mounts)
             refuse_scaled_beside_others(mounts)
