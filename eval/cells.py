@@ -10,6 +10,9 @@ from typing import Any
 
 Found = dict[str, Any]
 
+OF_FIRST_BASE = "base.revision=v1"
+"""The version of `molora/tiny` that figures made before there was a second stand on: cells of two bases do not compare."""
+
 
 def load_cells(folder: Path) -> list[Found]:
     """All finished cells."""

@@ -40,7 +40,7 @@ def recipe(arm: str, seed: int, steps: int, output: str) -> dict[str, Any]:
     return {
         "name": "collapse",
         "seed": seed,
-        "base": "molora/tiny",
+        "base": {"model": "molora/tiny", "revision": "v1"},  # the figures are from before version 2
         "output": output,
         "adapter": {
             "num_experts": EXPERTS,
@@ -104,7 +104,7 @@ def page(results: dict[str, dict[str, Any]], steps: int, seeds: int) -> str:
     """The table, with the settings behind it."""
     return (
         "# Routing collapse and its cures\n\n"
-        f"Four tasks in one mixture of {EXPERTS} experts on the embedded base, top-{GATE['top_k']}, one gate per "
+        f"Four tasks in one mixture of {EXPERTS} experts on version 1 of the embedded base, top-{GATE['top_k']}, one gate per "
         f"{GATE['share']}; {steps} steps, {seeds} seeds. Shares are measured "
         "on held-out items without task ids; 1.00 is an even share. Made by `python -m eval.collapse`.\n\n"
         f"{table(results)}\n"

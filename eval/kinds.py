@@ -5,14 +5,14 @@
     python -m eval.kinds measure
     python -m eval.kinds page
 
-Suite `quickstart` is recipes/quickstart.yaml without its router, four synthetic tasks on the embedded base; `cl15` is four tasks
-of the O-LoRA benchmark learned jointly on MiniLM (FOLDER: see `eval.continual`), classified by the nearest label text. Each kind
-is trained at each learning rate with the first seed, and at the best one, by the mean score of the tasks on held-out items, with
-the others; scores are without task ids. A cell is made once: what was interrupted goes on. `measure` takes the median time of
-forward and backward of one batch on two blocks of width 1,024 with eight experts of rank 8, the kinds taking turns each round,
-on a machine that does nothing else, and counts the bytes that a forward of 512 tokens keeps for its backward pass, without
-Parameters. Disk is the adapter's safetensors. Cells are in eval/results/kinds, figures in eval/results/kinds.json, the page in
-eval/results/kinds.md.
+Suite `quickstart` is recipes/quickstart.yaml without its router, four synthetic tasks on version 1 of the embedded base; `cl15`
+is four tasks of the O-LoRA benchmark learned jointly on MiniLM (FOLDER: see `eval.continual`), classified by the nearest label
+text. Each kind is trained at each learning rate with the first seed, and at the best one, by the mean score of the tasks on
+held-out items, with the others; scores are without task ids. A cell is made once: what was interrupted goes on. `measure` takes
+the median time of forward and backward of one batch on two blocks of width 1,024 with eight experts of rank 8, the kinds taking
+turns each round, on a machine that does nothing else, and counts the bytes that a forward of 512 tokens keeps for its backward
+pass, without Parameters. Disk is the adapter's safetensors. Cells are in eval/results/kinds, figures in
+eval/results/kinds.json, the page in eval/results/kinds.md.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch import nn
 
 from eval.bench import common, peers
 from eval.bench.memory import saved_bytes
-from eval.cells import Found, make_cell, write_page
+from eval.cells import OF_FIRST_BASE, Found, make_cell, write_page
 from eval.continual import minilm, write_task
 from molora import GateConfig, MoLoraConfig
 from molora.cli.presets import markdown
@@ -70,6 +70,8 @@ def config_for(suite: str, kind: str, steps: int, work: Path, data: Path | None)
     """The suite's recipe with that kind."""
     own = ["adapter.router=null", f"adapter.kind={kind}", f"train.max_steps={steps}", "eval.modes=[gate]"]
     recipe: Any = RECIPE
+    if suite == "quickstart":
+        own.append(OF_FIRST_BASE)
     if suite == "cl15":
         if data is None:
             raise SystemExit("the suite cl15 needs --data, the folder with cl15/ and tasks.json")

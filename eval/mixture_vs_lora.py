@@ -32,14 +32,14 @@ EMBEDDED_SUITES = ("conflict8", "conflict16", "conflict32", "embedded")
 
 
 def base_section(suite: Suite) -> dict[str, Any]:
-    """The recipe's `base`: the embedded one, the MiniLM encoder, or SmolLM2."""
+    """The recipe's `base`: version 1 of the embedded one, the MiniLM encoder, or SmolLM2."""
     if suite.base == "minilm":
         return {"model": minilm(), "task_type": "SEQ_CLS", "head": "match"}
     if suite.base == "smollm2":
         from eval.smollm2 import smollm2
 
         return {"model": str(smollm2()), "dtype": "bfloat16"}
-    return {"model": suite.base}
+    return {"model": suite.base, "revision": "v1"}  # the cells are from before version 2
 
 
 def recipe(cell: Cell, work: Path, data: Path | None) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """Compares a top-2 mixture on the quickstart's tasks with one plain PEFT LoRA of equal parameter count, over several seeds.
 
-    python eval/quickstart_vs_lora.py --result eval/results/quickstart_vs_lora.json
+    python -m eval.quickstart_vs_lora --result eval/results/quickstart_vs_lora.json
 
 The mixture is that of recipes/quickstart.yaml under a gate that knows no tasks, not even in training. Both arms see the
 same batches in the same order, for the same steps, with the same optimiser, schedule and clipping; the LoRA is tried at
@@ -22,6 +22,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import PreTrainedTokenizerBase
 
+from eval.cells import OF_FIRST_BASE
 from molora.config import RunConfig, load_recipe
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
@@ -34,7 +35,9 @@ from molora.training.environment import describe_environment, prepare_process
 from molora.training.optimizer import build_optimizer, build_scheduler
 
 RECIPE = Path(__file__).parents[1] / "recipes" / "quickstart.yaml"
-TOP_2 = ["adapter.gate={kind: top_k, top_k: 2}", "adapter.aux_losses={balance: 0.01}", "adapter.router=null"]
+TOP_2 = [
+    OF_FIRST_BASE, "adapter.gate={kind: top_k, top_k: 2}", "adapter.aux_losses={balance: 0.01}", "adapter.router=null",
+]  # fmt: skip
 
 
 def trainable(model: torch.nn.Module) -> int:

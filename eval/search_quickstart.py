@@ -14,6 +14,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from eval.cells import OF_FIRST_BASE
 from molora.config import load_recipe
 from molora.config.search_space import Range, Space, as_plain, default_space
 from molora.disk.atomic import write_json
@@ -47,7 +48,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("runs/quickstart-search"))
     parser.add_argument("--result", type=Path, default=RESULT)
     args = parser.parse_args()
-    config = load_recipe(RECIPE)
+    config = load_recipe(RECIPE, [OF_FIRST_BASE])
     space = default_space(config) if args.default_space else SPACE
     search = Search(config, space, args.folder, args.trials)
     tried = search.run(resume=(args.folder / SETTINGS).is_file())

@@ -50,12 +50,13 @@ def found_in(report: Any) -> dict[str, Any]:
 def play(arm: str, seed: int) -> dict[str, Any]:
     """Train one arm with one seed."""
     import molora
+    from eval.cells import OF_FIRST_BASE
     from eval.quickstart_vs_lora import RECIPE
     from molora.config import load_recipe
     from molora.evaluation.report import Report
 
     with tempfile.TemporaryDirectory() as output:
-        overrides = [*ARMS[arm], "adapter.router=null", f"seed={seed}", f"output={output}"]
+        overrides = [*ARMS[arm], OF_FIRST_BASE, "adapter.router=null", f"seed={seed}", f"output={output}"]
         run = molora.train(load_recipe(RECIPE, overrides))
         return found_in(Report.from_json((run.path / "report.json").read_text(encoding="utf-8")))
 
@@ -64,8 +65,9 @@ def page(results: Mapping[str, Mapping[str, Any]]) -> str:
     """The table of the runs there are."""
     lines = [
         "# Experts that specialise\n",
-        "The quickstart (four tasks, four experts, 300 steps) under other gates and losses; exact match on 200 held-out "
-        "items a task. With ids given a task has only the experts that are its own: one under `task_label`, all of them "
+        "The quickstart (four tasks, four experts, 300 steps, version 1 of the base) under other gates and losses; exact "
+        "match on 200 held-out items a task. "
+        "With ids given a task has only the experts that are its own: one under `task_label`, all of them "
         "otherwise. Made by `python -m eval.specialisation`.\n",
         "| gate reads, loss | seeds | specialisation | ids hidden | ids given | lowest task, given |",
         "|---|---|---|---|---|---|",

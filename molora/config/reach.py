@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from molora.assets import TINY
 from molora.config.data import DataConfig
 from molora.config.run import RunConfig
-
-_SHIPPED = "molora/tiny"
 
 
 def reach(config: RunConfig) -> list[str]:
@@ -34,7 +33,7 @@ def data_reach(data: DataConfig) -> Iterator[str]:
 
 
 def _model(where: str, name: str, revision: str | None) -> Iterator[str]:
-    if name == _SHIPPED:
+    if name == TINY:
         return
     if Path(name).expanduser().exists():
         yield from _path(where, name)

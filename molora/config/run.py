@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from molora.assets import NEWEST, TINY, TINY_VERSIONS
 from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.choices import KINDS
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
@@ -41,17 +42,29 @@ class BaseConfig(Section):
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Load the frozen weights in 8 or 4 bits (extra `quant`)."""
     revision: str | None = None
-    """A branch, tag or commit of a hub model."""
+    """A branch, tag or commit of a hub model. Of `molora/tiny`: v2, or v1, which null means too (in runs of old)."""
     head: Literal["own", "match"] = "own"
     """Of a classifier: a trained layer of its own, or the nearest label text."""
 
     @model_validator(mode="before")
     @classmethod
     def _shorthand(cls, data: Any) -> Any:
-        return expand_shorthand(data, "model")
+        data = expand_shorthand(data, "model")
+        if isinstance(data, Mapping) and data.get("model") == TINY:
+            return {**data, "revision": data.get("revision", NEWEST) or "v1"}
+        return data
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.model == TINY and self.revision not in TINY_VERSIONS:
+            refuse(
+                [
+                    (
+                        ("revision",),
+                        f"{TINY} has no version {self.revision!r}. {options(self.revision, TINY_VERSIONS)}",
+                    )
+                ]
+            )
         if self.head == "match" and self.task_type != "SEQ_CLS":
             refuse([(("head",), "'match' (the nearest label text) goes with task_type: SEQ_CLS.")])
         return self

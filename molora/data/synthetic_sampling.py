@@ -36,7 +36,10 @@ class Generator:
 
     def item(self, rng: random.Random) -> tuple[str, str]:
         """One (prompt, target) pair."""
-        arguments = self.sample(rng)
+        return self.compose(self.sample(rng))
+
+    def compose(self, arguments: tuple[str, ...]) -> tuple[str, str]:
+        """The (prompt, target) pair of these arguments."""
         prompt = self.form.format(*arguments) if self.form else f"{self.name}({','.join(arguments)})="
         return prompt, self.solve(*arguments)
 

@@ -34,6 +34,7 @@ _NOTES = {
     "base_model_name_or_path",
     "inference_mode",
     "peft_version",
+    "revision",
     "weights_sha256",
 }
 _RANKS = {"r", "rank_pattern", "lora_alpha", "alpha_pattern", "scaling", "use_rslora"}

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from molora.assets import tiny_path
+from molora.assets import TINY, tiny_path
 from molora.config import BaseConfig
 from molora.disk.hub import only_cached_if_offline
 from molora.errors import ConfigError, MoLoraError
@@ -29,8 +29,6 @@ from molora.models.base_check import refuse_encoder
 from molora.models.label_match import LabelMatcher, match_labels
 from molora.models.new_parts import begin_new_parts
 from molora.progress import say
-
-TINY = "molora/tiny"
 
 _AUTO_CLASSES: dict[str, Any] = {
     "CAUSAL_LM": AutoModelForCausalLM,
@@ -62,6 +60,7 @@ def load_base(base: BaseConfig, labels: Labels = None) -> tuple[PreTrainedModel,
     if base.head == "match":
         model = match_labels(model.eval(), tokenizer, _texts(labels))
     model.name_or_path = base.model  # what an adapter remembers of its base: not a path of this machine
+    model.base_revision = base.revision  # and this
     model.config.pad_token_id = tokenizer.pad_token_id
     if model.can_generate():
         model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -95,8 +94,16 @@ def base_skeleton(base: BaseConfig, labels: Labels = None) -> PreTrainedModel:
 
 
 def _source(base: BaseConfig) -> dict[str, Any]:
-    path = str(tiny_path()) if base.model == TINY else base.model
-    return {"pretrained_model_name_or_path": path, "revision": base.revision, "trust_remote_code": False}
+    if base.model == TINY:
+        return {
+            "pretrained_model_name_or_path": str(tiny_path(str(base.revision))),
+            "trust_remote_code": False,
+        }
+    return {
+        "pretrained_model_name_or_path": base.model,
+        "revision": base.revision,
+        "trust_remote_code": False,
+    }
 
 
 def _auto_class(base: BaseConfig) -> Any:

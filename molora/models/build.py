@@ -159,8 +159,8 @@ def _base_of_adapter(folder: Path) -> tuple[BaseConfig, Labels]:
             hint="give the run's folder instead, the one with config.yaml.",
         )
     task_type = str(stored.task_type or "CAUSAL_LM")
-    base = BaseConfig.model_validate({"model": stored.base_model_name_or_path, "task_type": task_type})
-    return base, _head_rows(folder) if task_type == "SEQ_CLS" else None
+    given = {"model": stored.base_model_name_or_path, "task_type": task_type, "revision": stored.revision}
+    return BaseConfig.model_validate(given), _head_rows(folder) if task_type == "SEQ_CLS" else None
 
 
 def _head_rows(folder: Path) -> int | None:

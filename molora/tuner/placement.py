@@ -11,6 +11,7 @@ from molora.config.mixture import SavedMixture
 from molora.config.roster import Roster
 from molora.errors import ConfigError
 from molora.forward.mount import Mount
+from molora.tuner.config import MoLoraConfig
 from molora.tuner.targets import block_index, hidden_size, pattern_value
 
 
@@ -29,8 +30,8 @@ def by_layer(value: Any, key: str, what: str, default: Any = None) -> Any:
     return value[index]
 
 
-def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
-    """Fill in what follows from the base: its blocks, the width of two-pass features, and lists by block.
+def fit_to_base(config: MoLoraConfig, model: nn.Module) -> None:
+    """Fill in what follows from the base: its revision, its blocks, the width of two-pass features, and lists by block.
 
     A list with fewer entries than there are blocks covers several blocks with each, where that works out:
     `[2, 4, 6, 8]` gives a model of 32 blocks 2 experts in its first 8, and so on.
@@ -38,6 +39,8 @@ def fit_to_base(config: SavedMixture, model: nn.Module) -> None:
     linears = (name for name, m in model.named_modules() if isinstance(m, (nn.Linear, Conv1D)))
     blocks = config.depth = 1 + max((i for i in map(block_index, linears) if i is not None), default=-1)
 
+    if config.revision is None:
+        config.revision = getattr(model, "base_revision", None)  # as `load_base` leaves it
     _check_blocks(config.layers_to_transform, blocks)
 
     def stretched(value: Any, what: str) -> Any:

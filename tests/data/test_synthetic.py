@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import random
-from pathlib import Path
 
 import pytest
 
 from molora.data.synthetic import GENERATORS, generate, split_of
 from molora.data.synthetic_sampling import Generator
 from molora.errors import ConfigError, DataError
-
-PRETRAIN = Path(__file__).parents[2] / "eval" / "pretrain_tiny.py"
 
 KNOWN = {
     "reverse": (("hello",), "olleh"),
@@ -95,20 +91,6 @@ def _answer(skill: Generator, arguments: tuple[str, ...]) -> str | None:
         return skill.solve(*arguments)
     except ValueError:  # a skill on digits, asked about letters, or the reverse
         return None
-
-
-def test_pretraining_draws_only_train_items_of_general_skills() -> None:
-    spec = importlib.util.spec_from_file_location("pretrain_tiny", PRETRAIN)
-    assert spec and spec.loader
-    pretrain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pretrain)
-    assert all(skill.general for skill in pretrain.SKILLS)
-    prompts = set()
-    for _, prompt, _ in pretrain.draw(random.Random(0), [1.0] * len(pretrain.SKILLS), 500):
-        prompts.add(bytes(token - len(pretrain.SPECIALS) for token in prompt[1:]).decode())
-    demo = {generator.name for generator in GENERATORS.values() if not generator.general}
-    assert not {prompt.split("(")[0] for prompt in prompts} & demo
-    assert {split_of(prompt) for prompt in prompts} == {"train"}
 
 
 def test_unknown_names_and_exhausted_generators_are_errors() -> None:
