@@ -61,7 +61,7 @@ class BaseConfig(Section):
                 [
                     (
                         ("revision",),
-                        f"{TINY} has no version {self.revision!r}. {options(self.revision, TINY_VERSIONS)}",
+                        f"{TINY} has no version {self.revision!r}.{options(self.revision, TINY_VERSIONS)}",
                     )
                 ]
             )
