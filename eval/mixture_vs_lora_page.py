@@ -136,7 +136,7 @@ def page(cells: Cells) -> str:
         "labels of the task, in percent on held-out items, with 95 % intervals over seeds (Student's t: wide with three). "
         "The learning rate is chosen per arm by the first seed's score, on the same items, which flatters all arms alike. "
         "Differences pair runs of one seed; an arm wins or loses where that interval leaves out 0. Made by "
-        "`python -m eval.mixture_vs_lora run` and `table`.\n",
+        "`python -m eval.mixture_vs_lora run` and `table`. `molora/tiny` is its version 1.\n",
         f"| arm | |\n|---|---|\n{arms}\n",
     ]
     return "\n".join([*parts, *(section(cells, suite) for suite in present)])

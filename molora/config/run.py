@@ -51,7 +51,8 @@ class BaseConfig(Section):
     def _shorthand(cls, data: Any) -> Any:
         data = expand_shorthand(data, "model")
         if isinstance(data, Mapping) and data.get("model") == TINY:
-            return {**data, "revision": data.get("revision", NEWEST) or "v1"}
+            revision = data.get("revision", NEWEST)
+            return {**data, "revision": "v1" if revision is None else revision}
         return data
 
     @model_validator(mode="after")
