@@ -10,8 +10,10 @@ from typing import Any
 
 Found = dict[str, Any]
 
-OF_FIRST_BASE = "base.revision=v1"
-"""The version of `molora/tiny` that figures made before there was a second stand on: cells of two bases do not compare."""
+FIRST_BASE = {"model": "molora/tiny", "revision": "v1"}
+"""What figures made before there was a second version stand on: cells of two bases do not compare."""
+OF_FIRST_BASE = f"base.revision={FIRST_BASE['revision']}"
+"""The same, for recipes on `molora/tiny`."""
 
 
 def load_cells(folder: Path) -> list[Found]:

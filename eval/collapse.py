@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
+from eval.cells import FIRST_BASE
 
 EXPERTS = 8
 GATE: dict[str, Any] = {"kind": "top_k", "top_k": 1, "share": "group"}
@@ -40,7 +41,7 @@ def recipe(arm: str, seed: int, steps: int, output: str) -> dict[str, Any]:
     return {
         "name": "collapse",
         "seed": seed,
-        "base": {"model": "molora/tiny", "revision": "v1"},  # the figures are from before version 2
+        "base": FIRST_BASE,
         "output": output,
         "adapter": {
             "num_experts": EXPERTS,

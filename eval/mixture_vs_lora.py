@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.common import RESULTS, environment, quiet_process
-from eval.cells import claimed, load_cells, make_cell, write_page
+from eval.cells import FIRST_BASE, claimed, load_cells, make_cell, write_page
 from eval.continual import minilm
 from eval.mixture_vs_lora_grid import LORAS, SUITES, Cell, Suite, adapter, missing
 from eval.mixture_vs_lora_page import page
@@ -39,7 +39,7 @@ def base_section(suite: Suite) -> dict[str, Any]:
         from eval.smollm2 import smollm2
 
         return {"model": str(smollm2()), "dtype": "bfloat16"}
-    return {"model": suite.base, "revision": "v1"}  # the cells are from before version 2
+    return FIRST_BASE
 
 
 def recipe(cell: Cell, work: Path, data: Path | None) -> dict[str, Any]:

@@ -58,14 +58,8 @@ class BaseConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.model == TINY and self.revision not in TINY_VERSIONS:
-            refuse(
-                [
-                    (
-                        ("revision",),
-                        f"{TINY} has no version {self.revision!r}.{options(self.revision, TINY_VERSIONS)}",
-                    )
-                ]
-            )
+            known = options(self.revision, TINY_VERSIONS)
+            refuse([(("revision",), f"{TINY} has no version {self.revision!r}.{known}")])
         if self.head == "match" and self.task_type != "SEQ_CLS":
             refuse([(("head",), "'match' (the nearest label text) goes with task_type: SEQ_CLS.")])
         return self

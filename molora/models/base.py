@@ -94,16 +94,8 @@ def base_skeleton(base: BaseConfig, labels: Labels = None) -> PreTrainedModel:
 
 
 def _source(base: BaseConfig) -> dict[str, Any]:
-    if base.model == TINY:
-        return {
-            "pretrained_model_name_or_path": str(tiny_path(str(base.revision))),
-            "trust_remote_code": False,
-        }
-    return {
-        "pretrained_model_name_or_path": base.model,
-        "revision": base.revision,
-        "trust_remote_code": False,
-    }
+    path = str(tiny_path(str(base.revision))) if base.model == TINY else base.model
+    return {"pretrained_model_name_or_path": path, "revision": base.revision, "trust_remote_code": False}
 
 
 def _auto_class(base: BaseConfig) -> Any:

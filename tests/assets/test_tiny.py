@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from molora.assets import tiny_path
+from molora.assets import TINY_VERSIONS, tiny_path
 from molora.data.synthetic import GENERATORS, generate
 
 
@@ -35,9 +35,10 @@ def test_tokenizer_round_trips_every_byte() -> None:
     assert (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id) == (0, 1, 2)
 
 
-def test_package_weight_is_small() -> None:
-    assert (tiny_path() / "model.safetensors").stat().st_size <= 8_000_000
-    assert (tiny_path() / "README.md").read_text().startswith("---\nlicense: apache-2.0")
+@pytest.mark.parametrize("version", TINY_VERSIONS)
+def test_package_weight_is_small(version: str) -> None:
+    assert (tiny_path(version) / "model.safetensors").stat().st_size <= 8_000_000
+    assert (tiny_path(version) / "README.md").read_text().startswith("---\nlicense: apache-2.0")
 
 
 @pytest.mark.parametrize("name", ["copy", "reverse", "upper"])

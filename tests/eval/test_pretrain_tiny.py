@@ -18,7 +18,7 @@ from molora.data.synthetic import GENERATORS, split_of
 ANY = [skill for skill in SKILLS if skill.name not in SPELT]
 
 
-def settings(tmp_path: Path, **change: int) -> argparse.Namespace:
+def settings(tmp_path: Path) -> argparse.Namespace:
     small = {
         "width": 32,
         "layers": 1,
@@ -29,7 +29,7 @@ def settings(tmp_path: Path, **change: int) -> argparse.Namespace:
         "log_every": 5,
     }
     rates = {"seed": 0, "start": None, "lr": 1.0e-2, "warmup": 2, "cooldown": 0.3}
-    return argparse.Namespace(**small, **{**rates, **change}, out=tmp_path / "out")
+    return argparse.Namespace(**small, **rates, out=tmp_path / "out")
 
 
 def test_a_broken_off_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +46,7 @@ def test_a_broken_off_run_ends_as_one_that_was_not(tmp_path: Path, monkeypatch: 
     with pytest.raises(KeyboardInterrupt):
         pretrain(Pretraining(settings(tmp_path)), saved)
     monkeypatch.undo()
-    resumed = Pretraining(settings(tmp_path, seed=0))
+    resumed = Pretraining(settings(tmp_path))
     pretrain(resumed, saved)
     assert resumed.count["step"] == whole.count["step"] == 3 * POOL
     assert (resumed.count["tokens"], resumed.count["loss"]) == (whole.count["tokens"], whole.count["loss"])
