@@ -21,7 +21,8 @@ ORDERS = {
 }
 SUPERNI = ("superni1",)
 DEFAULT = "color, prototypes"  # what the page compares with: `color` as the committed cells have it
-PROTOTYPES = {"kind": "prototypes", "depth": 0.67}
+SHRUNK = {"shrinkage": 0.1}  # what was the default when the cells that say so were made
+PROTOTYPES = {"kind": "prototypes", "depth": 0.67, **SHRUNK}
 MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"strategy": "sequential"},
@@ -36,6 +37,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "replay": {"strategy": "replay"},
     "color": {"strategy": "color"},
     "color, one pass": {"strategy": "color", "router": {"kind": "gaussian", "passes": 1}},
+    "color, one pass at half": {
+        "strategy": "color",
+        "router": {"kind": "gaussian", "passes": 1, "depth": 0.5},
+    },
+    "color, shrinkage 0.1": {"strategy": "color", "router": {"kind": "gaussian", **SHRUNK}},
+    "color, one pass, shrinkage 0.1": {
+        "strategy": "color",
+        "router": {"kind": "gaussian", "passes": 1, **SHRUNK},
+    },
     "color, prototypes": {"strategy": "color", "router": PROTOTYPES},
     "color, as published": {
         "strategy": "color",

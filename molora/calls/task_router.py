@@ -76,6 +76,17 @@ class TaskStatistics:
         return replace(self, counts=counts * known, means=means * known.unsqueeze(-1))
 
 
+def oracle_shrinkage(covariance: Tensor, samples: Tensor) -> Tensor:
+    """How far a covariance (d, d) of so many samples should be shrunk towards its mean variance, in (0, 1].
+
+    The oracle approximating shrinkage of Chen et al., arXiv:0907.4698, for large d as in scikit-learn's `OAS`: it falls with the
+    number of samples, and rises with how evenly the variance is spread.
+    """
+    square, trace = covariance.square().sum(), covariance.trace().square()
+    uneven = (samples + 1) * (square - trace / len(covariance))
+    return torch.where(uneven > 0, (square + trace) / uneven, 1.0).clamp(max=1.0)
+
+
 class Gaussian:
     """One Gaussian per task, all with one covariance: linear discriminant analysis with every task equally likely.
 
@@ -84,7 +95,7 @@ class Gaussian:
 
     Args:
         known: the statistics; every task in them has been seen.
-        shrinkage: s, in (0, 1].
+        shrinkage: s, in (0, 1]; `auto`: that of `oracle_shrinkage`.
         centres: rows per task, one after another.
     """
 
@@ -95,13 +106,15 @@ class Gaussian:
         """Features (sample, d) as this kind reads them, before anything is learned or asked of them."""
         return features
 
-    def __init__(self, known: TaskStatistics, shrinkage: float, centres: int = 1) -> None:
+    def __init__(self, known: TaskStatistics, shrinkage: float | str, centres: int = 1) -> None:
         self.known, self.centres, d = known, centres, known.means.shape[1]
         covariance = known.scatter / known.spread.clamp(min=1)
+        s = oracle_shrinkage(covariance, known.spread) if isinstance(shrinkage, str) else shrinkage
+        self.shrinkage = s
         level = covariance.trace() / d
         one = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
         level = torch.where(level > 0, level, 1.0)  # no spread at all: the nearest mean names the task
-        self.root = torch.linalg.cholesky((1 - shrinkage) * covariance + shrinkage * level * one)
+        self.root = torch.linalg.cholesky((1 - s) * covariance + s * level * one)
         self.constant = -d / 2 * math.log(2 * math.pi) - self.root.diagonal().log().sum()
         self.means = self._white(known.means)
 
@@ -127,7 +140,7 @@ class Ridge(Gaussian):
     Reference: Any-SSR, arXiv:2503.13575.
     """
 
-    def __init__(self, known: TaskStatistics, shrinkage: float, centres: int = 1) -> None:
+    def __init__(self, known: TaskStatistics, shrinkage: float | str, centres: int = 1) -> None:
         super().__init__(known, shrinkage, centres)
         counts, d = known.counts, known.means.shape[1]
         frequency = counts / counts.sum()
@@ -135,7 +148,7 @@ class Ridge(Gaussian):
         apart = known.means - mean
         level = known.scatter.trace() / d
         squares = known.scatter + einsum(counts, apart, apart, "task, task i, task j -> i j")
-        squares.diagonal().add_(shrinkage * torch.where(level > 0, level, 1.0))
+        squares.diagonal().add_(self.shrinkage * torch.where(level > 0, level, 1.0))
         self.weight = torch.linalg.solve(squares, (counts.unsqueeze(-1) * apart).t())  # (d, task)
         self.bias = frequency - mean @ self.weight
 

@@ -34,10 +34,10 @@ class RouterSettings:
         "how often the first blocks read a prompt that must be named. 1: experts sit behind the block that the router reads, "
         "targets before it are left out. 2: the base alone reads it first. Not given: once where no expert sits so early.",
     )
-    shrinkage: Share = setting(
-        0.1,
-        "how far the covariance is shrunk towards its mean variance, 1: all the way, which makes distances Euclidean; of "
-        "ridge: its λ.",
+    shrinkage: Share | Literal["auto"] = setting(
+        "auto",
+        "how far the covariance is shrunk towards its mean variance: `auto` (the fewer prompts there were, the further), or a "
+        "share; 1, all the way, makes distances Euclidean. Of ridge: its λ.",
     )
     clusters: ExpertCount = setting(20, "centres per task.", acts_with={"kind": ["prototypes"]})
     records: PositiveInt = setting(2000, "how many prompts of a task are read, drawn at random.")

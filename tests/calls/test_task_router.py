@@ -106,10 +106,11 @@ def test_ridge_is_the_solution_over_all_data(tasks):
     assert_close(named.log_densities(x), Gaussian(known, 0.1).log_densities(x))
 
 
+@pytest.mark.parametrize("shrinkage", [0.1, "auto"])
 @pytest.mark.parametrize("kind", ROUTERS)
-def test_one_sample_of_each_task_is_enough(kind):
+def test_one_sample_of_each_task_is_enough(kind, shrinkage):
     points = torch.eye(D)[:3]
-    named = ROUTERS[kind](learn((t, points[t : t + 1]) for t in range(3)), 0.1)
+    named = ROUTERS[kind](learn((t, points[t : t + 1]) for t in range(3)), shrinkage)
     assert named.posteriors(points).argmax(dim=1).tolist() == [0, 1, 2]
 
 
@@ -125,6 +126,23 @@ def test_the_nearest_of_several_prototypes_decides():
     each = Gaussian(rows, 0.1).log_densities(x)
     expected = torch.stack([each[:, 0], each[:, 2:].amax(dim=1)], dim=1)  # the second row was never seen
     assert_close(Prototypes(rows, 0.1, centres=2).log_densities(x), expected)
+
+
+@pytest.mark.parametrize("samples", [5, 50, 5000])
+def test_automatic_shrinkage_is_the_oracle_approximating_one(samples):
+    x = torch.randn(samples, D, dtype=torch.float64) * torch.arange(1, D + 1)
+    known = learn([(0, x)])
+    expected = pytest.importorskip("sklearn.covariance").OAS().fit(x.numpy())
+    named = Gaussian(known, "auto")
+    assert_close(float(named.shrinkage), expected.shrinkage_, atol=1e-10, rtol=1e-10)
+    normal = MultivariateNormal(x.mean(dim=0), covariance_matrix=torch.from_numpy(expected.covariance_))
+    assert_close(named.log_densities(x)[:, 0], normal.log_prob(x), atol=1e-8, rtol=1e-8)
+
+
+def test_automatic_shrinkage_of_a_spread_that_says_nothing_is_the_whole():
+    even = torch.cat([torch.eye(D), -torch.eye(D)])  # the same variance in every direction
+    for x in (even, torch.zeros(3, D)):
+        assert float(Gaussian(learn([(0, x)]), "auto").shrinkage) == 1
 
 
 def test_full_shrinkage_measures_plain_distances():

@@ -437,7 +437,8 @@ def test_route_says_what_the_forward_does(architecture):
         router_of(model, "default"),
         features(model, TOKENS, [TOKENS(text)["input_ids"] for text in asked], "default", 7),
     )
-    assert [row.log_density for row in found] == pytest.approx(router.guess(read).log_densities.tolist())
+    densities = router.guess(read).log_densities.tolist()  # of float32 hidden states in other batches
+    assert [row.log_density for row in found] == pytest.approx(densities, abs=1e-4)
     assert molora.route(model, TOKENS, []) == []
 
 
