@@ -16,6 +16,7 @@ from molora.config.choices import ROUTERS
 from molora.config.router import RouterSettings
 
 _HELD_OUT = 10  # one prompt of so many tells how unlike its own task a prompt may be
+_ROUNDING = 1e-3  # of a log density, whose features are float32 means over a batch of any shape
 
 
 class Guess(NamedTuple):
@@ -54,7 +55,7 @@ class TaskRouter(nn.Module):
         self.centres = settings.clusters if self.kind.clustered else 1  # rows per task
         for name, value in _tensors(TaskStatistics.of(len(self.ids) * self.centres, d)).items():
             self.register_buffer(name, value)
-        # (task,) the log density below which a prompt is none of the task's
+        # (task,) the log density below which a prompt is none of the task's; it moves with the density's peak
         self.register_buffer("floors", torch.zeros(len(self.ids), dtype=torch.float64))
 
     @property
@@ -77,22 +78,28 @@ class TaskRouter(nn.Module):
     def learn(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
         """Add features of more prompts, by task id and centre; order and splitting do not matter to the names.
 
-        What counts as known is measured first, on one prompt of ten that the other nine have not shown yet.
+        What counts as known is measured first, on one prompt of ten that the other nine have not shown yet. It is a distance
+        from the task's mean: later tasks widen the common spread and so lower every density, which must make no prompt
+        of this task unknown.
 
         Args:
             prompts: for each task the features (sample, d) of each of its centres, at most `centres`.
         """
-        before = self.statistics
+        before, peak = self.statistics, self._peak()
         self._learn_all({task: [x[_shown(x)] for x in groups] for task, groups in prompts.items()})
-        floors = self.floors.clone()
+        distances = self.floors - peak
         for task, groups in prompts.items():
             held = torch.cat([x[~_shown(x)] for x in groups])
             held = held if len(held) else torch.cat([*groups])
             found = self._log_densities(held)[:, self.learned.index(task)]
-            floors[self.ids.index(task)] = found.quantile(self.settings.quantile)
-        self.floors = floors
+            distances[self.ids.index(task)] = found.quantile(self.settings.quantile) - self._peak()
         self._keep(before)
         self._learn_all(prompts)
+        self.floors = distances + self._peak()
+
+    def _peak(self) -> Tensor:
+        """() the log density at a task's mean, the same for all; 0 before any was learned."""
+        return self.namer.constant if self.learned else self.floors.new_zeros(())
 
     def _learn_all(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
         statistics = self.statistics
@@ -129,7 +136,7 @@ class TaskRouter(nn.Module):
         nearest = posteriors.argmax(dim=1)
         density = self._log_densities(features).gather(1, nearest.unsqueeze(1)).squeeze(1)
         floors = self.floors[[self.ids.index(i) for i in self.learned]]
-        return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest])
+        return Guess(self.learned, posteriors, nearest, density, density >= floors[nearest] - _ROUNDING)
 
     def named(self, guess: Guess) -> list[int | None]:
         """The task id of each prompt of a guess; None for those that are like no task, where the settings tell them apart."""
