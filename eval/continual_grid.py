@@ -21,8 +21,8 @@ ORDERS = {
 }
 SUPERNI = ("superni1",)
 DEFAULT = "color, prototypes"  # what the page compares with: `color` as the committed cells have it
-SHRUNK = {"shrinkage": 0.1}  # what was the default when the cells that say so were made
-PROTOTYPES = {"kind": "prototypes", "depth": 0.67, **SHRUNK}
+SHRUNK = {"shrinkage": 0.1}  # the default when the cells that say so, or prototypes, were made
+PROTOTYPES = {"kind": "prototypes", "depth": 0.67, "clusters": 20, **SHRUNK}
 MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
 METHODS: dict[str, dict[str, Any]] = {
     "sequential": {"strategy": "sequential"},
@@ -46,6 +46,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "strategy": "color",
         "router": {"kind": "gaussian", "passes": 1, **SHRUNK},
     },
+    "color, five centres": {"strategy": "color", "router": {"kind": "prototypes", "depth": 0.67}},
+    "color, five centres, one pass": {"strategy": "color", "router": {"kind": "prototypes", "passes": 1}},
     "color, prototypes": {"strategy": "color", "router": PROTOTYPES},
     "color, as published": {
         "strategy": "color",

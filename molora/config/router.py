@@ -39,7 +39,7 @@ class RouterSettings:
         "how far the covariance is shrunk towards its mean variance: `auto` (the fewer prompts there were, the further), or a "
         "share; 1, all the way, makes distances Euclidean. Of ridge: its λ.",
     )
-    clusters: ExpertCount = setting(20, "centres per task.", acts_with={"kind": ["prototypes"]})
+    clusters: ExpertCount = setting(5, "centres per task.", acts_with={"kind": ["prototypes"]})
     records: PositiveInt = setting(2000, "how many prompts of a task are read, drawn at random.")
     soft: bool = setting(
         False,
