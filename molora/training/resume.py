@@ -41,17 +41,18 @@ def find_run(config: RunConfig, resume: bool | str | os.PathLike[str] | None) ->
     run = Run.find(Path(config.output) / config.name if resume is True else resume)
     old, new = run.config.model_dump(mode="json"), config.model_dump(mode="json")
     changed = differences(old, new)
-    fixed = [path for path in changed if not path.startswith(FREE_ON_RESUME)]
-    if list(run.config.data.tasks) != list(config.data.tasks):  # ids and the data's order follow the recipe's
-        fixed.append("data.tasks")
+    told = {path: _change(path, _at(old, path), _at(new, path)) for path in changed}
+    fixed = [text for path, text in told.items() if not path.startswith(FREE_ON_RESUME)]
+    before, now = list(run.config.data.tasks), list(config.data.tasks)
+    if before != now:  # ids and the data's order follow the recipe's
+        fixed.append(f"data.tasks {', '.join(before)} -> {', '.join(now)}")
     if fixed:
         raise ConfigError(
-            f"{run.path} was started with other settings: {', '.join(fixed)}.",
+            f"{run.path} was started with other settings: {'; '.join(fixed)}.",
             hint="resume with the recipe it was started with (its config.yaml), or start a new run without --resume.",
         )
     if changed:
-        told = (f"{path} {_at(old, path)} -> {_at(new, path)}" for path in changed)
-        say(f"changed since the run began: {', '.join(told)}")
+        say(f"changed since the run began: {', '.join(told.values())}")
     return run
 
 
@@ -79,6 +80,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
         elif before != after:
             found.append(f"{prefix}{key}")
     return found
+
+
+def _change(path: str, before: object, after: object) -> str:
+    """A path with what was there and what is; alone where that is as long as a line."""
+    text = f"{path} {before} -> {after}"
+    return text if len(text) < 120 else path
 
 
 def _at(plain: Any, path: str) -> Any:
