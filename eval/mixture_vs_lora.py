@@ -16,6 +16,7 @@ import argparse
 import math
 import tempfile
 import time
+from bisect import bisect_left
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from typing import Any
 from eval.bench.common import RESULTS, environment, quiet_process
 from eval.cells import FIRST_BASE, claimed, load_cells, make_cell, write_page
 from eval.continual import minilm
-from eval.mixture_vs_lora_grid import LORAS, SUITES, Cell, Suite, adapter, missing
+from eval.mixture_vs_lora_grid import FITTED, LORAS, SUITES, Cell, Suite, adapter, missing
 from eval.mixture_vs_lora_page import page
 
 CELLS = RESULTS / "mixture_vs_lora"
@@ -38,7 +39,7 @@ def base_section(suite: Suite) -> dict[str, Any]:
     if suite.base == "smollm2":
         from eval.smollm2 import smollm2
 
-        return {"model": str(smollm2()), "dtype": "bfloat16"}
+        return {"model": str(smollm2()), "dtype": "float32"}
     return FIRST_BASE
 
 
@@ -55,7 +56,7 @@ def recipe(cell: Cell, work: Path, data: Path | None) -> dict[str, Any]:
         "train": {
             "max_steps": suite.steps, "batch_size": suite.batch, "lr": suite.lr * cell.factor,
             "schedule": "cosine", "warmup": 0.05,
-            "precision": "bf16-mixed" if suite.base == "minilm" else "32-true",
+            "precision": "32-true",
         },
         "eval": {"batch_size": 100, "max_new_tokens": suite.new_tokens},
     }  # fmt: skip
@@ -98,13 +99,13 @@ def build(cell: Cell, config: Any, tasks: Any) -> tuple[Any, Any, int]:
         base, tokenizer = load_base(config.base, labels)
         base.config.use_cache = False
         return get_peft_model(base, lora_config(config, rank, cell.arm)), tokenizer, rank
-    if cell.arm == "hydralora":
+    if cell.arm in FITTED:
         config = fitted(cell, config, tasks.ids, labels)
     return *build_model(config, tasks.ids, labels), config.adapter.r
 
 
 def fitted(cell: Cell, config: Any, ids: dict[str, int], labels: Any) -> Any:
-    """HydraLoRA's recipe with the rank at which it has as many parameters as `top-2`; they grow linearly with it."""
+    """The recipe at the rank at which it has nearly as many parameters as `top-2`; they grow with it."""
     from molora.config import load_recipe
 
     suite, plain = SUITES[cell.suite], config.model_dump(exclude={"adapter"})
@@ -112,21 +113,27 @@ def fitted(cell: Cell, config: Any, ids: dict[str, int], labels: Any) -> Any:
     def of(section: dict[str, Any]) -> Any:
         return load_recipe({**plain, "adapter": section})
 
-    own = adapter("hydralora", suite)
-    one, two = (parameters(of({**own, "r": r, "lora_alpha": 2 * r}), ids, labels) for r in (1, 2))
-    rank = max(1, round((parameters(of(adapter("top-2", suite)), ids, labels) - one) / (two - one) + 1))
-    return of({**own, "r": rank, "lora_alpha": 2 * rank})
+    def at(rank: int) -> Any:
+        return of({**adapter(cell.arm, suite), "r": rank, "lora_alpha": 2 * rank})
+
+    wanted = parameters(of(adapter("top-2", suite)), ids, labels)
+    ranks = range(1, suite.r * suite.experts + 1)
+    above = ranks[bisect_left(ranks[:-1], wanted, key=lambda rank: parameters(at(rank), ids, labels))]
+    near = [at(rank) for rank in (max(1, above - 1), above)]
+    return min(near, key=lambda made: abs(parameters(made, ids, labels) - wanted))
 
 
 def play(cell: Cell, data: Path | None) -> dict[str, Any]:
     """Train and score one cell."""
     from eval.quickstart_vs_lora import trainable
     from molora.config import load_recipe
+    from molora.data.module import MoLoraDataModule
     from molora.evaluation.modes import in_mode
     from molora.evaluation.runner import inference
     from molora.evaluation.score import Limits, score_task
     from molora.models.build import tasks_of
     from molora.training.environment import prepare_process
+    from molora.training.teach_router import teach_router
 
     suite, began = SUITES[cell.suite], time.time()
     with tempfile.TemporaryDirectory() as folder:
@@ -134,7 +141,10 @@ def play(cell: Cell, data: Path | None) -> dict[str, Any]:
         prepare_process(config.seed)
         tasks = tasks_of(config)
         model, tokenizer, rank = build(cell, config, tasks)
-        loss = train(cell, config, tasks, model, tokenizer)
+        items = MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed)
+        loss = train(cell, config, items, model)
+        if cell.arm not in LORAS:
+            teach_router(model, tokenizer, items, config.eval.batch_size, config.seed)
         by_id = cell.arm == "task" or suite.by_id
         told = cell.arm not in LORAS and by_id
         scores = {}
@@ -150,27 +160,23 @@ def play(cell: Cell, data: Path | None) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def train(cell: Cell, config: Any, tasks: Any, model: Any, tokenizer: Any) -> float:
+def train(cell: Cell, config: Any, items: Any, model: Any) -> float:
     """Train the cell's model; the mean loss of the last tenth of the steps."""
     import torch
 
     from eval.quickstart_vs_lora import endless
-    from molora.data.module import MoLoraDataModule
     from molora.training.optimizer import build_optimizer, build_scheduler
 
-    data = MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed)
     steps = config.train.max_steps
     optimizer = build_optimizer(model, config.train, fused=True)
     scheduler = build_scheduler(optimizer, config.train, steps)
     weights = [p for p in model.parameters() if p.requires_grad]
-    mixed = config.train.precision == "bf16-mixed"
     losses: list[float] = []
     model.train()
-    for batch in endless(data.train_dataloader()):
+    for batch in endless(items.train_dataloader()):
         if cell.arm in LORAS:
             batch.pop("routing_task_ids")
-        with torch.autocast("cpu", torch.bfloat16, enabled=mixed):
-            loss = model(**batch).loss
+        loss = model(**batch).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(weights, config.train.clip or math.inf)
         optimizer.step()

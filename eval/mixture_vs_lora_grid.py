@@ -61,11 +61,14 @@ ARMS: dict[str, str] = {
     "soft": "all experts, softmax weights",
     "soft, gate allowed for": "the same with lora_alpha times the number of experts",
     "task": "an expert per task, chosen by its id",
+    "router-gated": "the same experts; a task router, which read the training prompts, names the task of each prompt",
     "hydralora": "one A, several B, dense (HydraLoRA), rank raised to as many parameters",
+    "cores": "one A, one B and a core for each expert, soft (CoMoL), rank raised to as many parameters",
 }
+FITTED = ("hydralora", "cores")  # whose rank is raised
 
 
-SCALED = ("lora", "top-2", "top-2, gate allowed for", "soft, gate allowed for", "task", "hydralora")
+SCALED = ("lora", "top-2", "top-2, gate allowed for", "soft, gate allowed for", "task", *FITTED)
 
 
 def _conflict(tasks: int, steps: int, factors: tuple[int, ...], arms: tuple[str, ...]) -> Suite:
@@ -79,16 +82,16 @@ def _conflict(tasks: int, steps: int, factors: tuple[int, ...], arms: tuple[str,
 
 FEW = ("lora", "lora told", "top-2", "soft", "task")
 SUITES: dict[str, Suite] = {
-    "conflict8": _conflict(8, 150, (*FACTORS, 30), tuple(ARMS)),
+    "conflict8": _conflict(8, 150, (*FACTORS, 30), tuple(arm for arm in ARMS if arm != "router-gated")),
     "conflict16": _conflict(16, 300, FACTORS, FEW),
     "conflict32": _conflict(32, 300, FACTORS, FEW),
     "embedded": Suite(
         "the ten tasks of the embedded base, named in the prompt", embedded_tasks,
-        "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, SCALED, lr=2.0e-3,
+        "molora/tiny", 10, 4, "all-linear", 80, 16, 64, 24, (*SCALED, "router-gated"), lr=2.0e-3,
     ),
     "minilm": Suite(
         "the 15 tasks of cl15 on MiniLM, jointly", cl15_tasks,
-        "minilm", 15, 2, ("query", "value"), 100, 16, 48, 1, SCALED, factors=(1, 3),
+        "minilm", 15, 2, ("query", "value"), 100, 16, 48, 1, (*SCALED, "router-gated"), factors=(1, 3),
     ),
     "smollm2": Suite(
         "four SuperNI tasks on SmolLM2-135M-Instruct", superni_tasks,
@@ -99,7 +102,7 @@ SUITES: dict[str, Suite] = {
 
 
 def adapter(arm: str, suite: Suite) -> dict[str, Any]:
-    """The recipe's `adapter` section of a mixture arm; `hydralora` has the rank still to be fitted."""
+    """The recipe's `adapter` section of a mixture arm; those of FITTED have the rank still to be fitted."""
     own: dict[str, Any] = {"num_experts": suite.experts, "r": suite.r, "lora_alpha": 2 * suite.r}
     own["target_modules"] = suite.targets if isinstance(suite.targets, str) else list(suite.targets)
     if arm.endswith("gate allowed for"):
@@ -107,7 +110,11 @@ def adapter(arm: str, suite: Suite) -> dict[str, Any]:
     gate: dict[str, Any] = {"share": "group"}
     if arm == "hydralora":
         own |= {"share_A": True}
-    if arm == "task":
+    if arm == "cores":
+        own |= {"kind": "core"}
+    if arm == "router-gated":
+        own |= {"router": "gaussian"}
+    if arm in ("task", "router-gated"):
         return {**own, "gate": {"kind": "task", **gate}}
     if arm.startswith("top-2"):
         chosen = {"select": "top_k", "top_k": 2}

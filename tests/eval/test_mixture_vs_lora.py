@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from eval import mixture_vs_lora as study
-from eval.mixture_vs_lora_grid import ARMS, LORAS, SUITES, Cell, adapter, best_factor, missing
+from eval.mixture_vs_lora_grid import ARMS, FITTED, LORAS, SUITES, Cell, adapter, best_factor, missing
 from eval.mixture_vs_lora_page import allowances, differences, page, verdict
 from eval.mixture_vs_lora_tasks import PLACES, conflicting_tasks
 from eval.quickstart_vs_lora import trainable
@@ -65,13 +65,16 @@ def test_an_alpha_that_allows_for_the_gate_gives_an_even_mixture_the_scale_of_on
 @pytest.mark.parametrize("suite", ["conflict8", "embedded"])
 def test_all_arms_have_as_many_parameters(suite, tmp_path):
     sizes, ranks = {}, {}
-    for arm in ("top-2", "lora", "hydralora", "task"):
+    for arm in ("top-2", "lora", *FITTED, "task"):
         this = Cell(suite, arm, 1, 0)
         config = load_recipe(study.recipe(this, tmp_path, None))
         model, _, ranks[arm] = study.build(this, config, tasks_of(config))
         sizes[arm] = trainable(model)
     assert sizes["top-2"] <= sizes["lora"] <= sizes["top-2"] * (1 + 1 / ranks["lora"])
     assert sizes["hydralora"] == pytest.approx(sizes["top-2"], rel=0.5 / ranks["hydralora"])
+    assert sizes["cores"] == pytest.approx(
+        sizes["top-2"], rel=1 / ranks["cores"]
+    )  # in part as the rank's square
     assert 0.8 * sizes["top-2"] < sizes["task"] <= sizes["top-2"]
 
 
