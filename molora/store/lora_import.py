@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from molora.assets import TINY
 from molora.errors import AdapterError
 from molora.experts.bank import Expert, ExpertRows
 from molora.forward.mount import Mount
@@ -46,7 +47,8 @@ def import_lora(
     Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
     the mixture's widens the stacks. Layers the LoRA does not cover get B = 0. A new expert's gate row is
     zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
-    Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result.
+    Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result. A LoRA that names another
+    revision of the same base is imported with a warning: its shapes cannot tell.
 
     Raises:
         AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.
@@ -61,6 +63,8 @@ def import_lora(
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     mounts = {layer.mounts[adapter].key: layer.mounts[adapter] for layer in layers}
     _check_fit(lora, config, mounts)
+    if other := _other_revision(lora, config):
+        warnings.warn(f"{folder} was trained on {other}; use that, or train it anew.", stacklevel=2)
 
     def factors(key: str, fresh: Expert) -> Expert:
         if key not in lora.factors:
@@ -87,6 +91,17 @@ def import_lora(
             stacklevel=2,
         )
     return Imported(expert, len(lora.factors), lora.skipped)
+
+
+def _other_revision(lora: LoraFolder, config: MoLoraConfig) -> str | None:
+    """Which revision of the base a LoRA was trained on and which this is, where both are known and differ."""
+    name = config.base_model_name_or_path
+    theirs, ours = (
+        each or ("v1" if name == TINY else None) for each in (lora.config.get("revision"), config.revision)
+    )
+    if name != lora.config.get("base_model_name_or_path") or None in (theirs, ours) or theirs == ours:
+        return None
+    return f"revision {theirs} of {name}, and this is {ours}"
 
 
 def _replace(

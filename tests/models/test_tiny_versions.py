@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from molora.errors import ConfigError
 from molora.models.base import load_base
 from molora.store.runs import Run
 from tests.config.recipes import small
+from tests.zoo import randomise
 
 RUNS = Path(__file__).parents[1] / "fixtures_v1" / "training"
 
@@ -80,3 +82,18 @@ def test_an_unknown_version_is_refused() -> None:
 
 def test_a_hub_name_keeps_no_revision() -> None:
     assert BaseConfig(model="some/model").revision is None
+
+
+def test_a_lora_that_names_another_version_is_composed_with_a_warning(tmp_path: Path) -> None:
+    first, _ = load_base(BaseConfig(model="molora/tiny", revision="v1"))
+    config = molora.MoLoraConfig(num_experts=1, r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    model = get_peft_model(first, config)
+    randomise(model)
+    molora.export_lora(model, tmp_path / "lora", expert="expert_0")
+    second, _ = load_base(BaseConfig(model="molora/tiny"))
+    with pytest.warns(UserWarning, match="lora was trained on revision v1 of molora/tiny, and this is v2"):
+        molora.compose(second, {"one": tmp_path / "lora"})
+    again, _ = load_base(BaseConfig(model="molora/tiny", revision="v1"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        molora.compose(again, {"one": tmp_path / "lora"})
