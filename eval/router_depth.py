@@ -1,14 +1,14 @@
 """How often a task router names held-out texts right, by the depth it reads at, and how well it knows strangers.
 
-    python -m eval.router_depth --data FOLDER [--bases minilm smollm2]
+    python -m eval.router_depth --data FOLDER [--bases minilm minilm_whole smollm2]
 
 FOLDER as for eval.continual, with `gen/<group>/<task>.jsonl.gz` beside it (rows with prompt and split). Features are those a
 router has: means over the text of a base's hidden states after its blocks. MiniLM, on each suite of tasks: the share of test
 texts that each kind names right at each depth, over the linears left behind that block (query and value), which is what one
 pass leaves to adapt; the same of the Gaussian by its shrinkage and the number of examples; then, at the default depth, the
-area under the ROC curve of telling a suite's test texts from those of each other suite by their log density. SmolLM2 (see
-eval/smollm2.py), a deeper base that generates: the fifteen tasks by depth. Writes eval/results/router_depth.json and
-router_depth.md; a base that was not asked for keeps its last figures.
+area under the ROC curve of telling a suite's test texts from those of each other suite by their log density. `minilm_whole`:
+the fifteen tasks by depth, with as many texts as the benchmark has. `smollm2` (see eval/smollm2.py): those of a deeper base that
+generates. Writes eval/results/router_depth.json and router_depth.md; a base that was not asked for keeps its last figures.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ BASES = {
         ("order 1", "cl15", "superni", "commonsense", "math"),
         train=600, test=200, every=1, linears=2,
     ),
+    "minilm_whole": Base(
+        "MiniLM, as many texts as eval.continual has", ("cl15",), train=2000, test=400, every=1, linears=2
+    ),
     "smollm2": Base("SmolLM2-135M-Instruct, which generates", ("cl15",), train=200, test=80, every=5, linears=7),
 }  # fmt: skip
 
@@ -88,7 +91,7 @@ def loaded(base: str) -> tuple[Any, Any]:
 
     from eval.smollm2 import smollm2
 
-    folder = minilm() if base == "minilm" else str(smollm2())
+    folder = str(smollm2()) if base == "smollm2" else minilm()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return AutoModel.from_pretrained(folder, dtype=torch.float32).eval(), tokenizer
