@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from molora.assets import FIRST, TINY
+
 Found = dict[str, Any]
 
-FIRST_BASE = {"model": "molora/tiny", "revision": "v1"}
+FIRST_BASE = {"model": TINY, "revision": FIRST}
 """What figures made before there was a second version stand on: cells of two bases do not compare."""
 OF_FIRST_BASE = f"base.revision={FIRST_BASE['revision']}"
 """The same, for recipes on `molora/tiny`."""

@@ -28,8 +28,9 @@ from torch import Tensor
 from eval.bench import common
 from eval.continual import minilm
 from eval.continual_grid import ORDERS
+from molora.config.router import RouterSettings
 
-LENGTH, CLUSTERS, DEFAULT_DEPTH = 64, 5, 1 / 3
+LENGTH, CLUSTERS, DEFAULT_DEPTH = 64, RouterSettings().clusters, RouterSettings().depth
 KINDS = ("gaussian", "ridge", "prototypes")
 SHRINKAGES = (0.3, 0.1, 0.03, 0.01, 0.003, "auto")
 EXAMPLES, DRAWS = (16, 64, 200, 600), 5  # of few examples the mean over so many draws

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from eval.router_depth import EXAMPLES, KINDS, SHRINKAGES
+from molora.cli.presets import markdown
 
 
 def page(found: dict[str, Any]) -> Iterator[str]:
@@ -34,11 +35,12 @@ def _depths(base: dict[str, Any]) -> Iterator[str]:
         f"{settings['linears']} linears to adapt in a block."
     )
     yield ""
-    yield f"| suite | tasks | after block | linears left in one pass | {' | '.join(KINDS)} |"
-    yield "|---|---|---|---|" + "---|" * len(KINDS)
-    for row in base["by_depth"]:
-        numbers = " | ".join(f"{row[kind]:.1f}" for kind in KINDS)
-        yield f"| {row['suite']} | {row['tasks']} | {row['block']} | {row['linears left']} | {numbers} |"
+    told = ("suite", "tasks", "block", "linears left")
+    rows = [
+        (*(str(row[name]) for name in told), *(f"{row[kind]:.1f}" for kind in KINDS))
+        for row in base["by_depth"]
+    ]
+    yield markdown(("suite", "tasks", "after block", "linears left in one pass", *KINDS), *rows)
 
 
 def _shrinkages(base: dict[str, Any]) -> Iterator[str]:
@@ -48,11 +50,17 @@ def _shrinkages(base: dict[str, Any]) -> Iterator[str]:
         f"{EXAMPLES[-1]}); then what `auto` was:"
     )
     yield ""
-    yield f"| suite | examples | {' | '.join(map(str, SHRINKAGES))} | auto is |"
-    yield "|---|---|" + "---|" * (len(SHRINKAGES) + 1)
-    for row in base["by_shrinkage"]:
-        numbers = " | ".join(f"{row[str(s)]:.1f}" for s in SHRINKAGES)
-        yield f"| {row['suite']} | {row['examples']} | {numbers} | {row['auto is']:.4f} |"
+    shares = [str(share) for share in SHRINKAGES]
+    rows = [
+        (
+            row["suite"],
+            str(row["examples"]),
+            *(f"{row[share]:.1f}" for share in shares),
+            f"{row['auto is']:.4f}",
+        )
+        for row in base["by_shrinkage"]
+    ]
+    yield markdown(("suite", "examples", *shares, "auto is"), *rows)
 
 
 def _strangers(base: dict[str, Any]) -> Iterator[str]:
@@ -63,8 +71,8 @@ def _strangers(base: dict[str, Any]) -> Iterator[str]:
     )
     yield ""
     names = list(base["auroc"])
-    yield f"| known | {' | '.join(names)} |"
-    yield "|---|" + "---|" * len(names)
-    for suite, row in base["auroc"].items():
-        cells = (f"{row[other]:.3f}" if other in row else "" for other in names)
-        yield f"| {suite} | {' | '.join(cells)} |"
+    rows = [
+        (suite, *(f"{row[other]:.3f}" if other in row else "" for other in names))
+        for suite, row in base["auroc"].items()
+    ]
+    yield markdown(("known", *names), *rows)

@@ -10,6 +10,8 @@ TINY = "molora/tiny"
 TINY_VERSIONS = MappingProxyType({"v1": "tiny", "v2": "tiny_2"})
 """Folder of each version. None ever changes: adapters belong to the weights they were trained on."""
 NEWEST = "v2"
+FIRST = "v1"
+"""What is meant where files from before there were versions name none."""
 
 
 def tiny_path(version: str = NEWEST) -> Path:

@@ -8,7 +8,7 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from molora.assets import NEWEST, TINY, TINY_VERSIONS
+from molora.assets import FIRST, NEWEST, TINY, TINY_VERSIONS
 from molora.config.adapter import AdapterConfig, RouterSection
 from molora.config.choices import KINDS
 from molora.config.continual import STRATEGIES, ContinualConfig, strategy_kind
@@ -52,7 +52,7 @@ class BaseConfig(Section):
         data = expand_shorthand(data, "model")
         if isinstance(data, Mapping) and data.get("model") == TINY:
             revision = data.get("revision", NEWEST)
-            return {**data, "revision": "v1" if revision is None else revision}
+            return {**data, "revision": FIRST if revision is None else revision}
         return data
 
     @model_validator(mode="after")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from molora.assets import TINY
+from molora.assets import FIRST, TINY
 from molora.errors import AdapterError
 from molora.experts.bank import Expert, ExpertRows
 from molora.forward.mount import Mount
@@ -97,7 +97,7 @@ def _other_revision(lora: LoraFolder, config: MoLoraConfig) -> str | None:
     """Which revision of the base a LoRA was trained on and which this is, where both are known and differ."""
     name = config.base_model_name_or_path
     theirs, ours = (
-        each or ("v1" if name == TINY else None) for each in (lora.config.get("revision"), config.revision)
+        each or (FIRST if name == TINY else None) for each in (lora.config.get("revision"), config.revision)
     )
     if name != lora.config.get("base_model_name_or_path") or None in (theirs, ours) or theirs == ours:
         return None

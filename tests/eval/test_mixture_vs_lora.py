@@ -72,9 +72,8 @@ def test_all_arms_have_as_many_parameters(suite, tmp_path):
         sizes[arm] = trainable(model)
     assert sizes["top-2"] <= sizes["lora"] <= sizes["top-2"] * (1 + 1 / ranks["lora"])
     assert sizes["hydralora"] == pytest.approx(sizes["top-2"], rel=0.5 / ranks["hydralora"])
-    assert sizes["cores"] == pytest.approx(
-        sizes["top-2"], rel=1 / ranks["cores"]
-    )  # in part as the rank's square
+    # Those of cores grow in part as the square of the rank.
+    assert sizes["cores"] == pytest.approx(sizes["top-2"], rel=1 / ranks["cores"])
     assert 0.8 * sizes["top-2"] < sizes["task"] <= sizes["top-2"]
 
 

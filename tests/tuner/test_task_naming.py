@@ -426,7 +426,7 @@ def test_prompts_of_no_known_task(kind):
 
 @architectures
 def test_route_says_what_the_forward_does(architecture):
-    model = fitted(architecture)
+    model = fitted(architecture, router={"shrinkage": 0.1})  # less of it makes more of float32's rounding
     asked = [text for task in TASKS for text in texts(task, 20, seed=5)]
     found = molora.route(model, TOKENS, asked)
     assert [row.task for row in found] == [task for task in TASKS for _ in range(20)]
@@ -437,8 +437,7 @@ def test_route_says_what_the_forward_does(architecture):
         router_of(model, "default"),
         features(model, TOKENS, [TOKENS(text)["input_ids"] for text in asked], "default", 7),
     )
-    densities = router.guess(read).log_densities.tolist()  # of float32 hidden states in other batches
-    assert [row.log_density for row in found] == pytest.approx(densities, abs=1e-4)
+    assert [row.log_density for row in found] == pytest.approx(router.guess(read).log_densities.tolist())
     assert molora.route(model, TOKENS, []) == []
 
 
