@@ -127,18 +127,25 @@ def named_base(base: dict[str, Any]) -> dict[str, Any]:
     return {**base, "model": str(smollm2())}
 
 
-def recipe(cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
+def tested(cell: Cell, test: int | None) -> int:
+    """Test rows of a task: those that were asked for, or the suite's."""
+    return test or (SHORT_TEST if cell.suite in SUPERNI else TEST)
+
+
+def recipe(
+    cell: Cell, data: Path, work: Path, other: dict[str, Any] | None = None, test: int | None = None
+) -> dict[str, Any]:
     """The recipe of one cell. `other`: base, adapter, data, train and eval settings of another model than MiniLM."""
     other = other or {
         "base": {"model": "minilm", "task_type": "SEQ_CLS", "head": "match"},
         "adapter": {"target_modules": ["query", "value"]},
     }
     generates = other["base"].get("task_type") != "SEQ_CLS"
-    names = ORDERS[cell.suite].split()
+    names, rows = ORDERS[cell.suite].split(), tested(cell, test)
     if cell.suite in SUPERNI:
-        tasks = {task: write_superni(data, task, work) for task in names}
+        tasks = {task: write_superni(data, task, work, test=rows) for task in names}
     else:
-        tasks = {task: write_task(data, task, work, generates) for task in names}
+        tasks = {task: write_task(data, task, work, generates, test=rows) for task in names}
     own: dict[str, Any] = {
         "adapter": {"r": 8, "lora_alpha": 16},
         "data": {"max_length": 64},
@@ -177,20 +184,21 @@ def read_sections(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
-def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[str, Any]:
+def play(
+    cell: Cell, data: Path, other: dict[str, Any] | None = None, test: int | None = None
+) -> dict[str, Any]:
     """Run one cell and return its result."""
     import molora
 
     began = time.time()
     with tempfile.TemporaryDirectory() as folder:
-        given = recipe(cell, data, Path(folder), other)
+        given = recipe(cell, data, Path(folder), other, test)
         run = molora.train_sequence(given)
         matrix = json.loads((run.path / "matrix.json").read_text(encoding="utf-8"))
     matrix["overlap"] = matrix["overlap"]["mean"]
     base, train = Path(given["base"]["model"]), given["train"]
     settings = {
-        "method": METHODS[cell.method], "train": TRAIN,
-        "test": SHORT_TEST if cell.suite in SUPERNI else TEST, "steps": train.get("max_steps"),
+        "method": METHODS[cell.method], "train": TRAIN, "test": tested(cell, test), "steps": train.get("max_steps"),
         "epochs": train.get("epochs"), "batch": train["batch_size"], "recipe": other,
     }  # fmt: skip
     return {
@@ -200,26 +208,33 @@ def play(cell: Cell, data: Path, other: dict[str, Any] | None = None) -> dict[st
     }  # fmt: skip
 
 
-def run_grid(cells: list[Cell], data: Path, folder: Path, other: dict[str, Any] | None = None) -> None:
+def run_grid(
+    cells: list[Cell],
+    data: Path,
+    folder: Path,
+    other: dict[str, Any] | None = None,
+    test: int | None = None,
+) -> None:
     """Run every missing cell. Several processes share the work: each claims a cell by a file first."""
     folder.mkdir(parents=True, exist_ok=True)
-    check_settings(folder, other)
+    check_settings(folder, other, test)
     for cell in cells:
         if (folder / f"{cell.name}.json").exists() or claimed(folder, cell.name):
             continue
-        found = make_cell(folder, cell.name, partial(play, cell, data, other))
+        found = make_cell(folder, cell.name, partial(play, cell, data, other, test))
         shown, hidden = (found["matrices"].get(view, {}).get("summary") for view in ("shown", "hidden"))
         print(f"{cell.name}: {found['seconds']} s\n  shown  {shown}\n  hidden {hidden}", flush=True)
 
 
-def check_settings(folder: Path, other: dict[str, Any] | None) -> None:
-    """SystemExit if a cell was made with other sections than these: a table must not mix the two."""
-    for cell in load_cells(folder):
-        if cell["settings"].get("recipe") != other:
-            name = Cell(cell["suite"], cell["method"], cell["seed"]).name
-            raise SystemExit(
-                f"{folder / name}.json was not made with this --recipe: give --cells a folder of its own."
-            )
+def check_settings(folder: Path, other: dict[str, Any] | None, test: int | None = None) -> None:
+    """SystemExit if the folder has a cell of other sections or test rows than these: a table must not mix the two."""
+    for found in load_cells(folder):
+        cell, settings = Cell(found["suite"], found["method"], found["seed"]), found["settings"]
+        if settings.get("recipe") == other and settings["test"] == tested(cell, test):
+            continue
+        raise SystemExit(
+            f"{folder / cell.name}.json was not made with this --recipe and --test: give --cells a folder of its own."
+        )
 
 
 def main() -> None:
@@ -237,6 +252,12 @@ def main() -> None:
     run.add_argument(
         "--recipe", type=Path, help="base, adapter, data, train and eval sections of another model"
     )
+    run.add_argument(
+        "--test",
+        type=int,
+        metavar="ROWS",
+        help=f"of each task; {TEST}, or {SHORT_TEST} where they are generated",
+    )
     show = verbs.add_parser("table", help="the table of the cells there are")
     for verb in (run, show):
         verb.add_argument(
@@ -246,13 +267,14 @@ def main() -> None:
     if given.verb == "table":
         write_page(given.cells, page)
         return
-    if (given.recipe or given.suite in SUPERNI) and given.cells == CELLS:
+    if (given.recipe or given.test or given.suite in SUPERNI) and given.cells == CELLS:
         parser.error("this is another setting than the committed cells': give --cells a folder of its own")
     quiet_process()
     cells = [Cell(given.suite, method, seed) for seed in given.seeds for method in given.methods]
     chosen = [cell for cell in (cells if given.suite else grid()) if given.only in cell.name]
     other = SMOLLM2 if given.suite in SUPERNI else None
-    run_grid(chosen, given.data, given.cells, read_sections(given.recipe) if given.recipe else other)
+    sections = read_sections(given.recipe) if given.recipe else other
+    run_grid(chosen, given.data, given.cells, sections, given.test)
 
 
 if __name__ == "__main__":

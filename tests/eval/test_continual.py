@@ -106,6 +106,16 @@ def test_a_cell_runs_and_the_table_shows_it(small, tmp_path, monkeypatch):
     line = next(line for line in page([cell]).splitlines() if line.startswith("| color"))
     assert line.split("|")[2].strip() == "1"
     continual.run_grid(cells, tmp_path / "nowhere", tmp_path / "cells")  # nothing is left to do
+    with pytest.raises(SystemExit, match=r"order1_color_0.json was not made with this .* --test"):
+        continual.run_grid(cells, small, tmp_path / "cells", test=7)
+
+
+def test_the_rows_tested_can_be_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setitem(continual.ORDERS, "two", "dbpedia agnews")
+    data = write_data(tmp_path / "data")
+    made = continual.recipe(continual.Cell("two", "color", 0), data, tmp_path, MODEL, test=3)
+    for task in made["data"]["tasks"].values():
+        assert len(Path(task["eval"]).read_text(encoding="utf-8").splitlines()) == 3
 
 
 def test_another_model_is_a_recipe(small, tmp_path, monkeypatch, capsys):
