@@ -34,6 +34,10 @@ NAMERS: dict[str, dict[str, Any]] = {  # ways to name tasks, compared in a table
         "strategy": "color",
         "router": {"kind": "gaussian", "passes": 1, **SHRUNK},
     },
+    "color, one pass, equal parameters": {
+        "strategy": "color",
+        "router": {"kind": "gaussian", "passes": 1},
+    },
     "color, five centres": {"strategy": "color", "router": {"kind": "prototypes", "depth": 0.67}},
     "color, five centres, one pass": {"strategy": "color", "router": {"kind": "prototypes", "passes": 1}},
 }
@@ -62,7 +66,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "independent": {"strategy": "independent"},
     "joint": {"strategy": "joint"},
 }
-ADAPTERS: dict[str, dict[str, Any]] = {"learned_gate": {"gate": {"kind": "soft", "share": "group"}}}
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "learned_gate": {"gate": {"kind": "soft", "share": "group"}},
+    # Of MiniLM: 8 linears instead of 12.
+    "color, one pass, equal parameters": {"r": 12, "lora_alpha": 24},
+}
 SHORT = ("order1", "order2", "order3")
 
 

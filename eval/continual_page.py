@@ -14,6 +14,7 @@ PAIRS = (
     ("color", DEFAULT),
     ("color, shrinkage 0.1", DEFAULT),
     ("color, one pass", DEFAULT),
+    ("color, one pass, equal parameters", DEFAULT),
     ("color, one pass, shrinkage 0.1", DEFAULT),
     (DEFAULT, "o_lora"),
     ("o_lora", "inc_lora"),

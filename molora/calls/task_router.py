@@ -15,6 +15,8 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
+_ROUNDING = 1e-6  # of features, in parts of their size: means of float32
+
 
 @dataclass(frozen=True)
 class TaskStatistics:
@@ -113,7 +115,9 @@ class Gaussian:
         self.shrinkage = s
         level = covariance.trace() / d
         one = torch.eye(d, dtype=covariance.dtype, device=covariance.device)
-        level = torch.where(level > 0, level, 1.0)  # no spread at all: the nearest mean names the task
+        # No spread but rounding's: the nearest mean names the task.
+        self.flat = level <= (_ROUNDING * known.means).square().mean()
+        level = torch.where(self.flat, 1.0, level)
         self.root = torch.linalg.cholesky((1 - s) * covariance + s * level * one)
         self.constant = -d / 2 * math.log(2 * math.pi) - self.root.diagonal().log().sum()
         self.means = self._white(known.means)
@@ -126,6 +130,22 @@ class Gaussian:
         """Features (sample, d) -> log density under each task's Gaussian (sample, task)."""
         apart = rearrange(self._white(features.to(self.means)), "s d -> s 1 d") - self.means
         return self.constant - apart.square().sum(dim=-1) / 2
+
+    def left_out(self, row: int, features: Tensor) -> Tensor:
+        """How far features (sample, d) of a row are from its mean, each as if it alone had not been learned: (sample,) half
+        the squared distances. None may be the only one of its row.
+
+        Without x the row's mean is n/(n-1) times as far from it, and the scatter lacks n/(n-1) of its outer product (Sherman
+        and Morrison); the shrinkage stays.
+        """
+        n = self.known.counts[row]
+        square = (self._white(features.to(self.means)) - self.means[row]).square().sum(dim=-1)
+        lever = (1 - self.shrinkage) / self.known.spread * n / (n - 1) * square
+        return (n / (n - 1)).square() * square / (1 - lever).clamp(min=1e-9) / 2
+
+    def mean_square(self, covariance: Tensor) -> Tensor:
+        """() how far features of this covariance (d, d) are from their mean, on average: the squared distance."""
+        return torch.cholesky_solve(covariance, self.root).trace()
 
     def posteriors(self, features: Tensor) -> Tensor:
         """Features (sample, d) -> how likely each task is (sample, task); rows sum to 1."""
@@ -148,7 +168,7 @@ class Ridge(Gaussian):
         apart = known.means - mean
         level = known.scatter.trace() / d
         squares = known.scatter + einsum(counts, apart, apart, "task, task i, task j -> i j")
-        squares.diagonal().add_(self.shrinkage * torch.where(level > 0, level, 1.0))
+        squares.diagonal().add_(self.shrinkage * torch.where(self.flat, 1.0, level))
         self.weight = torch.linalg.solve(squares, (counts.unsqueeze(-1) * apart).t())  # (d, task)
         self.bias = frequency - mean @ self.weight
 

@@ -39,7 +39,7 @@ class RouterSettings:
         "how far the covariance is shrunk towards its mean variance: `auto` (the fewer prompts there were, the further), or a "
         "share; 1, all the way, makes distances Euclidean. Of ridge: its λ.",
     )
-    clusters: ExpertCount = setting(5, "centres per task.", acts_with={"kind": ["prototypes"]})
+    clusters: ExpertCount = setting(5, "centres per task.", acts_with={"kind": ["prototypes"]}, was=[20])
     records: PositiveInt = setting(2000, "how many prompts of a task are read, drawn at random.")
     soft: bool = setting(
         False,
@@ -47,12 +47,13 @@ class RouterSettings:
     )
     unknown: Literal["nearest", "base", "error"] = setting(
         "nearest",
-        "what becomes of a prompt that is less like its task than nearly all held-out prompts of that were: `nearest` (that "
-        "task all the same), `base` (no expert at all), `error`.",
+        "what becomes of a prompt that is less like its task than nearly all prompts of that were: `nearest` (that task all the "
+        "same), `base` (no expert at all), `error`.",
     )
     quantile: Fraction = setting(
         0.01,
-        "share of a task's own held-out prompts that are less like it than what counts as known; set by fitting.",
+        "share of a task's own prompts that are less like it than what counts as known, each measured as if it had not been "
+        "learned; set by fitting.",
         acts_with={"unknown": ["base", "error"]},
     )
 

@@ -27,6 +27,7 @@ def setting(
     *,
     acts_with: Mapping[str, Sequence[str]] | None = None,
     later: bool = False,
+    was: Sequence[object] = (),
 ) -> Any:
     """A dataclass field that says what it is.
 
@@ -35,8 +36,9 @@ def setting(
         doc: what it means, one or a few lines.
         acts_with: other fields, and their values (none listed: any but None) beside one of which this field acts.
         later: adapters were written before there was such a field, so that files have it only where it is set.
+        was: its defaults in earlier versions, which files hold also where it does not act.
     """
-    metadata = {"doc": doc, "acts_with": dict(acts_with or {}), "later": later}
+    metadata = {"doc": doc, "acts_with": dict(acts_with or {}), "later": later, "was": [*was]}
     if default is dict or default is list:
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -108,7 +110,7 @@ def idle_problems(declared: Any) -> Iterator[tuple[str, str]]:
     """Name and message of the fields that were set and do not act."""
     values = values_of(declared)
     for f in fields(declared):
-        if values[f.name] != default_of(f) and not acts(f, values):
+        if values[f.name] not in (default_of(f), *f.metadata["was"]) and not acts(f, values):
             yield f.name, f"acts only with {where(f)}."
 
 

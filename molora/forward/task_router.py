@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from molora.calls.task_router import Gaussian, TaskStatistics
 from molora.config.choices import ROUTERS
 from molora.config.router import RouterSettings
+from molora.errors import DataError
 
-_HELD_OUT = 10  # one prompt of so many tells how unlike its own task a prompt may be
+_ANYTHING = 1e300  # half a squared distance within which everything is; state must be finite
 _ROUNDING = 1e-3  # of a log density, whose features are float32 means over a batch of any shape
 
 
@@ -78,36 +79,60 @@ class TaskRouter(nn.Module):
     def learn(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
         """Add features of more prompts, by task id and centre; order and splitting do not matter to the names.
 
-        What counts as known is measured first, on one prompt of ten that the other nine have not shown yet. It is a distance
-        from the task's mean: later tasks widen the common spread and so lower every density, which must make no prompt
-        of this task unknown.
+        What counts as known is what is no further from its task than most of the prompts, each measured as if it had not been
+        learned. That is a distance in units of the common spread, which later tasks change: the distances of the older ones
+        are converted as that of their common covariance is. More prompts of a task can only widen what is known.
 
         Args:
             prompts: for each task the features (sample, d) of each of its centres, at most `centres`.
+
+        Raises:
+            DataError: features that are not finite, or have no spread in some direction under so little shrinkage.
         """
-        before, peak = self.statistics, self._peak()
-        self._learn_all({task: [x[_shown(x)] for x in groups] for task, groups in prompts.items()})
-        distances = self.floors - peak
-        for task, groups in prompts.items():
-            held = torch.cat([x[~_shown(x)] for x in groups])
-            held = held if len(held) else torch.cat([*groups])
-            found = self._log_densities(held)[:, self.learned.index(task)]
-            distances[self.ids.index(task)] = found.quantile(self.settings.quantile) - self._peak()
-        self._keep(before)
-        self._learn_all(prompts)
-        self.floors = distances + self._peak()
-
-    def _peak(self) -> Tensor:
-        """() the log density at a task's mean, the same for all; 0 before any was learned."""
-        return self.namer.constant if self.learned else self.floors.new_zeros(())
-
-    def _learn_all(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
         statistics = self.statistics
-        for task, groups in prompts.items():
-            first = self.ids.index(task) * self.centres
-            for row, x in enumerate(groups, first):
-                statistics = statistics.learned(row, self.kind.prepared(x.to(self.means)))
+        groups = {
+            self.ids.index(task) * self.centres + centre: self.kind.prepared(x.to(self.means))
+            for task, given in prompts.items()
+            for centre, x in enumerate(given)
+        }
+        for row, x in groups.items():
+            if not torch.isfinite(x).all():
+                raise DataError(
+                    "the hidden states of some prompts are not finite, so a task router cannot learn from them.",
+                    hint="load the base in bfloat16 or float32; float16 may overflow.",
+                )
+            statistics = statistics.learned(row, x)
+        later = self._namer_of(statistics)
+        reach = self._converted(later)
+        for task in prompts:
+            place = self.ids.index(task)
+            known = self._reach(later, statistics, groups, place)
+            told = task in self.learned and reach[place] < _ANYTHING
+            reach[place] = torch.maximum(reach[place], known) if told else known
         self._keep(statistics)
+        self.floors = later.constant - reach
+
+    def _converted(self, later: Gaussian) -> Tensor:
+        """(task,) half the squared distance that counts as known so far, in units of a later spread."""
+        if not self.learned:
+            return torch.zeros_like(self.floors)
+        common = self.scatter / self.spread
+        ratio = later.mean_square(common) / self.namer.mean_square(common)
+        reach = self.namer.constant - self.floors
+        later_reach = reach * torch.where(torch.isfinite(ratio), ratio, 1.0)
+        return torch.where(reach < _ANYTHING, later_reach, reach)
+
+    def _reach(
+        self, later: Gaussian, statistics: TaskStatistics, groups: Mapping[int, Tensor], place: int
+    ) -> Tensor:
+        """() half the squared distance within which nearly all of a task's prompts would be known that were not learned."""
+        rows = [row for row, count in enumerate(statistics.counts.tolist()) if count > 1]
+        own = [row for row in rows if row // self.centres == place and row in groups]
+        places = self._rows(self._places(statistics))
+        found = [later.left_out(places.index(row), groups[row]) for row in own]
+        if not found:  # one prompt does not tell how alike the others will be
+            return self.floors.new_tensor(_ANYTHING)
+        return torch.cat(found).quantile(1 - self.settings.quantile)
 
     def set_tasks(self, ids: Sequence[int]) -> None:
         """Be the router of these tasks: rows of new ones are empty, those of others are dropped.
@@ -124,10 +149,23 @@ class TaskRouter(nn.Module):
     def namer(self) -> Gaussian:
         """The kind, over the tasks learned so far."""
         if self._namer is None:
-            places = self._rows([self.ids.index(i) for i in self.learned])
-            known = self.statistics.rows(places)
-            self._namer = self.kind(known, self.settings.shrinkage, self.centres)
+            self._namer = self._namer_of(self.statistics)
         return self._namer
+
+    def _namer_of(self, statistics: TaskStatistics) -> Gaussian:
+        known = statistics.rows(self._rows(self._places(statistics)))
+        try:
+            return self.kind(known, self.settings.shrinkage, self.centres)
+        except torch.linalg.LinAlgError as error:
+            raise DataError(
+                f"router.shrinkage={self.settings.shrinkage} is too small for so few prompts: their covariance has no inverse.",
+                hint="leave it at auto, or give more prompts.",
+            ) from error
+
+    def _places(self, statistics: TaskStatistics) -> list[int]:
+        """Places of the tasks that were learned."""
+        counts = self._by_task(statistics.counts).sum(dim=1).tolist()
+        return [place for place, count in enumerate(counts) if count]
 
     @torch.no_grad()
     def guess(self, features: Tensor) -> Guess:
@@ -201,11 +239,6 @@ class TaskRouter(nn.Module):
                 self._buffers[name] = moved.to(value.dtype) if lost else value.to(moved.device)
         self._forget()
         return self
-
-
-def _shown(features: Tensor) -> Tensor:
-    """(sample,) true but for the prompts that are held out at first."""
-    return torch.arange(len(features), device=features.device) % _HELD_OUT != _HELD_OUT - 1
 
 
 def _tensors(statistics: TaskStatistics) -> dict[str, Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from molora.calls.call import Call
+from molora.config.suggest import did_you_mean
 from molora.data.clusters import TextClusters, inference
 from molora.data.collate import pad_token, padded_batches
 from molora.data.prompts import prompt_within
@@ -57,11 +58,13 @@ def fit_router(
         max_length: tokens of a prompt that are read: its last ones (a classifier's first ones).
 
     Raises:
-        ConfigError: the adapter has no router, or does not know a task. DataError: a task without prompts.
+        ConfigError: the adapter has no router, or does not know a task. DataError: a task without prompts, a prompt without
+            tokens, hidden states that are not finite.
     """
     model = peft_model(model)
     adapter = active_adapter(model, adapter_name)
     context = find_context(model)
+    check_prompts(prompts, context.adapters[adapter].task_map.ids, adapter)
     if router is not None:
         give_router(model.get_base_model(), context, adapter, router)
     most = router_of(model, adapter).settings.records
@@ -81,12 +84,7 @@ def learn_prompts(
 ) -> None:
     """`fit_router` from prompts that are token ids already."""
     router, task_map = router_of(model, adapter), find_context(model).adapters[adapter].task_map
-    for task, rows in prompts.items():
-        if task not in task_map.ids:
-            known = ", ".join(task_map.ids) or "none"
-            raise ConfigError(f"adapter {adapter!r} has no task {task!r}. Its tasks: {known}.")
-        if not len(rows):
-            raise DataError(f"task {task!r} has no prompts for the router to learn from.")
+    check_prompts(prompts, task_map.ids, adapter)
     found = {}
     for task, rows in prompts.items():
         read = features(model, tokenizer, rows, adapter, batch_size)
@@ -94,12 +92,34 @@ def learn_prompts(
     router.learn(found)
 
 
+def check_prompts(prompts: Mapping[str, Sequence[Any]], tasks: Mapping[str, int], adapter: str) -> None:
+    """ConfigError for tasks that the adapter does not have, DataError for tasks without prompts."""
+    for task, rows in prompts.items():
+        if task not in tasks:
+            raise ConfigError(
+                f"adapter {adapter!r} has no task {task!r}.{did_you_mean(task, tasks)} "
+                f"Its tasks: {', '.join(tasks) or 'none'}.",
+                hint="model.add_expert(NAME, tasks=[TASK]) gives it one more.",
+            )
+        _no_text(rows, f"the prompts of task {task!r}")
+        if not len(rows):
+            raise DataError(
+                f"task {task!r} has no prompts for the router to learn from.",
+                hint="leave it out, or give some.",
+            )
+
+
+def _no_text(prompts: Any, what: str) -> None:
+    if isinstance(prompts, str):
+        raise DataError(f"{what} are one text, {prompts[:40]!r}.", hint="give a list of texts.")
+
+
 def _by_centre(router: TaskRouter, task: int, read: Tensor) -> list[Tensor]:
     """Features (sample, d) of a task by its centre: those it has already, or new ones by k-means."""
     if router.centres == 1:
         return [read]
     if task in router.learned:
-        nearest = router.centre_of(task, read)
+        nearest = router.centre_of(task, read).to(read.device)
     else:
         prepared = router.kind.prepared(read)
         count = min(router.centres, len(torch.unique(prepared.float(), dim=0)))
@@ -127,10 +147,11 @@ def route(
         max_length: tokens of a prompt that are read: its last ones (a classifier's first ones).
 
     Raises:
-        ConfigError: the adapter has no router, or one that has learned nothing.
+        ConfigError: the adapter has no router, or one that has learned nothing. DataError: a prompt without tokens.
     """
     model = peft_model(model)
     adapter = active_adapter(model, adapter_name)
+    _no_text(prompts, "the prompts")
     tokens = [_tokens(model, tokenizer, text, max_length) for text in prompts]
     return named_prompts(model, tokenizer, tokens, adapter, batch_size)
 
@@ -215,4 +236,10 @@ def _tokens(model: Any, tokenizer: PreTrainedTokenizerBase, text: str, max_lengt
     kind = "CAUSAL_LM" if base.can_generate() else "SEQ_CLS"
     if getattr(base.config, "is_encoder_decoder", False):
         kind = "SEQ_2_SEQ_LM"
-    return prompt_within(tokenizer, text, max_length, kind)
+    found = prompt_within(tokenizer, text, max_length, kind)
+    if not len(found):
+        raise DataError(
+            f"a prompt has no tokens: {text!r}.",
+            hint="a task router needs at least one; leave empty prompts out.",
+        )
+    return found

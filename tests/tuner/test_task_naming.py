@@ -489,10 +489,18 @@ def test_what_cannot_be_is_said():
         logits(model, batch())
     with pytest.raises(ConfigError, match="has learned no task yet"):
         molora.route(model, TOKENS, ["1 2"])
-    with pytest.raises(ConfigError, match=r"has no task 'delta'. Its tasks: alpha, beta, gamma"):
-        molora.fit_router(model, TOKENS, {"delta": ["1 2"]})
+    with pytest.raises(
+        ConfigError, match=r"has no task 'gama'. Did you mean 'gamma'\? Its tasks: alpha, beta"
+    ):
+        molora.fit_router(model, TOKENS, {"gama": ["1 2"]})
     with pytest.raises(DataError, match="task 'beta' has no prompts"):
         molora.fit_router(model, TOKENS, {"beta": []})
+    with pytest.raises(DataError, match="the prompts of task 'beta' are one text, '1 2'"):
+        molora.fit_router(model, TOKENS, {"beta": "1 2"})
+    with pytest.raises(DataError, match="the prompts are one text"):
+        molora.route(fitted("llama"), TOKENS, "1 2")
+    with pytest.raises(DataError, match="a prompt has no tokens: ''"):
+        molora.route(fitted("llama"), TOKENS, [""])
     with pytest.raises(ConfigError, match="has no task router"):
         molora.route(molora_model("llama", "task-group"), TOKENS, ["1 2"])
     with pytest.raises(ConfigError, match=r"router.kind='gausian': 'gausian' is not one of gaussian, ridge"):
@@ -505,6 +513,21 @@ def test_what_cannot_be_is_said():
         RouterConfig(depth=0)
     with pytest.raises(ConfigError, match=r"router.unknown='bases': 'bases' is not one of"):
         RouterConfig(unknown="bases")
+
+
+def test_fitting_that_was_refused_leaves_no_router_behind():
+    model = molora_model("llama", "task-group")
+    with pytest.raises(ConfigError, match="has no task 'typo'"):
+        molora.fit_router(model, TOKENS, {"typo": texts("alpha")}, router="gaussian")
+    assert model.peft_config["default"].router is None
+    molora.fit_router(model, TOKENS, {"alpha": texts("alpha")}, router="gaussian")
+
+
+def test_routers_that_earlier_versions_wrote_are_read():
+    """Their files hold every setting, also the 20 clusters that were the default and do not act."""
+    assert RouterConfig(kind="gaussian", shrinkage=0.1, clusters=20).clusters == 20
+    with pytest.raises(ConfigError, match=r"router.clusters=7: acts only with kind: prototypes"):
+        RouterConfig(clusters=7)
 
 
 # -- with the adapter ----------------------------------------------------------------------------------
