@@ -7,6 +7,7 @@ new task never changes the numbers of an older one, and what two machines learne
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
@@ -131,17 +132,22 @@ class Gaussian:
         apart = rearrange(self._white(features.to(self.means)), "s d -> s 1 d") - self.means
         return self.constant - apart.square().sum(dim=-1) / 2
 
-    def left_out(self, row: int, features: Tensor) -> Tensor:
-        """How far features (sample, d) of a row are from its mean, each as if it alone had not been learned: (sample,) half
-        the squared distances. None may be the only one of its row.
+    def left_out(self, row: int, features: Tensor, others: Sequence[int] = ()) -> Tensor:
+        """Half the squared distances (sample, 1 + other) of features (sample, d) of one row to its mean and those of other rows,
+        each of them as if it alone had not been learned.
 
-        Without x the row's mean is n/(n-1) times as far from it, and the scatter lacks n/(n-1) of its outer product (Sherman
-        and Morrison); the shrinkage stays.
+        Without x its row's mean is n/(n-1) times as far from it, infinitely if it is the only one, and the scatter lacks
+        n/(n-1) of its outer product (Sherman and Morrison). The shrinkage stays.
         """
-        n = self.known.counts[row]
-        square = (self._white(features.to(self.means)) - self.means[row]).square().sum(dim=-1)
-        lever = (1 - self.shrinkage) / self.known.spread * n / (n - 1) * square
-        return (n / (n - 1)).square() * square / (1 - lever).clamp(min=1e-9) / 2
+        n, means = self.known.counts[row], self.means[[row, *others]]
+        apart = rearrange(self._white(features.to(self.means)), "s d -> s 1 d") - means
+        squares = apart.square().sum(dim=-1)
+        more = n / (n - 1) if n > 1 else torch.zeros_like(n)
+        weight = (1 - self.shrinkage) / self.known.spread * more
+        along = einsum(apart, apart[:, 0], "s row d, s d -> s row").square()
+        squares = squares + weight * along / (1 - weight * squares[:, :1]).clamp(min=1e-9)
+        squares[:, 0] = squares[:, 0] * more.square() if n > 1 else torch.inf
+        return squares / 2
 
     def mean_square(self, covariance: Tensor) -> Tensor:
         """() how far features of this covariance (d, d) are from their mean, on average: the squared distance."""

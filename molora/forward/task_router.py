@@ -126,13 +126,15 @@ class TaskRouter(nn.Module):
         self, later: Gaussian, statistics: TaskStatistics, groups: Mapping[int, Tensor], place: int
     ) -> Tensor:
         """() half the squared distance within which nearly all of a task's prompts would be known that were not learned."""
-        rows = [row for row, count in enumerate(statistics.counts.tolist()) if count > 1]
-        own = [row for row in rows if row // self.centres == place and row in groups]
-        places = self._rows(self._places(statistics))
-        found = [later.left_out(places.index(row), groups[row]) for row in own]
-        if not found:  # one prompt does not tell how alike the others will be
-            return self.floors.new_tensor(_ANYTHING)
-        return torch.cat(found).quantile(1 - self.settings.quantile)
+        counts, places = statistics.counts.tolist(), self._rows(self._places(statistics))
+        own = [row for row in self._rows([place]) if row is not None and counts[row]]
+        found = []
+        for row in own:
+            others = [places.index(other) for other in own if other != row]
+            if row in groups:
+                found.append(later.left_out(places.index(row), groups[row], others).amin(dim=1))
+        # One prompt does not tell how alike the others will be.
+        return torch.cat(found).clamp(max=_ANYTHING).quantile(1 - self.settings.quantile)
 
     def set_tasks(self, ids: Sequence[int]) -> None:
         """Be the router of these tasks: rows of new ones are empty, those of others are dropped.

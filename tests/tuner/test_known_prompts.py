@@ -77,6 +77,15 @@ def test_one_prompt_of_a_task_refuses_nothing():
     assert refused(known, drawn(0, 50, 9.0)) > 0.9 and refused(known, drawn(1, 50, 9.0)) > 0.9
 
 
+def test_a_prompt_with_a_centre_of_its_own_tells_how_unlike_others_may_be():
+    """Left out, it is as far as the nearest other centre; most prompts are the same text."""
+    known = router(kind="prototypes", clusters=3)
+    alike, odd = drawn(0, 1).expand(14, D), drawn(0, 2, seed=1)
+    known.learn({0: [alike, odd[:1], odd[1:]], 1: [drawn(1, 40), drawn(1, 40, seed=1), drawn(1, 40, seed=2)]})
+    assert refused(known, drawn(0, 100, seed=3)) < 0.5
+    assert refused(known, -drawn(0, 20)) == 1
+
+
 def test_more_prompts_of_a_task_never_narrow_what_is_known():
     known = router()
     known.learn({0: [drawn(0, 400)], 1: [drawn(1, 400)]})
@@ -111,15 +120,16 @@ def test_left_out_distances_are_those_without_the_prompt(kind):
     rows = known.kind.prepared(drawn(0, 20))
     known.learn({0: [rows], 1: [drawn(1, 30)]})
     namer, statistics = known.namer, known.statistics
-    place = 0
     rest = rows[1:]
     within = statistics.scatter - (rows - rows.mean(0)).t() @ (rows - rows.mean(0))
     within = within + (rest - rest.mean(0)).t() @ (rest - rest.mean(0))
     level = 0.1 * statistics.scatter.trace() / statistics.spread / D
     covariance = 0.9 * within / statistics.spread + level * torch.eye(D).double()
-    apart = rows[0] - rest.mean(0)
-    expected = apart @ torch.linalg.solve(covariance, apart) / 2
-    assert torch.allclose(namer.left_out(place, rows)[0], expected, rtol=1e-9)
+    other = known._rows(known._places(statistics)).index(known.centres)
+    found = namer.left_out(0, rows, [other])[0]
+    for i, mean in enumerate((rest.mean(0), statistics.means[known.centres])):
+        apart = rows[0] - mean
+        assert torch.allclose(found[i], apart @ torch.linalg.solve(covariance, apart) / 2, rtol=1e-9)
 
 
 @pytest.mark.parametrize("shrinkage", [1e-300, "auto"])
