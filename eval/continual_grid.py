@@ -23,21 +23,13 @@ SUPERNI = ("superni1",)
 DEFAULT = "color, prototypes"  # what the page compares with: `color` as the committed cells have it
 SHRUNK = {"shrinkage": 0.1}  # the default when the cells that say so, or prototypes, were made
 PROTOTYPES = {"kind": "prototypes", "depth": 0.67, "clusters": 20, **SHRUNK}
+ONE_PASS = {"kind": "gaussian", "passes": 1}
 MAIN = (DEFAULT, "joint", "sequential", "inc_lora", "o_lora")
 NAMERS: dict[str, dict[str, Any]] = {  # ways to name tasks, compared in a table of their own
-    "color, one pass at half": {
-        "strategy": "color",
-        "router": {"kind": "gaussian", "passes": 1, "depth": 0.5},
-    },
+    "color, one pass at half": {"strategy": "color", "router": {**ONE_PASS, "depth": 0.5}},
     "color, shrinkage 0.1": {"strategy": "color", "router": {"kind": "gaussian", **SHRUNK}},
-    "color, one pass, shrinkage 0.1": {
-        "strategy": "color",
-        "router": {"kind": "gaussian", "passes": 1, **SHRUNK},
-    },
-    "color, one pass, equal parameters": {
-        "strategy": "color",
-        "router": {"kind": "gaussian", "passes": 1},
-    },
+    "color, one pass, shrinkage 0.1": {"strategy": "color", "router": {**ONE_PASS, **SHRUNK}},
+    "color, one pass, equal parameters": {"strategy": "color", "router": ONE_PASS},
     "color, five centres": {"strategy": "color", "router": {"kind": "prototypes", "depth": 0.67}},
     "color, five centres, one pass": {"strategy": "color", "router": {"kind": "prototypes", "passes": 1}},
 }
@@ -53,7 +45,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "gated": {"strategy": "gated"},
     "replay": {"strategy": "replay"},
     "color": {"strategy": "color"},
-    "color, one pass": {"strategy": "color", "router": {"kind": "gaussian", "passes": 1}},
+    "color, one pass": {"strategy": "color", "router": ONE_PASS},
     **NAMERS,
     "color, prototypes": {"strategy": "color", "router": PROTOTYPES},
     "color, as published": {

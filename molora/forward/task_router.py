@@ -73,7 +73,7 @@ class TaskRouter(nn.Module):
     def learned(self) -> list[int]:
         """Ids of the tasks it has learned."""
         if self._learned is None:  # asked in every forward: a GPU is asked once
-            self._learned = [i for i, count in self.seen.items() if count]
+            self._learned = [self.ids[place] for place in self._places(self.statistics)]
         return self._learned
 
     def learn(self, prompts: Mapping[int, Sequence[Tensor]]) -> None:
@@ -126,13 +126,13 @@ class TaskRouter(nn.Module):
         self, later: Gaussian, statistics: TaskStatistics, groups: Mapping[int, Tensor], place: int
     ) -> Tensor:
         """() half the squared distance within which nearly all of a task's prompts would be known that were not learned."""
-        counts, places = statistics.counts.tolist(), self._rows(self._places(statistics))
-        own = [row for row in self._rows([place]) if row is not None and counts[row]]
+        counts, first = later.known.counts.tolist(), self._places(statistics).index(place) * self.centres
+        own = [centre for centre in range(self.centres) if counts[first + centre]]
         found = []
-        for row in own:
-            others = [places.index(other) for other in own if other != row]
-            if row in groups:
-                found.append(later.left_out(places.index(row), groups[row], others).amin(dim=1))
+        for centre in own:
+            others = [first + other for other in own if other != centre]
+            if (x := groups.get(place * self.centres + centre)) is not None:
+                found.append(later.left_out(first + centre, x, others).amin(dim=1))
         # One prompt does not tell how alike the others will be.
         return torch.cat(found).clamp(max=_ANYTHING).quantile(1 - self.settings.quantile)
 
