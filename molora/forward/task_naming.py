@@ -22,7 +22,7 @@ from molora.calls.context import AdapterRouting, RoutingContext
 from molora.calls.prompt import attended, is_causal, remembered
 from molora.calls.task_ids import TaskIds, resolve_ids, weighed_ids
 from molora.calls.task_map import BASE_ONLY
-from molora.errors import ConfigError, RoutingError
+from molora.errors import ConfigError, DataError, RoutingError
 from molora.forward.task_router import TaskRouter
 
 _READ = ("input_ids", "inputs_embeds", "token_type_ids", "position_ids")
@@ -178,10 +178,20 @@ def _prompt_of(call: Call, module: nn.Module, mask: Tensor | None, states: Tenso
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:
-    """Features (batch, d) in float64: the mean of states (batch, seq, d) where mask (batch, seq) is true."""
+    """Features (batch, d) in float64: the mean of states (batch, seq, d) where mask (batch, seq) is true.
+
+    Raises:
+        DataError: they are not finite.
+    """
     kept = mask.to(states.device)
     states = states.double().masked_fill(~kept.unsqueeze(-1), 0)  # padding may hold anything
-    return einsum(states, "batch seq d -> batch d") / kept.sum(dim=1, keepdim=True).clamp(min=1)
+    mean = einsum(states, "batch seq d -> batch d") / kept.sum(dim=1, keepdim=True).clamp(min=1)
+    if not torch.isfinite(mean).all():
+        raise DataError(
+            "the base's hidden states of some prompts are not finite, so a task router cannot read them.",
+            hint="load the base in bfloat16 or float32; float16 may overflow.",
+        )
+    return mean
 
 
 def _ids(found: AdapterRouting, features: Tensor) -> TaskIds:

@@ -21,7 +21,7 @@ from molora.forward.task_router import TaskRouter
 from molora.progress import phase
 from molora.store.adapter import active_adapter, peft_model
 from molora.tuner.api import find_context
-from molora.tuner.router import give_router
+from molora.tuner.router import give_router, take_router
 
 
 class NamedTask(NamedTuple):
@@ -67,12 +67,17 @@ def fit_router(
     check_prompts(prompts, context.adapters[adapter].task_map.ids, adapter)
     if router is not None:
         give_router(model.get_base_model(), context, adapter, router)
-    most = router_of(model, adapter).settings.records
-    tokens = {
-        task: [_tokens(model, tokenizer, text, max_length) for text in drawn(texts, most, seed=0)]
-        for task, texts in prompts.items()
-    }
-    learn_prompts(model, tokenizer, tokens, adapter, batch_size)
+    try:
+        most = router_of(model, adapter).settings.records
+        tokens = {
+            task: [_tokens(model, tokenizer, text, max_length) for text in drawn(texts, most, seed=0)]
+            for task, texts in prompts.items()
+        }
+        learn_prompts(model, tokenizer, tokens, adapter, batch_size)
+    except BaseException:
+        if router is not None:  # so that a second try may give it
+            take_router(model.get_base_model(), context, adapter)
+        raise
 
 
 def learn_prompts(
@@ -147,7 +152,8 @@ def route(
         max_length: tokens of a prompt that are read: its last ones (a classifier's first ones).
 
     Raises:
-        ConfigError: the adapter has no router, or one that has learned nothing. DataError: a prompt without tokens.
+        ConfigError: the adapter has no router, or one that has learned nothing. DataError: a prompt without tokens, hidden
+            states that are not finite.
     """
     model = peft_model(model)
     adapter = active_adapter(model, adapter_name)

@@ -66,6 +66,11 @@ class MoLoraLayer(BaseTunerLayer, MountPoint):
         self.molora_router[adapter] = router
         self._move_adapter_to_device_of_base_layer(adapter)
 
+    def drop_router(self, adapter: str) -> None:
+        """Undo `keep_router`, on whichever layer holds it."""
+        if adapter in self.molora_router:
+            del self.molora_router[adapter]
+
     def _freeze_non_trainable_peft_weights(self, adapter_names: Any = None) -> None:
         # PEFT calls this after every path that marks an adapter as trainable.
         for mount in self.mounts.values():

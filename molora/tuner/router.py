@@ -59,7 +59,7 @@ def give_router(model: nn.Module, context: RoutingContext, adapter: str, router:
     config.router, context.adapters[adapter].router = settings, made
     root_hooks.install(model, context)
     if settings.passes == 1 and not context.adapters[adapter].along:
-        config.router, context.adapters[adapter].router = None, None
+        take_router(model, context, adapter)
         raise ConfigError(
             f"adapter {adapter!r} has experts, or virtual tokens, at or before the block that router.depth="
             f"{settings.depth:.3g} reads, so router.passes cannot be 1.",
@@ -67,6 +67,16 @@ def give_router(model: nn.Module, context: RoutingContext, adapter: str, router:
         )
     first = next(m for m in model.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts)
     first.keep_router(adapter, made)
+
+
+def take_router(model: nn.Module, context: RoutingContext, adapter: str) -> None:
+    """Undo `give_router`."""
+    found = context.adapters[adapter]
+    own(model, context, adapter).router = None
+    found.router, found.read, found.along = None, None, False
+    for module in model.modules():
+        if isinstance(module, MoLoraLayer):
+            module.drop_router(adapter)
 
 
 def _made(model: nn.Module, config: MoLoraConfig, settings: RouterConfig) -> TaskRouter:

@@ -131,12 +131,10 @@ def test_left_out_distances_are_those_without_the_prompt(kind):
         assert torch.allclose(found[i], apart @ torch.linalg.solve(covariance, apart) / 2, rtol=1e-9)
 
 
-@pytest.mark.parametrize("shrinkage", [1e-300, "auto"])
-def test_learning_that_fails_changes_nothing(shrinkage):
-    known = router(shrinkage=shrinkage)
-    wrong = {0: [drawn(0, 5)]} if shrinkage != "auto" else {0: [drawn(0, 5) / 0]}
-    with pytest.raises(DataError, match=r"too small for so few prompts|not finite"):
-        known.learn(wrong)
+def test_learning_that_fails_changes_nothing():
+    known = router(shrinkage=1e-300)
+    with pytest.raises(DataError, match="too small for so few prompts"):
+        known.learn({0: [drawn(0, 5)]})
     assert not known.counts.any() and not known.learned and known.means.isfinite().all()
 
 

@@ -515,12 +515,40 @@ def test_what_cannot_be_is_said():
         RouterConfig(unknown="bases")
 
 
-def test_fitting_that_was_refused_leaves_no_router_behind():
-    model = molora_model("llama", "task-group")
-    with pytest.raises(ConfigError, match="has no task 'typo'"):
-        molora.fit_router(model, TOKENS, {"typo": texts("alpha")}, router="gaussian")
-    assert model.peft_config["default"].router is None
-    molora.fit_router(model, TOKENS, {"alpha": texts("alpha")}, router="gaussian")
+@pytest.mark.parametrize("late", [False, True])
+def test_fitting_that_was_refused_leaves_no_router_behind(late):
+    options = {"target_modules": r".*layers\.1\..*_proj"} if late else {}
+    model = molora_model("llama", "task-group", **options)
+    state = set(model.state_dict())
+    for wrong, error in (
+        ({"typo": texts("alpha")}, "has no task 'typo'"),
+        ({"alpha": ["1 2", ""]}, "a prompt has no tokens"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=error):
+            molora.fit_router(model, TOKENS, wrong, router="gaussian")
+        assert model.peft_config["default"].router is None and set(model.state_dict()) == state
+        with pytest.raises(RoutingError, match="task"):
+            logits(model, batch())
+    molora.fit_router(model, TOKENS, {task: texts(task) for task in TASKS}, router="gaussian")
+    assert torch.equal(logits(model, batch()), logits(fitted("llama", **options), batch()))
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ridge", "prototypes"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_base_that_overflows_is_said_and_nothing_is_learned(kind, late):
+    options = {"target_modules": r".*layers\.1\..*_proj"} if late else {}
+    model = fitted("llama", router=kind, **options)
+    before = buffers(model)
+    model.get_base_model().get_input_embeddings().weight.data[49] = torch.inf
+    for call in (
+        lambda: molora.fit_router(model, TOKENS, {"alpha": ["1 2 49"]}),
+        lambda: molora.route(model, TOKENS, ["1 2", "49 1"]),
+        lambda: logits(model, {"input_ids": torch.tensor([[1, 49]])}),
+    ):
+        with pytest.raises(DataError, match="hidden states of some prompts are not finite"):
+            call()
+    assert all(torch.equal(value, buffers(model)[name]) for name, value in before.items())
+    assert [named.task for named in molora.route(model, TOKENS, texts("beta", 2, seed=9))] == ["beta"] * 2
 
 
 def test_routers_that_earlier_versions_wrote_are_read():
