@@ -1,7 +1,7 @@
 """Adapters and runs that an earlier molora wrote: they load, answer, resume and save as they did then.
 
-The folder `tests/fixtures_v1` stands for what users have on their disks. It is never written again: where one of these
-tests fails, the code is wrong. `make.py` in it says what each file holds.
+The folders `tests/fixtures_v1` and `_v2` stand for what users have on their disks. They are never written again: where one of
+these tests fails, the code is wrong. `make.py` in each says what its files hold.
 
 Answers are compared bit for bit wherever this machine computes as the one that wrote them does, which a probe tells: the
 logits of the bases alone, which no adapter touches, and products in the shapes that experts and gates have. Elsewhere the
@@ -28,7 +28,9 @@ import molora
 from tests.fixtures_v1.probe import digest_of_small_products
 
 HERE = Path(__file__).parents[1] / "fixtures_v1"
-ADAPTERS = sorted(path.name for path in (HERE / "adapters").iterdir())
+LATER = Path(__file__).parents[1] / "fixtures_v2"  # on the same bases
+ADAPTERS = sorted(path for folder in (HERE, LATER) for path in (folder / "adapters").iterdir())
+every_adapter = pytest.mark.parametrize("folder", ADAPTERS, ids=lambda path: path.name)
 BASES: dict[str, Any] = {"llama": AutoModelForCausalLM, "bert": AutoModelForSequenceClassification}
 WEIGHTS, CONFIG, FACTS = "adapter_model.safetensors", "adapter_config.json", "molora.json"
 # Of the environment, not of the adapter.
@@ -54,8 +56,12 @@ def base(kind: str = "llama") -> Any:
     return deepcopy(read_base(kind))
 
 
-def kind_of(adapter: str) -> str:
-    return "bert" if adapter == "head" else "llama"
+def kind_of(adapter: Path) -> str:
+    return "bert" if adapter.name == "head" else "llama"
+
+
+def expected_of(adapter: Path) -> Path:
+    return adapter.parents[1] / "expected" / f"{adapter.name}.safetensors"
 
 
 def answer(model: Any, inputs: dict[str, torch.Tensor], name: str) -> torch.Tensor:
@@ -133,35 +139,53 @@ def assert_same_adapter(now: Path, then: Path) -> None:
         assert list(new or ()) == list(old or ())
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_answers_as_it_did(name: str, exact: bool) -> None:
-    model = molora.load(base(kind_of(name)), HERE / "adapters" / name)
-    assert_answers(model, HERE / "expected" / f"{name}.safetensors", exact)
+@every_adapter
+def test_an_adapter_answers_as_it_did(folder: Path, exact: bool) -> None:
+    model = molora.load(base(kind_of(folder)), folder)
+    assert_answers(model, expected_of(folder), exact)
 
 
-@pytest.mark.parametrize("name", ["top2", "task_grown", "head"])
-def test_peft_loads_it_too(name: str, exact: bool) -> None:
-    model = PeftModel.from_pretrained(base(kind_of(name)), HERE / "adapters" / name)
-    assert_answers(model.eval(), HERE / "expected" / f"{name}.safetensors", exact)
+@pytest.mark.parametrize(
+    "folder",
+    [HERE / "adapters" / name for name in ("top2", "task_grown", "head")]
+    + [LATER / "adapters" / name for name in ("router_gaussian", "virtual_tokens", "trained_tokens")],
+    ids=lambda path: path.name,
+)
+def test_peft_loads_it_too(folder: Path, exact: bool) -> None:
+    model = PeftModel.from_pretrained(base(kind_of(folder)), folder)
+    assert_answers(model.eval(), expected_of(folder), exact)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_is_saved_as_it_was(name: str, tmp_path: Path) -> None:
-    folder = HERE / "adapters" / name
-    molora.save(molora.load(base(kind_of(name)), folder), tmp_path / "again")
+@every_adapter
+def test_an_adapter_is_saved_as_it_was(folder: Path, tmp_path: Path) -> None:
+    molora.save(molora.load(base(kind_of(folder)), folder), tmp_path / "again")
     assert_same_adapter(tmp_path / "again", folder)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
-def test_an_adapter_goes_on_learning_what_it_learned(name: str) -> None:
-    folder = HERE / "adapters" / name
-    model = molora.load(base(kind_of(name)), folder, is_trainable=True)
+@every_adapter
+def test_an_adapter_goes_on_learning_what_it_learned(folder: Path) -> None:
+    model = molora.load(base(kind_of(folder)), folder, is_trainable=True)
     stored = json_of(folder / CONFIG)
     frozen = stored["frozen_experts"]
     assert model.expert_names == stored["expert_names"] and model.task_ids == stored["task_ids"]
     assert model.trainable_experts == [expert for expert in stored["expert_names"] if expert not in frozen]
     count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert count == json_of(HERE / "expected" / "trainable.json")[name]
+    assert count == json_of(folder.parents[1] / "expected" / "trainable.json")[folder.name]
+
+
+ROUTES = json_of(LATER / "expected" / "routes.json")
+
+
+@pytest.mark.parametrize("name", ROUTES["named"])
+def test_a_router_names_tasks_as_it_did(name: str) -> None:
+    model = molora.load(base(), LATER / "adapters" / name)
+    tokenizer = AutoTokenizer.from_pretrained(HERE / "bases" / "llama")
+    for now, then in zip(
+        molora.route(model, tokenizer, ROUTES["prompts"]), ROUTES["named"][name], strict=True
+    ):
+        assert now.task == then["task"]
+        assert now.posteriors == pytest.approx(then["posteriors"], abs=1e-4)
+        assert now.log_density == pytest.approx(then["log_density"], rel=1e-4)
 
 
 # -- runs: their recipes name the base by a path from the repository's root ------------------------------------------
