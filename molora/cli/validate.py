@@ -142,7 +142,13 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     )
     _show_records(console, config, tasks, tokenizer)
     kind, labels = _in_turns(config), labels_of_tasks(config.base, tasks)
-    first, ids = (config, tasks.ids) if kind is None else kind.recipe_of(config, tasks.ids, 0)
+    first, ids, learned, turns = config, tasks.ids, tasks, list[int]()
+    if kind is not None:
+        from molora.continual.turns import steps_of_turns
+
+        first, ids = kind.recipe_of(config, tasks.ids, 0)
+        learned = tasks.only(kind.tasks_of_turns(config)[0])
+        turns = steps_of_turns(kind, config, tasks)
     if config.federated is not None:
         steps = config.federated.rounds * config.federated.asked * config.federated.local_steps
         train = config.train.model_copy(update={"max_steps": steps, "epochs": None})
@@ -165,12 +171,13 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     console.print(f"6 targets     ok: {len(tuner.targeted_module_names)} layers{router}")
     growth = config.train.rank_growth
     _show_parameters(console, model, "" if growth is None else f" (at rank {growth.max}, where growth ends)")
-    console.print(f"8 memory      {memory_line(config, model, labels, examples, tokenizer)}", markup=False)
-    batches = math.ceil(sum(len(task.train) for task in tasks) / config.train.batch_size)
+    examples = {name: found for name, found in examples.items() if name in learned.ids}
+    console.print(f"8 memory      {memory_line(first, model, labels, examples, tokenizer)}", markup=False)
+    batches = math.ceil(sum(len(task.train) for task in learned) / first.train.batch_size)
     for note in notes_on_length(first, batches):
         console.print(f"9 steps       {note}", markup=False)
     if time:
-        console.print(f"  {time_line(first, tasks)}", markup=False)
+        console.print(f"  {time_line(first, ids, labels, learned, turns)}", markup=False)
 
 
 def _show_texts(console: Console, tasks: TaskSet) -> None:

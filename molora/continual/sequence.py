@@ -84,6 +84,12 @@ class SequenceRun(TurnsRun):
             train = train.model_copy(update={"max_steps": train.max_steps * len(config.data.tasks)})
         return recipe.model_copy(update={"train": train}), known
 
+    @classmethod
+    def tasks_of_turns(cls, config: RunConfig) -> list[list[str]]:
+        """One each, or all at once."""
+        names = list(config.data.tasks)
+        return [names] if _settings(config).strategy.spec.at_once else [[name] for name in names]
+
     def make_strategy(self) -> Strategy:
         """The recipe's."""
         return build_strategy(self.settings.strategy)

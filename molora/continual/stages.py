@@ -87,6 +87,11 @@ class StagedRun(TurnsRun):
         """See `stage_recipe`."""
         return stage_recipe(config, ids, index)
 
+    @classmethod
+    def tasks_of_turns(cls, config: RunConfig) -> list[list[str]]:
+        """Those of the stages."""
+        return [stage.tasks for stage in _stages(config)]
+
     def make_strategy(self) -> Strategy:
         """What weighs the experts of a stage's tasks."""
         return Staged(_stages(self.config))

@@ -6,6 +6,7 @@ its `row.json` is there, which is written last.
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,7 @@ from molora.store.adapter import load
 from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
 from molora.training.resume import find_run
+from molora.training.steps import total_steps
 from molora.training.train import opened, start_run
 
 ROW_FILE = "row.json"
@@ -64,6 +66,11 @@ class TurnsRun:
     @classmethod
     def recipe_of(cls, config: RunConfig, ids: Mapping[str, int], index: int) -> Known:
         """The recipe of one turn alone, and the ids, of these, of the tasks that the adapter knows by then."""
+        raise NotImplementedError
+
+    @classmethod
+    def tasks_of_turns(cls, config: RunConfig) -> list[list[str]]:
+        """Names of the tasks that each turn is about."""
         raise NotImplementedError
 
     def make_strategy(self) -> Strategy:
@@ -200,6 +207,16 @@ def train_in_turns(
             if resume:
                 playing.say_where()
             return playing.play()
+
+
+def steps_of_turns(kind: type[TurnsRun], config: RunConfig, tasks: TaskSet) -> list[int]:
+    """Optimiser steps of each turn; with `epochs`, of its own tasks alone, whatever its strategy replays."""
+    found = []
+    for index, own in enumerate(kind.tasks_of_turns(config)):
+        train = kind.recipe_of(config, tasks.ids, index)[0].train
+        batches = math.ceil(sum(len(tasks[name].train) for name in own) / train.batch_size)
+        found.append(total_steps(train, batches))
+    return found
 
 
 def check_held_out(config: RunConfig, tasks: TaskSet) -> None:

@@ -237,6 +237,10 @@ class TaskSet:
         tasks = [replace(task, classes=own) for task, own in zip(self, classes, strict=True)]
         return TaskSet(tuple(tasks), self.known_ids)
 
+    def only(self, names: Iterable[str]) -> TaskSet:
+        """The tasks of these names."""
+        return TaskSet(tuple(self[name] for name in names), self.known_ids)
+
     @property
     def num_labels(self) -> int:
         """Classes a shared classification head needs: every task counts its own labels from 0."""

@@ -19,7 +19,7 @@ from molora.data.prompts import Example
 from molora.data.tasks import TaskSet
 from molora.models.base import Labels, base_skeleton
 from molora.models.base_check import positions_of
-from molora.models.build import build_model, labels_of_tasks
+from molora.models.build import build_model
 from molora.models.memory import estimate, taken_off
 from molora.training.environment import at_work
 from molora.training.objective import Supervised
@@ -84,6 +84,8 @@ def memory_line(
     """What training takes with a batch of the longest records; `model` (without weights) is of no use afterwards."""
     by_length = sorted(chain.from_iterable(examples.values()), key=lambda example: len(example.input_ids))
     batch = collate(by_length[-config.train.batch_size :], pad_token(tokenizer))
+    if config.features is not None:
+        batch["routing_features"] = torch.zeros(len(batch["input_ids"]), config.features.num_clusters)
     try:
         found = estimate(
             model,
@@ -106,13 +108,26 @@ def memory_line(
     )
 
 
-def time_line(config: RunConfig, tasks: TaskSet) -> str:
-    """How long training takes here, by a few real steps."""
+def time_line(
+    config: RunConfig, ids: dict[str, int], labels: Labels, tasks: TaskSet, turns: Sequence[int] = ()
+) -> str:
+    """How long training takes here, by a few real steps on some tasks.
+
+    Args:
+        config: the recipe, or that of the first turn.
+        ids: the tasks that the adapter knows.
+        labels: of a classifier's head.
+        tasks: those that are trained on.
+        turns: how many steps each takes, where there are turns.
+    """
     with at_work():
-        model, tokenizer = build_model(config, tasks.ids, labels_of_tasks(config.base, tasks))
+        model, tokenizer = build_model(config, ids, labels)
         seconds, steps = time_steps(config, model, tokenizer, tasks)
+    steps, where = (
+        (sum(turns), f" in {len(turns)} turns, as long as in the first") if len(turns) > 1 else (steps, "")
+    )
     whole = timedelta(seconds=round(seconds * steps))
-    return f"{seconds:.2f} s a step here, the median of {MEASURED}: {whole} for {steps} steps, evaluation not counted"
+    return f"{seconds:.2f} s a step here, the median of {MEASURED}: {whole} for {steps} steps{where}, evaluation not counted"
 
 
 def _bytes(count: float) -> str:

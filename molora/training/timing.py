@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from molora.config import RunConfig
 from molora.data.module import MoLoraDataModule
 from molora.data.tasks import TaskSet
+from molora.models.features import fit_features
 from molora.training.checkpoint import StepCallback
 from molora.training.optimise import optimise
 from molora.training.steps import total_steps
@@ -42,6 +43,7 @@ def time_steps(
     """
     data = MoLoraDataModule(config.data, tasks, tokenizer, config.train.batch_size, config.seed)
     steps = total_steps(config.train, len(data.train_dataloader()))
+    fit_features(config, model, data, tokenizer)
     changes: dict[str, Any] = {
         "max_steps": MEASURED + 1,
         "epochs": None,

@@ -152,6 +152,40 @@ def test_time_is_measured_in_real_steps(cli: Cli, recipe: Path) -> None:
     assert not (recipe.parent / "runs").exists()
 
 
+IN_TURNS = {
+    "each task its expert": ("continual_quickstart", [], "800 steps in 10 turns"),
+    "one expert for all": ("continual_quickstart", ["continual.strategy=replay"], "800 steps in 10 turns"),
+    "all at once": ("continual_quickstart", ["continual.strategy=joint"], "800 steps"),
+    "by epochs": (
+        "continual_quickstart",
+        ["continual.strategy=inc_lora", "train.max_steps=null", "train.epochs=2", "train.batch_size=100"],
+        "400 steps in 10 turns",
+    ),
+    "stages": ("stages", [], "200 steps in 3 turns"),
+}
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.slow if case in ("all at once", "by epochs") else ())
+        for case in IN_TURNS
+    ],
+)
+def test_memory_and_time_of_a_recipe_in_turns(cli: Cli, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, overrides, length = IN_TURNS[case]
+    monkeypatch.setattr("molora.training.timing.MEASURED", 1)
+    result = cli("validate", str(ROOT / f"recipes/{name}.yaml"), "--time", *overrides)
+    assert result.code == 0, result.err
+    assert re.search(r"8 memory +\d+\.\d MB for a batch", result.out)
+    assert re.search(rf"for {length}(, as long as in the first)?, evaluation not counted", result.out)
+
+
+def test_memory_of_a_gate_that_reads_clusters(cli: Cli) -> None:
+    out = cli("validate", str(ROOT / "recipes/instruction_clusters.yaml")).out
+    assert re.search(r"8 memory +\d+\.\d MB for a batch", out)
+
+
 def test_a_growth_leaves_its_kind_to_the_run(cli: Cli, tmp_path: Path) -> None:
     file = labelled(tmp_path / "mood.jsonl")
     growth = tmp_path / "growth.yaml"
