@@ -43,7 +43,7 @@ CELLS = RESULTS / "continual"
 TRAIN, TEST, STEPS, BATCH = 2000, 400, 100, 16
 SHORT_TEST = 40  # of SuperNI: answers are generated, for every task after every task
 SMOLLM2: dict[str, Any] = {
-    "base": {"model": "smollm2", "dtype": "bfloat16"},
+    "base": {"model": "smollm2"},
     "adapter": {"target_modules": "all-linear"},
     "data": {"max_length": 128},
     "train": {"max_steps": 60, "batch_size": 8, "lr": 1.0e-3, "precision": "32-true"},

@@ -131,6 +131,7 @@ def grown_config(config: RunConfig, grow: GrowConfig, adapter: MoLoraConfig, bes
     if grow.softmax != "own" and config.base.head != "match":
         raise ConfigError("softmax acts only where the run's base has head: match; leave it out.")
     plain = derived(config, expert, beside)
+    plain["federated"] = None  # the new expert learns here
     plain["train"] = grow.train.model_dump(mode="json")
     plain["data"]["tasks"][name] = grow.task.as_task().model_dump(mode="json")
     section = plain["adapter"]

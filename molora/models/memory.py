@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.pytorch_utils import Conv1D
@@ -79,13 +80,23 @@ def estimate(
 
     model.train()
     context = nullcontext() if autocast is None else torch.autocast("cpu", autocast)
-    with mode, context, torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with mode, _GroupedProducts(), context, torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         # Ids are looked at one by one, so they stay real.
         fake = {k: v.tolist() if k == "routing_task_ids" else mode.from_tensor(v) for k, v in batch.items()}
         graph = loss(model, fake)
     del graph  # until here it kept the graph
     activations = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
     return Memory(weights=sum(tensor.nbytes for tensor in own), learning=3 * learns, kept=activations)
+
+
+class _GroupedProducts(TorchDispatchMode):
+    """Grouped products of fake tensors in any dtype: torch (2.13) has only bfloat16's, though it multiplies float32 too."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten._grouped_mm.default:
+            return func(*args, **(kwargs or {}))
+        rows, factors = args[:2]  # (pair, k) and (expert, k, n)
+        return rows.new_empty(len(rows), factors.shape[2])
 
 
 def taken_off(base: PreTrainedModel, quantization: str, dtype: torch.dtype) -> int:

@@ -21,11 +21,13 @@ from tests.training.test_train import classification
 SEQUENCE = {"gate": {"kind": "sequence"}, "aux_losses": {"task_label": 1.0}}
 
 
-@pytest.mark.parametrize("case", ["top-k", "classifier", "bfloat16"])
+@pytest.mark.parametrize("case", ["top-k", "many experts", "classifier", "bfloat16"])
 def test_fake_bytes_are_real_bytes(tmp_path: Path, case: str) -> None:
     recipe = recipe_for(write_base(tmp_path / "base"), tmp_path)
     if case == "classifier":
         recipe = classification(write_encoder(tmp_path / "encoder"), tmp_path, tmp_path / "letters.jsonl")
+    if case == "many experts":  # few of them at a time: grouped products
+        recipe["adapter"] |= {"num_experts": 24, "r": 4}
     if case == "bfloat16":
         recipe["adapter"] |= SEQUENCE
         recipe["base"] = {"model": str(tmp_path / "base"), "dtype": "bfloat16"}
