@@ -103,6 +103,7 @@ class Call:
     shapes: Mapping[str, Shape] = field(default_factory=dict)  # the same; empty outside of a whole forward
     targets: Tensor | None = None  # (batch, seq) true where a position of the decoder has a label
     prompt: Tensor | None = None  # (batch, seq) of the decoder: what gates of sequence scope pool
+    unprompted: Tensor | None = None  # (batch, 1) true for samples whose targets begin with their first token
     continued: PromptMemory | None = None  # of the prompt that this call continues
     begun: PromptMemory | None = None  # of this call's prompt, for calls that will continue it
     balances: Mapping[int, Tensor] = field(

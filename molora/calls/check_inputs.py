@@ -76,6 +76,16 @@ def say_unmasked(inputs: Mapping[str, Any]) -> None:
         )
 
 
+def say_no_prompt(unprompted: Tensor) -> None:
+    """Warn where a gate would read the prompt of samples (batch, 1) of which some have none."""
+    if unprompted.any():
+        warnings.warn(
+            "labels begin with the first token, so no token is a prompt, and a gate that decides by the prompt sees the first "
+            "token alone. Set the labels of prompts to -100, or pass routing_prompt_mask.",
+            stacklevel=2,
+        )
+
+
 def _restarts(inputs: Mapping[str, Any]) -> bool:
     places, mask = inputs.get("position_ids"), inputs.get("attention_mask")
     if not isinstance(places, Tensor) or places.dim() != 2 or places.shape[1] < 2:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from molora.calls.call import Call, PromptMemory
-from molora.calls.check_inputs import check_not_packed, check_samples, say_unmasked
+from molora.calls.check_inputs import check_not_packed, check_samples, say_no_prompt, say_unmasked
 from molora.calls.context import RoutingContext
 from molora.calls.request import RoutingRequest
 from molora.calls.shapes import has_two_sequences, shapes_of
@@ -59,7 +59,11 @@ def with_inputs(
             return call
         return replace(call, features={**call.features, "external": memory.features})
     begun = PromptMemory()
-    call = replace(call, begun=begun, prompt=_prompt(module, call, request, inputs))
+    unprompted = _unprompted(module, call, request)
+    if unprompted is not None and ("sequence" in scopes or wanted) and not torch.compiler.is_compiling():
+        say_no_prompt(unprompted)
+    prompt = _prompt(module, call, request, inputs)
+    call = replace(call, begun=begun, prompt=prompt, unprompted=unprompted)
     if not wanted:
         return call
     begun.features = _work_out(context, call, inputs)
@@ -173,6 +177,16 @@ def _prompt(
     place = torch.arange(tokens.shape[1], device=tokens.device)
     within = (place < request.prompt_length).expand(tokens.shape[0], -1)
     return within if mask is None else within & mask.bool()
+
+
+def _unprompted(module: nn.Module, call: Call, request: RoutingRequest) -> Tensor | None:
+    """(batch, 1) true for the samples of a decoder-only model whose very first token is a target; None: nothing tells."""
+    decoder_only = is_causal(module) and not getattr(module.config, "is_encoder_decoder", False)
+    if request.prompt_mask is not None or call.targets is None or not decoder_only:
+        return None
+    mask = call.masks.get("decoder")
+    attended = torch.ones_like(call.targets) if mask is None else mask.bool()
+    return (attended & (attended.cumsum(dim=1) == 1) & call.targets).any(dim=1, keepdim=True)
 
 
 def _masks(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

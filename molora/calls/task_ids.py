@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
 from typing import Any
@@ -131,6 +131,11 @@ def resolve_ids(task_map: TaskMap, given: TaskIdsLike) -> TaskIds:
         if given.numel() == 0:
             raise RoutingError("task_ids is empty; give one name or id per sample.")
         return _of_tensor(task_map, given)
+    if isinstance(given, Mapping):
+        raise RoutingError(
+            f"task_ids is a map, {dict(given)!r}; give one name or id per sample.",
+            hint="routing(model, experts={name: weight}) weighs experts.",
+        )
     listed: Any = [given] if isinstance(given, str) or not hasattr(given, "__len__") else given
     if len(listed) == 0:
         raise RoutingError("task_ids is empty; give one name or id per sample.")

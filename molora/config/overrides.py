@@ -9,8 +9,8 @@ from typing import Any
 from molora.config.strict_yaml import Path, parse
 from molora.errors import ConfigError
 
-# A section written as plain text is short for this key of it.
-SHORTHANDS: dict[Path, str] = {("base",): "model", ("adapter", "gate"): "kind"}
+# Wherever it stands, a section of this name that is written as plain text is short for this key of it.
+SHORTHANDS = {"base": "model", **dict.fromkeys(("gate", "router", "strategy", "objective"), "kind")}
 
 
 def apply(data: Any, overrides: Sequence[str]) -> tuple[Any, dict[Path, str]]:
@@ -67,8 +67,10 @@ def _child(here: Any, key: Any, path: Path) -> Any:
     child = here.get(key) if isinstance(here, dict) else here[key]
     if child is None:
         child = {}
-    elif isinstance(child, str) and path in SHORTHANDS:
-        child = {SHORTHANDS[path]: child}
+    elif isinstance(child, str) and key in SHORTHANDS:
+        child = {SHORTHANDS[key]: child}
+    elif isinstance(child, (int, float)) and path[-2:-1] == ("aux_losses",):
+        child = {"coefficient": child}
     elif not isinstance(child, (dict, list)):
         dotted = ".".join(map(str, path))
         raise ConfigError(f"override: {dotted} is {child!r}, which has no settings of its own.")

@@ -39,6 +39,23 @@ def check_files(folder: Path) -> None:
             )
 
 
+def check_no_pickle(folder: Path) -> None:
+    """Before an adapter's config is written: AdapterError where its tensors have just been written as a pickle.
+
+    That file is of no use to anyone and goes; what else is in the folder stays as it was.
+    """
+    pickle, weights = folder / _PICKLES[0], folder / WEIGHTS_FILE
+    if not pickle.is_file():
+        return
+    if weights.is_file() and weights.stat().st_mtime_ns >= pickle.stat().st_mtime_ns:
+        return  # an older file of somebody else's
+    pickle.unlink()
+    raise AdapterError(
+        f"{folder}: adapters of molora are stored as safetensors, never as a pickle.",
+        hint="leave safe_serialization out.",
+    )
+
+
 def check_links(folder: Path) -> None:
     """AdapterError for a link in the folder that leads nowhere or out of it, but for those of the Hub's own cache."""
     inside = folder.resolve()

@@ -49,6 +49,17 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         raise changed(config.weights_sha256, digest(ours, adapter))
 
 
+def check_finite(tensors: Mapping[str, Tensor]) -> None:
+    """Raise AdapterError for an adapter that is about to be written, over a good one perhaps, and could not be loaded again."""
+    wrong = [name for name, value in tensors.items() if not value.is_meta and not torch.isfinite(value).all()]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
+        raise AdapterError(
+            f"{wrong[0]}{more}: holds values that are not finite, so the adapter is not written.",
+            hint="its training diverged: go back to an earlier checkpoint, with a lower learning rate.",
+        )
+
+
 def _other_vocabulary(name: str, tensor: Tensor, base: Tensor | None) -> list[str]:
     """What to say of embeddings saved with an adapter that have other rows than the base's."""
     own = any(part in name.split(".") for part in ("modules_to_save", "token_adapter"))

@@ -174,7 +174,10 @@ def read_base(
 def _prompt_of(call: Call, module: nn.Module, mask: Tensor | None, states: Tensor) -> Tensor:
     """(batch, seq) true for the tokens of the prompt among those that were read; an encoder reads nothing else."""
     read = torch.ones(states.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
-    return read if call.prompt is None or _has_encoder(module) else read & call.prompt
+    if call.prompt is None or _has_encoder(module):
+        return read
+    # Labels that are the whole text, as for a perplexity, do not say where its prompt ends.
+    return read & (call.prompt if call.unprompted is None else call.prompt | call.unprompted)
 
 
 def mean_of(states: Tensor, mask: Tensor) -> Tensor:

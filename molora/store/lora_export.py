@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from molora.config.choices import KINDS
 from molora.disk.atomic import check_target, write_file, write_folder
 from molora.disk.card import WEIGHTS_FILE
+from molora.disk.tensors import check_finite
 from molora.errors import ConfigError
 from molora.experts.bank import Expert
 from molora.experts.factor_mix import as_one
@@ -132,6 +133,7 @@ def export_lora(
             tensors[f"{key}.lora_magnitude_vector"] = part.magnitude
     # Views share storage with their stack, which safetensors refuses to write.
     own = {f"{PREFIX}{name}": t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    check_finite(own)
     check_loadable(lora, wrapped.get_base_model(), own)
     with write_folder(out, size=sum(t.nbytes for t in own.values())) as folder:
         save_file(own, folder / WEIGHTS_FILE, metadata={"format": "pt"})

@@ -36,7 +36,7 @@ _READ = {
 """Settings that are either used here or only matter while a LoRA is trained."""
 
 _REFUSED = {
-    "use_dora": "DoRA rescales the whole weight, which does not distribute over a mixture",
+    "use_dora": "DoRA rescales the whole weight, and an expert starts from the two factors alone",
     "lora_bias": "a LoRA with biases has no place for them in an expert",
     "target_parameters": "it adapts bare parameters, not linear layers",
     "trainable_token_indices": "it trains embedding rows, which are not part of an expert",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -71,11 +72,8 @@ def routing(
     """
     if by not in (None, "task"):
         raise RoutingError(f"by={by!r} is not None or 'task'.")
-    if experts is not None and not isinstance(experts, Mapping):
-        names = [experts] if isinstance(experts, str) else list(experts)
-        if not names:
-            raise RoutingError("experts is empty; name one or more, or use task_ids=-1 for the base alone.")
-        experts = {name: 1 / len(names) for name in names}
+    if experts is not None:
+        experts = _weights(experts)
     if experts is not None and without:
         raise RoutingError(
             "experts forces some outright, so there is nothing to leave out: give one of the two."
@@ -91,6 +89,20 @@ def routing(
     )
     with find_context(model).use_request(request):
         yield
+
+
+def _weights(experts: Sequence[str] | Mapping[str, float]) -> Mapping[str, float]:
+    """Expert -> weight; names alone weigh the same."""
+    if isinstance(experts, str):
+        experts = [experts]
+    if not experts:
+        raise RoutingError("experts is empty; name one or more, or use task_ids=-1 for the base alone.")
+    if not isinstance(experts, Mapping):
+        return {name: 1 / len(experts) for name in experts}
+    for name, weight in experts.items():
+        if not math.isfinite(weight):
+            raise RoutingError(f"the weight of expert {name!r} is {weight}; give a number.")
+    return experts
 
 
 def set_feature_source(model: nn.Module, source: FeatureSource | None) -> None:

@@ -16,7 +16,7 @@ from molora.config.normalise import normalise
 from molora.config.roster import Roster
 from molora.config.setting import documented, setting, written
 from molora.config.types import type_problems
-from molora.disk.adapter_files import check_files
+from molora.disk.adapter_files import check_files, check_no_pickle
 from molora.disk.card import CONFIG_FILE, complete_folder
 from molora.errors import AdapterError, ConfigError
 from molora.tuner.lora_fields import refusing
@@ -84,7 +84,8 @@ class MoLoraConfig(SavedMixture, PeftConfig):
         return {key: sorted(value) if isinstance(value, set) else value for key, value in plain.items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
-        """PEFT's, completed by molora.json and a manifest."""
+        """PEFT's, completed by molora.json and a manifest. AdapterError where PEFT has just written the tensors as a pickle."""
+        check_no_pickle(Path(save_directory))
         super().save_pretrained(save_directory, **kwargs)
         complete_folder(self, Path(save_directory), getattr(self, "taken_sha256", None))
 

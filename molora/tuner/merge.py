@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,6 +38,9 @@ def named_weights(config: SavedMixture, given: ExpertWeights, names: Sequence[st
     for name in given:
         if name not in known:
             raise ConfigError(f"unknown expert {name!r}.{options(name, known, 'Experts')}")
+    for name, weight in given.items():
+        if not math.isfinite(weight):
+            raise ConfigError(f"the weight of expert {name!r} is {weight}; give a number.")
     return [float(given.get(name, 0.0)) for name in names]
 
 
@@ -107,7 +111,10 @@ def _decided(mount: Mount, task: str | None, names: Sequence[str]) -> Tensor:
     if scope in ("constant", "task"):
         return _of_gate(gate, task_map, task_id, visible)
     text = f"the gate's weights depend on the input (gate.scope={scope!r}), so no merged weight equals the mixture."
-    hint = "merge fixed weights with expert_weights={...}, or keep the adapter unmerged."
+    hint = (
+        "name one expert, or give fixed weights: expert_weights={...}, on the command line --expert NAME; or keep the "
+        "adapter unmerged."
+    )
     raise UndecidedError(text, hint=hint)
 
 

@@ -22,7 +22,7 @@ from molora.calls.request import RoutingRequest
 from molora.config.losses import AUX_LOSSES
 from molora.disk.base_check import check_base
 from molora.disk.fingerprint import base_fingerprint
-from molora.disk.tensors import check_state_dict, digest
+from molora.disk.tensors import check_finite, check_state_dict, digest
 from molora.errors import ConfigError, RoutingError
 from molora.forward import root_hooks
 from molora.forward.feed_forward import check_feed_forwards
@@ -199,6 +199,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         note_base(
             config, replicated(config) or base_fingerprint(model, without=brought_along(model, embeddings))
         )
+        check_finite(selected)
         config.taken_sha256 = digest(selected, adapter_name)
         return {**selected, **embeddings}
 

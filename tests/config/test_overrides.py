@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from molora.config import load_recipe
+from molora.config.overrides import apply
 from tests.config.recipes import SMALL, refusal, small
 
 
@@ -43,6 +44,24 @@ def test_a_shorthand_keeps_its_meaning_when_one_setting_is_added() -> None:
     )
     assert (config.adapter.gate.select, config.adapter.gate.temperature) == ("dense", 0.5)
     assert (config.base.model, config.base.revision) == ("molora/tiny", "v1")
+
+
+def test_every_shorthand_takes_a_setting() -> None:
+    adapter = {"router": "gaussian", "gate": "sequence", "aux_losses": {"task_label": 0.5}}
+    given = small(adapter=adapter) | {"train": {"max_steps": 1, "objective": "dpo"}}
+    data, _ = apply(
+        given,
+        [
+            "adapter.router.unknown=base",
+            "adapter.aux_losses.task_label.mask=response",
+            "train.objective.beta=0.2",
+        ],
+    )
+    assert data["adapter"]["router"] == {"kind": "gaussian", "unknown": "base"}
+    assert data["adapter"]["aux_losses"] == {"task_label": {"coefficient": 0.5, "mask": "response"}}
+    assert data["train"]["objective"] == {"kind": "dpo", "beta": 0.2}
+    config = load_recipe(small(adapter=adapter), ["adapter.router.unknown=base"])
+    assert config.adapter.router is not None and config.adapter.router.unknown == "base"
 
 
 def test_later_overrides_win() -> None:

@@ -69,7 +69,9 @@ def test_without_a_prompt_the_first_token_stands_for_it():
     mask = batch["attention_mask"].bool()
     first = mask & (mask.cumsum(1) == 1)
     plain = {key: batch[key] for key in ("input_ids", "attention_mask")}
-    assert_close(model(**batch).logits, model(**plain, routing_prompt_mask=first).logits)
+    with pytest.warns(UserWarning, match="labels begin with the first token, so no token is a prompt"):
+        found = model(**batch).logits
+    assert_close(found, model(**plain, routing_prompt_mask=first).logits)
 
 
 def test_a_cache_of_another_call_is_refused():
@@ -234,3 +236,17 @@ def test_mixtures_that_make_no_sense_are_refused_in_python_and_recipes(settings,
         molora.MoLoraConfig(target_modules="all-linear", **complete)
     with pytest.raises(ConfigError):
         load_recipe(recipe)
+
+
+@pytest.mark.parametrize(
+    ("request_", "said"),
+    [
+        ({"experts": {}}, "experts is empty"),
+        ({"experts": {"expert_0": float("nan")}}, "the weight of expert 'expert_0' is nan"),
+        ({"task_ids": {"alpha": 0.7, "beta": 0.3}}, "task_ids is a map"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused(request_, said):
+    model = molora_model("llama", "task-group")
+    with pytest.raises(RoutingError, match=said), molora.routing(model, **request_):
+        model(**batch_for("llama"))

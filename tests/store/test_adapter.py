@@ -323,3 +323,53 @@ def test_transformers_own_loader_refuses_another_base(tmp_path):
     with pytest.raises(AdapterError, match="another base"):
         other.load_adapter(str(tmp_path / "adapter"))
     AutoModelForCausalLM.from_pretrained(tmp_path / "base").load_adapter(str(tmp_path / "adapter"))
+
+
+def contents(folder):
+    """Of every file but the card, which PEFT writes first."""
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.name != "README.md"}
+
+
+@pytest.mark.parametrize("way", ["molora.save", "save_pretrained", "export_lora"])
+def test_values_that_are_not_finite_are_never_written(way, tmp_path):
+    model = molora_model("llama", "task-group")
+    write = {
+        "molora.save": lambda: molora.save(model, tmp_path / "a"),
+        "save_pretrained": lambda: model.save_pretrained(str(tmp_path / "a")),
+        "export_lora": lambda: molora.export_lora(model, tmp_path / "a", task="beta"),
+    }[way]
+    write()
+    before = contents(tmp_path / "a")
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "lora_B" in n).fill_(float("nan"))
+    with pytest.raises(AdapterError, match="not finite, so the adapter is not written"):
+        write()
+    assert contents(tmp_path / "a") == before
+
+
+@pytest.mark.parametrize("before", ["nothing", "an adapter"])
+def test_an_adapter_is_never_written_as_a_pickle(before, tmp_path):
+    model, folder = molora_model("llama", "task-group"), tmp_path / "a"
+    if before == "an adapter":
+        model.save_pretrained(str(folder))
+        kept = contents(folder)
+        randomise(model)
+    with pytest.raises(AdapterError, match="stored as safetensors, never as a pickle"):
+        model.save_pretrained(str(folder), safe_serialization=False)
+    if before == "an adapter":
+        assert contents(folder) == kept
+        molora.load(base_model("llama"), folder)
+    else:
+        assert not (folder / "adapter_model.bin").exists()
+    (folder / "adapter_model.bin").write_bytes(b"of another program")
+    model.save_pretrained(str(folder))
+    assert (folder / "adapter_model.bin").read_bytes() == b"of another program"
+
+
+@pytest.mark.parametrize("weight", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_refused(weight, tmp_path):
+    model = molora_model("llama", "task-group")
+    with pytest.raises(ConfigError, match="the weight of expert 'expert_0' is"):
+        molora.export_lora(model, tmp_path / "a", weights={"expert_0": weight})
+    with pytest.raises(ConfigError, match="the weight of expert 'expert_0' is"):
+        model.merge_adapter(expert_weights={"expert_0": weight})

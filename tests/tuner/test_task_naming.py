@@ -239,6 +239,21 @@ def test_one_pass_reads_every_block_once():
     assert runs == [4, 4]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_labels_that_are_the_whole_text_leave_names_as_they_are(late):
+    """As a perplexity gives them, or transformers' collator of language models."""
+    model = fitted("llama", **({"target_modules": r".*layers\.1\..*_proj"} if late else {}))
+    inputs = batch(("gamma", "alpha", "beta"), padding="left")
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+    # Rows that begin alike: by their first token they would all be one task.
+    ids = inputs["input_ids"].scatter(1, inputs["attention_mask"].argmax(1, keepdim=True), 49)
+    expected = logits(model, {**inputs, "input_ids": ids}, routing_task_ids=["gamma", "alpha", "beta"])
+    assert torch.equal(logits(model, {**inputs, "input_ids": ids, "labels": labels}), expected)
+    answers = labels.clone()
+    answers[:, :-1] = -100  # what is before an answer is the prompt, as ever
+    assert torch.equal(logits(model, {**inputs, "input_ids": ids, "labels": answers}), expected)
+
+
 def test_one_pass_is_taken_by_itself_where_it_can_be_and_two_on_wish():
     def passes(**settings):
         return 1 if find_context(fitted("llama", **settings)).adapters["default"].along else 2
