@@ -29,6 +29,7 @@ class Audit:
     eval: int
     doubles: int = 0  # training records that are there before
     contradictions: int = 0  # prompts with more than one answer among the training records
+    empty: int = 0  # training prompts without text
     leaks: int = 0  # held-out records whose prompt is among the training records
     labels: Mapping[str, int] = field(default_factory=dict)
     held_out: Mapping[str, int] = field(default_factory=dict)
@@ -44,6 +45,8 @@ class Audit:
             yield f"{self.doubles} of {self.train} training records are there twice"
         if self.contradictions:
             yield f"training prompts with more than one answer: {self.contradictions}"
+        if self.empty:
+            yield f"{self.empty} of {self.train} training prompts are empty: nothing there tells a gate or a router what is asked"
         if self.leaks:
             share = f"{100 * self.leaks / self.eval:.0f} %"
             yield f"{self.leaks} of {self.eval} held-out prompts ({share}) are trained on: scores will be too good"
@@ -85,13 +88,14 @@ def label_counts(task: Task, split: str) -> dict[str, int]:
 def audit(task: Task) -> Audit:
     """Read a task's records and count; raises DataError as `render` at the first faulty record."""
     trained: dict[bytes, set[bytes]] = {}
-    doubles = leaks = 0
+    doubles = empty = leaks = 0
     classify = task.kind == "classification"
     for record in islice(task.train, MOST):
         prompt, target = render(task, record)
         key, answer = _digest(prompt), _digest(target)
         answers = trained.setdefault(key, set())
         doubles += answer in answers
+        empty += not prompt.strip()
         answers.add(answer)
     for record in islice(task.eval, MOST):
         leaks += _digest(render(task, record)[0]) in trained
@@ -100,6 +104,7 @@ def audit(task: Task) -> Audit:
         train=min(len(task.train), MOST),
         eval=min(len(task.eval), MOST),
         doubles=doubles,
+        empty=empty,
         contradictions=sum(len(answers) > 1 for answers in trained.values()),
         leaks=leaks,
         labels=label_counts(task, "train") if classify else {},

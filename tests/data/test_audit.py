@@ -20,6 +20,12 @@ def test_doubles_contradictions_and_leaks() -> None:
     assert (found.train, found.eval, found.labels, found.majority) == (7, 3, {}, None)
 
 
+def test_prompts_without_text() -> None:
+    task = Task("t", 0, [{"prompt": p, "target": t} for p, t in ((" ", "1"), ("", "2"), ("a", "3"))], [])
+    assert audit(task).empty == 2
+    assert "2 of 3 training prompts are empty" in "\n".join(audit(task).lines())
+
+
 def test_nothing_odd_is_nothing_said() -> None:
     task = Task("t", 0, [{"prompt": "a", "target": "b"}], [{"prompt": "c", "target": "b"}])
     assert list(audit(task).lines()) == []
