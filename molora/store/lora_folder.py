@@ -23,6 +23,7 @@ from molora.tuner.config import ExpertSpec
 from molora.tuner.targets import pattern_value
 
 PREFIX = "base_model.model."
+_MAGNITUDE = re.compile(r"(?P<key>.+)\.lora_magnitude_vector(\.weight)?")
 _FACTOR = re.compile(r"(?P<key>.+)\.lora_(?P<factor>[AB])\.weight")
 _HEADS = ("classifier", "score")  # PEFT saves these of every classifier, listed or not
 
@@ -36,7 +37,7 @@ _READ = {
 """Settings that are either used here or only matter while a LoRA is trained."""
 
 _REFUSED = {
-    "use_dora": "DoRA rescales the whole weight, and an expert starts from the two factors alone",
+    "use_dora": "DoRA rescales the whole weight, which only experts of kind dora do",
     "lora_bias": "a LoRA with biases has no place for them in an expert",
     "target_parameters": "it adapts bare parameters, not linear layers",
     "trainable_token_indices": "it trains embedding rows, which are not part of an expert",
@@ -53,6 +54,7 @@ class LoraFolder:
     path: Path
     spec: ExpertSpec
     factors: dict[str, tuple[Tensor, Tensor]]
+    magnitudes: dict[str, Tensor]  # (d_out,) of each module, where it is a DoRA
     heads: dict[str, Tensor]  # tensors of modules_to_save
     config: dict[str, Any]  # its adapter_config.json
 
@@ -76,8 +78,8 @@ class LoraFolder:
         return alpha / math.sqrt(r) if self.spec.use_rslora else alpha / r
 
 
-def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
-    """Read a PEFT LoRA folder (safetensors only).
+def read_lora(path: str | os.PathLike[str], *, dora: bool = False) -> LoraFolder:
+    """Read a PEFT LoRA folder (safetensors only), with `dora` also one that has magnitudes.
 
     Raises AdapterError, with the reason, for a damaged folder, another kind of adapter, or a LoRA variant.
     """
@@ -85,8 +87,8 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
     if (folder / MANIFEST).is_file():
         verify_folder(folder)
     config = read_json(folder / CONFIG_FILE)
-    _check_config(folder, config)
-    factors, heads = _tensors(folder, config)
+    _check_config(folder, config, dora)
+    factors, magnitudes, heads = _tensors(folder, config)
     spec = ExpertSpec(
         r=config["r"],
         lora_alpha=config["lora_alpha"],
@@ -94,7 +96,7 @@ def read_lora(path: str | os.PathLike[str]) -> LoraFolder:
         rank_pattern=config.get("rank_pattern") or {},
         alpha_pattern=config.get("alpha_pattern") or {},
     )
-    return LoraFolder(folder, spec, factors, heads, config)
+    return LoraFolder(folder, spec, factors, magnitudes, heads, config)
 
 
 def short_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
@@ -105,11 +107,12 @@ def short_names(model: nn.Module, keys: Iterable[str]) -> list[str]:
     return sorted(last if meant == keys else keys)
 
 
-def _check_config(folder: Path, config: object) -> None:
+def _check_config(folder: Path, config: object, dora: bool) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{folder} holds a {kind!r} adapter; only an ordinary LoRA can become an expert.")
-    reasons = [f"{name}: {why}" for name, why in _REFUSED.items() if config.get(name)]
+    refused = _REFUSED if not dora else {name: why for name, why in _REFUSED.items() if name != "use_dora"}
+    reasons = [f"{name}: {why}" for name, why in refused.items() if config.get(name)]
     if config.get("bias", "none") != "none":
         reasons.append(f"bias={config['bias']!r}: it trained biases of the base, which experts leave alone")
     init = config.get("init_lora_weights")
@@ -126,8 +129,8 @@ def _check_config(folder: Path, config: object) -> None:
 
 def _tensors(
     folder: Path, config: dict[str, Any]
-) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor]]:
-    """Pairs of factors by module, and the tensors that belong to modules saved whole."""
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, Tensor], dict[str, Tensor]]:
+    """Pairs of factors and magnitudes by module, and the tensors that belong to modules saved whole."""
     file = folder / WEIGHTS_FILE
     try:
         tensors = load_file(file)
@@ -140,6 +143,7 @@ def _tensors(
     if config.get("task_type") == "SEQ_CLS":
         saved.update(_HEADS)
     halves: dict[str, dict[str, Tensor]] = {}
+    magnitudes: dict[str, Tensor] = {}
     heads: dict[str, Tensor] = {}
     problems = []
     for name, tensor in tensors.items():
@@ -147,6 +151,8 @@ def _tensors(
         match = _FACTOR.fullmatch(bare)
         if match:
             halves.setdefault(match["key"], {})[match["factor"]] = tensor
+        elif config.get("use_dora") and (match := _MAGNITUDE.fullmatch(bare)):
+            magnitudes[match["key"]] = tensor
         elif set(bare.split(".")) & saved:
             heads[bare] = tensor
         else:
@@ -159,7 +165,9 @@ def _tensors(
         elif half["A"].dim() != 2 or half["B"].dim() != 2 or half["A"].shape[0] != half["B"].shape[1]:
             a, b = tuple(half["A"].shape), tuple(half["B"].shape)
             problems.append(f"{key}: lora_A {a} and lora_B {b} do not fit")
+        elif config.get("use_dora") and getattr(magnitudes.get(key), "shape", None) != half["B"].shape[:1]:
+            problems.append(f"{key}: has no magnitude for each of its {len(half['B'])} outputs")
     if problems or not halves:
         listed = problems[:10] or ["it holds no factors at all"]
         raise AdapterError(f"{file} cannot become an expert:\n  " + "\n  ".join(listed))
-    return {key: (half["A"], half["B"]) for key, half in halves.items()}, heads
+    return {key: (half["A"], half["B"]) for key, half in halves.items()}, magnitudes, heads

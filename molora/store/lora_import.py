@@ -45,7 +45,7 @@ def import_lora(
     """Load a LoRA folder into the expert of that name, or into a new expert (of these tasks) where there is none.
 
     Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
-    the mixture's widens the stacks. Layers the LoRA does not cover get B = 0. A new expert's gate row is
+    the mixture's widens the stacks. Experts of kind dora take a DoRA, with its magnitudes, or a plain LoRA. Layers the LoRA does not cover get B = 0. A new expert's gate row is
     zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
     Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result. A LoRA that names another
     revision of the same base is imported with a warning: its shapes cannot tell.
@@ -59,18 +59,22 @@ def import_lora(
     context = find_context(wrapped)
     config = own(wrapped, context, adapter)
     refuse_prompts(config)
-    lora = read_lora(folder)
+    lora = read_lora(folder, dora=config.kind == "dora")
     layers = [m for m in wrapped.modules() if isinstance(m, MoLoraLayer) and adapter in m.mounts]
     mounts = {layer.mounts[adapter].key: layer.mounts[adapter] for layer in layers}
     _check_fit(lora, config, mounts)
     if other := _other_revision(lora, config):
         warnings.warn(f"{folder} was trained on {other}; use that, or train it anew.", stacklevel=2)
 
-    def factors(key: str, fresh: Expert) -> Expert:
+    def factors(key: str, fresh: Expert) -> Expert | ExpertRows:
         if key not in lora.factors:
             return fresh._replace(B=torch.zeros_like(fresh.B))
         A, B = lora.factors[key]
-        return Expert(A.to(fresh.A), B.to(fresh.B), lora.scaling(key))
+        brought = Expert(A.to(fresh.A), B.to(fresh.B), lora.scaling(key))
+        if key not in lora.magnitudes:
+            return brought
+        rows = mounts[key].bank.kind.rows_of(brought)
+        return ExpertRows({**rows, "m": lora.magnitudes[key].to(rows["m"])}, brought.rank, brought.scaling)
 
     if expert in (config.expert_names or []):
         _replace(config, mounts, expert, lora, factors)
@@ -109,7 +113,7 @@ def _replace(
     mounts: Mapping[str, Mount],
     expert: str,
     lora: LoraFolder,
-    factors: Callable[[str, Expert], Expert],
+    factors: Callable[[str, Expert], Expert | ExpertRows],
 ) -> None:
     if config.share_A:
         raise AdapterError(f"{lora.path} has factors of its own, but this mixture's experts share one A.")

@@ -42,7 +42,7 @@ def add_expert(
     freeze_others: bool = True,
     isolate: bool = False,
     spec: ExpertSpec | None = None,
-    factors: Callable[[str, Expert], Expert] | None = None,
+    factors: Callable[[str, Expert], Expert | ExpertRows] | None = None,
 ) -> None:
     """Append one expert to every bank of an adapter in a model, and its row to every learned gate.
 

@@ -53,6 +53,8 @@ def stock_lora(architecture, folder, seed=3, **settings):
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.normal_(std=0.3)
+            elif "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
     model.save_pretrained(folder)
     return logits(model, architecture)
 
@@ -221,6 +223,33 @@ def test_layers_the_lora_does_not_cover_add_nothing(tmp_path):
     molora.export_lora(model, tmp_path / "out", expert="expert_0")
     assert load_file(tmp_path / "out" / WEIGHTS).keys() == load_file(tmp_path / "in" / WEIGHTS).keys()
     assert torch.equal(logits(stock("llama", tmp_path / "out"), "llama"), want)
+
+
+@pytest.mark.parametrize("expert", ["expert_1", "legal"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("use_rslora", [False, True])
+def test_a_dora_comes_into_experts_of_that_kind_with_its_magnitudes(
+    architecture, expert, use_rslora, tmp_path
+):
+    want = stock_lora(architecture, tmp_path / "in", use_dora=True, use_rslora=use_rslora, r=2)
+    model = molora_model(architecture, "soft-linear", kind="dora")
+    molora.import_lora(model, tmp_path / "in", expert=expert)
+    assert_same(forced(model, architecture, [expert]), want, folded=True)  # norms are of float32 rows
+    molora.export_lora(model, tmp_path / "out", expert=expert)
+    assert_same(logits(stock(architecture, tmp_path / "out"), architecture), want, folded=True)
+    molora.save(model, tmp_path / "saved")
+    again = molora.load(base_model(architecture), tmp_path / "saved")
+    assert torch.equal(forced(again, architecture, [expert]), forced(model, architecture, [expert]))
+
+
+def test_a_dora_without_its_magnitudes_is_refused(tmp_path):
+    stock_lora("llama", tmp_path / "in", use_dora=True)
+    tensors = load_file(tmp_path / "in" / WEIGHTS)
+    del tensors[next(name for name in tensors if "magnitude" in name)]
+    save_file(tensors, tmp_path / "in" / WEIGHTS)
+    model = molora_model("llama", "soft-linear", kind="dora")
+    with pytest.raises(AdapterError, match="has no magnitude for each of its"):
+        molora.import_lora(model, tmp_path / "in", expert="legal")
 
 
 def test_an_imported_expert_trains(tmp_path):
