@@ -222,6 +222,7 @@ def _refuse_without_ids(task_map: TaskMap, scope: str) -> None:
     raise RoutingError(
         f"{why}, but no task ids were given. Tasks: {known}.",
         hint="pass routing_task_ids=[...] to the model, or use `with molora.routing(model, task_ids=[...])`, on the command "
-        "line --task NAME; outside of training, an adapter with a task router names them itself (molora.fit_router). In a transformers Trainer the "
-        "column routing_task_ids needs remove_unused_columns=False, and whole numbers: collators drop text.",
+        "line --task NAME; outside of training, an adapter with a task router names them itself (molora.fit_router). In a "
+        "transformers Trainer the column routing_task_ids needs remove_unused_columns=False, and whole numbers: collators "
+        "drop text.",
     )

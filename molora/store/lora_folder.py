@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -159,15 +159,22 @@ def _tensors(
             problems.append(f"{name}: not a factor of an ordinary LoRA")
         if not tensor.is_floating_point() or not torch.isfinite(tensor).all():
             problems.append(f"{name}: holds values that are not finite numbers")
-    for key, half in halves.items():
-        if set(half) != {"A", "B"}:
-            problems.append(f"{key}: has lora_{next(iter(half))} only")
-        elif half["A"].dim() != 2 or half["B"].dim() != 2 or half["A"].shape[0] != half["B"].shape[1]:
-            a, b = tuple(half["A"].shape), tuple(half["B"].shape)
-            problems.append(f"{key}: lora_A {a} and lora_B {b} do not fit")
-        elif config.get("use_dora") and getattr(magnitudes.get(key), "shape", None) != half["B"].shape[:1]:
-            problems.append(f"{key}: has no magnitude for each of its {len(half['B'])} outputs")
+    problems += _unfit(halves, magnitudes if config.get("use_dora") else None)
     if problems or not halves:
         listed = problems[:10] or ["it holds no factors at all"]
         raise AdapterError(f"{file} cannot become an expert:\n  " + "\n  ".join(listed))
     return {key: (half["A"], half["B"]) for key, half in halves.items()}, magnitudes, heads
+
+
+def _unfit(
+    halves: Mapping[str, Mapping[str, Tensor]], magnitudes: Mapping[str, Tensor] | None
+) -> Iterator[str]:
+    """What is wrong with modules' factors, and their magnitudes where there are to be some."""
+    for key, half in halves.items():
+        if set(half) != {"A", "B"}:
+            yield f"{key}: has lora_{next(iter(half))} only"
+        elif half["A"].dim() != 2 or half["B"].dim() != 2 or half["A"].shape[0] != half["B"].shape[1]:
+            a, b = tuple(half["A"].shape), tuple(half["B"].shape)
+            yield f"{key}: lora_A {a} and lora_B {b} do not fit"
+        elif magnitudes is not None and getattr(magnitudes.get(key), "shape", None) != half["B"].shape[:1]:
+            yield f"{key}: has no magnitude for each of its {len(half['B'])} outputs"

@@ -45,10 +45,11 @@ def import_lora(
     """Load a LoRA folder into the expert of that name, or into a new expert (of these tasks) where there is none.
 
     Rank, alpha and scaling rule are kept, so exporting the expert gives the same LoRA; a rank larger than
-    the mixture's widens the stacks. Experts of kind dora take a DoRA, with its magnitudes, or a plain LoRA. Layers the LoRA does not cover get B = 0. A new expert's gate row is
-    zero, and the other experts stay as they are. Build optimisers afterwards: Parameters are replaced.
-    Tensors of `modules_to_save` (heads) are skipped, with a warning, and listed in the result. A LoRA that names another
-    revision of the same base is imported with a warning: its shapes cannot tell.
+    the mixture's widens the stacks. Experts of kind dora take a DoRA, with its magnitudes, or a plain LoRA.
+    Layers the LoRA does not cover get B = 0. A new expert's gate row is zero, and the other experts stay as they
+    are. Build optimisers afterwards: Parameters are replaced. Tensors of `modules_to_save` (heads) are skipped, with
+    a warning, and listed in the result. A LoRA that names another revision of the same base is imported with a
+    warning: its shapes cannot tell.
 
     Raises:
         AdapterError: not an ordinary LoRA, or one that does not fit the model; nothing is changed then.
