@@ -78,7 +78,7 @@ def say_unmasked(inputs: Mapping[str, Any]) -> None:
 
 def say_no_prompt(unprompted: Tensor) -> None:
     """Warn where a gate would read the prompt of samples (batch, 1) of which some have none."""
-    if unprompted.any():
+    if type(unprompted) is Tensor and unprompted.any():  # a memory estimate has no values
         warnings.warn(
             "labels begin with the first token, so no token is a prompt, and a gate that decides by the prompt sees the first "
             "token alone. Set the labels of prompts to -100, or pass routing_prompt_mask.",

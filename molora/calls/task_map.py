@@ -72,7 +72,10 @@ class TaskMap:
         )
         suggestion = did_you_mean(task, self.ids) if isinstance(task, str) else ""
         raise RoutingError(
-            f"unknown task {task!r}.{suggestion} Known tasks: {known}; None or -1 means the base model only."
+            f"unknown task {task!r}.{suggestion} Known tasks: {known}; None or -1 means the base model only.",
+            hint=None
+            if self.ids
+            else "give no task ids (molora eval: --mode gate): its gate decides without them.",
         )
 
     def check(self, ids: Sequence[int]) -> None:

@@ -46,7 +46,10 @@ def evaluate_tasks(
     if unknown:
         known = ", ".join(model.tasks) or "none"
         meant = did_you_mean(unknown[0], model.tasks)
-        raise ConfigError(f"unknown task {unknown[0]!r}.{meant} Known tasks: {known}.")
+        raise ConfigError(
+            f"unknown task {unknown[0]!r}.{meant} Known tasks: {known}.",
+            hint="mode `task` gives the adapter a task's id: leave it out (eval.modes=[gate, base]; molora eval --mode gate).",
+        )
     limits = limits or Limits()
     recorded_mode = next((mode for mode in modes if mode != "base"), None)
     scores: list[Score] = []

@@ -76,9 +76,11 @@ def may_overwrite(y: Tensor, h: Tensor) -> bool:
     """Whether the base's output can take the experts' in place.
 
     A quantised layer may return its own dtype, or a view that autograd lets nobody write to (one made without gradients,
-    or by a custom Function). In a compiled graph memory is the compiler's affair.
+    or by a custom Function). In a compiled graph memory is the compiler's affair, and TorchScript traces no
+    Function that writes in place.
     """
-    if y.dtype != h.dtype or not y.is_contiguous() or torch.compiler.is_compiling():
+    in_graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if y.dtype != h.dtype or not y.is_contiguous() or in_graph:
         return False
     if not torch.is_grad_enabled() or not y._is_view():
         return True

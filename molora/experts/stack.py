@@ -128,15 +128,13 @@ class Stack(Stacked):
 
     @property
     def frozen(self) -> nn.Parameter | None:
-        """The first of two named blocks, which holds frozen rows."""
-        assert self.names is not None
-        return self._parameters[self.names[0]]
+        """The first of two named blocks, which holds frozen rows; None where blocks have no names."""
+        return self._parameters[self.names[0]] if self.names is not None else None
 
     @property
     def trainable(self) -> nn.Parameter | None:
-        """The second of two named blocks."""
-        assert self.names is not None
-        return self._parameters[self.names[1]]
+        """The second of two named blocks; None as above. (A trace reads every property.)"""
+        return self._parameters[self.names[1]] if self.names is not None else None
 
     @property
     def blocks(self) -> list[nn.Parameter]:

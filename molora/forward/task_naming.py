@@ -120,6 +120,8 @@ def name_tasks(context: RoutingContext, call: Call, module: nn.Module, inputs: M
     Those whose router reads along in the forward stay unnamed until then.
     """
     assert call.begun is not None
+    if torch.compiler.is_exporting():
+        raise RoutingError("a graph that is exported cannot name tasks.", hint=f"{_GIVE_IDS}.")
     encoded, later = remembered(inputs.get("encoder_outputs")), []
     if encoded is not None:
         call.begun.tasks.update(encoded.tasks)

@@ -78,6 +78,8 @@ def find_weights(
     """
     if search not in SEARCHES:
         raise ConfigError(f"search is {search!r}.{options(search, SEARCHES)}")
+    if records < 1:
+        raise ConfigError(f"records is {records}; give at least 1.")
     sources = read_sources(folders, experts, parts, allow_other_base)
     check_alike(sources)
     batches = held_out(tasks, tokenizer, records, max_length, batch_size, seed)

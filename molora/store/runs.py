@@ -42,10 +42,15 @@ class Run:
     def create(cls, output: str | os.PathLike[str], name: str) -> Run:
         """Make a new, empty folder `<output>/<name>/<stamp>` and point `<output>/<name>/latest` at it.
 
-        Raises ConfigError where the name breaks the name rule, or the folder cannot be written.
+        Raises ConfigError where the name breaks the name rule, the folder cannot be written, or `latest` is no link.
         """
         parent = Path(output).absolute() / check_name(name, "run")
         check_writable(parent / "run")
+        if (link := parent / LATEST).is_dir() and not link.is_symlink():
+            raise ConfigError(
+                f"{link} is a folder, where the link to the newest run belongs.",
+                hint="remove it: it is a copy of a run beside it, of when the folder was copied with its links followed.",
+            )
         stamp, tries = time.strftime("%Y%m%d-%H%M%S"), 1
         while True:
             path = parent / (stamp if tries == 1 else f"{stamp}-{tries:02d}")

@@ -250,3 +250,24 @@ def test_requests_that_mean_nothing_are_refused(request_, said):
     model = molora_model("llama", "task-group")
     with pytest.raises(RoutingError, match=said), molora.routing(model, **request_):
         model(**batch_for("llama"))
+
+
+@pytest.mark.parametrize("gate", ["top2-group", "soft-linear", "task-group"])
+def test_a_trace_computes_what_was_traced(gate):
+    """TorchScript, which some exporters still use; PEFT's LoRA can be traced as well."""
+    model, batch = molora_model("llama", gate).eval(), batch_for("llama")
+    wanted = {"routing_task_ids": ["beta"]} if gate.startswith("task") else {}
+
+    class Logits(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = model
+
+        def forward(self, ids, mask):
+            return self.model(
+                input_ids=ids, attention_mask=mask, use_cache=False, return_dict=False, **wanted
+            )[0]
+
+    given = batch["input_ids"], batch["attention_mask"]
+    traced = torch.jit.trace(Logits(), given, check_trace=False)
+    assert_close(traced(*given), Logits()(*given))

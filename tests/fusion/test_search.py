@@ -133,6 +133,8 @@ def test_what_cannot_be_searched(place: Place, monkeypatch: pytest.MonkeyPatch) 
     base, tokenizer, folders, tasks = place
     with pytest.raises(ConfigError, match="Did you mean 'grid'"):
         molora.find_weights(*place, search="gird")
+    with pytest.raises(ConfigError, match="records is 0; give at least 1"):
+        molora.find_weights(*place, search="grid", records=0)
     with pytest.raises(DataError, match="task 'empty' has no held-out records"):
         molora.find_weights(base, tokenizer, folders, TaskSet.of(Task("empty", 0, train=[{}])), search="grid")
     with pytest.raises(AdapterError, match="does not fit this base"):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -43,6 +44,18 @@ def test_latest_works_as_a_folder_and_as_a_text_file(tmp_path):
     assert Run.find(tmp_path / "demo").path == Run.find(pointer).path == first.path
     pointer.unlink()
     assert Run.find(tmp_path / "demo").path == second.path
+
+
+def test_a_latest_that_was_copied_as_a_folder_is_said_before_a_run_begins(tmp_path):
+    make(tmp_path)
+    shutil.copytree(tmp_path / "demo", tmp_path / "copied" / "demo")  # follows links
+    before = sorted((tmp_path / "copied").rglob("*"))
+    with pytest.raises(ConfigError, match=r"latest is a folder, where the link to the newest run belongs"):
+        make(tmp_path / "copied")
+    assert sorted((tmp_path / "copied").rglob("*")) == before
+    shutil.rmtree(tmp_path / "copied" / "demo" / "latest")
+    made = make(tmp_path / "copied")
+    assert Run.find(tmp_path / "copied" / "demo" / "latest").path == made.path
 
 
 def test_a_deleted_latest_falls_back_to_the_newest_that_is_left(tmp_path):

@@ -485,6 +485,15 @@ def test_the_depth_is_a_share_of_the_blocks():
     assert shallow.base_model.context.adapters["default"].read is shallow.base_model.model.model.layers[0]
 
 
+@pytest.mark.parametrize("late", [False, True])
+def test_an_export_without_ids_is_refused_and_leaves_the_model_as_it_was(late):
+    model = fitted("llama", **({"target_modules": r".*layers\.1\..*_proj"} if late else {}))
+    expected = logits(model, batch())
+    with pytest.raises(RoutingError, match="a graph that is exported cannot name tasks"):
+        torch.export.export(model, (), {**batch(), "use_cache": False}, strict=False)
+    assert torch.equal(logits(model, batch()), expected)
+
+
 def test_an_adapter_without_a_router_can_be_given_one(tmp_path):
     model = molora_model("llama", "task-group")
     before = logits(model, batch(), routing_task_ids="beta")
