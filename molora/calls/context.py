@@ -82,6 +82,7 @@ class RoutingContext:
         self.points: list[Any] | None = None  # cache of the root hook: layers that hold mounts
         self.checkpointed: list[nn.Module] | None = None
         self.source: FeatureSource | None = None
+        self.labels_seen = False  # whether labels have been looked at: a GPU is asked once
         self.here = _Here()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RoutingContext:

@@ -60,7 +60,9 @@ def with_inputs(
         return replace(call, features={**call.features, "external": memory.features})
     begun = PromptMemory()
     unprompted = _unprompted(module, call, request)
-    if unprompted is not None and ("sequence" in scopes or wanted) and not torch.compiler.is_compiling():
+    gated = "sequence" in scopes or wanted
+    if unprompted is not None and gated and not context.labels_seen and not torch.compiler.is_compiling():
+        context.labels_seen = True
         say_no_prompt(unprompted)
     prompt = _prompt(module, call, request, inputs)
     call = replace(call, begun=begun, prompt=prompt, unprompted=unprompted)

@@ -50,8 +50,12 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
 
 
 def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError for an adapter that is about to be written, over a good one perhaps, and could not be loaded again."""
-    wrong = [name for name, value in tensors.items() if not value.is_meta and not torch.isfinite(value).all()]
+    """Raise AdapterError for an adapter that is about to be written, over a good one perhaps, and could not be loaded again.
+
+    Tensors that are spread over processes are not looked at: this one may be the only one to save.
+    """
+    here = {name: value for name, value in tensors.items() if _in_memory(value)}
+    wrong = [name for name, value in here.items() if not torch.isfinite(value).all()]
     if wrong:
         more = f" and {len(wrong) - 1} more" if len(wrong) > 1 else ""
         raise AdapterError(
@@ -99,11 +103,15 @@ def digest(tensors: Mapping[str, Tensor], adapter: str) -> str | None:
     ours = {_bare(name, adapter): tensor for name, tensor in tensors.items() if _is_ours(name)}
     for name in sorted(ours):
         tensor = ours[name].detach()
-        if tensor.is_meta or type(tensor) not in (Tensor, nn.Parameter):
+        if not _in_memory(tensor):
             return None
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         total.update(tensor.cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return total.hexdigest()
+
+
+def _in_memory(tensor: Tensor) -> bool:
+    return not tensor.is_meta and type(tensor) in (Tensor, nn.Parameter)
 
 
 def _is_ours(name: str) -> bool:
