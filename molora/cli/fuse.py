@@ -50,9 +50,7 @@ def command(
     ] = None,
     step: Annotated[float, Option(help="Of the grid.")] = 0.1,
     trials: Annotated[int, Option(help="Of lorahub and optuna.")] = 40,
-    records: Annotated[
-        int, Option(min=1, help="Held-out records of each task that --search uses, at most.")
-    ] = 64,
+    records: Annotated[int, Option(min=1, help="Most held-out records of a task that --search uses.")] = 64,
     table: Annotated[
         Path | None, Option(metavar="FILE.csv", help="Write every trial, and their curve beside it.")
     ] = None,

@@ -49,8 +49,8 @@ def check_state_dict(model: nn.Module, config: Any, adapter: str, given: Mapping
         raise changed(config.weights_sha256, digest(ours, adapter))
 
 
-def check_finite(tensors: Mapping[str, Tensor]) -> None:
-    """Raise AdapterError for an adapter that is about to be written, over a good one perhaps, and could not be loaded again.
+def check_finite(tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of an adapter that is about to be written; AdapterError where it could not be loaded again.
 
     Tensors that are spread over processes are not looked at: this one may be the only one to save.
     """
@@ -62,6 +62,7 @@ def check_finite(tensors: Mapping[str, Tensor]) -> None:
             f"{wrong[0]}{more}: holds values that are not finite, so the adapter is not written.",
             hint="its training diverged: go back to an earlier checkpoint, with a lower learning rate.",
         )
+    return tensors
 
 
 def _other_vocabulary(name: str, tensor: Tensor, base: Tensor | None) -> list[str]:

@@ -199,8 +199,7 @@ class MoLoraModel(ExpertVerbs, BaseTuner):
         note_base(
             config, replicated(config) or base_fingerprint(model, without=brought_along(model, embeddings))
         )
-        check_finite(selected)
-        config.taken_sha256 = digest(selected, adapter_name)
+        config.taken_sha256 = digest(check_finite(selected), adapter_name)
         return {**selected, **embeddings}
 
     @classmethod
