@@ -59,12 +59,12 @@ def with_inputs(
             return call
         return replace(call, features={**call.features, "external": memory.features})
     begun = PromptMemory()
-    unprompted = _unprompted(module, call, request)
+    prompt = _prompt(module, call, request, inputs)
+    unprompted = _unprompted(module, call, request, prompt)
     gated = "sequence" in scopes or wanted
     if unprompted is not None and gated and not context.labels_seen and not torch.compiler.is_compiling():
         context.labels_seen = True
         say_no_prompt(unprompted)
-    prompt = _prompt(module, call, request, inputs)
     call = replace(call, begun=begun, prompt=prompt, unprompted=unprompted)
     if not wanted:
         return call
@@ -181,14 +181,18 @@ def _prompt(
     return within if mask is None else within & mask.bool()
 
 
-def _unprompted(module: nn.Module, call: Call, request: RoutingRequest) -> Tensor | None:
-    """(batch, 1) true for the samples of a decoder-only model whose very first token is a target; None: nothing tells."""
-    decoder_only = is_causal(module) and not getattr(module.config, "is_encoder_decoder", False)
-    if request.prompt_mask is not None or call.targets is None or not decoder_only:
+def _unprompted(
+    module: nn.Module, call: Call, request: RoutingRequest, prompt: Tensor | None
+) -> Tensor | None:
+    """(batch, 1) true for the samples of a decoder-only model whose very first token is a target; None: nothing tells.
+
+    Only there is a target part of the `_prompt`: the first token stands for one.
+    """
+    if request.prompt_mask is not None or call.targets is None or prompt is None:
         return None
-    mask = call.masks.get("decoder")
-    attended = torch.ones_like(call.targets) if mask is None else mask.bool()
-    return (attended & (attended.cumsum(dim=1) == 1) & call.targets).any(dim=1, keepdim=True)
+    if getattr(module.config, "is_encoder_decoder", False):
+        return None
+    return (prompt & call.targets).any(dim=1, keepdim=True)
 
 
 def _masks(module: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,7 +123,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     from molora.models.build import build_skeleton, labels_of_tasks
     from molora.training.environment import quiet_libraries
     from molora.training.forecast import at_largest, first_encoded, length_lines, memory_line, time_line
-    from molora.training.steps import notes_on_length
+    from molora.training.steps import batches_of, notes_on_length
     from molora.training.train import check_machine, check_validation
     from molora.tuner.router import where_it_reads
 
@@ -173,8 +172,7 @@ def _check_model(console: Console, config: RunConfig, tasks: TaskSet, time: bool
     _show_parameters(console, model, "" if growth is None else f" (at rank {growth.max}, where growth ends)")
     examples = {name: found for name, found in examples.items() if name in learned.ids}
     console.print(f"8 memory      {memory_line(first, model, labels, examples, tokenizer)}", markup=False)
-    batches = math.ceil(sum(len(task.train) for task in learned) / first.train.batch_size)
-    for note in notes_on_length(first, batches):
+    for note in notes_on_length(first, batches_of(learned, first.train.batch_size)):
         console.print(f"9 steps       {note}", markup=False)
     if time:
         console.print(f"  {time_line(first, ids, labels, learned, turns)}", markup=False)

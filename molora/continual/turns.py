@@ -6,7 +6,6 @@ its `row.json` is there, which is written last.
 
 from __future__ import annotations
 
-import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from molora.store.adapter import load
 from molora.store.runs import Run
 from molora.training.environment import at_work, prepare_process
 from molora.training.resume import find_run
-from molora.training.steps import total_steps
+from molora.training.steps import batches_of, total_steps
 from molora.training.train import opened, start_run
 
 ROW_FILE = "row.json"
@@ -214,8 +213,7 @@ def steps_of_turns(kind: type[TurnsRun], config: RunConfig, tasks: TaskSet) -> l
     found = []
     for index, own in enumerate(kind.tasks_of_turns(config)):
         train = kind.recipe_of(config, tasks.ids, index)[0].train
-        batches = math.ceil(sum(len(tasks[name].train) for name in own) / train.batch_size)
-        found.append(total_steps(train, batches))
+        found.append(total_steps(train, batches_of(tasks.only(own), train.batch_size)))
     return found
 
 

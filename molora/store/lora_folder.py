@@ -111,8 +111,8 @@ def _check_config(folder: Path, config: object, dora: bool) -> None:
     if not isinstance(config, dict) or config.get("peft_type") != "LORA":
         kind = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise AdapterError(f"{folder} holds a {kind!r} adapter; only an ordinary LoRA can become an expert.")
-    refused = _REFUSED if not dora else {name: why for name, why in _REFUSED.items() if name != "use_dora"}
-    reasons = [f"{name}: {why}" for name, why in refused.items() if config.get(name)]
+    set_here = [name for name in _REFUSED if config.get(name) and not (dora and name == "use_dora")]
+    reasons = [f"{name}: {_REFUSED[name]}" for name in set_here]
     if config.get("bias", "none") != "none":
         reasons.append(f"bias={config['bias']!r}: it trained biases of the base, which experts leave alone")
     init = config.get("init_lora_weights")

@@ -9,6 +9,7 @@ import torch
 
 from molora.config import RunConfig, TrainConfig
 from molora.config.choices import KINDS
+from molora.data.tasks import TaskSet
 
 
 def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
@@ -21,6 +22,11 @@ def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
     assert settings.epochs is not None  # the schema wants one of the two
     share = math.ceil(batches_per_epoch / processes(settings))
     return settings.epochs * math.ceil(share / settings.accumulate)
+
+
+def batches_of(tasks: TaskSet, batch_size: int) -> int:
+    """Batches of one pass over the training records of all tasks."""
+    return math.ceil(sum(len(task.train) for task in tasks) / batch_size)
 
 
 def notes_on_length(config: RunConfig, batches_per_epoch: int) -> Iterator[str]:

@@ -35,10 +35,9 @@ def named_weights(config: SavedMixture, given: ExpertWeights, names: Sequence[st
         if len(given) != len(known):
             raise ConfigError(f"{len(given)} expert weights for {len(known)} experts ({', '.join(known)}).")
         given = dict(zip(known, given, strict=True))
-    for name in given:
+    for name, weight in given.items():
         if name not in known:
             raise ConfigError(f"unknown expert {name!r}.{options(name, known, 'Experts')}")
-    for name, weight in given.items():
         if not math.isfinite(weight):
             raise ConfigError(f"the weight of expert {name!r} is {weight}; give a number.")
     return [float(given.get(name, 0.0)) for name in names]
